@@ -1,0 +1,144 @@
+"""What pydantic found wrong with a recipe, in words.
+
+Pydantic says `Input should be 'elu', 'gelu' or 'mlp'`, at ('adapter', 'prefix-tuning-plus',
+'feature_map'). A user wrote `adapter.feature_map: relu`, and reads: "adapter.feature_map must be
+elu, gelu or mlp, got 'relu'. Did you mean 'elu'?"
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from prefixtune_cli.recipe.schema import Full, Lora, PrefixTuning, PrefixTuningPlus, Recipe
+
+METHODS: dict[str, type[BaseModel]] = {
+    section.model_fields["method"].default: section
+    for section in (PrefixTuningPlus, Lora, PrefixTuning, Full)
+}
+EXPECTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping such as {{prompt: question}}",
+    "model_type": "a section, with keys under it",
+    "model_attributes_type": "a section, with keys under it",
+    "greater_than": "greater than {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "{le:g} or less",
+}
+UNION_MEMBERS = {"str": "text", "list[str]": "a list of text"}
+
+
+def explain(error: ValidationError) -> list[tuple[str, str]]:
+    """The problems of a recipe, one for each key.
+
+    Returns:
+        pairs of the dotted key that is wrong and a sentence that names it.
+    """
+    told: dict[str, str] = {}
+    unions: dict[str, list[str]] = {}
+    for found in error.errors():
+        method, loc = _without_the_tag(found["loc"])
+        path, member = _field(loc)
+        if member is None:
+            path, sentence = _sentence(found, path, method)
+            told.setdefault(path, sentence)
+        else:  # one member of a union such as `str | list[str]`: every member complains
+            unions.setdefault(path, []).append(UNION_MEMBERS[member])
+            expected = " or ".join(dict.fromkeys(unions[path]))
+            got = told[path].rpartition(", got ")[2] if path in told else show(found["input"])
+            told[path] = f"{path} must be {expected}, got {got}"
+    return list(told.items())
+
+
+def unknown_key(path: str, method: str) -> str:
+    """The sentence about a key that the schema does not have."""
+    section, _, last = path.rpartition(".")
+    if section == "adapter":
+        owners = [name for name, model in METHODS.items() if last in model.model_fields]
+        if owners:
+            return f"{path} belongs to {' and '.join(owners)}, but adapter.method is {method}"
+    near = _nearest_key(path, method)
+    hint = f"Did you mean {near}?" if near else "`ptp recipe-schema` lists all settings."
+    return f"{path} is not a setting. {hint}"
+
+
+def keys(method: str) -> list[str]:
+    """Every dotted key of a recipe for this method, sections included."""
+    return list(_keys(Recipe, "", METHODS.get(method, PrefixTuningPlus)))
+
+
+def show(value: object) -> str:
+    """A value as a recipe spells it, cut where it is long."""
+    names: dict[object, str] = {None: "nothing (null)", True: "true", False: "false"}
+    text = names[value] if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _keys(model: type[BaseModel], above: str, adapter: type[BaseModel]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield above + name
+        section = adapter if name == "adapter" else field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            yield from _keys(section, f"{above}{name}.", adapter)
+
+
+def _nearest_key(path: str, method: str) -> str | None:
+    known = keys(method)
+    section, _, last = path.rpartition(".")
+    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
+    elsewhere = {key.rpartition(".")[2]: key for key in known}
+    if near := get_close_matches(last, siblings, n=1, cutoff=0.7):
+        return siblings[near[0]]
+    if near := get_close_matches(last, elsewhere, n=1, cutoff=0.8):
+        return elsewhere[near[0]]
+    return next(iter(get_close_matches(path, known, n=1)), None)
+
+
+def _without_the_tag(loc: tuple[int | str, ...]) -> tuple[str, tuple[int | str, ...]]:
+    """Pydantic puts the chosen member of the union, adapter.method, into the location."""
+    if loc[:1] == ("adapter",) and len(loc) > 1 and loc[1] in METHODS:
+        return str(loc[1]), ("adapter", *loc[2:])
+    return "prefix-tuning-plus", loc
+
+
+def _field(loc: tuple[int | str, ...]) -> tuple[str, str | None]:
+    """A location's dotted key and, where the field is a union of types, the member that is meant."""
+    if len(loc) > 2 and loc[:2] != ("data", "map"):
+        return ".".join(map(str, loc[:2])), str(loc[2])
+    return ".".join(map(str, loc)), None
+
+
+def _sentence(found: ErrorDetails, path: str, method: str) -> tuple[str, str]:
+    kind, context = found["type"], found.get("ctx", {})
+    if kind == "extra_forbidden":
+        return path, unknown_key(path, method)
+    if kind == "value_error":
+        reason = str(context["error"])
+        if reason.startswith("must "):  # a field's validator; a section's names its keys itself
+            return path, f"{path} {reason}"
+        return reason.split(" ")[0], reason
+    if kind == "union_tag_invalid":
+        path, value = f"{path}.method", found["input"]["method"]
+        choices = list(METHODS)
+        expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
+    elif kind == "literal_error":
+        value, choices = found["input"], re.findall(r"'([^']*)'", context["expected"])
+        expected = context["expected"].replace("'", "")
+    else:
+        value, choices = found["input"], list[str]()
+        expected = EXPECTED[kind].format(**context) if kind in EXPECTED else found["msg"]
+    near = get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    hint = f". Did you mean {near[0]!r}?" if near else ""
+    return path, f"{path} must be {expected}, got {show(value)}{hint}"

@@ -1,0 +1,196 @@
+"""From a recipe's file, `--set` and flags to a `Recipe`, and back to YAML.
+
+What counts, from the strongest: a flag, `--set`, the recipe, the schema's default. All that is wrong
+with the result stands in one `RecipeError`, with the file and line of whatever came from a file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+import prefixtune_cli
+from prefixtune_cli.errors import RecipeError
+from prefixtune_cli.recipe import read
+from prefixtune_cli.recipe.explain import METHODS, explain, keys
+from prefixtune_cli.recipe.schema import METHOD_DEFAULTS, PrefixTuningPlus, Recipe
+
+DEFAULT_METHOD = PrefixTuningPlus().method
+
+
+def resolve(
+    recipe: str | None = None,
+    sets: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """The recipe that a command runs by.
+
+    When flags or `--set` choose another method than the recipe's, the recipe's `adapter` section
+    and, where it is just the old method's default, its learning rate are left out: both belong to
+    the method that was written down.
+
+    Args:
+        recipe: a YAML file, or the name of a shipped recipe; None is the defaults alone.
+        sets: `section.key=value` each, the value in YAML.
+        flags: nested overrides, as in {"train": {"batch_size": 4}}.
+
+    Raises:
+        RecipeError: the recipe cannot be found or read, or a value is wrong.
+    """
+    file, parsed = _read(recipe)
+    chosen = _merge(_parse_sets(sets), flags or {})
+    values = _merge(_without_another_methods_settings(parsed.values, chosen), chosen)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        overridden = {path for path, _ in _flatten(chosen)}
+        lines = {key: line for key, line in parsed.lines.items() if key not in overridden}
+        found = sorted(explain(error), key=lambda pair: lines.get(pair[0], 0))
+        problems = [f"{file}:{lines[k]}: {told}" if k in lines else told for k, told in found]
+    raise read.together(problems)
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML, every default written out; `resolve` reads it back as an equal recipe."""
+    return read.write(recipe.model_dump())
+
+
+def difference(a: Recipe, b: Recipe) -> list[str]:
+    """The settings in which two recipes differ, as in `train.learning_rate: 0.01 → 0.02`."""
+    before, after = dict(_flatten(a.model_dump())), dict(_flatten(b.model_dump()))
+    return [
+        f"{key}: {_spelled(before, key)} → {_spelled(after, key)}"
+        for key in dict.fromkeys([*before, *after])
+        if key not in before or key not in after or before[key] != after[key]
+    ]
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with ptp, by name: from the wheel, or from a source tree's top level."""
+    package = Path(prefixtune_cli.__file__).parent
+    in_wheel, in_source = package / "recipes", package.parent / "recipes"
+    folder = in_wheel if in_wheel.is_dir() or not _is_source_tree(package.parent) else in_source
+    found = sorted(folder.rglob("*.yaml"))
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
+
+
+def summary(text: str) -> str:
+    """What a recipe says of itself: its first line, a comment."""
+    first = text.split("\n", 1)[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def find(recipe: str) -> Path:
+    """The file of a recipe given by its path or by the name of a shipped one.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    path, known = Path(recipe).expanduser(), shipped()
+    if path.is_file():
+        return path
+    if recipe in known:
+        return known[recipe]
+    if path.is_dir():
+        inside = path / "recipe.yaml"
+        hint = f" Type {inside}" if inside.is_file() else " Type the YAML file in it"
+        raise RecipeError(f"The recipe {recipe} is a folder.{hint}.")
+    near = get_close_matches(path.stem, known, n=1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    raise RecipeError(
+        f"There is no recipe {recipe}: no such file, and the shipped ones are {', '.join(known)}. {hint}".strip()
+    )
+
+
+def _is_source_tree(folder: Path) -> bool:
+    return (folder / "pyproject.toml").is_file()
+
+
+def _read(recipe: str | None) -> tuple[str, read.Parsed]:
+    if recipe is None:
+        return "", read.Parsed({}, {})
+    path = find(recipe)
+    name = recipe if path == Path(recipe) else path.name
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error}") from None
+    parsed = read.parse(text, name)
+    # A section whose keys are all commented out is null in YAML.
+    values = {
+        key: {} if value is None and key in Recipe.model_fields and key != "out" else value
+        for key, value in parsed.values.items()
+    }
+    return name, read.Parsed(values, parsed.lines)
+
+
+def _parse_sets(sets: Sequence[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    problems = []
+    for given in sets:
+        key, equals, text = given.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            near = get_close_matches(key.strip(), keys(DEFAULT_METHOD), n=1)
+            example = near[0] if near else "train.batch_size"
+            problems.append(f"--set takes section.key=value, as in {example}=…, got {given!r}")
+            continue
+        try:
+            nested = read.parse_value(text, f"--set {key}")
+        except RecipeError as error:
+            problems.append(str(error))
+            continue
+        for part in reversed(parts):
+            nested = {part: nested}
+        values = _merge(values, nested)
+    if problems:
+        raise read.together(problems)
+    return values
+
+
+def _without_another_methods_settings(
+    values: Mapping[str, Any], chosen: Mapping[str, Any]
+) -> dict[str, Any]:
+    old, new = _method(values) or DEFAULT_METHOD, _method(chosen)
+    if new is None or new == old or new not in METHODS or old not in METHODS:
+        return dict(values)
+    kept = {key: value for key, value in values.items() if key != "adapter"}
+    if isinstance(train := kept.get("train"), Mapping):
+        defaults = METHOD_DEFAULTS[old]
+        kept["train"] = {k: v for k, v in train.items() if k not in defaults or v != defaults[k]}
+    return kept
+
+
+def _method(values: Mapping[str, Any]) -> str | None:
+    adapter = values.get("adapter")
+    method = adapter.get("method") if isinstance(adapter, Mapping) else None
+    return method if isinstance(method, str) else None
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        if isinstance(under, Mapping) and isinstance(value, Mapping):
+            merged[key] = _merge(under, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _flatten(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _spelled(values: Mapping[str, Any], key: str) -> str:
+    value = values.get(key, "(none)")
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,239 @@
+"""The recipe's schema: the only home of defaults.
+
+A recipe is frozen once validated, and unknown keys are forbidden. `adapter` is a union told apart
+by `adapter.method`; the training defaults that depend on the method stand in `METHOD_DEFAULTS`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Method = Literal["prefix-tuning-plus", "lora", "prefix-tuning", "full"]
+DataFormat = Literal[
+    "auto", "messages", "conversations", "prompt-completion", "alpaca", "question-answer", "text"
+]
+
+# Chosen by the sweep of recipes/sweep (see the README's table): same trainer, same steps.
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "prefix-tuning-plus": {"learning_rate": 1e-2},
+    "lora": {"learning_rate": 1e-3},
+    "prefix-tuning": {"learning_rate": 3e-2},
+    "full": {"learning_rate": 3e-4},
+}
+
+
+class Section(BaseModel):
+    # Strict, so that `batch_size: true` is an error instead of 1, and `"8"` is told from 8.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class ModelSection(Section):
+    name: str = Field(
+        "tiny", description="`tiny`, a local folder, a hub id, or an alias of `ptp models`."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    bits: Literal[4, 8, 16, 32] = Field(
+        16,
+        description="Precision of the frozen base: 4 and 8 by bitsandbytes, 16 is bfloat16, 32 is float32.",
+    )
+    attention: Literal[
+        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = Field(
+        "auto", description="The base's attention kernel; `auto` leaves the choice to transformers."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that the model's repository ships."
+    )
+
+
+class DataSection(Section):
+    train: str | None = Field(
+        None, description="A file, a folder, `sample:NAME` or a hub data set id."
+    )
+    eval: str | None = Field(None, description="Held-out data, in the same forms as `train`.")
+    eval_split: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Fraction of `train` that is held out when there is no `eval`; null holds out 0.05.",
+    )
+    format: DataFormat = Field("auto", description="`auto` recognises the format from the columns.")
+    map: dict[str, str] = Field(
+        default_factory=dict, description="Renamed columns, as in {prompt: question}."
+    )
+    train_on: Literal["completion", "all"] = Field(
+        "completion",
+        description="The tokens with a loss: completions and assistant turns, or every token.",
+    )
+    max_length: int = Field(1024, ge=8, description="Tokens of an example, template included.")
+    on_long: Literal["truncate", "drop", "error"] = Field(
+        "truncate", description="What happens to longer examples."
+    )
+    chat_template: str | None = Field(
+        None, description="A Jinja file used in place of the tokenizer's template."
+    )
+
+
+class PrefixTuningPlus(Section):
+    """Prefix-Tuning+: M is trained, and φ(q)ᵀM added to each head's output (paper, eq. 7)."""
+
+    method: Literal["prefix-tuning-plus"] = "prefix-tuning-plus"
+    feature_map: Literal["elu", "gelu", "mlp"] = Field("elu", description="φ of eq. 7.")
+    feature_dim: int | None = Field(
+        None, ge=1, description="Features a head of `mlp`; null is the query's width."
+    )
+    normalize_query: bool = Field(
+        False, description="φ sees the query divided by its root mean square."
+    )
+    share_heads: Literal["query", "kv"] = Field(
+        "query", description="One M a query head, or one a key/value head."
+    )
+    layers: str | list[Annotated[int, Field(ge=0)]] = Field(
+        "all", description="`all`, a list of layer numbers, or `last:k`."
+    )
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers_have_a_form(cls, value: Any) -> Any:
+        if isinstance(value, list) and all(type(n) is int and n >= 0 for n in value):
+            if not value or len(set(value)) != len(value):
+                raise ValueError(f"must name each layer once, and at least one, got {value}")
+        elif not isinstance(value, str) or not re.fullmatch(r"all|last:[1-9]\d*", value):
+            raise ValueError(
+                f"must be all, a list of layer numbers such as [0, 1], or last:k, got {value!r}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _feature_dim_needs_mlp(self) -> PrefixTuningPlus:
+        if self.feature_dim is not None and self.feature_map != "mlp":
+            raise ValueError(
+                f"adapter.feature_dim belongs to feature_map mlp; {self.feature_map} has the query's width. "
+                "Leave it out."
+            )
+        return self
+
+
+class Lora(Section):
+    """LoRA through peft (Hu et al. 2021)."""
+
+    method: Literal["lora"] = "lora"
+    r: int = Field(16, ge=1, description="Rank.")
+    alpha: float = Field(32, gt=0, description="Scale: the update is multiplied by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = Field(
+        "all-linear", description="As in peft: `all-linear`, names, or a regex."
+    )
+
+
+class PrefixTuning(Section):
+    """Prefix-Tuning through peft (Li and Liang 2021)."""
+
+    method: Literal["prefix-tuning"] = "prefix-tuning"
+    num_virtual_tokens: int = Field(32, ge=1, description="Trained key/value vectors a layer.")
+    prefix_projection: bool = Field(
+        False, description="Reparametrise the prefix by an MLP while it trains."
+    )
+
+
+class Full(Section):
+    """Every weight of the base is trained."""
+
+    method: Literal["full"] = "full"
+
+
+class TrainSection(Section):
+    epochs: float = Field(3.0, gt=0, description="Passes over the data; `max_steps` overrides it.")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps.")
+    learning_rate: float = Field(1e-2, gt=0, description="Peak; the default depends on the method.")
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field("cosine")
+    warmup_ratio: float = Field(
+        0.05, ge=0, lt=1, description="Fraction of the steps spent on warm-up."
+    )
+    weight_decay: float = Field(0.0, ge=0)
+    batch_size: int = Field(8, ge=1, description="Examples a device and forward pass.")
+    gradient_accumulation: int = Field(1, ge=1, description="Forward passes an optimizer step.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 switches it off.")
+    packing: bool = Field(
+        False,
+        description="Fill each row with several examples, where the attention kernel keeps them apart.",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass."
+    )
+    optimizer: str = Field(
+        "adamw_torch", description="A name that transformers' TrainingArguments takes."
+    )
+    seed: int = Field(0, ge=0)
+    log_steps: int = Field(10, ge=1, description="Steps between two lines of metrics.jsonl.")
+    eval_steps: int | None = Field(
+        None, ge=1, description="Steps between two held-out losses; null is only at the end."
+    )
+    save_steps: int | None = Field(
+        None, ge=1, description="Steps between two checkpoints; null is a tenth of the run."
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="Older checkpoints are deleted.")
+    gpus: int | None = Field(None, ge=1, description="GPUs to use; null takes what is there.")
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = Field("none")
+
+
+class EvaluateSection(Section):
+    """The evaluation on held-out data that ends a run."""
+
+    max_rows: int = Field(500, ge=1, description="Held-out rows that are scored, evenly spread.")
+    max_new_tokens: int = Field(
+        32, ge=1, description="Answers longer than this count as long, and are not matched exactly."
+    )
+    batch_size: int = Field(32, ge=1)
+
+
+class Recipe(Section):
+    """Everything that a run depends on."""
+
+    model: ModelSection = Field(default_factory=ModelSection)
+    data: DataSection = Field(default_factory=DataSection)
+    adapter: Annotated[
+        PrefixTuningPlus | Lora | PrefixTuning | Full, Field(discriminator="method")
+    ] = Field(default_factory=PrefixTuningPlus)
+    train: TrainSection = Field(default_factory=TrainSection)
+    evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
+    out: str | None = Field(
+        None, description="The run directory; null is runs/<model>-<data>-<method>."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_what_depends_on_the_method(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        raw = dict(raw)
+        adapter = raw.get("adapter")
+        if isinstance(adapter, dict) and "method" not in adapter:
+            raw["adapter"] = adapter = {"method": "prefix-tuning-plus", **adapter}
+        method = adapter.get("method") if isinstance(adapter, dict) else "prefix-tuning-plus"
+        train = raw.get("train", {})
+        if isinstance(train, dict) and isinstance(method, str) and method in METHOD_DEFAULTS:
+            raw["train"] = {**METHOD_DEFAULTS[method], **train}
+        return raw
+
+    @model_validator(mode="after")
+    def _full_needs_full_precision(self) -> Recipe:
+        if self.adapter.method == "full" and self.model.bits in (4, 8):
+            raise ValueError(
+                f"model.bits {self.model.bits} cannot be trained by method full: quantized weights have no gradient. "
+                "Use --bits 16, or another method."
+            )
+        return self
+
+    @property
+    def run_name(self) -> str:
+        """The run directory's default name: model, data and method, as a file name."""
+        data = Path(self.data.train or "data").stem.replace("sample:", "")
+        parts = (self.model.name.rstrip("/").split("/")[-1], data, self.adapter.method)
+        return re.sub(r"[^\w.-]+", "-", "-".join(parts)).strip("-")
