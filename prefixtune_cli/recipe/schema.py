@@ -223,6 +223,16 @@ class Recipe(Section):
         return raw
 
     @model_validator(mode="after")
+    def _prefix_tuning_takes_no_shortcuts(self) -> Recipe:
+        for key in ("packing", "gradient_checkpointing"):
+            if self.adapter.method == "prefix-tuning" and getattr(self.train, key):
+                raise ValueError(
+                    f"train.{key} does not go with method prefix-tuning, whose prefix lies in the key/value cache. "
+                    f"Leave --{key.replace('_', '-')} out, or use another method."
+                )
+        return self
+
+    @model_validator(mode="after")
     def _full_needs_full_precision(self) -> Recipe:
         if self.adapter.method == "full" and self.model.bits in (4, 8):
             raise ValueError(

@@ -1,0 +1,213 @@
+"""From rows to token ids and labels.
+
+Every stretch of text that is trained or masked is tokenized on its own. So the boundary between
+prompt and answer is exact, and the prompt's tokens are those that the model sees when it is asked.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from prefixtune_cli.data.load import LoadedData
+from prefixtune_cli.data.read import origin
+from prefixtune_cli.data.template import OPTIONS, ChatTemplate, chat_template
+from prefixtune_cli.errors import DataError
+from prefixtune_cli.recipe.schema import DataSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MASKED = -100
+
+
+class PromptAndAnswer(NamedTuple):
+    """A question for generation, and the answer that the data gives."""
+
+    prompt_ids: list[int]
+    answer: str
+
+
+class _Segment(NamedTuple):
+    text: str
+    trained: bool
+    ends_turn: bool = False
+
+
+class Encoder:
+    """How a data set becomes tokens: one tokenizer, one template, one section of a recipe.
+
+    Raises:
+        DataError: the data needs what the tokenizer does not have.
+    """
+
+    def __init__(
+        self, rows: LoadedData, tokenizer: PreTrainedTokenizerBase, section: DataSection
+    ) -> None:
+        self.tokenizer, self.section, self.files = tokenizer, section, rows.files
+        self.chat: ChatTemplate | None = None
+        if rows.layout != "text":
+            self.chat = chat_template(tokenizer, section.chat_template)
+        if rows.layout == "messages" and self.chat is None:
+            raise DataError(
+                f"The data is chats (format {rows.format}), and the model's tokenizer has no chat template. {OPTIONS}."
+            )
+        end = self.chat.end_of_turn if self.chat else None
+        self.appends_end = end is None
+        self.end_id = (
+            tokenizer.eos_token_id if end is None else tokenizer.convert_tokens_to_ids(end)
+        )
+        if self.end_id is None:
+            raise DataError(
+                "The tokenizer has no end-of-sequence token and the chat template puts no token behind an answer, so "
+                f"the model could not learn to stop. {OPTIONS}."
+            )
+        first = tokenizer("a").input_ids[0]
+        adds_start = self.chat is None and first == tokenizer.bos_token_id
+        self.start_ids: list[int] = [first] if adds_start else []
+        # SentencePiece puts a space before every text: later segments are tokenized behind a line break.
+        newline, joined = self._ids(["\n", "\na"])
+        plain = self._ids(["a"])[0]
+        self.anchor = (
+            newline if joined != newline + plain and joined[: len(newline)] == newline else []
+        )
+
+    def prompt(self, row: dict[str, Any]) -> PromptAndAnswer:
+        """The row as a question up to its last answer, and that answer."""
+        where = origin(self.files[row["file"]], row["line"])
+        if "text" in row:
+            raise DataError(f"{where}: a text has no answer to compare with.")
+        if self.chat is None:
+            text, answer = row["prompt"], row["completion"]
+        else:
+            messages = _messages(row)
+            turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            if not turns:
+                raise DataError(
+                    f"{where}: no message has the role assistant, so there is no answer."
+                )
+            text = self.chat.render(messages[: turns[-1]], where, ask=True)
+            answer = messages[turns[-1]]["content"]
+        return PromptAndAnswer([*self.start_ids, *self._rows_ids([[text]])[0][0]], answer)
+
+    def __call__(self, table: Any, numbers: list[int]) -> Any:
+        """A batch of rows (pyarrow table) to input_ids, labels, length, trained, ended and row."""
+        import numpy as np
+        import pyarrow as pa
+
+        rows = table.to_pylist()
+        origins = [origin(self.files[row["file"]], row["line"]) for row in rows]
+        segments = [self._segments(row, where) for row, where in zip(rows, origins, strict=True)]
+        ids = self._rows_ids([[segment.text for segment in row] for row in segments])
+        flat: list[int] = []
+        counts, flags, offsets, lengths, trained, ended = [], [], [0], [], [], []
+        for row, parts, where in zip(segments, ids, origins, strict=True):
+            length = used = turn_end = row_trained = 0
+            for segment, part in zip(
+                [_Segment("", row[0].trained if row else False), *row],
+                [self.start_ids, *parts],
+                strict=True,
+            ):
+                part = self._ended(part, where) if segment.ends_turn else part
+                length += len(part)
+                turn_end = length if segment.ends_turn and segment.trained else turn_end
+                part = part[: self.section.max_length - used]
+                used += len(part)
+                flat += part
+                counts.append(len(part))
+                flags.append(segment.trained)
+                row_trained += len(part) if segment.trained else 0
+            offsets.append(len(flat))
+            lengths.append(length)
+            trained.append(row_trained)
+            ended.append(turn_end <= used)
+        tokens = np.array(flat, dtype=np.int32)
+        labels = np.where(np.repeat(np.array(flags, dtype=bool), counts), tokens, MASKED)
+        starts = pa.array(offsets, pa.int32())
+        return pa.table(
+            {
+                "input_ids": pa.ListArray.from_arrays(starts, pa.array(tokens)),
+                "labels": pa.ListArray.from_arrays(starts, pa.array(labels.astype(np.int32))),
+                "length": pa.array(lengths, pa.int32()),
+                "trained": pa.array(trained, pa.int32()),
+                "ended": pa.array(ended),
+                "row": pa.array(numbers, pa.int32()),
+            }
+        )
+
+    def _segments(self, row: dict[str, Any], where: str) -> list[_Segment]:
+        if self.chat is not None:
+            segments = self._chat_segments(self.chat, _messages(row), where)
+        elif "text" in row:
+            segments = [_Segment(row["text"], bool(row["text"].strip()), ends_turn=True)]
+        else:
+            prompt, completion = join(row["prompt"], row["completion"])
+            said = bool(completion.strip())
+            segments = [_Segment(prompt, False), _Segment(completion, said, ends_turn=True)]
+        if self.section.train_on == "all":
+            said = any(segment.text.strip() for segment in segments)
+            return [segment._replace(trained=said) for segment in segments]
+        return segments
+
+    def _chat_segments(
+        self, chat: ChatTemplate, messages: list[dict[str, str]], where: str
+    ) -> list[_Segment]:
+        """The rendered conversation, cut where training begins and ends."""
+        text, spans = chat.spans(messages, where)
+        segments, at = [], 0
+        for (start, end), said in spans:
+            segments.append(_Segment(text[at:start], False))
+            segments.append(_Segment(text[start:end], said, ends_turn=True))
+            at = end
+        return [*segments, _Segment(text[at:].rstrip(), False)]
+
+    def _ended(self, ids: list[int], where: str) -> list[int]:
+        """The ids of a turn, which end with the end-of-turn token."""
+        if ids and ids[-1] == self.end_id:
+            return ids
+        if self.appends_end:
+            return [*ids, self.end_id]
+        raise DataError(
+            f"{where}: the last trained token is not the end-of-turn token "
+            f"{self.tokenizer.convert_ids_to_tokens(self.end_id)!r}, but "
+            f"{self.tokenizer.decode(ids[-1:])!r}: the tokenizer merges it with the text before it. {OPTIONS}."
+        )
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        return list(encoded["input_ids"])
+
+    def _rows_ids(self, rows: list[list[str]]) -> list[list[list[int]]]:
+        """The ids of each row's texts, in one call of the tokenizer."""
+        texts = [text for row in rows for text in row if text]
+        found = iter(self._ids(texts)) if texts else iter(())
+        ids = [[next(found) if text else [] for text in row] for row in rows]
+        if self.anchor:
+            later = [
+                (parts, i, row[i])
+                for row, parts in zip(rows, ids, strict=True)
+                for i in range(1, len(row))
+                if row[i] and any(row[:i])
+            ]
+            behind = self._ids(["\n" + text for *_, text in later]) if later else []
+            for (parts, i, _), part in zip(later, behind, strict=True):
+                if part[: len(self.anchor)] == self.anchor:
+                    parts[i] = part[len(self.anchor) :]
+        return ids
+
+
+def join(prompt: str, completion: str) -> tuple[str, str]:
+    """Prompt and completion as they are put together without a template: a space between words."""
+    if prompt and completion and not prompt[-1].isspace() and not completion[0].isspace():
+        return prompt, " " + completion
+    return prompt, completion
+
+
+def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
+    if "messages" in row:
+        return list(row["messages"])
+    return [
+        {"role": "user", "content": row["prompt"]},
+        {"role": "assistant", "content": row["completion"]},
+    ]

@@ -1,0 +1,164 @@
+"""What the data looks like to the model: statistics in words, and examples with their mask."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from prefixtune_cli.data.encode import MASKED
+from prefixtune_cli.data.read import start_of
+from prefixtune_cli.data.tokenize import DataStatistics, TokenizedData
+from prefixtune_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+REPLACEMENT = "\ufffd"
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A row as the model sees it.
+
+    Attributes:
+        origin: file and line.
+        spans: the decoded text in pieces, each with whether it is trained; together they are the whole text.
+        length: tokens before truncation; `tokens` are left of them, and `trained_tokens` of these have a loss.
+    """
+
+    origin: str
+    spans: tuple[tuple[str, bool], ...]
+    length: int
+    tokens: int
+    trained_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """All that `ptp inspect-data` shows."""
+
+    source: str
+    fingerprint: str
+    statistics: DataStatistics
+    examples: tuple[Example, ...]
+    notices: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def inspect(
+    tokenized: TokenizedData,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    examples: int,
+    seed: int,
+) -> Inspection:
+    """Statistics and `examples` rows, drawn at random by `seed`, in the order of the files."""
+    import numpy as np
+
+    rows = tokenized.rows
+    count = min(examples, len(rows))
+    chosen = np.sort(np.random.default_rng(seed).choice(len(rows), size=count, replace=False))
+    return Inspection(
+        source=rows.source,
+        fingerprint=rows.fingerprint,
+        statistics=tokenized.statistics,
+        examples=tuple(example(tokenized, tokenizer, int(i)) for i in chosen),
+        notices=rows.notices + tokenized.notices,
+    )
+
+
+def example(tokenized: TokenizedData, tokenizer: PreTrainedTokenizerBase, i: int) -> Example:
+    """Row `i` of the loaded data, decoded."""
+    row = tokenized.every_row[i]
+    trained = [label != MASKED for label in row["labels"]]
+    return Example(
+        origin=tokenized.rows.row_origin(i),
+        spans=spans(row["input_ids"], trained, tokenizer),
+        length=row["length"],
+        tokens=len(row["input_ids"]),
+        trained_tokens=row["trained"],
+    )
+
+
+def spans(
+    ids: list[int], trained: list[bool], tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[str, bool], ...]:
+    """The text of `ids` in pieces of one kind each; joined, they are the text of all ids.
+
+    The text up to each boundary is decoded whole, as a character may need several tokens and a
+    tokenizer may drop a leading space. A character across a boundary goes to the later piece.
+    """
+    ends = [i + 1 for i in range(len(ids)) if i + 1 == len(ids) or trained[i] != trained[i + 1]]
+    pieces: list[tuple[str, bool]] = []
+    done = ""
+    whole = _decode(ids, tokenizer)
+    for end in ends:
+        text = whole if end == len(ids) else _decode(ids[:end], tokenizer).rstrip(REPLACEMENT)
+        text = text if whole.startswith(text) and len(text) >= len(done) else done
+        if text != done:
+            pieces.append((text[len(done) :], trained[end - 1]))
+        done = text
+    return tuple(pieces)
+
+
+def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def check(tokenized: TokenizedData, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse data with nothing to train on.
+
+    Raises:
+        DataError: no row has a trained token; the first row is shown, decoded.
+    """
+    statistics = tokenized.statistics
+    if statistics.kept:
+        return
+    shown = example(tokenized, tokenizer, 0)
+    text = "".join(piece for piece, _ in shown.spans)
+    if statistics.dropped:
+        hint = f"All are longer than {statistics.max_length} tokens: use a larger --max-length, or --on-long truncate."
+    elif statistics.truncated:
+        hint = f"Truncation to {statistics.max_length} tokens leaves only the prompt: use a larger --max-length."
+    else:
+        hint = "Every answer is blank: check the columns, and --map."
+    raise DataError(
+        f"None of the {statistics.rows} rows of {tokenized.rows.source} has a token to train on. {hint} "
+        f"{shown.origin}, with {shown.length} tokens, reads: {start_of(text, 500)}"
+    )
+
+
+def describe(statistics: DataStatistics) -> list[str]:
+    """Facts, then warnings, in plain lines."""
+    return facts(statistics) + [f"warning: {line}" for line in warnings(statistics)]
+
+
+def facts(statistics: DataStatistics) -> list[str]:
+    """The statistics in plain lines; `warnings` has what goes with them."""
+    s = statistics
+    p = s.length_percentiles
+    share = 100 * s.trained_tokens / s.tokens if s.tokens else 0.0
+    return [
+        f"{s.rows:,} rows of format {s.format}, {s.kept:,} of them trained on",
+        f"{s.tokens:,} tokens, {s.trained_tokens:,} of them trained ({share:.1f} %)",
+        f"length in tokens: p5 {p['p5']}, median {p['p50']}, p95 {p['p95']}, p99 {p['p99']}, longest {p['max']}; "
+        f"the limit is {s.max_length}",
+    ]
+
+
+def warnings(statistics: DataStatistics) -> list[str]:
+    """What the user should look at, with counts: rows cut, dropped or left out. Empty if all is well."""
+    s = statistics
+    found = [
+        (s.truncated, f"are truncated to {s.max_length} tokens (see --max-length, --on-long)"),
+        (s.dropped, f"are dropped, being longer than {s.max_length} tokens (see --max-length)"),
+        (s.rows_without_end_of_turn, "are cut before their end-of-turn token"),
+        (s.rows_without_trained_tokens, "have nothing to train on and are left out"),
+    ]
+    return [
+        f"{count:,} of {s.rows:,} rows ({100 * count / s.rows:.1f} %) {what}"
+        for count, what in found
+        if count
+    ]

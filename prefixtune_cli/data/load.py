@@ -1,0 +1,260 @@
+"""From files to checked rows of one layout, on disk.
+
+The rows are written once to an Arrow file in the data sets' cache, under a name made of the content,
+and memory-mapped: a million rows take no more memory than a thousand. The folder is written beside
+itself and renamed, so two runs that load the same data at the same time do not disturb each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefixtune_cli.data import locate
+from prefixtune_cli.data.format import FORMATS, Format, Layout, convert, recognise, rename
+from prefixtune_cli.data.read import Row, origin, read
+from prefixtune_cli.errors import DataError, ResourceError
+from prefixtune_cli.recipe.schema import DataSection
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# Part of the cache's key: raise it whenever the same files give other rows than before.
+VERSION = 1
+ROWS_A_BATCH = 1000
+CHARACTERS_A_BATCH = 16 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedData:
+    """Checked rows.
+
+    Attributes:
+        dataset: columns of one layout (`messages`; `prompt` and `completion`; or `text`), and `file` and
+            `line`, the row's origin as numbers; memory-mapped.
+        format: the recognised or forced format of the files.
+        layout: the layout of `dataset`.
+        fingerprint: sha256 of the files' content and of how it is read, but not of names and times.
+        source: what the user typed.
+        files: the names of the files, in the order that `file` counts them.
+        notices: what the user should hear.
+    """
+
+    dataset: Dataset
+    format: str
+    layout: Layout
+    fingerprint: str
+    source: str
+    files: tuple[str, ...]
+    notices: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def row_origin(self, i: int) -> str:
+        """Where row `i` came from: `my.jsonl, line 18`."""
+        row = self.dataset[i]
+        return origin(self.files[row["file"]], row["line"])
+
+    def select(self, indices: Sequence[int]) -> LoadedData:
+        """The rows of these numbers, in this order."""
+        name = _sha256(f"{self.fingerprint} {list(map(int, indices))}".encode())
+        return dataclasses.replace(self, dataset=self.dataset.select(indices), fingerprint=name)
+
+    def split(self, fraction: float, seed: int) -> tuple[LoadedData, LoadedData]:
+        """(train, held out), as `split` does."""
+        parts = split(self.dataset, fraction, seed)
+        names = (f"train-{fraction}-{seed}", f"held-out-{fraction}-{seed}")
+        train, held_out = (
+            dataclasses.replace(
+                self, dataset=part, fingerprint=_sha256(f"{self.fingerprint} {name}".encode())
+            )
+            for part, name in zip(parts, names, strict=True)
+        )
+        return train, held_out
+
+
+def split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """(train, held out): `fraction` of the rows held out at random, the same ones for the same seed.
+
+    Each part has at least one row, and keeps the order of the rows.
+
+    Raises:
+        DataError: there is only one row.
+    """
+    import numpy as np
+
+    rows = len(dataset)
+    if rows < 2:
+        raise DataError(
+            f"The data has {rows} row, which cannot be split into training and held-out rows. Add rows, or give "
+            "held-out data with --eval-data."
+        )
+    held_out = min(max(1, round(rows * fraction)), rows - 1)
+    order = np.random.default_rng(seed).permutation(rows)
+    return dataset.select(np.sort(order[held_out:])), dataset.select(np.sort(order[:held_out]))
+
+
+def load_rows(source: str, section: DataSection) -> LoadedData:
+    """Read, check and bring to one layout what `source` names.
+
+    Args:
+        source: a file, a folder, `sample:NAME` or a hub data set id.
+        section: the recipe's data section: format, map and train_on are used.
+
+    Raises:
+        DataError: the data is missing or wrong; the message has the file and the line.
+        ResourceError: the hub or the disk is the trouble.
+    """
+    from datasets import Dataset, config
+
+    files = locate.local_files(source)
+    names = (source,) if files is None else tuple(map(str, files))
+    # A sample is named by what the user typed, not by a path inside the package.
+    if source.startswith("sample:"):
+        names = (f"{source}.jsonl",)
+    key = _key(files, section) if files is not None else None
+    cache = Path(config.HF_DATASETS_CACHE) / "prefixtune"
+    folder = cache / key[:32] if key else None
+    if folder is None or not (folder / "about.json").exists():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            beside = Path(tempfile.mkdtemp(prefix=".part-", dir=cache))
+            try:
+                written = _write(beside, files, source, names, section)
+                key = key or written
+                folder = cache / key[:32]
+                _publish(beside, folder)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
+        except OSError as error:
+            raise ResourceError(
+                f"The rows cannot be written to {cache} ({error.strerror or error}). Free space there, or set "
+                "HF_DATASETS_CACHE to another folder."
+            ) from error
+    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    format = FORMATS[about["format"]]
+    return LoadedData(
+        dataset=Dataset.from_file(str(folder / "rows.arrow")),
+        format=format.name,
+        layout=format.layout,
+        fingerprint=str(key),
+        source=source,
+        files=names,
+        notices=_notices(format, about["columns"], section),
+    )
+
+
+def _notices(format: Format, columns: list[str], section: DataSection) -> tuple[str, ...]:
+    how = "forced by --format" if section.format != "auto" else "recognised"
+    used = [name for name in (*format.columns, *format.optional) if name in columns]
+    said = f"Format: {format.name} ({how}; columns {', '.join(used)})"
+    unused = [name for name in columns if name not in used]
+    notices = [said + (f"; not used: {', '.join(unused)}." if unused else ".")]
+    if format.layout == "text" and section.train_on == "completion":
+        notices.append("A text has no completion, so every token of it is trained.")
+    return tuple(notices)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _settings(section: DataSection) -> str:
+    return json.dumps([VERSION, section.format, section.map, section.train_on], sort_keys=True)
+
+
+def _key(files: list[Path], section: DataSection) -> str:
+    digests = []
+    for path in files:
+        try:
+            with open(path, "rb") as file:
+                digests.append(
+                    path.suffix.lower() + hashlib.file_digest(file, "sha256").hexdigest()
+                )
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    return _sha256(" ".join([_settings(section), *digests]).encode())
+
+
+def _publish(beside: Path, folder: Path) -> None:
+    try:
+        os.rename(beside, folder)
+    except OSError:
+        # Another process may have been first, with the same rows.
+        if not (folder / "about.json").exists():
+            raise
+
+
+def _origins(
+    files: list[Path] | None, source: str, names: tuple[str, ...]
+) -> Iterator[tuple[int, int, str, Row]]:
+    for i, name in enumerate(names):
+        for line, row in locate.hub_rows(source) if files is None else read(files[i]):
+            yield i, line, origin(name, line), row
+
+
+def _write(
+    folder: Path,
+    files: list[Path] | None,
+    source: str,
+    names: tuple[str, ...],
+    section: DataSection,
+) -> str:
+    """Write rows.arrow and about.json; return the sha256 of the rows."""
+    import pyarrow as pa
+
+    origins = _origins(files, source, names)
+    first = next(origins, None)
+    if first is None:
+        raise DataError(f"{source} is empty: it has no row.")
+    columns = list(rename(first[3], section.map, first[2]))
+    forced = FORMATS.get(section.format)
+    format = forced or recognise(columns, section.map, first[2])
+    schema = _schema(format.layout)
+    needs_assistant = section.train_on == "completion"
+    digest = hashlib.sha256(_settings(section).encode())
+    batch: list[Row] = []
+    characters = 0
+    with pa.RecordBatchStreamWriter(str(folder / "rows.arrow"), schema) as writer:
+        for file, line, where, raw in itertools.chain([first], origins):
+            row = rename(raw, section.map, where)
+            row = convert(row, format, where, needs_assistant=needs_assistant)
+            if files is None:
+                digest.update(json.dumps(row).encode())
+            characters += _characters(row)
+            batch.append(row | {"file": file, "line": line})
+            if len(batch) == ROWS_A_BATCH or characters >= CHARACTERS_A_BATCH:
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+                batch, characters = [], 0
+        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+    about = {"format": format.name, "columns": columns}
+    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+    return digest.hexdigest()
+
+
+def _characters(row: Row) -> int:
+    if "messages" in row:
+        return sum(len(message["content"]) for message in row["messages"])
+    return sum(map(len, row.values()))
+
+
+def _schema(layout: Layout) -> Any:
+    import pyarrow as pa
+
+    text = pa.string()
+    message = pa.struct({"role": text, "content": text})
+    columns: dict[Layout, dict[str, Any]] = {
+        "messages": {"messages": pa.list_(message)},
+        "prompt-completion": {"prompt": text, "completion": text},
+        "text": {"text": text},
+    }
+    return pa.schema(columns[layout] | {"file": pa.int32(), "line": pa.int64()})

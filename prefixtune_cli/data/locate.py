@@ -1,0 +1,142 @@
+"""Where data is: a file, a folder, a sample that ships with ptp, or a hub data set id."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from prefixtune_cli.data.read import READERS, Rows, start_of
+from prefixtune_cli.errors import DataError, ResourceError
+
+SUFFIXES = ", ".join(READERS)
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")
+HUB_TIMEOUT_SECONDS = 10.0
+
+
+def samples_folder() -> Path:
+    return Path(str(resources.files("prefixtune_cli"))) / "assets" / "samples"
+
+
+def near_names(path: Path) -> str:
+    """What stands in the folder instead: near names, or a few of its data files."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"The folder {folder} does not exist either."
+    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    if near:
+        return f"Did you mean {' or '.join(str(folder / name) for name in near)}?"
+    data = [name for name in names if Path(name).suffix.lower() in READERS][:5]
+    return f"The data files in {folder} are: {', '.join(data) or 'none'}."
+
+
+def local_files(source: str) -> list[Path] | None:
+    """The files that `source` stands for, or None where it is a hub data set id.
+
+    Raises:
+        DataError: there is no such file, folder or sample, or it has no data of a known type.
+    """
+    if source.startswith("sample:"):
+        name = source.removeprefix("sample:")
+        path = samples_folder() / f"{name}.jsonl"
+        known = sorted(p.stem for p in samples_folder().glob("*.jsonl"))
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean sample:{near[0]}?" if near else ""
+            raise DataError(
+                f"There is no sample {name!r}; the samples are {', '.join(known) or 'none'}.{hint}"
+            )
+        return [path]
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = sorted(
+            p
+            for p in path.iterdir()
+            if p.suffix.lower() in READERS and p.is_file() and not p.name.startswith(".")
+        )
+        if not found:
+            raise DataError(f"The folder {path} has no data file. The types are {SUFFIXES}.")
+        return found
+    if path.exists():
+        if path.suffix.lower() not in READERS:
+            raise DataError(
+                f"{path}: the type {path.suffix or '(no suffix)'!r} is not known; the types are {SUFFIXES}. Rename "
+                "the file, or convert it."
+            )
+        return [path]
+    looks_like_a_path = (
+        path.suffix.lower() in READERS
+        or not HUB_ID.fullmatch(source)
+        or (path.parent != Path(".") and path.parent.is_dir())
+        or source.startswith((".", "~"))
+    )
+    if looks_like_a_path:
+        raise DataError(f"The data file {source} does not exist. {near_names(path)}")
+    return None
+
+
+def hub_rows(source: str) -> Rows:
+    """Rows of a hub data set: `ID`, `ID:SPLIT` or `ID:CONFIG:SPLIT`; the split is `train` if unnamed.
+
+    One request decides whether the hub answers, so that a machine without network neither hangs nor
+    retries; with HF_HUB_OFFLINE=1 a copy in the cache is used.
+
+    Raises:
+        ResourceError: the hub cannot be reached, or access is refused.
+        DataError: there is no such data set, configuration or split.
+    """
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    name, _, rest = source.partition(":")
+    config, _, split = rest.rpartition(":")
+    local = f"If it is a local file, there is none of that name. {near_names(Path(name))}"
+    offline = bool(datasets.config.HF_HUB_OFFLINE)
+    if not offline:
+        try:
+            HfApi().dataset_info(name, timeout=HUB_TIMEOUT_SECONDS)
+        except GatedRepoError as error:
+            raise ResourceError(
+                f"The hub data set {name} is gated: accept its terms at https://huggingface.co/datasets/{name}, "
+                "then type: hf auth login"
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise DataError(f"The hub has no data set {name!r}. {local}") from error
+        except Exception as error:  # each HTTP library has its own tree of network errors
+            if isinstance(error, HfHubHTTPError) and error.response is not None:
+                raise ResourceError(
+                    f"The hub refused the data set {name}: {_first_line(error)}"
+                ) from error
+            raise ResourceError(
+                f"The hub data set {name} cannot be fetched: no network ({_first_line(error)}). Give a local file, or "
+                f"set HF_HUB_OFFLINE=1 to use a copy in the cache. {local}"
+            ) from error
+    try:
+        data = datasets.load_dataset(name, config or None, split=split or "train")
+    except ConnectionError as error:
+        raise ResourceError(
+            f"The hub data set {name} is not in the cache"
+            + (", and HF_HUB_OFFLINE is set. Unset it to download." if offline else f": {error}")
+            + f" {local}"
+        ) from error
+    except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"The hub data set {source} cannot be loaded: {_first_line(error)} "
+            "The form is ID, ID:SPLIT or ID:CONFIG:SPLIT."
+        ) from error
+    return _numbered(data)
+
+
+def _numbered(data: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    for i, row in enumerate(data):
+        yield i + 1, row
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return start_of(text.splitlines()[0] if text else type(error).__name__, 200).strip("'\"")

@@ -1,0 +1,52 @@
+"""Prompts without answers: the rows that `ptp generate --data` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from prefixtune_cli.data import locate
+from prefixtune_cli.data.format import FORMATS, rename
+from prefixtune_cli.data.read import Row, origin, read
+from prefixtune_cli.errors import DataError
+
+Messages = list[dict[str, str]]
+
+
+def questions(source: str, mapping: Mapping[str, str]) -> Iterator[tuple[Row, Messages]]:
+    """Each row of a local source, as it stands in the file, and as a conversation that waits for an answer.
+
+    The formats are those of training, but the answer may be missing, and is left out where it is there.
+
+    Raises:
+        DataError: the source is no local file, or a row has no prompt.
+    """
+    files = locate.local_files(source)
+    if files is None:
+        raise DataError(
+            f"{source} is no file on this machine. Give a local file of prompts with --data."
+        )
+    for path in files:
+        for line, raw in read(path):
+            where = origin(str(path), line)
+            yield raw, _question(rename(raw, mapping, where), where)
+
+
+def _question(row: Row, where: str) -> Messages:
+    for format in FORMATS.values():
+        if format.name == "text" or format.columns[0] not in row:
+            continue
+        unanswered = row | {column: "" for column in format.columns[1:]}
+        converted = format.convert(unanswered, where)
+        if "prompt" in converted:
+            return [{"role": "user", "content": converted["prompt"]}]
+        messages: Messages = converted["messages"]
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if messages:
+            return messages
+        raise DataError(f"{where}: the conversation has no question, only answers.")
+    names = ", ".join(format.columns[0] for format in FORMATS.values() if format.name != "text")
+    raise DataError(
+        f"{where}: no prompt; the columns are {', '.join(row) or 'none'}, and a prompt is one of {names}. "
+        "Name it with --map prompt=COLUMN."
+    )

@@ -1,0 +1,199 @@
+"""Tokenize a data set, and count what comes out.
+
+The tokens are written to an Arrow file beside the rows, under a name made of the rows' content, the
+tokenizer and the settings, and memory-mapped; the counts are read from it column by column.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from prefixtune_cli.data.encode import Encoder, PromptAndAnswer
+from prefixtune_cli.data.load import LoadedData
+from prefixtune_cli.errors import DataError
+from prefixtune_cli.recipe.schema import DataSection
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+# Part of the cache's key: raise it whenever the same rows give other tokens than before.
+VERSION = 2
+ROWS_A_BATCH = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class DataStatistics:
+    """What is said about the data before the model loads.
+
+    Attributes:
+        rows: rows read; `kept` of them are trained on.
+        tokens, trained_tokens: of the kept rows, after truncation.
+        length_percentiles: p5, p50, p95, p99 and max of all rows' tokens, before truncation.
+        truncated, dropped: rows longer than max_length, by what happens to them.
+        rows_without_trained_tokens: neither truncation nor dropping: rows left out because no token
+            of what remains of them is trained.
+        rows_without_end_of_turn: kept rows whose last end-of-turn token was truncated.
+    """
+
+    format: str
+    rows: int
+    kept: int
+    tokens: int
+    trained_tokens: int
+    length_percentiles: dict[str, int]
+    max_length: int
+    truncated: int
+    dropped: int
+    rows_without_trained_tokens: int
+    rows_without_end_of_turn: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedData:
+    """Token ids with labels.
+
+    Attributes:
+        dataset: `input_ids` and `labels` (int32 lists; MASKED where not trained) of the kept rows, and
+            `row`, their numbers in `rows`.
+        every_row: the same for all rows, as row i of the loaded data, with `length`, `trained` and `ended`.
+        statistics: of both.
+        rows: what was tokenized.
+        notices: what the user should hear.
+    """
+
+    dataset: Dataset
+    every_row: Dataset
+    statistics: DataStatistics
+    rows: LoadedData
+    notices: tuple[str, ...]
+
+
+def tokenize(
+    rows: LoadedData,
+    tokenizer: PreTrainedTokenizerBase,
+    section: DataSection,
+    *,
+    num_proc: int | None = None,
+) -> TokenizedData:
+    """Render, tokenize, mask and truncate.
+
+    Args:
+        rows: what `load_rows` gave.
+        tokenizer: the model's; it is not changed.
+        section: train_on, max_length, on_long and chat_template are used.
+        num_proc: processes; the tokenizer itself uses all cores already, so this helps only where
+            rendering the template is the slow part.
+
+    Raises:
+        DataError: no template for chats, a template that does not fit, or long rows with on_long error.
+    """
+    encoder = Encoder(rows, tokenizer, section)
+    every_row = rows.dataset.with_format("arrow").map(
+        encoder,
+        batched=True,
+        with_indices=True,
+        batch_size=ROWS_A_BATCH,
+        remove_columns=rows.dataset.column_names,
+        num_proc=num_proc,
+        new_fingerprint=_fingerprint(rows, tokenizer, encoder),
+        desc="Tokenizing",
+    )
+    every_row = every_row.with_format(None)
+    statistics, kept = _count(every_row, rows, section)
+    dataset = every_row.select_columns(["input_ids", "labels", "row"])
+    if statistics.kept < statistics.rows:
+        dataset = dataset.select(kept)
+    return TokenizedData(dataset, every_row, statistics, rows, _notices(rows, tokenizer, encoder))
+
+
+def _fingerprint(
+    rows: LoadedData, tokenizer: PreTrainedTokenizerBase, encoder: Encoder
+) -> str | None:
+    """A name for the tokens made of all that they depend on; None leaves it to `datasets`."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    section = encoder.section
+    settings = json.dumps(
+        [
+            VERSION,
+            rows.fingerprint,
+            section.train_on,
+            section.max_length,
+            encoder.chat.source if encoder.chat else None,
+            tokenizer.special_tokens_map,
+        ],
+        default=str,
+        sort_keys=True,
+    )
+    return hashlib.sha256((settings + backend.to_str()).encode()).hexdigest()[:32]
+
+
+def _notices(
+    rows: LoadedData, tokenizer: PreTrainedTokenizerBase, encoder: Encoder
+) -> tuple[str, ...]:
+    end = tokenizer.convert_ids_to_tokens(encoder.end_id)
+    if rows.layout == "text":
+        return (f"{end} ends each text.",)
+    if encoder.chat is None:
+        return (
+            "The tokenizer has no chat template: prompt and completion are joined as they are, with a space between "
+            f"them where neither has one, and {end} ends each example.",
+        )
+    added = ", which ptp adds, as the template has no such token" if encoder.appends_end else ""
+    return (f"Chat template: {end} ends each answer{added}.",)
+
+
+def _count(
+    every_row: Dataset, rows: LoadedData, section: DataSection
+) -> tuple[DataStatistics, Any]:
+    """The statistics, and the numbers of the rows that are kept (int64 array)."""
+    import numpy as np
+
+    length, trained, ended = (
+        every_row.data.column(name).to_numpy() for name in ("length", "trained", "ended")
+    )
+    long = length > section.max_length
+    if section.on_long == "error" and long.any():
+        first = int(np.argmax(long))
+        raise DataError(
+            f"{long.sum()} of {len(long)} rows are longer than {section.max_length} tokens; the first is "
+            f"{rows.row_origin(first)} with {length[first]}, the longest has {length.max()}. Use --max-length "
+            f"{length.max()}, or --on-long truncate or drop."
+        )
+    dropped = long if section.on_long == "drop" else np.zeros_like(long)
+    kept = ~dropped & (trained > 0)
+    percentiles = np.percentile(length, [5, 50, 95, 99, 100], method="inverted_cdf")
+    return DataStatistics(
+        format=rows.format,
+        rows=len(length),
+        kept=int(kept.sum()),
+        tokens=int(np.minimum(length, section.max_length)[kept].sum()),
+        trained_tokens=int(trained[kept].sum()),
+        length_percentiles=dict(
+            zip(("p5", "p50", "p95", "p99", "max"), map(int, percentiles), strict=True)
+        ),
+        max_length=section.max_length,
+        truncated=int((long & ~dropped).sum()),
+        dropped=int(dropped.sum()),
+        rows_without_trained_tokens=int((~dropped & (trained == 0)).sum()),
+        rows_without_end_of_turn=int((kept & ~ended).sum()),
+    ), np.flatnonzero(kept)
+
+
+def prompts_and_answers(
+    rows: LoadedData, tokenizer: PreTrainedTokenizerBase, section: DataSection
+) -> Iterator[PromptAndAnswer]:
+    """Each row as a question, in the tokens that training saw, and its last answer.
+
+    Raises:
+        DataError: the rows have no answers, or the tokenizer no template for chats.
+    """
+    encoder = Encoder(rows, tokenizer, section)
+    for row in rows.dataset:
+        yield encoder.prompt(row)

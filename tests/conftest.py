@@ -1,0 +1,55 @@
+"""What all tests share: no network, one thread a worker, caches of their own, and a minute base model."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="ptp-tests-hf-")
+
+import pytest
+
+COLOURS = ("red", "blue", "green", "white")
+
+
+@pytest.fixture(scope="session")
+def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama of two layers and random weights, and the tokenizer of `tiny`."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from prefixtune_cli.recipe.aliases import packaged_model
+
+    tokenizer = AutoTokenizer.from_pretrained(packaged_model())
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    folder = tmp_path_factory.mktemp("random-base")
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 rows of a task that two layers can learn: say the colour back in capitals."""
+    file = tmp_path_factory.mktemp("colours") / "colours.jsonl"
+    rows = [
+        {"prompt": f"Say the colour {colour}, number {i}.", "completion": colour.upper()}
+        for i in range(16)
+        for colour in COLOURS
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file

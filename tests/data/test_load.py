@@ -1,0 +1,426 @@
+"""What comes in: formats, sources, and every kind of bad input with its one clear error."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from prefixtune_cli.data import read
+from prefixtune_cli.data.load import LoadedData, load_rows, split
+from prefixtune_cli.errors import DataError, PtpError, ResourceError
+from prefixtune_cli.recipe.schema import DataSection
+
+PAIR = {"prompt": "Why?", "completion": "Because."}
+TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+
+
+def content(rows: LoadedData) -> list[dict]:
+    return rows.dataset.remove_columns(["file", "line"]).to_list()
+
+
+def refusal(source: str, **values) -> str:
+    with pytest.raises(DataError) as caught:
+        load_rows(source, DataSection(**values))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1200
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "expected"),
+    [
+        ({"messages": TURNS}, "messages", {"messages": TURNS}),
+        (
+            {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]},
+            "conversations",
+            {"messages": TURNS},
+        ),
+        (PAIR, "prompt-completion", PAIR),
+        (
+            {"instruction": "Why", "input": "me?", "output": "Because."},
+            "alpaca",
+            {"prompt": "Why\n\nme?", "completion": "Because."},
+        ),
+        ({"instruction": "Why?", "input": "", "output": "Because."}, "alpaca", PAIR),
+        ({"instruction": "Why?", "output": "Because."}, "alpaca", PAIR),
+        ({"question": "Why?", "answer": "Because."}, "question-answer", PAIR),
+        ({"text": "Why? ☃"}, "text", {"text": "Why? ☃"}),
+    ],
+)  # fmt: skip
+def test_each_format_is_recognised_and_brought_to_one_layout(write, row, format, expected):
+    rows = load_rows(write("a.jsonl", [row]), DataSection())
+    assert rows.format == format
+    assert content(rows) == [expected]
+    assert f"Format: {format} (recognised; columns " in rows.notices[0]
+
+
+def test_a_forced_format_wins_over_the_recognised_one(write):
+    row = PAIR | {"text": "All of it."}
+    file = write("a.jsonl", [row])
+    assert load_rows(file, DataSection()).format == "prompt-completion"
+    rows = load_rows(file, DataSection(format="text"))
+    assert content(rows) == [{"text": "All of it."}]
+    assert "forced by --format" in rows.notices[0]
+    assert "not used: prompt, completion" in rows.notices[0]
+
+
+def test_map_renames_columns_from_source_to_destination(write):
+    file = write("a.jsonl", [{"text": "card charged twice", "category": "payment"}])
+    rows = load_rows(file, DataSection(map={"prompt": "text", "completion": "category"}))
+    assert content(rows) == [{"prompt": "card charged twice", "completion": "payment"}]
+
+
+def test_map_decides_the_format_over_other_columns(write):
+    file = write("a.jsonl", [{"messages": TURNS, "q": "Why?", "a": "Because."}])
+    rows = load_rows(file, DataSection(map={"prompt": "q", "completion": "a"}))
+    assert content(rows) == [PAIR]
+
+
+def test_map_of_an_unknown_column_lists_the_columns(write):
+    told = refusal(write("a.jsonl", [PAIR]), map={"prompt": "qestion"})
+    assert "line 1" in told and "prompt=qestion" in told and "prompt, completion" in told
+
+
+def test_text_says_aloud_that_every_token_is_trained(write):
+    rows = load_rows(write("a.jsonl", [{"text": "x"}]), DataSection())
+    assert "every token of it is trained" in rows.notices[1]
+
+
+def test_all_four_file_types_give_the_same_rows(write, tmp_path):
+    from datasets import Dataset
+
+    data = [PAIR, {"prompt": 'Say "hi",\nplease', "completion": "hi ☃"}]
+    files = [
+        write("a.jsonl", data),
+        write("a.json", json.dumps(data, indent=2)),
+        write("a.csv", 'prompt,completion\nWhy?,Because.\n"Say ""hi"",\nplease",hi ☃\n'),
+        str(tmp_path / "a.parquet"),
+    ]
+    Dataset.from_list(data).to_parquet(files[3])
+    loaded = [load_rows(file, DataSection()) for file in files]
+    for rows in loaded:
+        assert content(rows) == data
+    assert [rows.row_origin(1).removeprefix(str(tmp_path)) for rows in loaded] == [
+        "/a.jsonl, line 2",
+        "/a.json, line 6",
+        "/a.csv, line 3",
+        "/a.parquet, row 2",
+    ]
+
+
+def test_a_json_file_of_one_object_a_line_is_read_too(write):
+    file = write("a.json", json.dumps(PAIR) + "\n" + json.dumps(PAIR))
+    assert content(load_rows(file, DataSection())) == [PAIR, PAIR]
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(write, tmp_path):
+    write("d/b.csv", "prompt,completion\nb,2\n")
+    write("d/a.jsonl", [{"prompt": "a", "completion": "1"}])
+    write("d/.hidden.jsonl", "not JSON")
+    write("d/README.md", "not data")
+    rows = load_rows(str(tmp_path / "d"), DataSection())
+    assert [row["prompt"] for row in rows.dataset] == ["a", "b"]
+    assert rows.row_origin(1) == f"{tmp_path}/d/b.csv, line 2"
+
+
+def test_a_byte_order_mark_and_blank_lines_are_accepted(write):
+    lines = (
+        b"\xef\xbb\xbf" + json.dumps(PAIR).encode() + b"\r\n\r\n  \n" + json.dumps(PAIR).encode()
+    )
+    rows = load_rows(write("a.jsonl", lines + b"\n\n"), DataSection())
+    assert content(rows) == [PAIR, PAIR]
+    assert rows.row_origin(1).endswith("a.jsonl, line 4")
+
+
+def test_the_fingerprint_depends_on_content_and_mapping_alone(write):
+    one = load_rows(write("a.jsonl", [PAIR]), DataSection())
+    copy = load_rows(write("b.jsonl", [PAIR]), DataSection())
+    os.utime(write("a.jsonl", [PAIR]), (1, 1))
+    again = load_rows(one.source, DataSection(max_length=99))
+    other = load_rows(write("c.jsonl", [PAIR | {"completion": "No."}]), DataSection())
+    mapped = load_rows(
+        one.source, DataSection(map={"prompt": "completion", "completion": "prompt"})
+    )
+    assert one.fingerprint == copy.fingerprint == again.fingerprint
+    assert len({one.fingerprint, other.fingerprint, mapped.fingerprint}) == 3
+    assert len(one.fingerprint) == 64
+
+
+def test_a_changed_file_is_read_anew(write):
+    file = write("a.jsonl", [PAIR])
+    load_rows(file, DataSection())
+    write("a.jsonl", [{"prompt": "b", "completion": "c"}])
+    assert content(load_rows(file, DataSection())) == [{"prompt": "b", "completion": "c"}]
+
+
+def test_loads_at_the_same_time_do_not_disturb_each_other(write):
+    file = write("a.jsonl", [PAIR | {"prompt": str(i)} for i in range(3000)])
+    counts, errors = [], []
+
+    def load() -> None:
+        try:
+            counts.append(len(load_rows(file, DataSection())))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=load) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert counts == [3000] * 6
+
+
+def test_an_empty_file_is_refused(write):
+    for name in ("a.jsonl", "a.csv", "a.json"):
+        assert "is empty: it has 0 bytes" in refusal(write(name, b""))
+    assert "is empty" in refusal(write("b.jsonl", b"\n\n"))
+    assert "is empty" in refusal(write("b.json", b"[ ]"))
+    assert "is empty" in refusal(write("b.csv", b"prompt,completion\n"))
+
+
+def test_a_file_that_is_not_utf8_names_line_byte_and_remedy(write):
+    good = json.dumps(PAIR).encode() + b"\n"
+    bad = '{"prompt": "Köln"}'.encode("latin1")
+    told = refusal(write("a.jsonl", good * 2 + bad))
+    assert "a.jsonl, line 3: not UTF-8, byte 0xf6 at position 14" in told
+    assert "iconv -f latin1 -t utf-8" in told
+    assert "line 2: not UTF-8" in refusal(write("a.csv", b"prompt,completion\nK\xf6ln,a\n"))
+    assert "line 3: not UTF-8" in refusal(write("a.json", b"[\n" + good + b"," + bad + b"]"))
+    assert "iconv -f utf-16" in refusal(write("b.jsonl", json.dumps(PAIR).encode("utf-16")))
+
+
+def test_broken_json_names_line_17_and_shows_its_start(write):
+    broken = '{"prompt": "seventeen", "completion": '
+    lines = [json.dumps(PAIR)] * 16 + [broken] + [json.dumps(PAIR)]
+    told = refusal(write("a.jsonl", "\n".join(lines)))
+    assert "a.jsonl, line 17: broken JSON" in told
+    assert "at column 38" in told
+    assert '{"prompt": "seventeen"' in told
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('[\n{"prompt": "a", "completion": "b"},\n{"prompt": }]', "line 3, column 12"),
+        ('[{"prompt": "a", "completion": "b"}\n', "got the end of the file"),
+        ('[{"prompt": "a", "completion": "b"}\n{"prompt"', "line 2: broken JSON, expected ','"),
+        ('[{"prompt": "a", "completion": "b"},', "broken JSON (Expecting value"),
+        ('{\n  "prompt": "a"\n}', "line 1: broken JSON"),
+    ],
+)
+def test_broken_json_arrays_name_the_place(write, text, expected):
+    assert expected in refusal(write("a.json", text))
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", '"text"', "5", "null"])
+def test_a_line_that_is_no_object_is_refused(write, line):
+    told = refusal(write("a.jsonl", json.dumps(PAIR) + "\n" + line))
+    assert "line 2: a row must be a JSON object" in told
+
+
+def test_json_that_breaks_the_parser_is_refused(write):
+    assert "line 1: broken JSON" in refusal(write("a.jsonl", "[" * 200_000))
+    assert "line 1: broken JSON" in refusal(write("a.jsonl", '{"prompt": ' + "1" * 5000 + "}"))
+
+
+def test_a_row_without_its_column_is_named(write):
+    told = refusal(write("a.jsonl", [PAIR, PAIR, {"prompt": "Why?", "answr": "x"}]))
+    assert "line 3: the column 'completion' is missing" in told
+    assert "prompt, answr" in told
+
+
+def test_mixed_formats_are_refused(write):
+    told = refusal(write("a.jsonl", [PAIR, {"messages": TURNS}]))
+    assert "line 2: mixed formats" in told
+    assert "prompt-completion (prompt + completion)" in told and "messages" in told
+
+
+def test_unknown_columns_list_the_formats_and_the_map(write):
+    told = refusal(write("a.jsonl", [{"context": "a", "response": "b"}]))
+    assert "context, response" in told and "question + answer" in told
+    assert "--map prompt=COLUMN,completion=COLUMN" in told
+
+
+@pytest.mark.parametrize(
+    ("value", "got", "instead"),
+    [
+        (None, "null", 'write ""'),
+        (5, "a number: '5'", 'Quote it: "completion": "5"'),
+        (True, "a boolean", "Quote it"),
+        (["x"], "a list", "--map messages=COLUMN"),
+        ({"x": 1}, "an object", "its text alone"),
+    ],
+)
+def test_a_field_that_is_no_text_says_what_to_type(write, value, got, instead):
+    told = refusal(write("a.jsonl", [PAIR, {"prompt": "a", "completion": value}]))
+    assert f"line 2: the column 'completion' must be text, got {got}" in told
+    assert instead in told
+
+
+def test_a_null_in_parquet_names_its_row(write, tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list([PAIR, {"prompt": "a", "completion": None}]).to_parquet(
+        str(tmp_path / "a.parquet")
+    )
+    assert "a.parquet, row 2: the column 'completion' must be text, got null" in refusal(
+        str(tmp_path / "a.parquet")
+    )
+
+
+def test_half_a_surrogate_pair_is_refused(write):
+    told = refusal(write("a.jsonl", r'{"prompt": "a", "completion": "\ud83d"}'))
+    assert "line 1" in told and r"\ud83d" in told
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        ([], "got an empty list"),
+        ("hi", "must be a list of messages, got str"),
+        (["hi"], "message 1: a message must be an object"),
+        ([{"role": "user"}], "message 1: 'content' is missing; the keys are 'role'"),
+        ([TURNS[0], {"role": "bot", "content": "x"}], "message 2: 'role' must be one of system"),
+        ([TURNS[0], {"role": "assistant", "content": None}], "message 2: the column 'content'"),
+        ([TURNS[0] | {"tool_calls": [1]}], "tool_calls are not supported"),
+        ([TURNS[0]], "no message has the role assistant"),
+    ],
+)
+def test_a_bad_conversation_is_refused(write, turns, expected):
+    told = refusal(write("a.jsonl", [{"messages": TURNS}, {"messages": turns}]))
+    assert "line 2" in told and expected in told
+
+
+def test_a_conversation_without_answer_is_taken_when_all_is_trained(write):
+    file = write("a.jsonl", [{"messages": TURNS[:1]}])
+    assert content(load_rows(file, DataSection(train_on="all"))) == [{"messages": TURNS[:1]}]
+
+
+def test_duplicate_keys_are_refused_at_any_depth(write):
+    told = refusal(write("a.jsonl", '{"prompt": "a", "completion": "b", "prompt": "c"}'))
+    assert "line 1: the key 'prompt' stands twice" in told
+    nested = '{"messages": [{"role": "user", "role": "assistant", "content": "b"}]}'
+    assert "the key 'role' stands twice" in refusal(write("b.jsonl", nested))
+    assert "'prompt' stands twice" in refusal(write("c.csv", "prompt,prompt\na,b\n"))
+
+
+def test_csv_rows_of_another_width_and_open_quotes_are_refused(write):
+    told = refusal(write("a.csv", "prompt,completion\na,b\na,b,c\n"))
+    assert "line 3: 3 cells, but the header names 2 columns (prompt, completion)" in told
+    told = refusal(write("b.csv", 'prompt,completion\na,b\n"a,b\nc,d\n'))
+    assert "line 3: broken CSV" in told and "not closed" in told
+
+
+def test_a_broken_parquet_file_is_refused(write):
+    assert "cannot be read as Parquet" in refusal(write("a.parquet", b"PAR1 and no more"))
+
+
+def test_a_one_gigabyte_line_is_refused_without_reading_it_whole(tmp_path):
+    file = tmp_path / "a.jsonl"
+    with open(file, "wb") as out:
+        out.write(json.dumps(PAIR).encode() + b'\n{"prompt": "')
+        out.truncate(2**30)  # sparse: reads as zero bytes
+    work = (
+        "import re, sys\n"
+        "from pathlib import Path\n"
+        "from prefixtune_cli.data.read import read\n"
+        "try:\n    list(read(Path(sys.argv[1])))\n"
+        "except Exception as error:\n    print(error)\n"
+        "print(int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) // 1024)"
+    )
+    ran = subprocess.run([sys.executable, "-c", work, str(file)], capture_output=True, text=True)
+    told, peak_mib = ran.stdout.splitlines()
+    assert f"line 2: the line is longer than {read.MAX_LINE_BYTES // 2**20} MiB" in told
+    assert int(peak_mib) < 400
+
+
+def test_a_missing_file_suggests_near_names(write, tmp_path):
+    write("train.jsonl", [PAIR])
+    told = refusal(str(tmp_path / "trian.jsonl"))
+    assert "does not exist" in told and f"Did you mean {tmp_path}/train.jsonl?" in told
+    assert "The data files in" in refusal(str(tmp_path / "zzzzzzz.csv"))
+    assert "The folder /no/such does not exist" in refusal("/no/such/a.jsonl")
+
+
+def test_an_unknown_type_and_an_empty_folder_list_the_types(write, tmp_path):
+    assert ".jsonl, .json, .csv, .parquet" in refusal(write("a.txt", "x"))
+    (tmp_path / "empty").mkdir()
+    assert "has no data file" in refusal(str(tmp_path / "empty"))
+
+
+def test_a_sample_is_found_and_an_unknown_one_lists_those_there_are(monkeypatch, write, tmp_path):
+    from prefixtune_cli.data import locate
+
+    write("intents-train.jsonl", [PAIR])
+    monkeypatch.setattr(locate, "samples_folder", lambda: tmp_path)
+    rows = load_rows("sample:intents-train", DataSection())
+    assert content(rows) == [PAIR]
+    assert rows.row_origin(0) == "sample:intents-train.jsonl, line 1"
+    told = refusal("sample:intents-tain")
+    assert "the samples are intents-train" in told
+    assert "Did you mean sample:intents-train?" in told
+
+
+def test_a_hub_id_while_offline_is_one_quick_error(monkeypatch):
+    import time
+
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    start = time.monotonic()
+    with pytest.raises(ResourceError, match="not in the cache, and HF_HUB_OFFLINE is set"):
+        load_rows("nobody/no-such-data", DataSection())
+    assert time.monotonic() - start < 5
+
+
+def test_a_hub_that_does_not_answer_is_one_quick_error():
+    work = (
+        "from prefixtune_cli.data.load import load_rows\n"
+        "from prefixtune_cli.recipe.schema import DataSection\n"
+        "from prefixtune_cli.errors import ResourceError\n"
+        "try:\n    load_rows('nobody/no-such-data', DataSection())\n"
+        "except ResourceError as error:\n    print(error)"
+    )
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    ran = subprocess.run(
+        [sys.executable, "-c", work], capture_output=True, text=True, env=environment, timeout=30
+    )
+    assert "cannot be fetched: no network" in ran.stdout, ran.stderr
+    assert "HF_HUB_OFFLINE=1" in ran.stdout
+
+
+def test_every_error_of_the_data_layer_exits_with_1(write):
+    with pytest.raises(PtpError) as caught:
+        load_rows(write("a.jsonl", b""), DataSection())
+    assert caught.value.exit_code == 1
+
+
+def test_the_split_is_decided_by_the_seed(write):
+    file = write("a.jsonl", [PAIR | {"prompt": str(i)} for i in range(100)])
+    rows = load_rows(file, DataSection())
+
+    def held_out(seed: int) -> list[str]:
+        return rows.split(0.05, seed)[1].dataset["prompt"][:]
+
+    train, part = rows.split(0.05, 3)
+    assert len(train) == 95 and len(part) == 5
+    assert {*train.dataset["prompt"], *part.dataset["prompt"]} == {str(i) for i in range(100)}
+    assert held_out(3) == held_out(3) == part.dataset["prompt"][:]
+    assert held_out(3) != held_out(4)
+    assert len({rows.fingerprint, train.fingerprint, part.fingerprint}) == 3
+    assert part.row_origin(0).endswith(f"line {int(part.dataset[0]['prompt']) + 1}")
+
+
+def test_a_split_leaves_a_row_on_each_side_and_refuses_one_row(write):
+    rows = load_rows(write("a.jsonl", [PAIR, PAIR]), DataSection())
+    assert [len(part) for part in split(rows.dataset, 0.001, 0)] == [1, 1]
+    assert [len(part) for part in split(rows.dataset, 0.999, 0)] == [1, 1]
+    with pytest.raises(DataError, match="has 1 row"):
+        split(rows.dataset.select([0]), 0.5, 0)
