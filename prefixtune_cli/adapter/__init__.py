@@ -1,0 +1,33 @@
+"""Prefix-Tuning+ as a PEFT method; importing this package registers it.
+
+The method is that of Wang et al., "Prefix-Tuning+: Modernizing Prefix-Tuning by Decoupling the Prefix from
+Attention" (arXiv 2506.13674), which appeared at ICLR 2026 as PrefixMemory-Tuning. To each head's attention
+output it adds what the query reads from a trained matrix (eq. 7):
+
+    o_i = softmax-attention(q_i, K, V) + φ(q_i)ᵀ M_h
+
+The package imports nothing else of ours, so that it could be lifted into PEFT as it stands.
+"""
+
+from prefixtune_cli.adapter.attention import (
+    AttentionShape,
+    UnsupportedModelError,
+    attention_modules,
+)
+from prefixtune_cli.adapter.config import PrefixTuningPlusConfig
+from prefixtune_cli.adapter.layer import MemoryLayer
+from prefixtune_cli.adapter.memory import Memory
+from prefixtune_cli.adapter.model import PrefixTuningPlusModel
+from prefixtune_cli.adapter.register import register
+
+register(PrefixTuningPlusConfig, PrefixTuningPlusModel)
+
+__all__ = [
+    "AttentionShape",
+    "Memory",
+    "MemoryLayer",
+    "PrefixTuningPlusConfig",
+    "PrefixTuningPlusModel",
+    "UnsupportedModelError",
+    "attention_modules",
+]

@@ -1,0 +1,143 @@
+"""The hook into attention: one for every architecture, through transformers' attention interface.
+
+transformers' attention modules ask `AttentionInterface.get_interface` for the function that computes attention
+(sdpa, eager, flash, flex, …) and call it as `attention(module, query, key, value, mask, …)`: with the query after
+projection, norm and rotary embedding, and getting back the heads' outputs before the output projection. The hook
+wraps what `get_interface` returns. The wrapped function calls the original and, where `module` carries a memory
+layer, adds what the query reads from it. The base's `_attn_implementation` keeps its name.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+LAYER_ATTRIBUTE = "_prefix_tuning_plus_layer"
+
+# The names by which transformers' attention modules call the same things, in the order of preference.
+_HEADS = ("num_heads", "num_attention_heads")
+_KV_HEADS = ("num_key_value_heads", "kv_heads")
+_D_QUERY = ("qk_head_dim", "head_dim", "head_size", "attention_head_size")
+
+
+class UnsupportedModelError(ValueError):
+    """The base model's attention cannot be reached through transformers' attention interface."""
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The heads of one attention module."""
+
+    layer: int
+    heads: int
+    kv_heads: int
+    d_query: int
+    d_value: int
+
+
+def attention_modules(model: nn.Module) -> dict[str, AttentionShape]:
+    """The decoder's attention modules that the hook reaches, by name, in the order of the model.
+
+    Such a module asks `ALL_ATTENTION_FUNCTIONS` for its attention function in `forward`, and has a `layer_idx`:
+    the vision and audio towers of multimodal models have none. A module that carries a memory already counts under
+    the name of the layer that wraps it.
+
+    Raises:
+        UnsupportedModelError: there is none, or one whose heads cannot be told; the message names the class.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        layer = getattr(module, "layer_idx", None)
+        if _asks_the_interface(type(module)) and isinstance(layer, int):
+            found[name.removesuffix(".base_layer")] = _shape(module, layer)
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be adapted by Prefix-Tuning+: none of its modules calls attention through "
+            "transformers' AttentionInterface. Use a model whose attention does (Llama, Mistral, Qwen, Gemma, Phi, "
+            "GPT-2, GPT-NeoX, OLMo and most others do), or another method such as LoRA."
+        )
+    return found
+
+
+def _asks_the_interface(module_class: type[nn.Module]) -> bool:
+    code = getattr(inspect.unwrap(module_class.forward), "__code__", None)
+    # A class that indexes the table instead (older remote code) is out of the hook's reach.
+    return code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(code.co_names)
+
+
+def _shape(module: nn.Module, layer: int) -> AttentionShape:
+    config = getattr(module, "config", None)
+    heads = _first_int(module, _HEADS) or _first_int(config, _HEADS)
+    d_query = _first_int(module, _D_QUERY)
+    if heads is None or d_query is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} cannot be adapted by Prefix-Tuning+: it calls attention through transformers' "
+            "AttentionInterface, but has no attribute that gives its number of heads and their width."
+        )
+    groups = _first_int(module, ("num_key_value_groups",))
+    kv_heads = (
+        heads // groups
+        if groups
+        else _first_int(module, _KV_HEADS) or _first_int(config, _KV_HEADS) or heads
+    )
+    return AttentionShape(
+        layer, heads, kv_heads, d_query, _first_int(module, ("v_head_dim",)) or d_query
+    )
+
+
+def _first_int(owner: object, names: tuple[str, ...]) -> int | None:
+    values = (getattr(owner, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
+
+
+def attention_with_memory(
+    attention: Callable[..., tuple[Tensor, Any]],
+    module: nn.Module,
+    query: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Call `attention` and add what the query reads from the memories that `module` carries (eq. 7).
+
+    Args:
+        attention: the base's attention function.
+        module: the attention module.
+        query: [batch, heads, positions, d_query], after rotary embedding.
+
+    Returns:
+        The heads' outputs, [batch, positions, heads, d_value], and whatever `attention` gives beside them.
+    """
+    output, weights = attention(module, query, *args, **kwargs)
+    layer = getattr(module, LAYER_ATTRIBUTE, None)
+    if layer is not None:
+        for memory in layer.active_memories():
+            read = memory(query).to(output.dtype)
+            # Flash attention pads the values of multi-head latent attention to the keys' width.
+            padding = output.shape[-1] - read.shape[-1]
+            output = output + (F.pad(read, (0, padding)) if padding else read)
+    return output, weights
+
+
+def install_hook() -> None:
+    """Have every attention function that transformers hands out look for a memory; a second call changes nothing."""
+    original = AttentionInterface.get_interface
+    if getattr(original, "_looks_for_memories", False):
+        return
+
+    @functools.wraps(original)
+    def get_interface(
+        self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]
+    ) -> Any:
+        return functools.partial(
+            attention_with_memory, original(self, attn_implementation, default)
+        )
+
+    get_interface._looks_for_memories = True  # type: ignore[attr-defined]
+    AttentionInterface.get_interface = get_interface

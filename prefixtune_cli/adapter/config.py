@@ -1,0 +1,94 @@
+"""The configuration of Prefix-Tuning+, as PEFT stores it in adapter_config.json."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+FEATURE_MAPS = ("elu", "gelu", "mlp")
+FORMAT_VERSION = 1
+
+
+@dataclass
+class PrefixTuningPlusConfig(PeftConfig):
+    """What M is, and where it is read (arXiv 2506.13674, eq. 7).
+
+    Args:
+        feature_map: φ: `elu` (the paper's default), `gelu`, or `mlp`, φ_W(q) = ReLU(Wq + b) with trained W and b.
+        feature_dim: features a head of `mlp`; None is the query's width. The other maps have the query's width.
+        normalize_query: φ sees the query divided by its root mean square over the head. Off is the paper's form.
+        share_heads: `query` trains one M a query head, `kv` one a key/value head, shared by its query heads.
+        layers: `all`, a list of decoder layer numbers, or `last:k`.
+        target_modules: attention modules to adapt, by name as elsewhere in PEFT; None is all that `layers` allows.
+        modules_to_save: modules trained and saved besides, as elsewhere in PEFT.
+        init_weights: M starts at zero, so a fresh adapter changes nothing. False draws it at random, for tests.
+        format_version: of the adapter's file format; a higher one than this code knows is refused.
+
+    Raises:
+        ValueError: a value is out of its range; the message gives the rule and the value received.
+    """
+
+    feature_map: str = field(default="elu", metadata={"help": "φ of eq. 7: elu, gelu or mlp."})
+    feature_dim: int | None = field(default=None, metadata={"help": "Features a head of mlp."})
+    normalize_query: bool = field(
+        default=False, metadata={"help": "Divide the query by its root mean square."}
+    )
+    share_heads: str = field(
+        default="query", metadata={"help": "One M a query head, or one a kv head."}
+    )
+    layers: str | list[int] = field(
+        default="all", metadata={"help": "all, a list of layer numbers, or last:k."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Attention modules, by name."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained and saved besides."}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "Start M at zero."})
+    format_version: int = field(
+        default=FORMAT_VERSION, metadata={"help": "Version of the adapter's format."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.PREFIX_TUNING_PLUS
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"This adapter has format version {self.format_version}, and this version of prefixtune-cli reads up "
+                f"to {FORMAT_VERSION}. Update it: pip install --upgrade prefixtune-cli"
+            )
+        if self.feature_map not in FEATURE_MAPS:
+            raise ValueError(f"feature_map must be elu, gelu or mlp, got {self.feature_map!r}.")
+        if self.feature_dim is not None:
+            if self.feature_map != "mlp":
+                raise ValueError(
+                    f"feature_dim belongs to feature_map 'mlp', got feature_dim={self.feature_dim} with "
+                    f"{self.feature_map!r}, whose features have the query's width."
+                )
+            if type(self.feature_dim) is not int or self.feature_dim < 1:
+                raise ValueError(
+                    f"feature_dim must be a whole number above 0, got {self.feature_dim!r}."
+                )
+        if self.share_heads not in ("query", "kv"):
+            raise ValueError(f"share_heads must be query or kv, got {self.share_heads!r}.")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        if isinstance(self.layers, str):
+            valid = self.layers == "all" or re.fullmatch(r"last:[1-9]\d*", self.layers) is not None
+        elif isinstance(self.layers, Iterable):
+            self.layers = list(self.layers)
+            numbers = [layer for layer in self.layers if type(layer) is int and layer >= 0]
+            valid = len(set(numbers)) == len(self.layers) > 0
+        else:
+            valid = False
+        if not valid:
+            raise ValueError(
+                "layers must be all, a list of layer numbers such as [0, 1], each once, or last:k with k above 0, "
+                f"got {self.layers!r}."
+            )

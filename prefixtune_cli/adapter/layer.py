@@ -1,0 +1,100 @@
+"""The tuner layer: wraps an attention module and keeps its memories, one an adapter."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from prefixtune_cli.adapter.attention import LAYER_ATTRIBUTE, AttentionShape
+from prefixtune_cli.adapter.config import PrefixTuningPlusConfig
+from prefixtune_cli.adapter.memory import Memory
+
+WHY_NOT_MERGED = (
+    "A Prefix-Tuning+ adapter cannot be merged into the base weights: φ is not linear and the query depends on the "
+    "token's position, so no weight matrix gives φ(q)ᵀM. Keep the adapter beside the base (it costs about 3 % of one "
+    "projection and no KV cache), or call unload() for the base without it."
+)
+
+
+class MemoryLayer(nn.Module, BaseTunerLayer):
+    """An attention module with its memories.
+
+    The attention module itself runs unchanged; the hook finds this layer by an attribute that is set on the
+    module, kept out of its submodules so that neither names nor state dict see it twice.
+
+    Args:
+        base_layer: the attention module.
+        shape: its heads.
+    """
+
+    adapter_layer_names = ("prefix_tuning_plus_memory",)
+
+    def __init__(self, base_layer: nn.Module, shape: AttentionShape) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.shape = shape
+        self.prefix_tuning_plus_memory = nn.ModuleDict({})
+        self.merged_adapters: list[str] = []
+        object.__setattr__(base_layer, LAYER_ATTRIBUTE, self)
+
+    def update_layer(self, adapter_name: str, config: PrefixTuningPlusConfig) -> None:
+        """Add a memory for the adapter, on the base's device and in its dtype (PEFT makes it float32 by default)."""
+        memory = Memory(
+            self.shape.kv_heads if config.share_heads == "kv" else self.shape.heads,
+            self.shape.d_query,
+            self.shape.d_value,
+            feature_map=config.feature_map,
+            feature_dim=config.feature_dim,
+            normalize_query=config.normalize_query,
+            init_weights=config.init_weights,
+        )
+        # A quantized attention module may have no floating-point weight at all.
+        floating = (p.dtype for p in self.base_layer.parameters() if p.is_floating_point())
+        self.prefix_tuning_plus_memory[adapter_name] = memory.to(next(floating, torch.float32))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def active_memories(self) -> list[Memory]:
+        """The memories that are read now: none while adapters are disabled."""
+        if self.disable_adapters:
+            return []
+        memories: Any = self.prefix_tuning_plus_memory
+        return [memories[name] for name in self.active_adapters if name in memories]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_layer(*args, **kwargs)
+
+    def release(self) -> None:
+        """Give the attention module back as it was."""
+        if getattr(self.base_layer, LAYER_ATTRIBUTE, None) is self:
+            object.__delattr__(self.base_layer, LAYER_ATTRIBUTE)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        raise NotImplementedError(WHY_NOT_MERGED)
+
+    def unmerge(self) -> NoReturn:
+        raise NotImplementedError(WHY_NOT_MERGED)
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, None]:
+        # No dtype: with `low_cpu_mem_usage` PEFT would round to it what it has just loaded in float32.
+        return next((p.device for p in base_layer.parameters()), None), None
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes that the layer lacks are the attention module's, for models that ask it for them.
+
+        But not private ones: accelerate would take the attention module's hook for the layer's own.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer" or name.startswith("_"):
+                raise
+            return getattr(self.base_layer, name)
+
+    def __repr__(self) -> str:
+        return "prefix_tuning_plus." + super().__repr__()

@@ -1,0 +1,92 @@
+"""The memory M of one attention module, and how a query reads it; it knows nothing of the model around it.
+
+Legend: h heads of M, g query heads that share one of them, s positions, d d_query, f d_φ, v d_value.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from prefixtune_cli.adapter.feature_map import ELEMENTWISE, mlp, root_mean_square_normalized
+
+
+class Memory(nn.Module):
+    """φ and M of eq. 7 (arXiv 2506.13674).
+
+    M is [heads, d_φ, d_value] and starts at zero, in float32; it is cast to the query's dtype where it is read.
+    With the trained map, W is [heads, d_φ, d_query] and b [heads, d_φ]; they start as those of a linear layer.
+
+    Args:
+        heads: how many M there are: the query heads, or the key/value heads where these share one.
+        d_query: width of a query head.
+        d_value: width of a head's output.
+        feature_map: `elu`, `gelu` or `mlp`.
+        feature_dim: d_φ of `mlp`; None is d_query.
+        normalize_query: divide the query by its root mean square first.
+        init_weights: False draws M at random, so that the memory changes something from the start.
+    """
+
+    parameter_names = ("M", "W", "b")
+
+    def __init__(
+        self,
+        heads: int,
+        d_query: int,
+        d_value: int,
+        *,
+        feature_map: str = "elu",
+        feature_dim: int | None = None,
+        normalize_query: bool = False,
+        init_weights: bool = True,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.d_query = d_query
+        self.feature_map = feature_map
+        self.normalize_query = normalize_query
+        d_phi = feature_dim or d_query
+        self.M = nn.Parameter(torch.zeros(heads, d_phi, d_value, dtype=torch.float32))
+        if feature_map == "mlp":
+            self.W = nn.Parameter(torch.empty(heads, d_phi, d_query, dtype=torch.float32))
+            self.b = nn.Parameter(torch.empty(heads, d_phi, dtype=torch.float32))
+            bound = 1 / math.sqrt(d_query)
+            nn.init.uniform_(self.W, -bound, bound)
+            nn.init.uniform_(self.b, -bound, bound)
+        if not init_weights:
+            nn.init.normal_(self.M, std=0.1)
+
+    def forward(self, query: Tensor) -> Tensor:
+        """φ(q)ᵀM for every query head.
+
+        Args:
+            query: [batch, query heads, positions, d_query], as attention itself uses it.
+
+        Returns:
+            [batch, positions, query heads, d_value] in the query's dtype: the layout of attention's output.
+
+        Raises:
+            ValueError: the query has another width, or its heads are no multiple of M's.
+        """
+        batch, query_heads, positions, d_query = query.shape
+        if d_query != self.d_query or query_heads % self.heads:
+            raise ValueError(
+                f"a memory of {self.heads} heads of width {self.d_query} cannot be read by a query of "
+                f"{query_heads} heads of width {d_query}"
+            )
+        grouped = query.unflatten(1, (self.heads, -1))  # type: ignore[no-untyped-call]
+        read = torch.einsum("bhgsf,hfv->bshgv", self.features(grouped), self.M.to(query.dtype))
+        return read.reshape(batch, positions, query_heads, -1)
+
+    def features(self, query: Tensor) -> Tensor:
+        """φ(q): [batch, heads, group, positions, d_query] to [batch, heads, group, positions, d_φ]."""
+        if self.normalize_query:
+            query = root_mean_square_normalized(query)
+        if self.feature_map == "mlp":
+            return mlp(query, self.W.to(query.dtype), self.b.to(query.dtype))
+        return ELEMENTWISE[self.feature_map](query)
+
+    def extra_repr(self) -> str:
+        return f"M={tuple(self.M.shape)}, feature_map={self.feature_map}"
