@@ -1,0 +1,232 @@
+"""The base model, and the adapters that are attached to it.
+
+The only place that knows quantization (bitsandbytes) and peft's configurations of the baseline methods.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+
+import prefixtune_cli.adapter as prefix_tuning_plus
+from prefixtune_cli.adapter import PrefixTuningPlusConfig, UnsupportedModelError
+from prefixtune_cli.errors import AdapterError, ModelError, ResourceError
+from prefixtune_cli.recipe.aliases import resolve
+from prefixtune_cli.recipe.schema import Full, Lora, ModelSection, PrefixTuning, PrefixTuningPlus
+from prefixtune_cli.tokenizer import cannot_load
+
+AdapterSection = PrefixTuningPlus | Lora | PrefixTuning | Full
+_WEIGHTS = "adapter_model.safetensors"
+
+
+def device() -> torch.device:
+    """Where this process computes: its own GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def check_gpus(wanted: int | None) -> None:
+    """Raise ResourceError where there are fewer GPUs than `wanted`."""
+    there = torch.cuda.device_count()
+    if wanted is None or wanted <= there:
+        return
+    instead = (
+        "Leave --gpus out to train on the CPU."
+        if not there
+        else f"Type --gpus {there}, or leave it out."
+    )
+    raise ResourceError(
+        f"train.gpus is {wanted}, but this machine has {there} CUDA GPUs. {instead}"
+    )
+
+
+def load_base(section: ModelSection, *, trainable: bool = False) -> PreTrainedModel:
+    """The base model in the precision asked for, on this process's device.
+
+    Args:
+        section: the recipe's model.
+        trainable: every weight will be trained (method `full`), so they are kept in float32.
+
+    Raises:
+        ModelError: the model cannot be found or read.
+        ResourceError: it does not fit into the memory.
+    """
+    name = resolve(section.name)
+    options: dict[str, Any] = {
+        "dtype": torch.float32 if trainable or section.bits == 32 else torch.bfloat16
+    }
+    if section.bits == 4:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    elif section.bits == 8:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if section.attention != "auto":
+        options["attn_implementation"] = section.attention
+    try:
+        config = AutoConfig.from_pretrained(
+            name, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            device_map={"": device()},
+            **options,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"{section.name} does not fit into the GPU's memory at {section.bits} bits. Try --bits 4, or a "
+            "smaller model."
+        ) from error
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(cannot_load("model", section, error)) from error
+    return cast(PreTrainedModel, model)
+
+
+def peft_config(section: AdapterSection) -> PeftConfig | None:
+    """The peft configuration of a recipe's adapter; None for `full`, which has none."""
+    match section:
+        case PrefixTuningPlus():
+            layers = section.layers if isinstance(section.layers, str) else list(section.layers)
+            return PrefixTuningPlusConfig(
+                task_type="CAUSAL_LM",
+                feature_map=section.feature_map,
+                feature_dim=section.feature_dim,
+                normalize_query=section.normalize_query,
+                share_heads=section.share_heads,
+                layers=layers,
+            )
+        case Lora():
+            return LoraConfig(
+                task_type="CAUSAL_LM",
+                r=section.r,
+                lora_alpha=section.alpha,
+                lora_dropout=section.dropout,
+                target_modules=section.target_modules,
+            )
+        case PrefixTuning():
+            return PrefixTuningConfig(
+                task_type="CAUSAL_LM",
+                num_virtual_tokens=section.num_virtual_tokens,
+                prefix_projection=section.prefix_projection,
+            )
+        case Full():
+            return None
+
+
+def attach(base: PreTrainedModel, section: AdapterSection) -> PeftModel | PreTrainedModel:
+    """The base with a fresh adapter, whose weights alone are trainable; for `full`, the base itself.
+
+    Raises:
+        ModelError: the adapter does not fit the base.
+    """
+    config = peft_config(section)
+    if config is None:
+        return base.requires_grad_(True)
+    try:
+        return get_peft_model(base, config)
+    except (UnsupportedModelError, ValueError) as error:
+        raise ModelError(f"adapter: {error}") from error
+
+
+def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """The base with a saved adapter.
+
+    Args:
+        base: the base that the adapter was trained on.
+        folder: an adapter folder, as peft saves it. Weights are read from safetensors alone, never from a pickle.
+
+    Raises:
+        AdapterError: there is no adapter, it is damaged or too new, or it belongs to another base.
+    """
+    folder = Path(folder)
+    config = read_adapter_config(folder)
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), config=config)
+    except (UnsupportedModelError, RuntimeError, ValueError) as error:
+        raise AdapterError(_does_not_fit(base, folder, config, error)) from error
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        stored = set(file.keys())
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if missing := sorted(expected - stored):
+        raise AdapterError(
+            f"The adapter in {folder} does not fit the base {base.name_or_path}: it has no weights for "
+            f"{len(missing)} of {len(expected)} places, first {missing[0]}. Its base was "
+            f"{config.base_model_name_or_path}; give that one with --model."
+        )
+    return model
+
+
+def read_adapter_config(folder: Path) -> PeftConfig:
+    """The configuration of the adapter in `folder`.
+
+    Raises:
+        AdapterError: there is none, it cannot be read, or it was written by a newer version.
+    """
+    file = folder / "adapter_config.json"
+    if not file.exists():
+        raise AdapterError(
+            f"{folder} holds no adapter (no adapter_config.json). Give a run with --run, or an adapter folder "
+            "with --adapter."
+        )
+    if not (folder / _WEIGHTS).exists():
+        pickled = (folder / "adapter_model.bin").exists()
+        reason = (
+            "its weights are a pickle (adapter_model.bin), which is never read"
+            if pickled
+            else "no weights"
+        )
+        raise AdapterError(
+            f"The adapter in {folder} has no {_WEIGHTS}: {reason}. Save it as safetensors."
+        )
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+        with safe_open(folder / _WEIGHTS, framework="pt"):
+            return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise AdapterError(f"The adapter in {folder} cannot be read: {error}") from error
+
+
+def _does_not_fit(base: PreTrainedModel, folder: Path, config: PeftConfig, error: Exception) -> str:
+    said = next(
+        (line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error)
+    )
+    if isinstance(config, PrefixTuningPlusConfig) and isinstance(error, RuntimeError):
+        with safe_open(folder / _WEIGHTS, framework="pt") as file:
+            shapes = [file.get_slice(key).get_shape() for key in file.keys() if key.endswith(".M")]  # noqa: SIM118
+        heads, _, width = shapes[0]
+        here = next(iter(prefix_tuning_plus.attention_modules(base).values()))
+        said = (
+            f"it was trained for {len(shapes)} layers with {heads} heads of width {width}, and this base has "
+            f"{base.config.get_text_config().num_hidden_layers} layers with {here.heads} heads of width {here.d_value} "
+            f"({here.kv_heads} key/value heads)."
+        )
+    return (
+        f"The adapter in {folder} does not fit the base {base.name_or_path}: {said} Its base was "
+        f"{config.base_model_name_or_path}; give that one with --model."
+    )

@@ -1,0 +1,160 @@
+"""What happens beside the training steps: the journal, stopping on request, and a watch over the weights."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from prefixtune_cli.errors import TrainingError
+from prefixtune_cli.progress import Reporter
+from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.train.loss_plot import draw_loss
+
+
+class StopRequest:
+    """Set by a signal; the training loop saves a checkpoint and stops at the end of the step."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    def __call__(self, signal_name: str) -> None:
+        self.signal_name = signal_name
+
+    def __bool__(self) -> bool:
+        return self.signal_name is not None
+
+
+class Journal(TrainerCallback):
+    """Writes metrics.jsonl and loss.png, tells the reporter, and obeys a stop request."""
+
+    def __init__(self, run_dir: RunDir, reporter: Reporter, stop: StopRequest) -> None:
+        self.run_dir = run_dir
+        self.reporter = reporter
+        self.stop = stop
+        self._clock = Clock()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._clock.start()
+        self.reporter.progress("training", state.global_step, state.max_steps, {})
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.stop and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+        self.reporter.progress("training", state.global_step, state.max_steps, {})
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **_: Any,
+    ) -> None:
+        if "loss" in logs:
+            names = [name for name in ("loss", "learning_rate", "grad_norm") if name in logs]
+            row: dict[str, float] = {name: float(logs[name]) for name in names}
+            row["tokens_per_second"] = self._clock.tokens_per_second(
+                float(logs.get("num_tokens", 0))
+            )
+            row["peak_memory_gib"] = peak_memory_gib()
+        elif "eval_loss" in logs:
+            row = {"eval_loss": float(logs["eval_loss"])}
+        else:
+            return
+        self.run_dir.append_metrics({"step": state.global_step, **row})
+        self.reporter.progress("training", state.global_step, state.max_steps, row)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        draw_loss(self.run_dir)
+
+
+class Clock:
+    """Tokens per second between two calls; TRL counts the tokens from the start of the process."""
+
+    def __init__(self) -> None:
+        self._time = 0.0
+        self._tokens = 0.0
+
+    def start(self) -> None:
+        self._time = time.perf_counter()
+
+    def tokens_per_second(self, tokens: float) -> float:
+        now = time.perf_counter()
+        speed = (tokens - self._tokens) / max(now - self._time, 1e-9)
+        self._time, self._tokens = now, tokens
+        return round(speed, 1)
+
+
+def peak_memory_gib() -> float:
+    """The most memory in use so far: the GPU allocator's, or the process's on a CPU."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)
+
+
+class WeightWatch(TrainerCallback):
+    """Asserts after the first steps that what is trained has changed, and that the base has not.
+
+    Each tensor is compared by a sample of about 1024 values, which costs nothing next to a step.
+    """
+
+    _AFTER_STEPS = 3
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._trained = {n: _sample(p) for n, p in model.named_parameters() if p.requires_grad}
+        self._frozen = {n: _sample(p) for n, p in model.named_parameters() if not p.requires_grad}
+        self._first_step: int | None = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._first_step is None:
+            self._first_step = state.global_step
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module,
+        **_: Any,
+    ) -> None:
+        if not self._trained or state.global_step < min(
+            (self._first_step or 0) + self._AFTER_STEPS, state.max_steps
+        ):
+            return
+        self.check(model, state.global_step)
+        self._trained, self._frozen = {}, {}
+
+    def check(self, model: torch.nn.Module, step: int) -> None:
+        """Raise TrainingError where the wrong weights moved, or none did."""
+        now = {name.removeprefix("module."): p for name, p in model.named_parameters()}
+        if all(torch.equal(before, _sample(now[name])) for name, before in self._trained.items()):
+            raise TrainingError(
+                f"After {step} steps not one trained weight has changed: the data has no effect on the adapter. "
+                "Check the learning rate, and with `ptp inspect-data` that tokens are trained on."
+            )
+        for name, before in self._frozen.items():
+            if not torch.equal(before, _sample(now[name])):
+                raise TrainingError(
+                    f"After {step} steps the frozen base weight {name} has changed. This is a bug of ptp or of the "
+                    "model's code: please report it with the recipe."
+                )
+
+
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // 1024)].clone()

@@ -1,0 +1,409 @@
+"""`train`: a recipe goes in, a run directory comes out. Reads from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
+
+from prefixtune_cli import model as models
+from prefixtune_cli.data.inspect import check, facts, warnings
+from prefixtune_cli.data.load import LoadedData, load_rows
+from prefixtune_cli.data.tokenize import prompts_and_answers, tokenize
+from prefixtune_cli.errors import (
+    Interrupted,
+    PtpError,
+    RecipeError,
+    ResourceError,
+    RunDirError,
+)
+from prefixtune_cli.evaluate import (
+    EXACT_MATCH_RULE,
+    Question,
+    Score,
+    evenly_spread,
+    score,
+    without_adapter,
+)
+from prefixtune_cli.progress import Reporter, Silent
+from prefixtune_cli.recipe.load import difference, dump, resolve
+from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.run_dir import RunDir, write_atomically, write_json
+from prefixtune_cli.tokenizer import check_base, load_tokenizer
+from prefixtune_cli.train.callbacks import Journal, StopRequest, WeightWatch, peak_memory_gib
+from prefixtune_cli.train.environment import describe_environment
+from prefixtune_cli.train.loss_plot import draw_loss
+from prefixtune_cli.train.trainer import SafeTrainer, latest_checkpoint, training_arguments
+
+HELD_OUT = "held-out"
+DEFAULT_EVAL_SPLIT = 0.05
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on and is judged by; `origin` tells file and line of a row of `train`."""
+
+    train: Dataset
+    origin: Callable[[int], str]
+    held_out: Dataset
+    questions: list[Question]
+    fingerprints: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended: summary.json, and what `ptp train` prints."""
+
+    run: str
+    base: Score
+    adapter: Score
+    trainable_parameters: int
+    total_parameters: int
+    adapter_bytes: int
+    steps: int
+    held_out_rows: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self.__dict__,
+            "base": self.base.to_json(),
+            "adapter": self.adapter.to_json(),
+            "exact_match_rule": EXACT_MATCH_RULE,
+            "peak_memory_gib": peak_memory_gib(),
+        }
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> Summary:
+    """Train as the recipe says.
+
+    Args:
+        recipe: all settings. `recipe.out` is the run directory; None derives a name.
+        resume: go on with the run in that directory, from its newest checkpoint.
+        overwrite: delete a run that is in that directory already.
+        reporter: is told what happens.
+
+    Raises:
+        PtpError: see `errors`; everything that can be checked is checked before the base model loads.
+    """
+    reporter = reporter or Silent()
+    run_dir = RunDir(recipe.out or Path("runs") / recipe.run_name)
+    recipe = recipe.model_copy(update={"out": str(run_dir.path)})
+    models.check_gpus(recipe.train.gpus)
+    if resume:
+        _check_resumable(run_dir, recipe)
+    check_base(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
+    data = prepare_data(recipe, tokenizer, reporter)
+    if resume:
+        _check_same_data(run_dir, data)
+    else:
+        run_dir.create(overwrite=overwrite)
+        write_atomically(run_dir.recipe, dump(recipe))
+        write_json(run_dir.environment, describe_environment(data.fingerprints))
+    with _told_when_the_disk_is_full(run_dir):
+        return _run(recipe, tokenizer, data, run_dir, resume, reporter)
+
+
+def _run(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    run_dir: RunDir,
+    resume: bool,
+    reporter: Reporter,
+) -> Summary:
+    """Load the base, train, and score base and adapter on the held-out rows."""
+    reporter.notice(f"Loading {recipe.model.name}.")
+    set_seed(recipe.train.seed)
+    base = models.load_base(recipe.model, trainable=recipe.adapter.method == "full")
+    model = models.attach(base, recipe.adapter)
+    check_disk(run_dir.path, _checkpoint_bytes(model) * (recipe.train.keep_checkpoints + 2))
+
+    def judge(who: str) -> tuple[Score, list[str]]:
+        return score(
+            model,
+            tokenizer,
+            data.held_out,
+            data.questions,
+            recipe.evaluate,
+            name=who,
+            reporter=reporter,
+        )
+
+    # Full fine-tuning leaves no base to score afterwards.
+    before = None if isinstance(model, PeftModel) else judge("base")
+    steps = _fit(recipe, model, tokenizer, data, run_dir, resume, reporter)
+    _save_adapter(model, tokenizer, run_dir)
+    if before is None:
+        with without_adapter(model):
+            before = judge("base")
+    return _conclude(run_dir, model, data, before, judge("adapter"), steps)
+
+
+def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> Data:
+    """Load, check, split and tokenize; says what it found."""
+    section = recipe.data
+    if section.train is None:
+        raise RecipeError(
+            "data.train is missing. Type --data FILE, or --recipe quickstart for an example."
+        )
+    rows = load_rows(section.train, section)
+    for notice in rows.notices:
+        reporter.notice(notice)
+    fingerprints: dict[str, Any] = {
+        "train": {"source": section.train, "rows": len(rows), "sha256": rows.fingerprint}
+    }
+    if section.eval is not None:
+        held_out_rows = load_rows(section.eval, section)
+        fingerprints["eval"] = {
+            "source": section.eval,
+            "rows": len(held_out_rows),
+            "sha256": held_out_rows.fingerprint,
+        }
+    else:
+        rows, held_out_rows = rows.split(
+            section.eval_split or DEFAULT_EVAL_SPLIT, recipe.train.seed
+        )
+        reporter.notice(
+            f"Held out for evaluation: {len(held_out_rows)} of {len(rows) + len(held_out_rows)} rows."
+        )
+    tokenized = tokenize(rows, tokenizer, section)
+    for notice in (*tokenized.notices, *facts(tokenized.statistics)):
+        reporter.notice(notice)
+    for warning in warnings(tokenized.statistics):
+        reporter.warning(warning)
+    check(tokenized, tokenizer)
+    held_out_rows = held_out_rows.select(
+        evenly_spread(len(held_out_rows), recipe.evaluate.max_rows)
+    )
+    held_out = tokenize(held_out_rows, tokenizer, section)
+    check(held_out, tokenizer)
+    return Data(
+        train=tokenized.dataset,
+        origin=rows.row_origin,
+        held_out=held_out.dataset,
+        questions=_questions(held_out_rows, tokenizer, recipe),
+        fingerprints=fingerprints,
+    )
+
+
+def _questions(
+    rows: LoadedData, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
+) -> list[Question]:
+    """The held-out rows as questions, or none where one answer in twenty or more is long."""
+    if rows.layout == "text":
+        return []
+    found = [
+        Question(asked.prompt_ids, asked.answer)
+        for asked in prompts_and_answers(rows, tokenizer, recipe.data)
+    ]
+    lengths = sorted(len(tokenizer(q.answer, add_special_tokens=False)["input_ids"]) for q in found)
+    if not lengths or lengths[int(0.95 * (len(lengths) - 1))] >= recipe.evaluate.max_new_tokens:
+        return []
+    return found
+
+
+def _fit(
+    recipe: Recipe,
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    run_dir: RunDir,
+    resume: bool,
+    reporter: Reporter,
+) -> int:
+    """Train, from the newest checkpoint where there is one to resume; return the number of steps."""
+    stop = StopRequest()
+    checkpoint = latest_checkpoint(run_dir) if resume else None
+    if resume:
+        where = (
+            f"from {checkpoint.name}" if checkpoint else "from the start: it has no checkpoint yet"
+        )
+        reporter.notice(f"Resuming {run_dir.path} {where}.")
+        run_dir.truncate_metrics(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    trainer = SafeTrainer(
+        run_dir=run_dir,
+        origin=data.origin,
+        model=model,
+        args=training_arguments(recipe, run_dir),
+        train_dataset=data.train,
+        eval_dataset=data.held_out if recipe.train.eval_steps else None,
+        processing_class=tokenizer,
+        callbacks=[Journal(run_dir, reporter, stop), WeightWatch(model)],
+    )
+    trainer.remove_callback(PrinterCallback)  # the journal reports
+    _keep_adapter_in_fp32(model)
+    with _signals(stop):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    draw_loss(run_dir)
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"Stopped by {stop.signal_name} at step {trainer.state.global_step} of {trainer.state.max_steps}; a "
+            f"checkpoint is saved. To go on, type: {run_dir.resume_command}"
+        )
+    return int(trainer.state.global_step)
+
+
+def _keep_adapter_in_fp32(model: PeftModel | PreTrainedModel) -> None:
+    """TRL casts the adapter of a quantized base to bfloat16, in which small updates vanish."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+@contextmanager
+def _signals(stop: StopRequest) -> Iterator[None]:
+    """Within the block SIGINT and SIGTERM ask for a stop; a second one acts at once."""
+    before: dict[int, Any] = {}
+
+    def request(number: int, frame: Any) -> None:
+        stop(signal.Signals(number).name)
+        signal.signal(number, before[number])
+
+    try:
+        for wanted in (signal.SIGINT, signal.SIGTERM):
+            before[wanted] = signal.signal(wanted, request)
+    except ValueError:  # not the main thread, where signals are somebody else's business
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _save_adapter(
+    model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run_dir: RunDir
+) -> None:
+    part = run_dir.path / ".adapter.part"
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    if not isinstance(model, PeftModel):
+        tokenizer.save_pretrained(part)
+    shutil.rmtree(run_dir.adapter, ignore_errors=True)
+    os.replace(part, run_dir.adapter)
+
+
+def _conclude(
+    run_dir: RunDir,
+    model: PeftModel | PreTrainedModel,
+    data: Data,
+    base: tuple[Score, list[str]],
+    adapter: tuple[Score, list[str]],
+    steps: int,
+) -> Summary:
+    parameters = {id(p): p for p in model.parameters()}.values()
+    summary = Summary(
+        run=str(run_dir.path),
+        base=base[0],
+        adapter=adapter[0],
+        trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+        total_parameters=sum(_elements(p) for p in parameters),
+        adapter_bytes=sum(f.stat().st_size for f in run_dir.adapter.glob("*.safetensors")),
+        steps=steps,
+        held_out_rows=len(data.held_out),
+    )
+    answers = (
+        {"answer": q.answer, "base": b, "adapter": a}
+        for q, b, a in zip(data.questions, base[1], adapter[1], strict=True)
+    )
+    write_atomically(
+        run_dir.answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
+    )
+    write_json(
+        run_dir.eval_result(HELD_OUT), {"base": base[0].to_json(), "adapter": adapter[0].to_json()}
+    )
+    write_json(run_dir.summary, summary.to_json())
+    return summary
+
+
+def _elements(parameter: Any) -> int:
+    """The number of weights; bitsandbytes packs two 4-bit ones into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return int(state.shape.numel()) if state is not None else int(parameter.numel())
+
+
+def _checkpoint_bytes(model: PeftModel | PreTrainedModel) -> int:
+    """The trained weights and AdamW's two moments, in float32."""
+    return 3 * 4 * sum(int(p.numel()) for p in model.parameters() if p.requires_grad)
+
+
+def check_disk(folder: Path, needed_bytes: int) -> None:
+    """Raise ResourceError where the disk has less than `needed_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise ResourceError(
+            f"The run needs {needed_bytes / 2**20:,.1f} MiB for checkpoints and the adapter, and {folder} has "
+            f"{free / 2**20:,.1f} MiB free. Free some, give --out on another disk, or --set train.keep_checkpoints=1."
+        )
+
+
+@contextmanager
+def _told_when_the_disk_is_full(run_dir: RunDir) -> Iterator[None]:
+    """Whatever a library makes of a full disk (tokenizers, torch and safetensors each raise their own)."""
+    try:
+        yield
+    except PtpError:
+        raise
+    except Exception as error:
+        said = "No space left" in str(error) or "Disk quota" in str(error)
+        if said or shutil.disk_usage(run_dir.path).free < 2**16:
+            raise ResourceError(
+                f"No space is left for {run_dir.path}. Whole checkpoints are kept: free some space and type "
+                f"{run_dir.resume_command}"
+            ) from error
+        raise
+
+
+def _check_resumable(run_dir: RunDir, recipe: Recipe) -> None:
+    if not run_dir.recipe.exists():
+        raise RunDirError(
+            f"There is no run in {run_dir.path} to resume (no recipe.yaml). Leave --resume out."
+        )
+    if run_dir.finished:
+        raise RunDirError(
+            f"The run in {run_dir.path} is finished (it has a summary.json). Type --overwrite to train it anew."
+        )
+    saved = resolve(str(run_dir.recipe)).model_copy(update={"out": recipe.out})
+    if changed := difference(saved, recipe):
+        raise RunDirError(
+            f"The run in {run_dir.path} was started with another recipe, so it cannot be resumed with this one:\n"
+            + "\n".join(f"  {line}" for line in changed)
+            + f"\nType {run_dir.resume_command} alone, or give the changed run another --out."
+        )
+
+
+def _check_same_data(run_dir: RunDir, data: Data) -> None:
+    started = json.loads(run_dir.environment.read_text(encoding="utf-8"))["data"]
+    changed = [
+        name
+        for name in data.fingerprints
+        if started.get(name, {}).get("sha256") != data.fingerprints[name]["sha256"]
+    ]
+    if changed:
+        lines = [
+            f"  {name}: {data.fingerprints[name]['source']} had {started.get(name, {}).get('rows')} rows and now has "
+            f"{data.fingerprints[name]['rows']}, or other content in them"
+            for name in changed
+        ]
+        raise RunDirError(
+            f"The data of the run in {run_dir.path} has changed since it was started, so it cannot be resumed:\n"
+            + "\n".join(lines)
+            + "\nBring the old data back, or start anew with another --out."
+        )

@@ -1,0 +1,182 @@
+"""Answers: batched, streamed, from a file, with and without the adapter; and the chat at the terminal."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from prefixtune_cli import generate
+from prefixtune_cli import model as models
+from prefixtune_cli.cli.app import app
+from prefixtune_cli.errors import DataError, RunDirError, UsageError
+from prefixtune_cli.generate import Sampling, answer_batched, answer_streamed, conversation
+from prefixtune_cli.recipe.schema import ModelSection, PrefixTuningPlus
+
+GREEDY = Sampling(max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def adapter(random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that changes what the base says."""
+    section = ModelSection(name=str(random_base))
+    attached = models.attach(models.load_base(section), PrefixTuningPlus())
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in attached.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=3)
+    folder = tmp_path_factory.mktemp("generate") / "adapter"
+    attached.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def speaker(random_base: Path, adapter: Path) -> generate.Speaker:
+    return generate.load_speaker(
+        run=None, model=str(random_base), adapter=str(adapter), no_adapter=False, bits=32, seed=0
+    )
+
+
+def test_answers_do_not_depend_on_the_batch_that_they_share(speaker: generate.Speaker) -> None:
+    prompts = [
+        speaker.prompt(conversation(text, None)) for text in ("a", "a much longer text", "b c")
+    ]
+    alone = [
+        answer_batched(speaker.model, speaker.tokenizer, [prompt], sampling=GREEDY)[0]
+        for prompt in prompts
+    ]
+    together = answer_batched(
+        speaker.model, speaker.tokenizer, prompts, sampling=GREEDY, batch_size=2
+    )
+    assert together == alone
+    assert len(set(alone)) > 1
+
+
+def test_a_streamed_answer_joins_to_the_batched_one(speaker: generate.Speaker) -> None:
+    messages = conversation("Say it", "You are brief.")
+    pieces = list(answer_streamed(speaker, messages, sampling=GREEDY))
+    whole = answer_batched(
+        speaker.model, speaker.tokenizer, [speaker.prompt(messages)], sampling=GREEDY
+    )
+    assert "".join(pieces) == whole[0] != ""
+
+
+def test_an_error_while_streaming_reaches_the_caller(speaker: generate.Speaker) -> None:
+    endless = conversation("x " * 4, None)
+    with pytest.raises(Exception, match="strictly positive"):
+        list(answer_streamed(speaker, endless, sampling=_Broken()))
+
+
+class _Broken(Sampling):
+    def arguments(self, tokenizer: object) -> dict[str, object]:
+        return {"max_new_tokens": 2, "do_sample": True, "temperature": -1.0}
+
+
+def test_without_the_adapter_the_base_speaks(
+    speaker: generate.Speaker, random_base: Path, adapter: Path
+) -> None:
+    def said(no_adapter: bool, folder: str | None) -> str:
+        loaded = generate.load_speaker(
+            run=None, model=str(random_base), adapter=folder, no_adapter=no_adapter, bits=32, seed=0
+        )
+        return "".join(answer_streamed(loaded, conversation("Hello", None), sampling=GREEDY))
+
+    base = said(False, None)
+    assert said(True, str(adapter)) == base
+    assert said(False, str(adapter)) != base
+    speaker.use_adapter = False
+    assert "".join(answer_streamed(speaker, conversation("Hello", None), sampling=GREEDY)) == base
+    speaker.use_adapter = True
+
+
+def test_sampling_repeats_by_seed(random_base: Path) -> None:
+    def said(seed: int) -> str:
+        loaded = generate.load_speaker(
+            run=None, model=str(random_base), adapter=None, no_adapter=False, bits=32, seed=seed
+        )
+        sampling = Sampling(max_new_tokens=12, temperature=1.0)
+        return "".join(answer_streamed(loaded, conversation("Hello", None), sampling=sampling))
+
+    assert said(1) == said(1) != said(2)
+
+
+def test_a_file_is_answered_row_by_row_and_keeps_its_columns(
+    random_base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    asked = tmp_path / "asked.jsonl"
+    rows = [
+        {"prompt": "One?", "id": 7},
+        {"question": "Two?", "answer": "left out"},
+        {"messages": [{"role": "user", "content": "Three?"}]},
+    ]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "answers.jsonl"
+    arguments = ["generate", "--model", str(random_base), "--adapter", str(adapter)]
+    done = CliRunner().invoke(
+        app, [*arguments, "--data", str(asked), "--out", str(out), "--max-new-tokens", "4"]
+    )
+    assert done.exit_code == 0, done.output
+    answered = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row | {"answer": None} for row in answered] == [row | {"answer": None} for row in rows]
+    assert all(isinstance(row["answer"], str) for row in answered)
+    one = CliRunner().invoke(app, [*arguments, "--prompt", "One?", "--max-new-tokens", "4"])
+    assert one.stdout.strip() == answered[0]["answer"].strip()
+
+
+def test_a_row_without_a_prompt_is_told_by_line(random_base: Path, tmp_path: Path) -> None:
+    from prefixtune_cli.data.question import questions
+
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"prompt": "One?"}\n{"ask": "Two?"}\n')
+    with pytest.raises(DataError, match=r"asked\.jsonl, line 2: no prompt; the columns are ask"):
+        list(questions(str(asked), {}))
+
+
+def test_chat_remembers_resets_and_switches_the_adapter_off(
+    random_base: Path, adapter: Path
+) -> None:
+    arguments = ["chat", "--model", str(random_base), "--adapter", str(adapter)]
+    done = CliRunner().invoke(
+        app,
+        [*arguments, "--max-new-tokens", "4"],
+        input="Hello\nHello\n/reset\nHello\n/base\n/reset\nHello\n\n/quit\n",
+    )
+    assert done.exit_code == 0, done.output
+    first, _, after_reset, base = done.stdout.splitlines()[:4]
+    assert first == after_reset
+    assert base != first
+    assert "the base alone" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "either --prompt TEXT or --data FILE"),
+        (["--prompt", "x", "--data", "y"], "either --prompt TEXT or --data FILE"),
+        (["--data", "y"], "--data FILE and --out FILE belong together"),
+        (["--prompt", "x", "--out", "y"], "--data FILE and --out FILE belong together"),
+        (["--prompt", "x"], "either --run FOLDER, or --model NAME"),
+        (["--prompt", "x", "--model", "tiny", "--temperature", "-1"], "--temperature must be 0"),
+        (["--prompt", "x", "--model", "tiny", "--max-new-tokens", "0"], "at least 1"),
+        (["--prompt", "x", "--run", "r", "--adapter", "a"], "--run has its own adapter"),
+    ],
+)
+def test_contradicting_flags_are_usage_errors(arguments: list[str], said: str) -> None:
+    done = CliRunner().invoke(app, ["generate", *arguments])
+    assert isinstance(done.exception, UsageError)
+    assert said in str(done.exception)
+
+
+def test_a_folder_that_is_no_run_and_a_run_without_an_adapter_are_refused(tmp_path: Path) -> None:
+    def load() -> None:
+        generate.load_speaker(
+            run=str(tmp_path), model=None, adapter=None, no_adapter=False, bits=None, seed=0
+        )
+
+    with pytest.raises(RunDirError, match="not a run directory"):
+        load()
+    (tmp_path / "recipe.yaml").write_text("out: null\n")
+    with pytest.raises(RunDirError, match="has no adapter yet"):
+        load()

@@ -1,0 +1,194 @@
+"""The layers of the design, read from the imports of every file in the package.
+
+1 errors, run_dir, progress · 2 recipe, memory · 3 adapter, data · 4 model · 5 train, evaluate,
+generate, export · 6 compare, report, doctor · 7 cli. Imports go downward only.
+"""
+
+import ast
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import prefixtune_cli
+
+PACKAGE = Path(prefixtune_cli.__file__).parent
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+LAYERS = {
+    "errors": 1, "run_dir": 1, "progress": 1,
+    "recipe": 2, "memory": 2,
+    "adapter": 3, "data": 3,
+    "tokenizer": 4, "model": 4,
+    "train": 5, "evaluate": 5, "generate": 5, "export": 5,
+    "compare": 6, "report": 6, "doctor": 6,
+    "cli": 7,
+    "__main__": 8,
+}  # fmt: skip
+APART = {"tinyworld"}  # imports nothing else of ours, and nothing imports it
+ROOT = {"__init__"}  # the version; everything may import it, and it imports nothing
+
+# Imports within a layer, each for a reason that can be said.
+BESIDE = {
+    "run_dir": {"errors"},
+    "model": {"tokenizer"},
+    "evaluate": {"generate"},  # the answers that are matched
+    "train": {"evaluate"},  # a run ends with its evaluation
+}
+
+# What only one part may import.
+HOMES = {
+    "typer": {"cli"}, "rich": {"cli"}, "trl": {"train"}, "lm_eval": {"evaluate"},
+    "bitsandbytes": {"model"},
+}  # fmt: skip
+# What a part may import from outside, where the design is narrower than the layers.
+OUTSIDE = {
+    "errors": set(), "run_dir": set(), "progress": set(), "__init__": set(), "__main__": set(),
+    "recipe": {"pydantic", "pydantic_core", "yaml"},
+    "memory": {"pydantic", "yaml"},
+    "adapter": {"torch", "peft", "transformers"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module; `top` is false inside of a function or under TYPE_CHECKING."""
+
+    module: str
+    top: bool
+
+    @property
+    def part(self) -> str | None:
+        """The part of our package that is imported, "__init__" for the package itself."""
+        first, _, rest = self.module.partition(".")
+        return (rest.partition(".")[0] or "__init__") if first == "prefixtune_cli" else None
+
+    @property
+    def distribution(self) -> str:
+        return self.module.partition(".")[0]
+
+
+def part_of(file: Path) -> str:
+    return file.parts[0].removesuffix(".py")
+
+
+def imports(file: Path) -> list[Import]:
+    return list(_imports(ast.parse((PACKAGE / file).read_text(encoding="utf-8")), file, top=True))
+
+
+def _imports(node: ast.AST, file: Path, *, top: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (Import(alias.name, top) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            base = child.module or ""
+            if child.level:  # a relative import
+                above = ("prefixtune_cli", *file.parent.parts)
+                above = above[: len(above) - child.level + 1]
+                base = ".".join([*above, *([base] if base else [])])
+            for alias in child.names:
+                whole = f"{base}.{alias.name}"
+                yield Import(whole if base.partition(".")[0] == "prefixtune_cli" else base, top)
+        else:
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or (
+                isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+            )
+            yield from _imports(child, file, top=top and not inside)
+
+
+def ours(found: Import) -> str | None:
+    """The part of ours that is imported; `from prefixtune_cli import __version__` is the root."""
+    part = found.part
+    return "__init__" if part is not None and part.startswith("__version") else part
+
+
+def test_every_file_is_checked_and_belongs_to_a_layer() -> None:
+    on_disk = [name for _, _, names in os.walk(PACKAGE) for name in names if name.endswith(".py")]
+    assert len(FILES) == len(on_disk)
+    unknown = [str(file) for file in FILES if part_of(file) not in {*LAYERS, *APART, *ROOT}]
+    assert unknown == [], "give these a place in LAYERS"
+
+
+def test_no_module_is_imported_by_a_name_that_only_runs_know() -> None:
+    """importlib and __import__ would pass by these checks."""
+    for file in FILES:
+        names = {
+            node.attr if isinstance(node, ast.Attribute) else node.id
+            for node in ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8")))
+            if isinstance(node, ast.Attribute | ast.Name)
+        }
+        assert not names & {"__import__", "import_module"}, file
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_imports_go_downward_only(file: Path) -> None:
+    part = part_of(file)
+    if part in ROOT | APART:
+        allowed = {part} & APART
+    elif part == "adapter":
+        allowed = {"adapter"}  # it should be liftable into peft as it stands
+    else:
+        below = {name for name, layer in LAYERS.items() if layer < LAYERS[part]}
+        allowed = below | {part} | BESIDE.get(part, set()) | ROOT
+    forbidden = {found.module for found in imports(file) if ours(found) not in {None, *allowed}}
+    assert forbidden == set()
+
+
+def test_the_imports_within_a_layer_are_needed_and_in_one_direction() -> None:
+    for part, beside in BESIDE.items():
+        found = {ours(i) for file in FILES if part_of(file) == part for i in imports(file)}
+        assert beside <= found
+        assert all(LAYERS[other] == LAYERS[part] for other in beside)
+        assert not any(part in BESIDE.get(other, set()) for other in beside)
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_third_parties_stay_in_their_homes(file: Path) -> None:
+    part = part_of(file)
+    strangers = {
+        found.module for found in imports(file) if part not in HOMES.get(found.distribution, {part})
+    }
+    assert strangers == set()
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if part_of(f) in OUTSIDE], ids=str)
+def test_the_lower_layers_need_little(file: Path) -> None:
+    allowed = {*sys.stdlib_module_names, "prefixtune_cli", *OUTSIDE[part_of(file)]}
+    assert {found.distribution for found in imports(file)} <= allowed
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if part_of(f) == "cli"], ids=str)
+def test_the_top_of_a_command_imports_next_to_nothing(file: Path) -> None:
+    heavy = {
+        found.module
+        for found in imports(file)
+        if found.top
+        and found.distribution not in {*sys.stdlib_module_names, "typer"}
+        and ours(found) not in {"errors", "cli"}
+    }
+    assert heavy == set()
+
+
+def test_what_these_checks_forbid_is_found(tmp_path: Path) -> None:
+    """The reader of imports itself: relative ones, and those inside of functions and classes."""
+    text = (
+        "from __future__ import annotations\nimport a.b\nfrom . import x\nfrom ..errors import E\n"
+        "from prefixtune_cli import train\n"
+        "def f():\n    import rich\n    class C:\n        from trl import SFT\n"
+        "if TYPE_CHECKING:\n    import torch\ntry:\n    import yaml\nexcept ImportError:\n    pass\n"
+    )
+    found = list(_imports(ast.parse(text), Path("cli/train.py"), top=True))
+    assert [(i.module, i.top) for i in found] == [
+        ("__future__", True),
+        ("a.b", True),
+        ("prefixtune_cli.cli.x", True),
+        ("prefixtune_cli.errors.E", True),
+        ("prefixtune_cli.train", True),
+        ("rich", False),
+        ("trl", False),
+        ("torch", False),
+        ("yaml", True),
+    ]

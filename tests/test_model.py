@@ -1,0 +1,171 @@
+"""Adapters that do not fit, are too new, or are pickles; quantization; what a base must be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from prefixtune_cli import model as models
+from prefixtune_cli.adapter import PrefixTuningPlusConfig
+from prefixtune_cli.errors import AdapterError, ModelError
+from prefixtune_cli.recipe.schema import Lora, ModelSection, PrefixTuningPlus
+from prefixtune_cli.tokenizer import load_tokenizer
+
+
+def section(base: Path, bits: int = 32) -> ModelSection:
+    return ModelSection.model_validate({"name": str(base), "bits": bits})
+
+
+@pytest.fixture
+def adapter(random_base: Path, tmp_path: Path) -> Path:
+    models.attach(models.load_base(section(random_base)), PrefixTuningPlus()).save_pretrained(
+        tmp_path / "adapter"
+    )
+    return tmp_path / "adapter"
+
+
+def other_base(folder: Path, **changes: int) -> Path:
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    } | changes
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_of_another_base_is_told_in_heads_and_layers(
+    adapter: Path, tmp_path: Path
+) -> None:
+    base = other_base(tmp_path / "other", num_attention_heads=8)
+    with pytest.raises(AdapterError) as caught:
+        models.load_adapter(models.load_base(section(base)), adapter)
+    message = str(caught.value)
+    assert "trained for 2 layers with 4 heads of width 16" in message
+    assert "2 layers with 8 heads of width 8 (2 key/value heads)" in message
+    assert "--model" in message
+
+
+def test_an_adapter_of_a_shallower_base_is_refused_too(adapter: Path, tmp_path: Path) -> None:
+    base = other_base(tmp_path / "deep", num_hidden_layers=3)
+    with pytest.raises(AdapterError, match="no weights for 1 of 3 places"):
+        models.load_adapter(models.load_base(section(base)), adapter)
+
+
+def test_a_lora_adapter_of_another_base_is_refused_with_the_first_misfit(
+    random_base: Path, tmp_path: Path
+) -> None:
+    attached = models.attach(models.load_base(section(random_base)), Lora(r=2))
+    attached.save_pretrained(tmp_path / "lora")
+    base = other_base(tmp_path / "other", hidden_size=32)
+    with pytest.raises(AdapterError, match="size mismatch"):
+        models.load_adapter(models.load_base(section(base)), tmp_path / "lora")
+
+
+def test_an_adapter_of_a_newer_version_says_to_update(adapter: Path, random_base: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"format_version": 99}))
+    with pytest.raises(AdapterError, match=r"format version 99.*pip install --upgrade"):
+        models.load_adapter(models.load_base(section(random_base)), adapter)
+
+
+def test_a_pickle_is_never_read(adapter: Path, random_base: Path) -> None:
+    torch.save({}, adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError, match=r"pickle \(adapter_model\.bin\), which is never read"):
+        models.load_adapter(models.load_base(section(random_base)), adapter)
+
+
+def test_a_folder_without_an_adapter_and_a_broken_config_are_refused(
+    adapter: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(AdapterError, match="holds no adapter"):
+        models.read_adapter_config(tmp_path)
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(AdapterError, match="cannot be read"):
+        models.read_adapter_config(adapter)
+
+
+def test_a_damaged_weights_file_is_refused(adapter: Path, random_base: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(AdapterError, match="cannot be read"):
+        models.load_adapter(models.load_base(section(random_base)), adapter)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_base_keeps_its_own_modules_and_gives_the_adapter_a_gradient(
+    bits: int, random_base: Path
+) -> None:
+    base = models.load_base(section(random_base, bits))
+    before = {name: type(module) for name, module in base.named_modules()}
+    assert any("bnb" in str(kind) or "bitsandbytes" in str(kind) for kind in before.values())
+    attached = models.attach(base, PrefixTuningPlus())
+    after = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): type(module)
+        for name, module in attached.named_modules()
+        if not name.endswith("self_attn")
+    }
+    assert all(after[name] is kind for name, kind in before.items() if name and name in after)
+    ids = torch.arange(5, 25)[None]
+    attached(input_ids=ids, labels=ids).loss.backward()
+    gradients = [p.grad for p in attached.parameters() if p.requires_grad]
+    assert gradients
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in gradients)
+
+
+def test_a_base_of_16_bits_is_bfloat16_and_one_to_be_trained_whole_float32(
+    random_base: Path,
+) -> None:
+    assert models.load_base(section(random_base, 16)).dtype == torch.bfloat16
+    assert models.load_base(section(random_base, 16), trainable=True).dtype == torch.float32
+
+
+def test_a_model_that_the_hook_does_not_reach_is_named(tmp_path: Path) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    base = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2))
+    with pytest.raises(ModelError, match="BloomForCausalLM cannot be adapted"):
+        models.attach(base, PrefixTuningPlus())
+
+
+def test_a_model_without_a_tokenizer_is_refused(random_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "no-tokenizer"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(random_base / name, folder)
+    with pytest.raises(ModelError, match="Cannot load the tokenizer"):
+        load_tokenizer(section(folder))
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_the_end_token(
+    random_base: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(random_base)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "unpadded")
+    loaded = load_tokenizer(section(tmp_path / "unpadded"))
+    assert loaded.pad_token == loaded.eos_token
+
+
+def test_the_recipes_adapter_reaches_peft_in_every_field(random_base: Path) -> None:
+    chosen = PrefixTuningPlus(
+        feature_map="mlp", feature_dim=5, normalize_query=True, share_heads="kv", layers=[1]
+    )
+    config = models.peft_config(chosen)
+    assert isinstance(config, PrefixTuningPlusConfig)
+    assert {name: getattr(config, name) for name in chosen.model_dump() if name != "method"} == {
+        name: value for name, value in chosen.model_dump().items() if name != "method"
+    }
+    attached = get_peft_model(models.load_base(section(random_base)), config)
+    assert isinstance(attached, PeftModel)
+    assert {name: tuple(p.shape) for name, p in attached.named_parameters() if p.requires_grad} == {
+        f"base_model.model.model.layers.1.self_attn.prefix_tuning_plus_memory.default.{part}": shape
+        for part, shape in {"M": (2, 5, 16), "W": (2, 5, 16), "b": (2, 5)}.items()
+    }

@@ -1,0 +1,62 @@
+"""The watch over the weights, the journal's plot, and the words of the reporters."""
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefixtune_cli import model as models
+from prefixtune_cli.errors import TrainingError
+from prefixtune_cli.recipe.schema import ModelSection, PrefixTuningPlus
+from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.train.callbacks import Clock, WeightWatch, peak_memory_gib
+from prefixtune_cli.train.loss_plot import draw_loss
+
+
+def test_weights_that_do_not_move_and_a_base_that_does_are_told(random_base: Path) -> None:
+    base = models.load_base(ModelSection(name=str(random_base)))
+    model = models.attach(base, PrefixTuningPlus())
+    watch = WeightWatch(model)
+    with pytest.raises(TrainingError, match="After 3 steps not one trained weight has changed"):
+        watch.check(model, 3)
+    trained = next(p for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        trained += 1e-3
+    watch.check(model, 3)
+    frozen = next(p for n, p in model.named_parameters() if n.endswith("up_proj.weight"))
+    with torch.no_grad():
+        frozen *= 1.5
+    with pytest.raises(TrainingError, match=r"frozen base weight .*up_proj\.weight has changed"):
+        watch.check(model, 3)
+
+
+def test_tokens_per_second_counts_from_the_last_call() -> None:
+    clock = Clock()
+    clock.start()
+    first = clock.tokens_per_second(1000)
+    assert first > 0
+    assert clock.tokens_per_second(1000) == 0
+
+
+def test_peak_memory_is_that_of_this_process() -> None:
+    before = peak_memory_gib()
+    held = torch.ones(64 * 2**20)  # a quarter of a GiB
+    assert held.sum() > 0
+    assert 0.05 < before <= peak_memory_gib() < 64
+
+
+@pytest.mark.parametrize("points", [1, 5, 100])
+def test_a_plot_is_drawn_from_any_number_of_points(points: int, tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    draw_loss(run_dir)
+    assert not run_dir.loss_plot.exists()
+    for step in range(1, points + 1):
+        run_dir.append_metrics({"step": step, "loss": 3 / step})
+        run_dir.append_metrics({"step": step, "eval_loss": 4 / step})
+    draw_loss(run_dir)
+    from matplotlib.image import imread
+
+    picture = imread(io.BytesIO(run_dir.loss_plot.read_bytes()))
+    assert picture.shape[:2] == (480, 840)
+    assert picture[..., :3].std() > 0.01
