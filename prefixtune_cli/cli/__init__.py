@@ -1,0 +1,1 @@
+"""The command line: every file here talks to the user and calls one function below."""

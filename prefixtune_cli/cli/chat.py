@@ -1,0 +1,58 @@
+"""`ptp chat`: talk to a model at the terminal."""
+
+from __future__ import annotations
+
+from prefixtune_cli.cli import options
+
+HELP = "/reset forgets the conversation, /base and /adapter switch, /quit leaves."
+
+
+def chat(
+    run: options.Run = None,
+    model: options.Model = None,
+    adapter: options.AdapterFolder = None,
+    no_adapter: options.NoAdapter = False,
+    system: options.System = None,
+    bits: options.Bits = None,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    seed: options.SamplingSeed = 0,
+) -> None:
+    """Talk to an adapter, or to the base alone."""
+    from prefixtune_cli.cli import console
+
+    console.quiet_libraries()
+    from prefixtune_cli import generate as generation
+
+    sampling = generation.Sampling(max_new_tokens, temperature, top_p)
+    speaker = generation.load_speaker(
+        run=run, model=model, adapter=adapter, no_adapter=no_adapter, bits=bits, seed=seed
+    )
+    console.notice(f"{speaker.description}. {HELP}")
+    messages = generation.conversation(None, system)
+    while True:
+        console.stderr().print("you: ", end="", style="bold")
+        try:
+            text = input()
+        except EOFError:
+            return
+        match text.strip():
+            case "":
+                continue
+            case "/quit" | "/exit":
+                return
+            case "/reset":
+                messages = generation.conversation(None, system)
+                continue
+            case "/base" | "/adapter" as command:
+                speaker.use_adapter = command == "/adapter"
+                console.notice(f"{speaker.description}.")
+                continue
+        messages.append({"role": "user", "content": text})
+        answer = ""
+        for piece in generation.answer_streamed(speaker, messages, sampling=sampling):
+            print(piece, end="", flush=True)
+            answer += piece
+        print()
+        messages.append({"role": "assistant", "content": answer})

@@ -1,0 +1,91 @@
+"""What the user reads: results on stdout, everything else on stderr.
+
+rich is imported when something is printed, not when a command's file is. It leaves colours out where
+NO_COLOR is set or nobody is at a terminal; there, lines are not wrapped either.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PIPED_WIDTH = 10_000
+
+
+def _console(*, stderr: bool) -> Console:
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else PIPED_WIDTH
+    return Console(stderr=stderr, width=width, soft_wrap=True, highlight=False)
+
+
+@cache
+def stdout() -> Console:
+    """For results."""
+    return _console(stderr=False)
+
+
+@cache
+def stderr() -> Console:
+    """For progress and notices."""
+    return _console(stderr=True)
+
+
+def quiet_libraries() -> None:
+    """Keep the bars, deprecations and hints of the libraries out of what the user reads."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def notice(text: str) -> None:
+    """Say something on stderr that the user may skip."""
+    stderr().print(text, markup=False, style="dim")
+
+
+def warning(text: str) -> None:
+    """Say something on stderr that the user should know."""
+    _labelled("warning", "yellow", text)
+
+
+def error(text: str) -> None:
+    """Say on stderr why the command fails."""
+    _labelled("error", "red", text)
+
+
+def print_json(value: Any) -> None:
+    """Print a result for another program: plain JSON on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(columns: list[str], rows: list[list[str]]) -> None:
+    """Print a result for people: a table without rules, which `cut` and `grep` read as well."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    stdout().print(table, soft_wrap=False)
+
+
+def _labelled(label: str, colour: str, text: str) -> None:
+    from rich.text import Text
+
+    stderr().print(Text.assemble((f"{label}: ", f"bold {colour}"), text))

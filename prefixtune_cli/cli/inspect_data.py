@@ -1,0 +1,110 @@
+"""`ptp inspect-data`: what the model will see of the data, and what of it is trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prefixtune_cli.cli import options
+from prefixtune_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from prefixtune_cli.data.inspect import Example, Inspection
+
+OPEN, CLOSE = "⟦", "⟧"
+
+
+def inspect_data(
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="[DATA]", help="The same as --data.", show_default=False),
+    ] = None,
+    data: options.Data = None,
+    recipe: options.RecipeName = None,
+    model: options.Model = None,
+    format: options.Format = None,
+    map: options.Map = None,
+    train_on: options.TrainOn = None,
+    max_length: options.MaxLength = None,
+    on_long: options.OnLong = None,
+    chat_template: options.ChatTemplate = None,
+    examples: Annotated[
+        int, typer.Option("--examples", "-n", min=0, metavar="N", help="Rows to show.")
+    ] = 3,
+    seed: options.Seed = None,
+    sets: options.Sets = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show examples as the model sees them, trained tokens against masked ones, and statistics.
+
+    Loads the tokenizer only, and needs no GPU.
+    """
+    if source is not None and data is not None and source != data:
+        raise UsageError(f"DATA is given twice, {source!r} and --data {data!r}. Give one.")
+    data = data or source
+    flags = options.overrides(locals())
+    from prefixtune_cli.cli import console
+
+    console.quiet_libraries()
+    from prefixtune_cli.data import inspect
+    from prefixtune_cli.data.load import load_rows
+    from prefixtune_cli.data.tokenize import tokenize
+    from prefixtune_cli.recipe import load
+    from prefixtune_cli.tokenizer import load_tokenizer
+
+    settings = load.resolve(recipe, sets or (), flags)
+    if settings.data.train is None:
+        raise UsageError("No data is given. Type: ptp inspect-data FILE (or sample:NAME).")
+    rows = load_rows(settings.data.train, settings.data)
+    tokenizer = load_tokenizer(settings.model)
+    tokenized = tokenize(rows, tokenizer, settings.data)
+    inspect.check(tokenized, tokenizer)
+    found = inspect.inspect(tokenized, tokenizer, examples=examples, seed=settings.train.seed)
+    if as_json:
+        console.print_json(found.as_json())
+        return
+    _print(found)
+
+
+def _print(found: Inspection) -> None:
+    from prefixtune_cli.cli import console
+    from prefixtune_cli.data.inspect import facts, warnings
+
+    out = console.stdout()
+    marks = not out.is_terminal or out.no_color
+    for text in found.notices:
+        console.notice(text)
+    for shown in found.examples:
+        out.print(f"── {shown.origin}: {_counts(shown)}", markup=False, style="bold")
+        out.print(_coloured(shown, marks=marks))
+        out.print()
+    how = f"between {OPEN} and {CLOSE}" if marks else "on green"
+    legend = f"Tokens {how} are trained; the others are masked."
+    out.print(legend, markup=False, style="dim")
+    for line in facts(found.statistics):
+        out.print(line, markup=False)
+    for line in warnings(found.statistics):
+        console.warning(line)
+
+
+def _counts(shown: Example) -> str:
+    cut = f", cut from {shown.length}" if shown.length > shown.tokens else ""
+    return f"{shown.tokens} tokens{cut}, {shown.trained_tokens} trained"
+
+
+def _coloured(shown: Example, *, marks: bool) -> Text:
+    """The example's text: trained spans on green, or in brackets where colours do not show."""
+    from rich.text import Text
+
+    text = Text()
+    for piece, trained in shown.spans:
+        if marks:
+            text.append(f"{OPEN}{piece}{CLOSE}" if trained else piece)
+        else:
+            text.append(piece, style="bold black on green" if trained else "dim")
+    return text

@@ -1,0 +1,105 @@
+"""Progress on stderr: a live bar at a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from prefixtune_cli.cli import console
+
+SECONDS_BETWEEN_LINES = 10
+
+# What a bar or a line shows of the figures, in this order.
+_SHOWN = {
+    "loss": "loss {:.4f}",
+    "eval_loss": "held-out loss {:.4f}",
+    "learning_rate": "lr {:.2e}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "peak_memory_gib": "{:.1f} GiB",
+}
+
+
+def _shown(figures: Mapping[str, float]) -> str:
+    return "  ".join(form.format(figures[name]) for name, form in _SHOWN.items() if name in figures)
+
+
+class LiveReporter:
+    """A progress bar with loss, learning rate, tokens per second, ETA and peak memory."""
+
+    def __init__(self) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console.stderr(),
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> LiveReporter:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def notice(self, text: str) -> None:
+        console.notice(text)
+
+    def warning(self, text: str) -> None:
+        console.warning(text)
+
+    def progress(self, task: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        if task not in self._tasks:
+            self._tasks[task] = self._progress.add_task(task, total=total, figures="")
+        self._progress.update(self._tasks[task], completed=done, total=total)
+        if figures:
+            self._progress.update(self._tasks[task], figures=_shown(figures))
+
+
+class LineReporter:
+    """A line for each measurement, and every ten seconds where there is none."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, float] = {}
+        self._started: dict[str, tuple[float, int]] = {}
+
+    def __enter__(self) -> LineReporter:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def notice(self, text: str) -> None:
+        console.notice(text)
+
+    def warning(self, text: str) -> None:
+        console.warning(text)
+
+    def progress(self, task: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        started, first = self._started.setdefault(task, (now, done))
+        silent_for = now - self._last.setdefault(task, now)
+        if not figures and silent_for < SECONDS_BETWEEN_LINES and (done < total or first == total):
+            return
+        if done == total and not figures and self._last[task] == now:
+            return
+        self._last[task] = now
+        speed = (done - first) / (now - started) if now > started else 0
+        left = f"  ETA {int((total - done) / speed)} s" if speed and done < total else ""
+        console.notice(f"{task} {done}/{total}  {_shown(figures)}{left}".rstrip())
+
+
+def reporter() -> LiveReporter | LineReporter:
+    """The one that fits stderr."""
+    return LiveReporter() if console.stderr().is_terminal else LineReporter()

@@ -1,0 +1,115 @@
+"""`ptp train`: a recipe goes in, a run directory comes out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prefixtune_cli.cli import options
+
+if TYPE_CHECKING:
+    from prefixtune_cli.train import Summary
+
+
+def train(
+    recipe: options.RecipeName = None,
+    model: options.Model = None,
+    data: options.Data = None,
+    out: options.Out = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the last checkpoint in --out.", rich_help_panel=options.RUN
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Delete the run that --out holds.", rich_help_panel=options.RUN
+        ),
+    ] = False,
+    as_json: options.Json = False,
+    sets: options.Sets = None,
+    revision: options.Revision = None,
+    bits: options.Bits = None,
+    attention: options.Attention = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    eval_data: options.EvalData = None,
+    eval_split: options.EvalSplit = None,
+    format: options.Format = None,
+    map: options.Map = None,
+    train_on: options.TrainOn = None,
+    max_length: options.MaxLength = None,
+    on_long: options.OnLong = None,
+    chat_template: options.ChatTemplate = None,
+    method: options.Method = None,
+    feature_map: options.FeatureMap = None,
+    feature_dim: options.FeatureDim = None,
+    normalize_query: options.NormalizeQuery = None,
+    share_heads: options.ShareHeads = None,
+    layers: options.Layers = None,
+    lora_r: options.LoraR = None,
+    lora_alpha: options.LoraAlpha = None,
+    num_virtual_tokens: options.NumVirtualTokens = None,
+    epochs: options.Epochs = None,
+    steps: options.Steps = None,
+    learning_rate: options.LearningRate = None,
+    batch_size: options.BatchSize = None,
+    gradient_accumulation: options.GradientAccumulation = None,
+    packing: options.Packing = None,
+    gradient_checkpointing: options.GradientCheckpointing = None,
+    seed: options.Seed = None,
+    gpus: options.Gpus = None,
+    track: options.Track = None,
+) -> None:
+    """Fine-tune a base model on your data.
+
+    A flag wins over --set, which wins over the recipe, which wins over the default.
+    """
+    flags = options.overrides(locals())
+    from prefixtune_cli.recipe import load
+
+    settings = load.resolve(recipe, sets or (), flags)
+
+    from prefixtune_cli.cli import console
+    from prefixtune_cli.cli.reporter import reporter
+
+    console.quiet_libraries()
+    from prefixtune_cli import train as training
+
+    with reporter() as shown:
+        summary = training.train(settings, resume=resume, overwrite=overwrite, reporter=shown)
+    if as_json:
+        console.print_json(summary.to_json())
+    else:
+        _print_summary(summary)
+
+
+def _print_summary(summary: Summary) -> None:
+    from prefixtune_cli.cli import console
+
+    def percent(fraction: float | None) -> str:
+        return "-" if fraction is None else f"{100 * fraction:.1f} %"
+
+    share = 100 * summary.trainable_parameters / summary.total_parameters
+    out = console.stdout()
+    out.print(
+        f"Trained {summary.trainable_parameters:,} of {summary.total_parameters:,} parameters ({share:.2f} %) "
+        f"in {summary.steps} steps; the adapter has {summary.adapter_bytes / 2**20:.2f} MiB."
+    )
+    out.print(f"On {summary.held_out_rows} held-out rows:\n")
+    console.print_table(
+        ["", "loss", "exact match"],
+        [
+            ["base", f"{summary.base.loss:.4f}", percent(summary.base.exact_match)],
+            ["adapter", f"{summary.adapter.loss:.4f}", percent(summary.adapter.exact_match)],
+        ],
+    )
+    out.print(f"\nThe run is in {summary.run}. Next:\n")
+    for command in (
+        f"ptp chat --run {summary.run}",
+        f'ptp generate --run {summary.run} --prompt "..."',
+        f'ptp generate --run {summary.run} --prompt "..." --no-adapter',
+    ):
+        out.print(f"  {command}", markup=False)

@@ -1,0 +1,254 @@
+"""Recipe, --set and flags become one recipe, or one error that tells everything."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune_cli.errors import RecipeError
+from prefixtune_cli.recipe.load import difference, dump, find, resolve, shipped, summary
+from prefixtune_cli.recipe.schema import METHOD_DEFAULTS, Lora, PrefixTuningPlus, Recipe
+
+
+def problems(*given: Any) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        resolve(*given)
+    lines = str(caught.value).splitlines()
+    return lines if len(lines) == 1 else [line.strip() for line in lines[1:]]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def write(text: str) -> str:
+        (tmp_path / "r.yaml").write_text(text)
+        return str(tmp_path / "r.yaml")
+
+    return write
+
+
+def test_nothing_given_is_the_schemas_defaults() -> None:
+    assert resolve() == Recipe()
+
+
+def test_flag_wins_over_set_wins_over_recipe_wins_over_default(write: Any) -> None:
+    file = write("train: {seed: 1, batch_size: 2, epochs: 3, log_steps: 4}\n")
+    sets = ["train.batch_size=20", "train.epochs=30"]
+    found = resolve(file, sets, {"train": {"epochs": 300.0}}).train
+    assert (found.seed, found.batch_size, found.epochs) == (1, 20, 300.0)
+    assert found.keep_checkpoints == Recipe().train.keep_checkpoints
+
+
+def test_the_later_of_two_sets_wins() -> None:
+    assert resolve(None, ["train.seed=1", "train.seed=2"]).train.seed == 2
+
+
+def test_set_takes_yaml_values() -> None:
+    sets = [
+        "train.learning_rate=1e-4",
+        "adapter.layers=[0, 2]",
+        "data.map.prompt=q",
+        "out=runs/a=b",
+    ]
+    found = resolve(None, sets)
+    assert found.train.learning_rate == 1e-4
+    assert isinstance(found.adapter, PrefixTuningPlus)
+    assert found.adapter.layers == [0, 2]
+    assert found.data.map == {"prompt": "q"}
+    assert found.out == "runs/a=b"
+
+
+def test_all_problems_of_a_recipe_stand_in_one_error_with_their_lines(write: Any) -> None:
+    file = write(
+        "model:\n  bits: 5\ndata:\n  map: {prompt: 3}\n  eval_split: 2\n"
+        "adapter:\n  feature_map: relu\n  alpha: 3\n  layers: [0, a]\n"
+        "train:\n  batch_size: eight\n  learning_rat: 1e-4\n  epochs:\n  packing: yes\n"
+        "  max_steps: true\n  seed: 1.5\ntrian: {seed: 1}\nlearning_rate: 3\n"
+    )
+    assert problems(file) == [
+        f"{file}:2: model.bits must be 4, 8, 16 or 32, got 5",
+        f"{file}:4: data.map.prompt must be text, got 3",
+        f"{file}:5: data.eval_split must be less than 1, got 2",
+        f"{file}:7: adapter.feature_map must be elu, gelu or mlp, got 'relu'. Did you mean 'elu'?",
+        f"{file}:8: adapter.alpha belongs to lora, but adapter.method is prefix-tuning-plus",
+        f"{file}:9: adapter.layers must be all, a list of layer numbers such as [0, 1], or last:k, "
+        "got [0, 'a']",
+        f"{file}:11: train.batch_size must be a whole number, got 'eight'",
+        f"{file}:12: train.learning_rat is not a setting. Did you mean train.learning_rate?",
+        f"{file}:13: train.epochs must be a number, got nothing (null)",
+        f"{file}:14: train.packing must be true or false, got 'yes'",
+        f"{file}:15: train.max_steps must be a whole number, got true",
+        f"{file}:16: train.seed must be a whole number, got 1.5",
+        f"{file}:17: trian is not a setting. Did you mean train?",
+        f"{file}:18: learning_rate is not a setting. Did you mean train.learning_rate?",
+    ]
+
+
+def test_a_flags_wrong_value_is_not_blamed_on_the_recipes_line(write: Any) -> None:
+    file = write("model:\n  bits: 4\n")
+    assert problems(file, [], {"model": {"bits": 5}}) == [
+        "model.bits must be 4, 8, 16 or 32, got 5"
+    ]
+
+
+def test_a_flag_puts_a_recipes_wrong_value_right(write: Any) -> None:
+    assert resolve(write("model: {bits: 5}\n"), [], {"model": {"bits": 8}}).model.bits == 8
+
+
+@pytest.mark.parametrize(
+    ("sets", "problem"),
+    [
+        (
+            ["adapter.feature_map=relu"],
+            "adapter.feature_map must be elu, gelu or mlp, got 'relu'. Did you mean 'elu'?",
+        ),
+        (
+            ["adapter.method=loar"],
+            "adapter.method must be prefix-tuning-plus, lora, prefix-tuning or full, got 'loar'. "
+            "Did you mean 'lora'?",
+        ),
+        (
+            ["adapter.method=[1]"],
+            "adapter.method must be prefix-tuning-plus, lora, prefix-tuning or full, got [1]",
+        ),
+        (["adapter=lora"], "adapter must be a section, with keys under it, got 'lora'"),
+        (["train=3"], "train must be a section, with keys under it, got 3"),
+        (["data.map=3"], "data.map must be a mapping such as {prompt: question}, got 3"),
+        (["model.name.x=3"], "model.name must be text, got {'x': 3}"),
+        (["train.batch_size="], "train.batch_size must be a whole number, got nothing (null)"),
+        (["train.batch_size=0"], "train.batch_size must be 1 or more, got 0"),
+        (["train.epochs=0"], "train.epochs must be greater than 0, got 0"),
+        (["train.learning_rate=.inf"], "train.learning_rate must be a finite number, got inf"),
+        (
+            ["adapter.layers=[1, 1]"],
+            "adapter.layers must name each layer once, and at least one, got [1, 1]",
+        ),
+        (
+            ["adapter.method=lora", "adapter.target_modules=[3]"],
+            "adapter.target_modules must be text or a list of text, got [3]",
+        ),
+        (
+            ["adapter.method=lora", "adapter.feature_map=elu"],
+            "adapter.feature_map belongs to prefix-tuning-plus, but adapter.method is lora",
+        ),
+        (
+            ["adapter.featuremap=elu"],
+            "adapter.featuremap is not a setting. Did you mean adapter.feature_map?",
+        ),
+        (
+            ["adapter.feature_dim=3"],
+            "adapter.feature_dim belongs to feature_map mlp; elu has the query's width. Leave it out.",
+        ),
+        (
+            ["adapter.method=full", "model.bits=4"],
+            "model.bits 4 cannot be trained by method full: quantized weights have no gradient. "
+            "Use --bits 16, or another method.",
+        ),
+        (
+            ["adapter.method=prefix-tuning", "train.packing=true"],
+            "train.packing does not go with method prefix-tuning, whose prefix lies in the key/value cache. "
+            "Leave --packing out, or use another method.",
+        ),
+        (
+            ["adapter.method=prefix-tuning", "train.gradient_checkpointing=true"],
+            "train.gradient_checkpointing does not go with method prefix-tuning, whose prefix lies in the "
+            "key/value cache. Leave --gradient-checkpointing out, or use another method.",
+        ),
+        (["train.batch_siz=3"], "train.batch_siz is not a setting. Did you mean train.batch_size?"),
+        (["foo.bar=3"], "foo is not a setting. `ptp recipe-schema` lists all settings."),
+        (
+            ["train.batch_siz"],
+            "--set takes section.key=value, as in train.batch_size=…, got 'train.batch_siz'",
+        ),
+        (["=3"], "--set takes section.key=value, as in train.batch_size=…, got '=3'"),
+    ],
+)
+def test_a_wrong_setting_is_told_in_words(sets: list[str], problem: str) -> None:
+    assert problems(None, sets) == [problem]
+
+
+def test_all_wrong_sets_are_told_together() -> None:
+    assert len(problems(None, ["a", "train.seed=[1", "train.seed=1"])) == 2
+
+
+def test_another_method_drops_what_the_recipe_says_of_its_own(write: Any) -> None:
+    file = write("adapter: {feature_map: gelu}\ntrain: {learning_rate: 0.01, seed: 3}\n")
+    found = resolve(file, [], {"adapter": {"method": "lora"}})
+    assert found.adapter == Lora()
+    assert found.train.learning_rate == METHOD_DEFAULTS["lora"]["learning_rate"]
+    assert found.train.seed == 3
+
+
+def test_another_method_keeps_a_learning_rate_that_was_chosen(write: Any) -> None:
+    file = write("adapter: {method: prefix-tuning-plus}\ntrain: {learning_rate: 0.002}\n")
+    assert resolve(file, ["adapter.method=lora"]).train.learning_rate == 0.002
+
+
+def test_the_recipes_own_method_spelled_out_keeps_its_section(write: Any) -> None:
+    found = resolve(write("adapter: {feature_map: gelu}\n"), ["adapter.method=prefix-tuning-plus"])
+    assert found.adapter == PrefixTuningPlus(feature_map="gelu")
+
+
+def test_a_section_whose_keys_are_commented_out_is_empty(write: Any) -> None:
+    assert resolve(write("train:\n  # seed: 1\nmodel:\n  name: tiny\n")) == Recipe()
+
+
+def test_a_missing_recipe_names_the_nearest_and_all_shipped_ones() -> None:
+    (problem,) = problems("quickstrat")
+    assert problem.endswith("Did you mean quickstart?")
+    assert all(name in problem for name in shipped())
+
+
+def test_a_folder_is_not_a_recipe_but_tells_where_one_is(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("")
+    assert problems(str(tmp_path)) == [
+        f"The recipe {tmp_path} is a folder. Type {tmp_path / 'recipe.yaml'}."
+    ]
+
+
+def test_a_recipe_that_is_not_text_is_told(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe")
+    assert problems(str(tmp_path / "r.yaml"))[0].startswith(
+        f"The recipe {tmp_path / 'r.yaml'} cannot be read: "
+    )
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        [],
+        ["train.learning_rate=1e-5", "data.map={a: 'no', b: '1e-4'}", "adapter.layers=last:2"],
+        ["adapter.method=lora", "adapter.target_modules=[q_proj, v_proj]", "out='1e-4'"],
+        ["adapter.method=full"],
+    ],
+)
+def test_a_dumped_recipe_is_read_back_as_an_equal_one(sets: list[str], write: Any) -> None:
+    recipe = resolve(None, sets)
+    assert resolve(write(dump(recipe))) == recipe
+
+
+def test_a_dump_writes_every_default_out() -> None:
+    text = dump(Recipe())
+    assert "keep_checkpoints: 2\n" in text
+    assert "revision: null\n" in text
+
+
+def test_difference_names_each_setting_that_changed() -> None:
+    before = resolve(None, ["train.learning_rate=0.01", "data.map.a=b"])
+    after = resolve(None, ["train.learning_rate=0.02", "train.packing=true", "out=x"])
+    assert difference(before, after) == [
+        "data.map.a: b → (none)",
+        "train.learning_rate: 0.01 → 0.02",
+        "train.packing: false → true",
+        "out: null → x",
+    ]
+    assert difference(before, before) == []
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_every_shipped_recipe_is_valid_and_says_what_it_is(name: str) -> None:
+    resolve(name)
+    assert summary(find(name).read_text()).endswith(".")
+
+
+def test_recipes_of_more_than_one_method_are_shipped() -> None:
+    assert {resolve(name).adapter.method for name in shipped()} >= {"prefix-tuning-plus", "lora"}
