@@ -167,5 +167,5 @@ def test_the_recipes_adapter_reaches_peft_in_every_field(random_base: Path) -> N
     assert isinstance(attached, PeftModel)
     assert {name: tuple(p.shape) for name, p in attached.named_parameters() if p.requires_grad} == {
         f"base_model.model.model.layers.1.self_attn.prefix_tuning_plus_memory.default.{part}": shape
-        for part, shape in {"M": (2, 5, 16), "W": (2, 5, 16), "b": (2, 5)}.items()
+        for part, shape in {"M": (2, 5, 16), "W_phi": (2, 5, 16), "b_phi": (2, 5)}.items()
     }

@@ -17,7 +17,7 @@ class Memory(nn.Module):
     """φ and M of eq. 7 (arXiv 2506.13674).
 
     M is [heads, d_φ, d_value] and starts at zero, in float32; it is cast to the query's dtype where it is read.
-    With the trained map, W is [heads, d_φ, d_query] and b [heads, d_φ]; they start as those of a linear layer.
+    The trained map has W_phi, [heads, d_φ, d_query], and b_phi, [heads, d_φ], which start as those of a linear layer.
 
     Args:
         heads: how many M there are: the query heads, or the key/value heads where these share one.
@@ -29,7 +29,7 @@ class Memory(nn.Module):
         init_weights: False draws M at random, so that the memory changes something from the start.
     """
 
-    parameter_names = ("M", "W", "b")
+    parameter_names = ("M", "W_phi", "b_phi")
 
     def __init__(
         self,
@@ -50,11 +50,11 @@ class Memory(nn.Module):
         d_phi = feature_dim or d_query
         self.M = nn.Parameter(torch.zeros(heads, d_phi, d_value, dtype=torch.float32))
         if feature_map == "mlp":
-            self.W = nn.Parameter(torch.empty(heads, d_phi, d_query, dtype=torch.float32))
-            self.b = nn.Parameter(torch.empty(heads, d_phi, dtype=torch.float32))
+            self.W_phi = nn.Parameter(torch.empty(heads, d_phi, d_query, dtype=torch.float32))
+            self.b_phi = nn.Parameter(torch.empty(heads, d_phi, dtype=torch.float32))
             bound = 1 / math.sqrt(d_query)
-            nn.init.uniform_(self.W, -bound, bound)
-            nn.init.uniform_(self.b, -bound, bound)
+            nn.init.uniform_(self.W_phi, -bound, bound)
+            nn.init.uniform_(self.b_phi, -bound, bound)
         if not init_weights:
             nn.init.normal_(self.M, std=0.1)
 
@@ -85,7 +85,7 @@ class Memory(nn.Module):
         if self.normalize_query:
             query = root_mean_square_normalized(query)
         if self.feature_map == "mlp":
-            return mlp(query, self.W.to(query.dtype), self.b.to(query.dtype))
+            return mlp(query, self.W_phi.to(query.dtype), self.b_phi.to(query.dtype))
         return ELEMENTWISE[self.feature_map](query)
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 
 PEFT_TYPE = "PREFIX_TUNING_PLUS"
@@ -16,9 +17,17 @@ PREFIX = "prefix_tuning_plus_"
 
 
 def register(config_class: type[Any], model_class: type[Any]) -> None:
-    """Make `PREFIX_TUNING_PLUS` a method of PEFT; a second call changes nothing."""
+    """Make `PREFIX_TUNING_PLUS` a method of PEFT; a second call changes nothing.
+
+    Raises:
+        RuntimeError: PEFT has a method of this name already, and it is not this one.
+    """
     if PEFT_TYPE in PeftType.__members__:
-        return
+        if PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[PEFT_TYPE]) is config_class:
+            return
+        raise RuntimeError(
+            f"peft already has a method {PEFT_TYPE} of its own; use that one, or an older peft."
+        )
     _add_member(PeftType, PEFT_TYPE)
     register_peft_method(
         name=PEFT_TYPE.lower(), config_cls=config_class, model_cls=model_class, prefix=PREFIX

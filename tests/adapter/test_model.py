@@ -1,0 +1,387 @@
+"""What an adapted model does, over the architectures: decode, pad, train, checkpoint, stay within its layers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from prefixtune_cli.adapter import MemoryLayer, PrefixTuningPlusConfig
+
+from .architectures import ARCHITECTURES, LAYERS, NAMES, attention, base_model, fill, logits, tokens
+
+ELU_AND_MLP = pytest.mark.parametrize("feature_map", ["elu", "mlp"])
+
+
+def adapted(
+    name: str = "llama", *, dtype: torch.dtype = torch.float32, **options: object
+) -> PeftModel:
+    """A model whose adapter `default` changes its output."""
+    model = get_peft_model(base_model(name, dtype=dtype), PrefixTuningPlusConfig(**options))
+    fill(model)
+    return model
+
+
+def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {n: p for n, p in model.named_parameters() if "prefix_tuning_plus_memory." in n}
+
+
+def loss(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=input_ids, labels=input_ids).loss
+
+
+def adapted_layers(model: torch.nn.Module, name: str) -> list[int]:
+    return [n for n in range(LAYERS) if isinstance(attention(model, name, n), MemoryLayer)]
+
+
+# Decoding and padding
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cached_decoding_equals_the_full_forward(name):
+    model = adapted(name)
+    input_ids = tokens(positions=9)
+    full = logits(model, input_ids)
+    assert not torch.allclose(full, logits(base_model(name), input_ids), atol=0.1)
+    cache, steps = None, []
+    with torch.no_grad():
+        for chunk in (input_ids[:, :4], *input_ids[:, 4:].split(1, dim=1)):
+            out = model(input_ids=chunk, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generate_takes_the_argmax_of_full_forwards(name):
+    model = adapted(name)
+    prompt = tokens(positions=4)
+    generated = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=6,
+        eos_token_id=None,
+    )
+    expected = prompt
+    for _ in range(6):
+        expected = torch.cat([expected, logits(model, expected)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(generated, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_left_padding_changes_no_real_token(name):
+    model = adapted(name)
+    input_ids = tokens(batch=1, positions=6)
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), input_ids], 1)
+    mask = (padded != 0).long()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    result = logits(model, padded, attention_mask=mask, position_ids=positions)
+    torch.testing.assert_close(result[:, 3:], logits(model, input_ids), rtol=1e-4, atol=1e-4)
+
+
+# Training
+
+
+@ELU_AND_MLP
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_reaches_every_adapter_parameter_and_no_other(name, feature_map):
+    model = get_peft_model(base_model(name), PrefixTuningPlusConfig(feature_map=feature_map))
+    parameters = adapter_parameters(model)
+    assert len(parameters) == LAYERS * (3 if feature_map == "mlp" else 1)
+    base = {n: p for n, p in model.named_parameters() if n not in parameters}
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    assert all(p.requires_grad for p in parameters.values())
+    assert not any(p.requires_grad for p in base.values())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.0)
+
+    logits(model, tokens())  # a pass without gradients must leave nothing behind
+    for step in range(3):
+        optimizer.zero_grad()
+        loss(model, tokens(seed=step)).backward()
+        for key, parameter in parameters.items():
+            # φ_W's own gradient goes through M, which starts at zero.
+            waits_for_m = step == 0 and not key.endswith(".M")
+            assert (torch.count_nonzero(parameter.grad) == 0) == waits_for_m, (step, key)
+        assert all(p.grad is None for p in base.values())
+        optimizer.step()
+        logits(model, tokens())
+
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[key]) == (key in base), key
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant):
+    model = adapted(name, feature_map="mlp").train()
+    forwards = []
+    attention(model, name, 1).register_forward_hook(lambda *args: forwards.append(1))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        loss(model, tokens()).backward()
+        return {n: p.grad.clone() for n, p in adapter_parameters(model).items()}
+
+    expected = gradients()
+    assert len(forwards) == 1
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    if use_reentrant:
+        model.enable_input_require_grads()
+    forwards.clear()
+    actual = gradients()
+    assert len(forwards) == 2  # the layer is computed again in the backward pass
+    for key, gradient in expected.items():
+        assert torch.count_nonzero(gradient) > 0
+        torch.testing.assert_close(
+            actual[key], gradient, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_where_it_was():
+    model = get_peft_model(base_model(), PrefixTuningPlusConfig())
+    input_ids = tokens(batch=8, positions=6)
+    start = loss(model, input_ids).item()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.0)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss(model, input_ids).backward()
+        optimizer.step()
+    assert loss(model, input_ids).item() < start / 4
+    with model.disable_adapter():
+        assert loss(model, input_ids).item() == start
+
+
+# dtypes
+
+
+@pytest.mark.parametrize("mode", ["bfloat16", "autocast"])
+@ELU_AND_MLP
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_and_autocast_read_what_float32_reads(name, feature_map, mode):
+    """Compared at the first layer's attention, whose query is the same but for the dtype."""
+    changes, gradients = {}, {}
+    for dtype in ("float32", mode):
+        model = adapted(
+            name,
+            feature_map=feature_map,
+            dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32,
+        )
+        assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
+        layer, outputs = attention(model, name, 0), []
+        layer.register_forward_hook(lambda m, args, out, to=outputs: to.append(out[0].detach()))
+        cast = (
+            torch.autocast("cpu", torch.bfloat16)
+            if dtype == "autocast"
+            else contextlib.nullcontext()
+        )
+        with cast:
+            loss(model, tokens()).backward()
+            with torch.no_grad(), model.disable_adapter():
+                model(input_ids=tokens())
+        if dtype != "float32":
+            assert outputs[0].dtype == torch.bfloat16
+        changes[dtype] = (outputs[0] - outputs[1]).float()
+        gradients[dtype] = layer.prefix_tuning_plus_memory["default"].M.grad
+        assert gradients[dtype].dtype == torch.float32
+        assert torch.isfinite(gradients[dtype]).all()
+    assert relative_error(changes[mode], changes["float32"]) < 0.05
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+# Layers
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("all", [0, 1, 2]),
+        ("last:1", [2]),
+        ("last:2", [1, 2]),
+        ("last:3", [0, 1, 2]),
+        ([0], [0]),
+        ([2, 0], [0, 2]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3"])
+def test_layers_chooses_whom_to_adapt(name, layers, expected):
+    model = get_peft_model(base_model(name), PrefixTuningPlusConfig(layers=layers))
+    assert adapted_layers(model, name) == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([0, 3], r"layers names \[3\].*attention layers are 0 to 2"),
+        ([7, 9], r"layers names \[7, 9\].*attention layers are 0 to 2"),
+        ("last:4", r"layers is last:4.*has 3 attention layers"),
+    ],
+    ids=str,
+)
+def test_layer_that_the_model_lacks_is_refused(layers, message):
+    model = base_model()
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, PrefixTuningPlusConfig(layers=layers))
+    assert adapted_layers(model, "llama") == []
+
+    with_another = adapted()
+    with pytest.raises(ValueError, match=message):
+        with_another.add_adapter("other", PrefixTuningPlusConfig(layers=layers))
+    assert list(with_another.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "expected"),
+    [
+        (["self_attn"], [0, 1, 2]),
+        (["0.self_attn", "2.self_attn"], [0, 2]),
+        (r".*\.1\.self_attn", [1]),
+    ],
+    ids=str,
+)
+def test_target_modules_narrows_the_choice_as_elsewhere_in_peft(target_modules, expected):
+    config = PrefixTuningPlusConfig(target_modules=target_modules)
+    assert adapted_layers(get_peft_model(base_model(), config), "llama") == expected
+
+
+def test_target_modules_that_are_no_attention_are_refused():
+    with pytest.raises(ValueError, match="mlp"):
+        get_peft_model(base_model(), PrefixTuningPlusConfig(target_modules=["mlp"]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_backward_pass_runs_below_the_lowest_adapted_layer(name):
+    """Below it no tensor is saved for a backward pass, no output asks for a gradient, and no gradient arrives."""
+
+    def saved_and_required(layers: str) -> tuple[list[int], list[bool]]:
+        model = get_peft_model(base_model(name), PrefixTuningPlusConfig(layers=layers)).train()
+        prefix = ARCHITECTURES[name].attention.rpartition(".")[0]
+        saved, required, inside = [0] * LAYERS, [False] * LAYERS, []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if inside:
+                saved[inside[-1]] += 1
+            return tensor
+
+        def leave(number: int, output: object) -> None:
+            inside.pop()
+            hidden = output[0] if isinstance(output, tuple) else output
+            required[number] = hidden.requires_grad
+
+        for number in range(LAYERS):
+            block = model.get_base_model().get_submodule(prefix.format(number))
+            block.register_forward_pre_hook(lambda *args, number=number: inside.append(number))
+            block.register_forward_hook(
+                lambda module, args, output, number=number: leave(number, output)
+            )
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss(model, tokens()).backward()
+        return saved, required
+
+    saved, required = saved_and_required("last:1")
+    assert saved[:2] == [0, 0]
+    assert saved[2] > 0
+    assert required == [False, False, True]
+    saved, required = saved_and_required("all")
+    assert min(saved) > 0
+    assert required == [True, True, True]
+
+
+# Several adapters, several models
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_active_adapters_add(name):
+    model = adapted(name, dtype=torch.float64)
+    model.add_adapter("other", PrefixTuningPlusConfig(feature_map="mlp", share_heads="kv"))
+    fill(model, "other", seed=1)
+    outputs = []
+    attention(model, name, 0).register_forward_hook(lambda m, args, out: outputs.append(out[0]))
+    with model.disable_adapter():
+        logits(model, tokens())
+    for active in (["default"], ["other"], ["default", "other"]):
+        model.base_model.set_adapter(active)
+        logits(model, tokens())
+    base, one, other, both = outputs
+    assert not torch.allclose(one, other, atol=0.1)
+    torch.testing.assert_close(both, base + (one - base) + (other - base), rtol=1e-9, atol=1e-9)
+
+
+def test_two_adapters_with_one_map_are_the_sum_of_their_memories():
+    model = adapted()
+    for seed, other in enumerate(("other", "sum"), start=1):
+        model.add_adapter(other, PrefixTuningPlusConfig())
+        fill(model, other, seed=seed)
+    with torch.no_grad():
+        for number in range(LAYERS):
+            memories = attention(model, "llama", number).prefix_tuning_plus_memory
+            memories["sum"].M.copy_(memories["default"].M + memories["other"].M)
+    model.base_model.set_adapter(["default", "other"])
+    both = logits(model, tokens())
+    model.set_adapter("sum")
+    torch.testing.assert_close(logits(model, tokens()), both, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_on_different_layers_keep_to_their_own():
+    model = adapted(layers=[0])
+    model.add_adapter("top", PrefixTuningPlusConfig(layers=[2]))
+    fill(model, "top", seed=1)
+    assert adapted_layers(model, "llama") == [0, 2]
+
+    only_top = get_peft_model(base_model(), PrefixTuningPlusConfig(layers=[2]), "top")
+    fill(only_top, "top", seed=1)
+    expected = {"default": logits(adapted(layers=[0]), tokens()), "top": logits(only_top, tokens())}
+    for name in ("default", "top", "default"):
+        model.set_adapter(name)
+        assert torch.equal(logits(model, tokens()), expected[name])
+    model.delete_adapter("default")
+    model.set_adapter("top")
+    assert torch.equal(logits(model, tokens()), expected["top"])
+
+
+def test_deepcopy_is_independent_of_the_original():
+    model = adapted()
+    before = logits(model, tokens())
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin, tokens()), before)
+    fill(twin, seed=1)
+    assert torch.equal(logits(model, tokens()), before)
+    assert not torch.allclose(logits(twin, tokens()), before, atol=0.1)
+
+    twin = copy.deepcopy(model)
+    twin.unload()
+    assert torch.equal(logits(model, tokens()), before)
+    twin = copy.deepcopy(model)
+    model.unload()
+    assert torch.equal(logits(twin, tokens()), before)
+
+
+def test_two_models_in_one_process_do_not_influence_each_other():
+    alone = {seed: logits(base_model(seed=seed), tokens()) for seed in (0, 1)}
+    one = get_peft_model(base_model(seed=0), PrefixTuningPlusConfig())
+    two = get_peft_model(base_model(seed=1), PrefixTuningPlusConfig(feature_map="mlp"))
+    fill(one, seed=2)
+    assert torch.equal(logits(two, tokens()), alone[1])
+    changed = logits(one, tokens())
+    fill(two, seed=3)
+    two.delete_adapter("default")
+    assert torch.equal(logits(one, tokens()), changed)
+    with one.disable_adapter():
+        assert torch.equal(logits(one, tokens()), alone[0])
+
+
+def test_attention_module_answers_through_the_layer_around_it():
+    model = get_peft_model(base_model(), PrefixTuningPlusConfig())
+    layer = attention(model, "llama", 1)
+    assert layer.layer_idx == 1
+    assert layer.q_proj is layer.base_layer.q_proj
+    for name in ("no_such_thing", "_prefix_tuning_plus_layer"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(layer, name)
