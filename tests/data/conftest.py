@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import SENTENCES, SPECIAL, TEMPLATES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from tests.data.chat_templates import SENTENCES, SPECIAL, TEMPLATES
 
 
 @pytest.fixture(scope="session")

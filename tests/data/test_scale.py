@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from chat_templates import SENTENCES, TEMPLATES
+
+from tests.data.chat_templates import SENTENCES, TEMPLATES
 
 ROWS = int(os.environ.get("PTP_SCALE_ROWS", "1000000"))
 

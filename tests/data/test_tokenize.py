@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from chat_templates import END_OF_TURN, TEMPLATES
 
 from prefixtune_cli.data.encode import MASKED
 from prefixtune_cli.data.inspect import check, describe, example, spans
@@ -14,6 +13,7 @@ from prefixtune_cli.data.load import load_rows
 from prefixtune_cli.data.tokenize import prompts_and_answers, tokenize
 from prefixtune_cli.errors import DataError
 from prefixtune_cli.recipe.schema import DataSection
+from tests.data.chat_templates import END_OF_TURN, TEMPLATES
 
 PAIR = {"prompt": "What is the capital of France?", "completion": "Paris ☃."}
 CHAT = [
