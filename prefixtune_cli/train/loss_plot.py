@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Sequence
 
 from prefixtune_cli.run_dir import RunDir, write_atomically
 
@@ -40,9 +40,8 @@ def draw_loss(run_dir: RunDir) -> None:
     write_atomically(run_dir.loss_plot, lambda path: figure.savefig(path))
 
 
-def _smoothed(losses: Any, weight: float = 0.8) -> list[float]:
-    smoothed, last = [], losses[0]
-    for loss in losses:
-        last = weight * last + (1 - weight) * loss
-        smoothed.append(last)
-    return smoothed
+def _smoothed(losses: Sequence[float]) -> list[float]:
+    """The mean of the neighbours, a twentieth of the run to each side."""
+    reach = max(1, len(losses) // 20)
+    windows = (losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses)))
+    return [sum(window) / len(window) for window in windows]
