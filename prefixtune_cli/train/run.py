@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ def train(
     run_dir = RunDir(recipe.out or Path("runs") / recipe.run_name)
     recipe = recipe.model_copy(update={"out": str(run_dir.path)})
     models.check_gpus(recipe.train.gpus)
+    check_tracker(recipe.train.track)
     if resume:
         _check_resumable(run_dir, recipe)
     check_base(recipe.model)
@@ -342,6 +344,14 @@ def _elements(parameter: Any) -> int:
 def _checkpoint_bytes(model: PeftModel | PreTrainedModel) -> int:
     """The trained weights and AdamW's two moments, in float32."""
     return 3 * 4 * sum(int(p.numel()) for p in model.parameters() if p.requires_grad)
+
+
+def check_tracker(name: str) -> None:
+    """Raise ResourceError where the experiment tracker is not installed."""
+    if name != "none" and find_spec(name) is None:
+        raise ResourceError(
+            f"train.track is {name}, which is not installed. Type: pip install 'prefixtune-cli[{name}]'"
+        )
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:

@@ -24,11 +24,14 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> SFTConfig:
     section = recipe.train
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run_dir.tracker_logs))
     on_gpu = torch.cuda.is_available()
+    # Flash attention takes the rows of a batch end to end, without padding; a prefix in the cache does not.
+    flash = recipe.model.attention.startswith("flash_attention")
+    padding_free = flash and recipe.adapter.method != "prefix-tuning"
     arguments = SFTConfig(
         output_dir=str(run_dir.path),
-        max_length=recipe.data.max_length,
+        max_length=recipe.data.max_length if section.packing else None,  # rows are cut already
         packing=section.packing,
-        padding_free=False,
+        padding_free=padding_free,
         num_train_epochs=section.epochs,
         max_steps=section.max_steps or -1,
         per_device_train_batch_size=section.batch_size,

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from prefixtune_cli.errors import ModelError, RecipeError, ResourceError, RunDirError, TrainingError
 from prefixtune_cli.recipe.load import resolve
@@ -15,6 +16,7 @@ from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train import Summary, train
 from prefixtune_cli.train.run import check_disk
+from prefixtune_cli.train.trainer import training_arguments
 
 
 def recipe(base: Path, source: Path, out: Path, **changes: dict[str, Any]) -> Recipe:
@@ -209,16 +211,16 @@ def test_the_first_row_of_packed_data_trains_as_many_tokens(
 def test_a_loss_that_is_not_finite_stops_with_step_rows_and_advice(
     random_base: Path, colours: Path, tmp_path: Path
 ) -> None:
-    chosen = recipe(
-        random_base,
-        colours,
-        tmp_path / "run",
-        train={"learning_rate": 1e37, "schedule": "constant", "warmup_ratio": 0},
-    )
+    broken = tmp_path / "broken-base"
+    shutil.copytree(random_base, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    chosen = recipe(broken, colours, tmp_path / "run")
     with pytest.raises(TrainingError) as caught:
         train(chosen)
     message = str(caught.value)
-    assert "at step" in message
+    assert "became nan at step 1." in message
     assert message.count("colours.jsonl, line ") == 8
     assert "--learning-rate" in message
     assert not RunDir(tmp_path / "run").finished
@@ -272,6 +274,39 @@ def test_gpus_that_are_not_there_are_refused(
     chosen = recipe(random_base, colours, tmp_path / "run", train={"gpus": there + 4})
     with pytest.raises(ResourceError, match=f"train.gpus is {there + 4}, but this machine has"):
         train(chosen)
+
+
+def test_a_tracker_that_is_not_installed_is_told_with_what_to_install(
+    random_base: Path, colours: Path, tmp_path: Path
+) -> None:
+    absent = [name for name in ("wandb", "trackio", "tensorboard") if find_spec(name) is None]
+    if not absent:
+        pytest.skip("every tracker is installed here")
+    chosen = recipe(random_base, colours, tmp_path / "run", train={"track": absent[0]})
+    with pytest.raises(ResourceError, match=rf"pip install 'prefixtune-cli\[{absent[0]}\]'"):
+        train(chosen)
+
+
+@pytest.mark.parametrize(
+    ("attention", "method", "expected"),
+    [
+        ("flash_attention_2", "prefix-tuning-plus", True),
+        ("flash_attention_3", "lora", True),
+        ("flash_attention_2", "prefix-tuning", False),
+        ("sdpa", "prefix-tuning-plus", False),
+    ],
+)
+def test_batches_are_padding_free_where_the_kernel_and_the_method_allow_it(
+    attention: str, method: str, expected: bool, random_base: Path, tmp_path: Path
+) -> None:
+    chosen = recipe(
+        random_base,
+        Path("data.jsonl"),
+        tmp_path / "run",
+        model={"attention": attention},
+        adapter={"method": method},
+    )
+    assert training_arguments(chosen, RunDir(tmp_path)).padding_free is expected
 
 
 def test_a_hub_model_while_offline_is_refused_at_once(colours: Path, tmp_path: Path) -> None:
