@@ -6,59 +6,37 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from prefixtune_cli import model as models
-from prefixtune_cli.data.inspect import check, facts, warnings
-from prefixtune_cli.data.load import LoadedData, load_rows
-from prefixtune_cli.data.tokenize import prompts_and_answers, tokenize
-from prefixtune_cli.errors import (
-    Interrupted,
-    PtpError,
-    RecipeError,
-    ResourceError,
-    RunDirError,
-)
-from prefixtune_cli.evaluate import (
-    EXACT_MATCH_RULE,
-    Question,
-    Score,
-    evenly_spread,
-    score,
-    without_adapter,
-)
+from prefixtune_cli.errors import Interrupted
+from prefixtune_cli.evaluate import EXACT_MATCH_RULE, Score, score, without_adapter
 from prefixtune_cli.progress import Reporter, Silent
-from prefixtune_cli.recipe.load import difference, dump, resolve
+from prefixtune_cli.recipe.load import dump
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir, write_atomically, write_json
 from prefixtune_cli.tokenizer import check_base, load_tokenizer
 from prefixtune_cli.train.callbacks import Journal, StopRequest, WeightWatch, peak_memory_gib
+from prefixtune_cli.train.checks import (
+    check_disk,
+    check_resumable,
+    check_same_data,
+    check_tracker,
+    told_when_the_disk_is_full,
+)
 from prefixtune_cli.train.environment import describe_environment
 from prefixtune_cli.train.loss_plot import draw_loss
+from prefixtune_cli.train.prepare import Data, prepare_data
 from prefixtune_cli.train.trainer import SafeTrainer, latest_checkpoint, training_arguments
 
 HELD_OUT = "held-out"
-DEFAULT_EVAL_SPLIT = 0.05
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a run trains on and is judged by; `origin` tells file and line of a row of `train`."""
-
-    train: Dataset
-    origin: Callable[[int], str]
-    held_out: Dataset
-    questions: list[Question]
-    fingerprints: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -108,17 +86,17 @@ def train(
     models.check_gpus(recipe.train.gpus)
     check_tracker(recipe.train.track)
     if resume:
-        _check_resumable(run_dir, recipe)
+        check_resumable(run_dir, recipe)
     check_base(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     data = prepare_data(recipe, tokenizer, reporter)
     if resume:
-        _check_same_data(run_dir, data)
+        check_same_data(run_dir, data)
     else:
         run_dir.create(overwrite=overwrite)
         write_atomically(run_dir.recipe, dump(recipe))
         write_json(run_dir.environment, describe_environment(data.fingerprints))
-    with _told_when_the_disk_is_full(run_dir):
+    with told_when_the_disk_is_full(run_dir):
         return _run(recipe, tokenizer, data, run_dir, resume, reporter)
 
 
@@ -156,69 +134,6 @@ def _run(
         with without_adapter(model):
             before = judge("base")
     return _conclude(run_dir, model, data, before, judge("adapter"), steps)
-
-
-def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> Data:
-    """Load, check, split and tokenize; says what it found."""
-    section = recipe.data
-    if section.train is None:
-        raise RecipeError(
-            "data.train is missing. Type --data FILE, or --recipe quickstart for an example."
-        )
-    rows = load_rows(section.train, section)
-    for notice in rows.notices:
-        reporter.notice(notice)
-    fingerprints: dict[str, Any] = {
-        "train": {"source": section.train, "rows": len(rows), "sha256": rows.fingerprint}
-    }
-    if section.eval is not None:
-        held_out_rows = load_rows(section.eval, section)
-        fingerprints["eval"] = {
-            "source": section.eval,
-            "rows": len(held_out_rows),
-            "sha256": held_out_rows.fingerprint,
-        }
-    else:
-        rows, held_out_rows = rows.split(
-            section.eval_split or DEFAULT_EVAL_SPLIT, recipe.train.seed
-        )
-        reporter.notice(
-            f"Held out for evaluation: {len(held_out_rows)} of {len(rows) + len(held_out_rows)} rows."
-        )
-    tokenized = tokenize(rows, tokenizer, section)
-    for notice in (*tokenized.notices, *facts(tokenized.statistics)):
-        reporter.notice(notice)
-    for warning in warnings(tokenized.statistics):
-        reporter.warning(warning)
-    check(tokenized, tokenizer)
-    held_out_rows = held_out_rows.select(
-        evenly_spread(len(held_out_rows), recipe.evaluate.max_rows)
-    )
-    held_out = tokenize(held_out_rows, tokenizer, section)
-    check(held_out, tokenizer)
-    return Data(
-        train=tokenized.dataset,
-        origin=rows.row_origin,
-        held_out=held_out.dataset,
-        questions=_questions(held_out_rows, tokenizer, recipe),
-        fingerprints=fingerprints,
-    )
-
-
-def _questions(
-    rows: LoadedData, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
-) -> list[Question]:
-    """The held-out rows as questions, or none where one answer in twenty or more is long."""
-    if rows.layout == "text":
-        return []
-    found = [
-        Question(asked.prompt_ids, asked.answer)
-        for asked in prompts_and_answers(rows, tokenizer, recipe.data)
-    ]
-    lengths = sorted(len(tokenizer(q.answer, add_special_tokens=False)["input_ids"]) for q in found)
-    if not lengths or lengths[int(0.95 * (len(lengths) - 1))] >= recipe.evaluate.max_new_tokens:
-        return []
-    return found
 
 
 def _fit(
@@ -344,76 +259,3 @@ def _elements(parameter: Any) -> int:
 def _checkpoint_bytes(model: PeftModel | PreTrainedModel) -> int:
     """The trained weights and AdamW's two moments, in float32."""
     return 3 * 4 * sum(int(p.numel()) for p in model.parameters() if p.requires_grad)
-
-
-def check_tracker(name: str) -> None:
-    """Raise ResourceError where the experiment tracker is not installed."""
-    if name != "none" and find_spec(name) is None:
-        raise ResourceError(
-            f"train.track is {name}, which is not installed. Type: pip install 'prefixtune-cli[{name}]'"
-        )
-
-
-def check_disk(folder: Path, needed_bytes: int) -> None:
-    """Raise ResourceError where the disk has less than `needed_bytes` free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise ResourceError(
-            f"The run needs {needed_bytes / 2**20:,.1f} MiB for checkpoints and the adapter, and {folder} has "
-            f"{free / 2**20:,.1f} MiB free. Free some, give --out on another disk, or --set train.keep_checkpoints=1."
-        )
-
-
-@contextmanager
-def _told_when_the_disk_is_full(run_dir: RunDir) -> Iterator[None]:
-    """Whatever a library makes of a full disk (tokenizers, torch and safetensors each raise their own)."""
-    try:
-        yield
-    except PtpError:
-        raise
-    except Exception as error:
-        said = "No space left" in str(error) or "Disk quota" in str(error)
-        if said or shutil.disk_usage(run_dir.path).free < 2**16:
-            raise ResourceError(
-                f"No space is left for {run_dir.path}. Whole checkpoints are kept: free some space and type "
-                f"{run_dir.resume_command}"
-            ) from error
-        raise
-
-
-def _check_resumable(run_dir: RunDir, recipe: Recipe) -> None:
-    if not run_dir.recipe.exists():
-        raise RunDirError(
-            f"There is no run in {run_dir.path} to resume (no recipe.yaml). Leave --resume out."
-        )
-    if run_dir.finished:
-        raise RunDirError(
-            f"The run in {run_dir.path} is finished (it has a summary.json). Type --overwrite to train it anew."
-        )
-    saved = resolve(str(run_dir.recipe)).model_copy(update={"out": recipe.out})
-    if changed := difference(saved, recipe):
-        raise RunDirError(
-            f"The run in {run_dir.path} was started with another recipe, so it cannot be resumed with this one:\n"
-            + "\n".join(f"  {line}" for line in changed)
-            + f"\nType {run_dir.resume_command} alone, or give the changed run another --out."
-        )
-
-
-def _check_same_data(run_dir: RunDir, data: Data) -> None:
-    started = json.loads(run_dir.environment.read_text(encoding="utf-8"))["data"]
-    changed = [
-        name
-        for name in data.fingerprints
-        if started.get(name, {}).get("sha256") != data.fingerprints[name]["sha256"]
-    ]
-    if changed:
-        lines = [
-            f"  {name}: {data.fingerprints[name]['source']} had {started.get(name, {}).get('rows')} rows and now has "
-            f"{data.fingerprints[name]['rows']}, or other content in them"
-            for name in changed
-        ]
-        raise RunDirError(
-            f"The data of the run in {run_dir.path} has changed since it was started, so it cannot be resumed:\n"
-            + "\n".join(lines)
-            + "\nBring the old data back, or start anew with another --out."
-        )

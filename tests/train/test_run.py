@@ -15,7 +15,7 @@ from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train import Summary, train
-from prefixtune_cli.train.run import check_disk
+from prefixtune_cli.train.checks import check_disk
 from prefixtune_cli.train.trainer import training_arguments
 
 

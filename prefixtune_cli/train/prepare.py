@@ -1,0 +1,94 @@
+"""The data of a run: loaded, checked, split and tokenized, before the base model loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from prefixtune_cli.data.inspect import check, facts, warnings
+from prefixtune_cli.data.load import LoadedData, load_rows
+from prefixtune_cli.data.tokenize import prompts_and_answers, tokenize
+from prefixtune_cli.errors import RecipeError
+from prefixtune_cli.evaluate import Question, evenly_spread
+from prefixtune_cli.progress import Reporter
+from prefixtune_cli.recipe.schema import Recipe
+
+DEFAULT_EVAL_SPLIT = 0.05
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on and is judged by; `origin` tells file and line of a row of `train`."""
+
+    train: Dataset
+    origin: Callable[[int], str]
+    held_out: Dataset
+    questions: list[Question]
+    fingerprints: dict[str, Any]
+
+
+def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> Data:
+    """Load, check, split and tokenize; says what it found."""
+    section = recipe.data
+    if section.train is None:
+        raise RecipeError(
+            "data.train is missing. Type --data FILE, or --recipe quickstart for an example."
+        )
+    rows = load_rows(section.train, section)
+    for notice in rows.notices:
+        reporter.notice(notice)
+    fingerprints: dict[str, Any] = {
+        "train": {"source": section.train, "rows": len(rows), "sha256": rows.fingerprint}
+    }
+    if section.eval is not None:
+        held_out_rows = load_rows(section.eval, section)
+        fingerprints["eval"] = {
+            "source": section.eval,
+            "rows": len(held_out_rows),
+            "sha256": held_out_rows.fingerprint,
+        }
+    else:
+        rows, held_out_rows = rows.split(
+            section.eval_split or DEFAULT_EVAL_SPLIT, recipe.train.seed
+        )
+        reporter.notice(
+            f"Held out for evaluation: {len(held_out_rows)} of {len(rows) + len(held_out_rows)} rows."
+        )
+    tokenized = tokenize(rows, tokenizer, section)
+    for notice in (*tokenized.notices, *facts(tokenized.statistics)):
+        reporter.notice(notice)
+    for warning in warnings(tokenized.statistics):
+        reporter.warning(warning)
+    check(tokenized, tokenizer)
+    held_out_rows = held_out_rows.select(
+        evenly_spread(len(held_out_rows), recipe.evaluate.max_rows)
+    )
+    held_out = tokenize(held_out_rows, tokenizer, section)
+    check(held_out, tokenizer)
+    return Data(
+        train=tokenized.dataset,
+        origin=rows.row_origin,
+        held_out=held_out.dataset,
+        questions=_questions(held_out_rows, tokenizer, recipe),
+        fingerprints=fingerprints,
+    )
+
+
+def _questions(
+    rows: LoadedData, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
+) -> list[Question]:
+    """The held-out rows as questions, or none where one answer in twenty or more is long."""
+    if rows.layout == "text":
+        return []
+    found = [
+        Question(asked.prompt_ids, asked.answer)
+        for asked in prompts_and_answers(rows, tokenizer, recipe.data)
+    ]
+    lengths = sorted(len(tokenizer(q.answer, add_special_tokens=False)["input_ids"]) for q in found)
+    if not lengths or lengths[int(0.95 * (len(lengths) - 1))] >= recipe.evaluate.max_new_tokens:
+        return []
+    return found
