@@ -5,9 +5,9 @@ The same function scores the base and the adapter, so that the two figures diffe
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,14 +15,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixtune_cli.generate import Sampling, answer_batched
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.schema import EvaluateSection
 
-EXACT_MATCH_RULE = "the answer equals the reference, white space around both aside"
+EXACT_MATCH_RULE = (
+    "the answer equals the reference, but for white space around both and a <think> block before"
+)
+TOKENS_A_BATCH = 8192  # bounds the memory for the logits, whatever the length of the rows
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def score(
     questions: Sequence[Question],
     section: EvaluateSection,
     *,
+    end_id: int | None,
     name: str,
     reporter: Reporter | None = None,
 ) -> tuple[Score, list[str]]:
@@ -71,6 +74,7 @@ def score(
         examples: rows of `input_ids` and `labels` (-100 where there is no loss).
         questions: the same rows as prompts with their answers; empty where exact match makes no sense.
         section: the recipe's evaluation.
+        end_id: the token that ends an answer.
         name: what the reporter calls the model.
         reporter: is told how far the work is.
 
@@ -87,6 +91,7 @@ def score(
         model,
         tokenizer,
         [question.prompt for question in questions],
+        end_id=end_id,
         sampling=Sampling(max_new_tokens=section.max_new_tokens),
         batch_size=section.batch_size,
         task=f"answers of the {name}",
@@ -98,7 +103,8 @@ def score(
 
 def exactly_matches(answer: str, reference: str) -> bool:
     """Whether `answer` counts as right: see EXACT_MATCH_RULE."""
-    return answer.strip() == reference.strip()
+    without_thoughts = re.sub(r"^\s*<think>.*?</think>", "", answer, flags=re.DOTALL)
+    return without_thoughts.strip() == reference.strip()
 
 
 def held_out_loss(
@@ -110,15 +116,19 @@ def held_out_loss(
     name: str = "model",
     reporter: Reporter | None = None,
 ) -> float:
-    """Mean cross-entropy in nats over the trained tokens of `examples`; the logits are compared in float32."""
+    """Mean cross-entropy in nats over the trained tokens of `examples`; the logits are compared in float32.
+
+    A batch has at most `batch_size` rows and TOKENS_A_BATCH tokens.
+    """
     reporter = reporter or Silent()
     lengths = np.asarray([len(ids) for ids in examples["input_ids"]])
     order = np.argsort(lengths, kind="stable")
     total, tokens = 0.0, 0
     was_training = model.training
     model.eval()
-    for start in range(0, len(order), batch_size):
-        rows = examples[order[start : start + batch_size]]
+    start = 0
+    while start < len(order):
+        rows = examples[order[start : start + _batch_at(lengths[order], start, batch_size)]]
         width = max(len(ids) for ids in rows["input_ids"])
         ids = _padded(rows["input_ids"], width, tokenizer.pad_token_id or 0, model.device)
         labels = _padded(rows["labels"], width, -100, model.device)
@@ -131,11 +141,22 @@ def held_out_loss(
             logits[:, :-1][chosen].float(), targets[chosen], reduction="sum"
         ).item()
         tokens += int(chosen.sum())
-        reporter.progress(
-            f"held-out loss of the {name}", start + len(rows["input_ids"]), len(order), {}
-        )
+        start += len(rows["input_ids"])
+        reporter.progress(f"held-out loss of the {name}", start, len(order), {})
     model.train(was_training)
     return total / tokens
+
+
+def _batch_at(lengths: Any, start: int, batch_size: int) -> int:
+    """How many of the rows from `start` on, sorted by length, make a batch."""
+    count = 1
+    while (
+        count < batch_size
+        and start + count < len(lengths)
+        and lengths[start + count] * (count + 1) <= TOKENS_A_BATCH
+    ):
+        count += 1
+    return count
 
 
 def _padded(
@@ -149,10 +170,3 @@ def evenly_spread(count: int, most: int) -> list[int]:
     if count <= most:
         return list(range(count))
     return [int(i) for i in np.linspace(0, count - 1, most).round()]
-
-
-@contextlib.contextmanager
-def without_adapter(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Within the block the model is its base."""
-    with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
-        yield

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    set_seed,
+)
 
 from prefixtune_cli import model as models
-from prefixtune_cli.data.question import Messages, questions
+from prefixtune_cli.data.encode import end_of_turn_id, start_ids
+from prefixtune_cli.data.question import Messages
+from prefixtune_cli.data.read import Row
 from prefixtune_cli.data.template import ChatTemplate, chat_template
 from prefixtune_cli.errors import RunDirError, UsageError
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import resolve
-from prefixtune_cli.recipe.schema import ModelSection
 from prefixtune_cli.run_dir import RunDir, write_atomically
 from prefixtune_cli.tokenizer import check_base, load_tokenizer
 
@@ -41,11 +49,21 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p must lie above 0 and up to 1, got {self.top_p}.")
 
-    def arguments(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """The keyword arguments of `generate`."""
+    def arguments(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_id: int | None
+    ) -> dict[str, Any]:
+        """The keyword arguments of `generate`: it stops where training taught it to, and nothing that the model's
+        own generation_config sets bends the probabilities.
+        """
+        own = model.generation_config.eos_token_id
+        ends = {end_id, *(own if isinstance(own, list) else [own])} - {None}
         chosen: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": sorted(end for end in ends if end is not None) or None,
+            "repetition_penalty": 1.0,
+            "no_repeat_ngram_size": 0,
+            "num_beams": 1,
         }
         if self.temperature == 0:
             return {**chosen, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -63,6 +81,7 @@ def answer_batched(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
+    end_id: int | None,
     sampling: Sampling,
     batch_size: int = 32,
     task: str = "generating",
@@ -76,6 +95,7 @@ def answer_batched(
         model: a causal language model, adapted or not.
         tokenizer: its tokenizer.
         prompts: token ids, one list a prompt.
+        end_id: the token that ends an answer, beside those of the model's generation_config.
         sampling: how tokens are chosen.
         batch_size: prompts a forward pass.
         task: what the reporter calls the work.
@@ -98,7 +118,7 @@ def answer_batched(
             output = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                **sampling.arguments(tokenizer),
+                **sampling.arguments(model, tokenizer, end_id),
             )
         for i, tokens in zip(chosen, output[:, width:], strict=True):
             answers[i] = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -111,29 +131,38 @@ def answer_batched(
 class Speaker:
     """A loaded model that is asked questions, with its adapter or without."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate | None
     name: str
     use_adapter: bool
 
     @property
+    def has_adapter(self) -> bool:
+        """Whether there is an adapter that can be switched off."""
+        return isinstance(self.model, PeftModel)
+
+    @property
     def description(self) -> str:
+        if not self.has_adapter:
+            return self.name
         return f"{self.name}, {'with its adapter' if self.use_adapter else 'the base alone'}"
+
+    @property
+    def end_id(self) -> int | None:
+        return end_of_turn_id(self.tokenizer, self.template)
 
     def prompt(self, messages: Messages) -> list[int]:
         """The token ids of a conversation that waits for an answer, as training saw them."""
         if self.template is None:
-            text = "\n".join(message["content"] for message in messages)
-            return list(self.tokenizer(text)["input_ids"])
-        text = self.template.render(messages, "The conversation", ask=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            start, text = start_ids(self.tokenizer), "\n".join(m["content"] for m in messages)
+        else:
+            start, text = [], self.template.render(messages, "The conversation", ask=True)
+        return [*start, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
-    def mode(self) -> Any:
+    def mode(self) -> contextlib.AbstractContextManager[None]:
         """Within it the model is with or without its adapter, as `use_adapter` says."""
-        if isinstance(self.model, PeftModel) and not self.use_adapter:
-            return self.model.disable_adapter()
-        return contextlib.nullcontext()
+        return contextlib.nullcontext() if self.use_adapter else models.without_adapter(self.model)
 
 
 def load_speaker(
@@ -158,7 +187,8 @@ def load_speaker(
         )
     if run is not None and adapter is not None:
         raise UsageError("--run has its own adapter. Leave --adapter out, or give --model with it.")
-    section, template, folder = ModelSection(name=model or "tiny"), None, adapter
+    base: dict[str, Any] = {} if bits is None else {"bits": bits}
+    template, folder = None, adapter
     if run is not None:
         run_dir = RunDir(run)
         if not run_dir.recipe.exists():
@@ -169,27 +199,26 @@ def load_speaker(
             raise RunDirError(
                 f"The run in {run} has no adapter yet. To go on with it: {run_dir.resume_command}"
             )
-        recipe = resolve(str(run_dir.recipe))
-        section, template, folder = recipe.model, recipe.data.chat_template, str(run_dir.adapter)
-        if recipe.adapter.method == "full" and not no_adapter:
-            section, folder = section.model_copy(update={"name": folder}), None
-    if bits is not None:
-        section = ModelSection.model_validate({**section.model_dump(), "bits": bits})
-    if folder is not None and not no_adapter:
+        recipe = resolve(str(run_dir.recipe), flags={"model": base} if base else None)
+        template, folder = recipe.data.chat_template, str(run_dir.adapter)
+        if run_dir.chat_template.exists():
+            template = str(run_dir.chat_template)
+        if recipe.adapter.method == "full":  # the folder holds a whole model, and no adapter
+            name = recipe.model.name if no_adapter else folder
+            recipe = resolve(str(run_dir.recipe), flags={"model": {**base, "name": name}})
+            folder = None
+    else:
+        recipe = resolve(flags={"model": {**base, "name": model}})
+    if folder is not None:
         models.read_adapter_config(Path(folder))
-    check_base(section)
-    tokenizer = load_tokenizer(section)
+    check_base(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
+    chat = chat_template(tokenizer, template)
     set_seed(seed)
-    loaded: Any = models.load_base(section)
-    if folder is not None and not no_adapter:
+    loaded: Any = models.load_base(recipe.model)
+    if folder is not None:
         loaded = models.load_adapter(loaded, folder)
-    return Speaker(
-        model=loaded.eval(),
-        tokenizer=tokenizer,
-        template=chat_template(tokenizer, template),
-        name=run or str(model),
-        use_adapter=folder is not None and not no_adapter,
-    )
+    return Speaker(loaded.eval(), tokenizer, chat, run or str(model), use_adapter=not no_adapter)
 
 
 def conversation(text: str | None, system: str | None) -> Messages:
@@ -200,21 +229,20 @@ def conversation(text: str | None, system: str | None) -> Messages:
 
 def answer_file(
     speaker: Speaker,
-    source: str,
-    out: str,
+    asked: Sequence[tuple[Row, Messages]],
+    out: Path,
     *,
-    mapping: Mapping[str, str],
     sampling: Sampling,
     batch_size: int,
     reporter: Reporter,
-) -> int:
-    """Answer every prompt of `source` into `out`, a JSONL of the rows with an `answer` added; return how many."""
-    asked = list(questions(source, mapping))
+) -> None:
+    """Answer every question of `asked` into `out`, a JSONL of the rows with an `answer` added."""
     with speaker.mode():
         answers = answer_batched(
             speaker.model,
             speaker.tokenizer,
             [speaker.prompt(messages) for _, messages in asked],
+            end_id=speaker.end_id,
             sampling=sampling,
             batch_size=batch_size,
             reporter=reporter,
@@ -223,16 +251,30 @@ def answer_file(
         json.dumps({**row, "answer": answer}, ensure_ascii=False, default=str)
         for (row, _), answer in zip(asked, answers, strict=True)
     )
-    write_atomically(Path(out), "".join(f"{line}\n" for line in lines))
-    return len(asked)
+    write_atomically(out, "".join(f"{line}\n" for line in lines))
 
 
-def answer_streamed(speaker: Speaker, messages: Messages, *, sampling: Sampling) -> Iterator[str]:
-    """The answer to a conversation, in pieces as they are generated; pieces join to the whole text."""
+class _Stop(StoppingCriteria):
+    """Ends a generation from another thread."""
+
+    def __init__(self) -> None:
+        self.wanted = Event()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.wanted.is_set(), device=input_ids.device)
+
+
+def answer_streamed(
+    speaker: Speaker, messages: Messages, *, sampling: Sampling
+) -> Generator[str, None, None]:
+    """The answer to a conversation, in pieces as they are generated; pieces join to the whole text.
+
+    Closing the iterator ends the generation.
+    """
     tokenizer = speaker.tokenizer
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = torch.tensor([speaker.prompt(messages)], device=speaker.model.device)
-    failure: list[BaseException] = []
+    stop, failure = _Stop(), list[BaseException]()
 
     def work() -> None:
         try:
@@ -241,7 +283,8 @@ def answer_streamed(speaker: Speaker, messages: Messages, *, sampling: Sampling)
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     streamer=streamer,
-                    **sampling.arguments(tokenizer),
+                    stopping_criteria=StoppingCriteriaList([stop]),
+                    **sampling.arguments(speaker.model, tokenizer, speaker.end_id),
                 )
         except BaseException as error:
             failure.append(error)
@@ -249,7 +292,10 @@ def answer_streamed(speaker: Speaker, messages: Messages, *, sampling: Sampling)
 
     thread = Thread(target=work, daemon=True)
     thread.start()
-    yield from (piece for piece in streamer if piece)
-    thread.join()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        stop.wanted.set()
+        thread.join()
     if failure:
         raise failure[0]

@@ -5,8 +5,10 @@ The only place that knows quantization (bitsandbytes) and peft's configurations 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,15 +41,18 @@ _WEIGHTS = "adapter_model.safetensors"
 
 
 def device() -> torch.device:
-    """Where this process computes: its own GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    """Where this process computes: the first visible GPU, or the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def check_gpus(wanted: int | None) -> None:
-    """Raise ResourceError where there are fewer GPUs than `wanted`."""
+    """Raise ResourceError where there are fewer GPUs than `wanted`, or more processes than one."""
     there = torch.cuda.device_count()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or (wanted or 0) in range(2, there + 1):
+        raise ResourceError(
+            "A run uses one GPU for now, without torchrun or accelerate launch. Type --gpus 1, and choose which with "
+            "CUDA_VISIBLE_DEVICES."
+        )
     if wanted is None or wanted <= there:
         return
     instead = (
@@ -90,12 +95,13 @@ def load_base(section: ModelSection, *, trainable: bool = False) -> PreTrainedMo
         config = AutoConfig.from_pretrained(
             name, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
             device_map={"": device()},
+            output_loading_info=True,
             **options,
         )
     except torch.OutOfMemoryError as error:
@@ -103,9 +109,21 @@ def load_base(section: ModelSection, *, trainable: bool = False) -> PreTrainedMo
             f"{section.name} does not fit into the GPU's memory at {section.bits} bits. Try --bits 4, or a "
             "smaller model."
         ) from error
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(cannot_load("model", section, error)) from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise ModelError(
+            f"{section.name} lacks {len(missing)} of its weights, first {missing[0]}: they would be random. Is it a "
+            "whole causal language model, and the download complete?"
+        )
     return cast(PreTrainedModel, model)
+
+
+@contextlib.contextmanager
+def without_adapter(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Within the block the model is its base."""
+    with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
+        yield
 
 
 def peft_config(section: AdapterSection) -> PeftConfig | None:

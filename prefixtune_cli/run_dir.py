@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,6 +76,11 @@ class RunDir:
         return self.path / "adapter"
 
     @property
+    def chat_template(self) -> Path:
+        """A copy of the template that the run was trained with, where the recipe names one."""
+        return self.path / "chat_template.jinja"
+
+    @property
     def answers(self) -> Path:
         return self.path / "eval" / "held-out.jsonl"
 
@@ -97,7 +103,7 @@ class RunDir:
     @property
     def resume_command(self) -> str:
         """What the user types to go on with the run: its recipe names this folder as `out`."""
-        return f"ptp train --recipe {self.recipe} --resume"
+        return f"ptp train --recipe {shlex.quote(str(self.recipe))} --resume"
 
     def checkpoints(self) -> list[Path]:
         """The complete checkpoints, oldest first; a half-written one has no trainer_state.json."""
@@ -107,32 +113,35 @@ class RunDir:
             key=lambda p: int(p.name.split("-")[1]),
         )
 
-    def create(self, *, overwrite: bool) -> None:
-        """Make the folder for a new run.
+    def check_free(self, *, overwrite: bool) -> None:
+        """Refuse a folder that is taken.
 
         Raises:
             RunDirError: it holds something, and `overwrite` is off; or it is not a folder of ours.
         """
-        if self.path.is_dir() and any(self.path.iterdir()):
-            if not overwrite:
-                hint = (
-                    "--resume to go on with the run in it, "
-                    if self.recipe.exists() and not self.finished
-                    else ""
-                )
-                raise RunDirError(
-                    f"The output directory {self.path} is not empty. Type {hint}--overwrite to delete what is in it, "
-                    "or --out with another name."
-                )
-            if not self.recipe.exists():
-                raise RunDirError(
-                    f"{self.path} is not empty and not a run directory (it has no recipe.yaml), so it is not "
-                    "overwritten. Give another --out."
-                )
-            shutil.rmtree(self.path)
-        elif self.path.exists() and not self.path.is_dir():
+        if self.path.exists() and not self.path.is_dir():
             raise RunDirError(f"The output directory {self.path} is a file. Give another --out.")
-        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not overwrite:
+            resumable = self.recipe.exists() and not self.finished
+            hint = "--resume to go on with the run in it, " if resumable else ""
+            raise RunDirError(
+                f"The output directory {self.path} is not empty. Type {hint}--overwrite to delete what is in it, "
+                "or --out with another name."
+            )
+        if not self.recipe.exists():
+            raise RunDirError(
+                f"{self.path} is not empty and not a run directory (it has no recipe.yaml), so it is not "
+                "overwritten. Give another --out."
+            )
+
+    def create(self, *, overwrite: bool) -> None:
+        """Make the folder for a new run, empty; raises what `check_free` does."""
+        self.check_free(overwrite=overwrite)
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl (one write call, so that a crash leaves whole lines)."""

@@ -1,11 +1,12 @@
 """The sweep behind the defaults and the README's tables, on the sample tasks with the built-in model.
 
-    python recipes/sweep.py rates       # learning rates of each method
-    python recipes/sweep.py variants    # schedule, warm-up, decay and feature map of Prefix-Tuning+, one at a time
+    python recipes/sweep.py rates --tasks intents      # learning rates of each method
+    python recipes/sweep.py variants --tasks intents   # settings of Prefix-Tuning+, changed one at a time
+    python recipes/sweep.py methods --tasks records    # each method at its default
 
 Every cell is the recipe `quickstart` with a few settings changed: the same rows in the same order for the same
-number of steps, three seeds. Half of the test rows choose the learning rate (the best mean over tasks and seeds),
-the other half give the figures. A finished run is not repeated.
+number of steps, three seeds. Half of the test rows choose (by the best mean over tasks and seeds), and the other
+half give the figures. A finished run is not repeated.
 """
 
 from __future__ import annotations
@@ -20,18 +21,16 @@ from typing import Any
 
 TASKS = ("intents", "records")
 RATES: dict[str, tuple[float, ...]] = {
-    "prefix-tuning-plus": (3e-3, 1e-2, 3e-2),
+    "prefix-tuning-plus": (3e-3, 1e-2, 3e-2, 1e-1),
     "lora": (1e-3, 3e-3, 1e-2),
-    "prefix-tuning": (1e-2, 3e-2, 1e-1),
+    "prefix-tuning": (1e-2, 3e-2, 1e-1, 3e-1),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "the defaults": {},
     "train.schedule=linear": {"train": {"schedule": "linear"}},
-    "train.schedule=constant_with_warmup": {"train": {"schedule": "constant_with_warmup"}},
     "train.warmup_ratio=0": {"train": {"warmup_ratio": 0.0}},
     "train.weight_decay=0.1": {"train": {"weight_decay": 0.1}},
     "adapter.feature_map=gelu": {"adapter": {"feature_map": "gelu"}},
-    "adapter.feature_map=mlp": {"adapter": {"feature_map": "mlp"}},
     "adapter.normalize_query=true": {"adapter": {"normalize_query": True}},
 }
 Cell = tuple[str, str, int]
@@ -70,7 +69,7 @@ def run(job: tuple[Path, str, int, dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=["rates", "variants"])
+    parser.add_argument("stage", choices=["rates", "variants", "methods"])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -84,6 +83,8 @@ def main() -> None:
             for method, rates in RATES.items()
             for rate in rates
         }
+    elif given.stage == "methods":
+        rows = {method: {"adapter": {"method": method}} for method in RATES}
     seeds = range(given.seeds)
     cells: list[Cell] = [(label, t, s) for label in rows for t in given.tasks for s in seeds]
     jobs = [
@@ -105,7 +106,10 @@ def main() -> None:
             print(f"| {label} | {found[label, given.tasks[0], 0]['parameters']:,} |", end="")
             for task in given.tasks:
                 values = [found[label, task, seed][what] for seed in seeds]
-                print(f" {statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} |", end="")
+                print(
+                    f" {statistics.mean(values):.1f} ± {(statistics.stdev(values) if len(values) > 1 else 0):.1f} |",
+                    end="",
+                )
             print()
 
     def mean(label: str) -> float:

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from prefixtune_cli import model as models
 from prefixtune_cli.evaluate import Question, evenly_spread, exactly_matches, held_out_loss, score
+from prefixtune_cli.evaluate import _batch_at as batch_at
 from prefixtune_cli.recipe.schema import EvaluateSection, ModelSection
 from prefixtune_cli.tokenizer import load_tokenizer
 
@@ -50,17 +51,27 @@ def test_exact_match_counts_answers_and_perplexity_is_the_exponential_of_the_los
     examples = Dataset.from_dict({"input_ids": [[5, 6]], "labels": [[-100, 6]]})
     evaluation = EvaluateSection(max_new_tokens=3)
     asked = [Question([5, 6, 7], "?"), Question([8, 9], "?")]
-    _, answers = score(model, tokenizer, examples, asked, evaluation, name="base")
+    _, answers = score(model, tokenizer, examples, asked, evaluation, end_id=None, name="base")
     known = [Question([5, 6, 7], f" {answers[0]}\n"), Question([8, 9], "no such answer")]
-    found, _ = score(model, tokenizer, examples, known, evaluation, name="base")
+    found, _ = score(model, tokenizer, examples, known, evaluation, end_id=None, name="base")
     assert found.exact_match == 0.5
     assert found.perplexity == pytest.approx(math.exp(found.loss))
-    assert score(model, tokenizer, examples, [], evaluation, name="base")[0].exact_match is None
+    assert (
+        score(model, tokenizer, examples, [], evaluation, end_id=None, name="base")[0].exact_match
+        is None
+    )
 
 
 @pytest.mark.parametrize(
     ("answer", "right"),
-    [("card.block", True), ("card.block\n", True), ("card.blocked", False), ("", False)],
+    [
+        ("<think>\nhm\n</think>\n\ncard.block", True),
+        ("card.block <think></think>", False),
+        ("card.block", True),
+        ("card.block\n", True),
+        ("card.blocked", False),
+        ("", False),
+    ],
 )
 def test_an_answer_is_right_when_it_equals_the_reference_but_for_outer_space(
     answer: str, right: bool
@@ -73,3 +84,11 @@ def test_rows_are_spread_evenly_and_never_repeat() -> None:
     chosen = evenly_spread(1000, 7)
     assert len(set(chosen)) == 7
     assert (chosen[0], chosen[-1]) == (0, 999)
+
+
+def test_a_batch_is_bounded_by_rows_and_by_tokens() -> None:
+    assert batch_at([10] * 100, 0, 32) == 32
+    assert batch_at([10] * 100, 90, 32) == 10
+    assert batch_at([4096] * 100, 0, 32) == 2
+    assert batch_at([10, 10, 8000], 0, 32) == 2
+    assert batch_at([100_000], 0, 32) == 1

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from prefixtune_cli import generate
 from prefixtune_cli import model as models
 from prefixtune_cli.cli.app import app
-from prefixtune_cli.errors import DataError, RunDirError, UsageError
+from prefixtune_cli.errors import DataError, RecipeError, RunDirError, UsageError
 from prefixtune_cli.generate import Sampling, answer_batched, answer_streamed, conversation
 from prefixtune_cli.recipe.schema import ModelSection, PrefixTuningPlus
 
@@ -44,11 +44,11 @@ def test_answers_do_not_depend_on_the_batch_that_they_share(speaker: generate.Sp
         speaker.prompt(conversation(text, None)) for text in ("a", "a much longer text", "b c")
     ]
     alone = [
-        answer_batched(speaker.model, speaker.tokenizer, [prompt], sampling=GREEDY)[0]
+        answer_batched(speaker.model, speaker.tokenizer, [prompt], end_id=None, sampling=GREEDY)[0]
         for prompt in prompts
     ]
     together = answer_batched(
-        speaker.model, speaker.tokenizer, prompts, sampling=GREEDY, batch_size=2
+        speaker.model, speaker.tokenizer, prompts, end_id=None, sampling=GREEDY, batch_size=2
     )
     assert together == alone
     assert len(set(alone)) > 1
@@ -58,7 +58,7 @@ def test_a_streamed_answer_joins_to_the_batched_one(speaker: generate.Speaker) -
     messages = conversation("Say it", "You are brief.")
     pieces = list(answer_streamed(speaker, messages, sampling=GREEDY))
     whole = answer_batched(
-        speaker.model, speaker.tokenizer, [speaker.prompt(messages)], sampling=GREEDY
+        speaker.model, speaker.tokenizer, [speaker.prompt(messages)], end_id=None, sampling=GREEDY
     )
     assert "".join(pieces) == whole[0] != ""
 
@@ -70,7 +70,7 @@ def test_an_error_while_streaming_reaches_the_caller(speaker: generate.Speaker) 
 
 
 class _Broken(Sampling):
-    def arguments(self, tokenizer: object) -> dict[str, object]:
+    def arguments(self, *_: object) -> dict[str, object]:
         return {"max_new_tokens": 2, "do_sample": True, "temperature": -1.0}
 
 
@@ -89,6 +89,40 @@ def test_without_the_adapter_the_base_speaks(
     speaker.use_adapter = False
     assert "".join(answer_streamed(speaker, conversation("Hello", None), sampling=GREEDY)) == base
     speaker.use_adapter = True
+
+
+def test_generation_stops_at_the_token_that_training_taught(speaker: generate.Speaker) -> None:
+    prompt = speaker.prompt(conversation("Hello", None))
+
+    def said(end_id: int | None) -> list[int]:
+        [answer] = answer_batched(
+            speaker.model, speaker.tokenizer, [prompt], end_id=end_id, sampling=GREEDY
+        )
+        return list(speaker.tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+    whole = said(None)
+    assert len(whole) > 1
+    assert len(said(whole[0])) < len(whole)
+    assert speaker.end_id == speaker.tokenizer.eos_token_id
+
+
+def test_greedy_is_not_bent_by_the_models_generation_config(speaker: generate.Speaker) -> None:
+    messages = conversation("Hello", None)
+    plain = "".join(answer_streamed(speaker, messages, sampling=GREEDY))
+    settings = speaker.model.generation_config
+    settings.repetition_penalty, settings.no_repeat_ngram_size = 9.0, 1
+    try:
+        assert "".join(answer_streamed(speaker, messages, sampling=GREEDY)) == plain
+    finally:
+        settings.repetition_penalty, settings.no_repeat_ngram_size = 1.0, 0
+
+
+def test_closing_a_stream_ends_the_generation(speaker: generate.Speaker) -> None:
+    pieces = answer_streamed(
+        speaker, conversation("Hello", None), sampling=Sampling(max_new_tokens=100_000)
+    )
+    next(pieces)
+    pieces.close()  # returns only when the thread has ended
 
 
 def test_sampling_repeats_by_seed(random_base: Path) -> None:
@@ -148,6 +182,23 @@ def test_chat_remembers_resets_and_switches_the_adapter_off(
     assert first == after_reset
     assert base != first
     assert "the base alone" in done.stderr
+
+
+def test_a_model_without_an_adapter_has_none_to_switch(random_base: Path) -> None:
+    done = CliRunner().invoke(
+        app, ["chat", "--model", str(random_base)], input="/adapter\n/base\n/quit\n"
+    )
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("has no adapter to switch") == 2
+    assert "with its adapter" not in done.stderr
+
+
+def test_wrong_bits_are_told_like_those_of_a_recipe(random_base: Path) -> None:
+    done = CliRunner().invoke(
+        app, ["generate", "--model", str(random_base), "--bits", "5", "--prompt", "x"]
+    )
+    assert isinstance(done.exception, RecipeError)
+    assert "model.bits must be 4, 8, 16 or 32, got 5" in str(done.exception)
 
 
 @pytest.mark.parametrize(

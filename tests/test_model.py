@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from prefixtune_cli import model as models
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
-from prefixtune_cli.errors import AdapterError, ModelError
+from prefixtune_cli.errors import AdapterError, ModelError, ResourceError
 from prefixtune_cli.recipe.schema import Lora, ModelSection, PrefixTuningPlus
 from prefixtune_cli.tokenizer import load_tokenizer
 
@@ -133,6 +134,36 @@ def test_a_model_that_the_hook_does_not_reach_is_named(tmp_path: Path) -> None:
     base = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2))
     with pytest.raises(ModelError, match="BloomForCausalLM cannot be adapted"):
         models.attach(base, PrefixTuningPlus())
+
+
+def test_a_base_that_lacks_a_weight_is_refused_rather_than_randomised(
+    random_base: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "holed"
+    shutil.copytree(random_base, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"lacks 1 of its weights, first model\.layers\.1\.mlp\.up"
+    ):
+        models.load_base(section(folder))
+
+
+def test_a_truncated_base_is_refused(random_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(random_base, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ModelError, match="Cannot load the model"):
+        models.load_base(section(folder))
+
+
+def test_several_processes_or_gpus_are_refused_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    models.check_gpus(None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ResourceError, match="A run uses one GPU for now"):
+        models.check_gpus(None)
 
 
 def test_a_model_without_a_tokenizer_is_refused(random_base: Path, tmp_path: Path) -> None:

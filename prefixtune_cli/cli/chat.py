@@ -45,14 +45,21 @@ def chat(
             case "/reset":
                 messages = generation.conversation(None, system)
                 continue
+            case "/base" | "/adapter" if not speaker.has_adapter:
+                console.notice(f"{speaker.description} has no adapter to switch.")
+                continue
             case "/base" | "/adapter" as command:
                 speaker.use_adapter = command == "/adapter"
                 console.notice(f"{speaker.description}.")
                 continue
         messages.append({"role": "user", "content": text})
         answer = ""
-        for piece in generation.answer_streamed(speaker, messages, sampling=sampling):
-            print(piece, end="", flush=True)
-            answer += piece
+        pieces = generation.answer_streamed(speaker, messages, sampling=sampling)
+        try:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                answer += piece
+        except KeyboardInterrupt:  # ends the answer, not the chat
+            pieces.close()
         print()
         messages.append({"role": "assistant", "content": answer})

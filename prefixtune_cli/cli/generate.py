@@ -31,7 +31,9 @@ def generate(
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts a forward pass.")] = 32,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, metavar="N", help="Prompts a forward pass.")
+    ] = 32,
     seed: options.SamplingSeed = 0,
 ) -> None:
     """Answer a prompt, or a file of prompts, with an adapter or with the base alone."""
@@ -42,10 +44,13 @@ def generate(
             "--data FILE and --out FILE belong together; one prompt's answer goes to stdout."
         )
     import sys
+    from pathlib import Path
 
     from prefixtune_cli.cli import console
     from prefixtune_cli.cli.reporter import reporter
+    from prefixtune_cli.data.question import questions
 
+    asked = list(questions(data, options.parse_map(map or []))) if data is not None else []
     console.quiet_libraries()
     from prefixtune_cli import generate as generation
 
@@ -60,14 +65,15 @@ def generate(
             print(piece, end="", flush=True)
         print()
         return
+    if system is not None:
+        asked = [(row, [*generation.conversation(None, system), *m]) for row, m in asked]
     with reporter() as shown:
-        count = generation.answer_file(
+        generation.answer_file(
             speaker,
-            str(data),
-            str(out),
-            mapping=options.parse_map(map or []),
+            asked,
+            Path(str(out)),
             sampling=sampling,
             batch_size=batch_size,
             reporter=shown,
         )
-        shown.notice(f"{count} answers written to {out}.")
+        shown.notice(f"{len(asked)} answers written to {out}.")

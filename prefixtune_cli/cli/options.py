@@ -359,7 +359,7 @@ Seed = Annotated[
 ]
 Gpus = Annotated[
     int | None,
-    _option("--gpus", panel=TRAINING, metavar="N", help="GPUs to use."),
+    _option("--gpus", panel=TRAINING, metavar="N", help="GPUs to use, one for now."),
 ]
 Track = Annotated[
     str | None,
@@ -396,4 +396,6 @@ TopP = Annotated[
     float,
     typer.Option("--top-p", metavar="X", help="Sample from the likeliest tokens of this mass."),
 ]
-SamplingSeed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the sampling.")]
+SamplingSeed = Annotated[
+    int, typer.Option("--seed", min=0, max=2**32 - 1, metavar="N", help="Seed of the sampling.")
+]

@@ -51,19 +51,15 @@ class Encoder:
             raise DataError(
                 f"The data is chats (format {rows.format}), and the model's tokenizer has no chat template. {OPTIONS}."
             )
-        end = self.chat.end_of_turn if self.chat else None
-        self.appends_end = end is None
-        self.end_id = (
-            tokenizer.eos_token_id if end is None else tokenizer.convert_tokens_to_ids(end)
-        )
-        if self.end_id is None:
+        self.appends_end = self.chat is None or self.chat.end_of_turn is None
+        end_id = end_of_turn_id(tokenizer, self.chat)
+        if end_id is None:
             raise DataError(
                 "The tokenizer has no end-of-sequence token and the chat template puts no token behind an answer, so "
                 f"the model could not learn to stop. {OPTIONS}."
             )
-        first = tokenizer("a").input_ids[0]
-        adds_start = self.chat is None and first == tokenizer.bos_token_id
-        self.start_ids: list[int] = [first] if adds_start else []
+        self.end_id = end_id
+        self.start_ids = [] if self.chat else start_ids(tokenizer)
         # SentencePiece puts a space before every text: later segments are tokenized behind a line break.
         newline, joined = self._ids(["\n", "\na"])
         plain = self._ids(["a"])[0]
@@ -195,6 +191,19 @@ class Encoder:
                 if part[: len(self.anchor)] == self.anchor:
                     parts[i] = part[len(self.anchor) :]
         return ids
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate | None) -> int | None:
+    """The token that ends an answer, in training as in generation: the template's, else end-of-sequence."""
+    end = chat.end_of_turn if chat else None
+    found = tokenizer.eos_token_id if end is None else tokenizer.convert_tokens_to_ids(end)
+    return None if found is None else int(found)
+
+
+def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The beginning-of-sequence token, where the tokenizer puts it before a text that has no template."""
+    first = int(tokenizer("a").input_ids[0])
+    return [first] if first == tokenizer.bos_token_id else []
 
 
 def join(prompt: str, completion: str) -> tuple[str, str]:

@@ -32,7 +32,8 @@ def resolve(
 
     When flags or `--set` choose another method than the recipe's, the recipe's `adapter` section
     and, where it is just the old method's default, its learning rate are left out: both belong to
-    the method that was written down.
+    the method that was written down. Likewise the recipe's held-out data goes with its training data, and its
+    number of steps when epochs are asked for.
 
     Args:
         recipe: a YAML file, or the name of a shipped recipe; None is the defaults alone.
@@ -44,7 +45,8 @@ def resolve(
     """
     file, parsed = _read(recipe)
     chosen = _merge(_parse_sets(sets), flags or {})
-    values = _merge(_without_another_methods_settings(parsed.values, chosen), chosen)
+    below = _without_another_methods_settings(parsed.values, chosen)
+    values = _merge(_without_what_is_replaced(below, chosen), chosen)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -164,6 +166,30 @@ def _without_another_methods_settings(
         defaults = METHOD_DEFAULTS[old]
         kept["train"] = {k: v for k, v in train.items() if k not in defaults or v != defaults[k]}
     return kept
+
+
+def _without_what_is_replaced(
+    values: Mapping[str, Any], chosen: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Without the settings that belong to what `chosen` puts in their place.
+
+    The recipe's held-out data, columns and format are those of its own training data, and its number of steps
+    would win over the epochs that were asked for.
+    """
+    data, train = chosen.get("data") or {}, chosen.get("train") or {}
+    replaced: dict[str, set[str]] = {"data": set(), "train": set()}
+    if isinstance(data, Mapping) and "train" in data:
+        replaced["data"] |= {"eval", "eval_split", "map", "format"}
+    if isinstance(data, Mapping) and "eval_split" in data:
+        replaced["data"] |= {"eval"}
+    if isinstance(train, Mapping) and "epochs" in train:
+        replaced["train"] |= {"max_steps"}
+    return {
+        key: {k: v for k, v in value.items() if k not in replaced.get(key, set())}
+        if isinstance(value, Mapping)
+        else value
+        for key, value in values.items()
+    }
 
 
 def _method(values: Mapping[str, Any]) -> str | None:

@@ -20,8 +20,8 @@ DataFormat = Literal[
 # Chosen by the sweep of recipes/sweep (see the README's table): same trainer, same steps.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "prefix-tuning-plus": {"learning_rate": 1e-2},
-    "lora": {"learning_rate": 1e-3},
-    "prefix-tuning": {"learning_rate": 3e-2},
+    "lora": {"learning_rate": 3e-3},
+    "prefix-tuning": {"learning_rate": 1e-1},
     "full": {"learning_rate": 3e-4},
 }
 
@@ -170,7 +170,7 @@ class TrainSection(Section):
     optimizer: str = Field(
         "adamw_torch", description="A name that transformers' TrainingArguments takes."
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     log_steps: int = Field(10, ge=1, description="Steps between two lines of metrics.jsonl.")
     eval_steps: int | None = Field(
         None, ge=1, description="Steps between two held-out losses; null is only at the end."
@@ -179,7 +179,9 @@ class TrainSection(Section):
         None, ge=1, description="Steps between two checkpoints; null is a tenth of the run."
     )
     keep_checkpoints: int = Field(2, ge=1, description="Older checkpoints are deleted.")
-    gpus: int | None = Field(None, ge=1, description="GPUs to use; null takes what is there.")
+    gpus: int | None = Field(
+        None, ge=1, description="GPUs to use, one for now; null takes the first, or the CPU."
+    )
     track: Literal["none", "tensorboard", "wandb", "trackio"] = Field("none")
 
 
@@ -228,7 +230,7 @@ class Recipe(Section):
             if self.adapter.method == "prefix-tuning" and getattr(self.train, key):
                 raise ValueError(
                     f"train.{key} does not go with method prefix-tuning, whose prefix lies in the key/value cache. "
-                    f"Leave --{key.replace('_', '-')} out, or use another method."
+                    f"Type --no-{key.replace('_', '-')}, or use another method."
                 )
         return self
 

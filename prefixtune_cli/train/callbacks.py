@@ -50,6 +50,8 @@ class Journal(TrainerCallback):
         if self.stop and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
+        if state.global_step == state.max_steps:
+            control.should_log = True  # a short run has a line of metrics, too
         self.reporter.progress("training", state.global_step, state.max_steps, {})
 
     def on_log(
@@ -113,16 +115,21 @@ class WeightWatch(TrainerCallback):
 
     _AFTER_STEPS = 3
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._trained = {n: _sample(p) for n, p in model.named_parameters() if p.requires_grad}
-        self._frozen = {n: _sample(p) for n, p in model.named_parameters() if not p.requires_grad}
-        self._first_step: int | None = None
+    def __init__(self) -> None:
+        self._trained: dict[str, torch.Tensor] = {}
+        self._frozen: dict[str, torch.Tensor] = {}
+        self._due = 0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module,
+        **_: Any,
     ) -> None:
-        if self._first_step is None:
-            self._first_step = state.global_step
+        self.start(model)
+        self._due = min(state.global_step + self._AFTER_STEPS, state.max_steps)
 
     def on_step_end(
         self,
@@ -132,16 +139,18 @@ class WeightWatch(TrainerCallback):
         model: torch.nn.Module,
         **_: Any,
     ) -> None:
-        if not self._trained or state.global_step < min(
-            (self._first_step or 0) + self._AFTER_STEPS, state.max_steps
-        ):
-            return
-        self.check(model, state.global_step)
-        self._trained, self._frozen = {}, {}
+        if state.global_step == self._due:
+            self.check(model, state.global_step)
+
+    def start(self, model: torch.nn.Module) -> None:
+        """Remember the weights, after a checkpoint was loaded."""
+        named = list(model.named_parameters())
+        self._trained = {name: _sample(p) for name, p in named if p.requires_grad}
+        self._frozen = {name: _sample(p) for name, p in named if not p.requires_grad}
 
     def check(self, model: torch.nn.Module, step: int) -> None:
         """Raise TrainingError where the wrong weights moved, or none did."""
-        now = {name.removeprefix("module."): p for name, p in model.named_parameters()}
+        now = dict(model.named_parameters())
         if all(torch.equal(before, _sample(now[name])) for name, before in self._trained.items()):
             raise TrainingError(
                 f"After {step} steps not one trained weight has changed: the data has no effect on the adapter. "

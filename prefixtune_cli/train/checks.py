@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from prefixtune_cli.errors import PtpError, ResourceError, RunDirError
 from prefixtune_cli.recipe.load import difference, resolve
 from prefixtune_cli.recipe.schema import Recipe
@@ -35,15 +37,20 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def told_when_the_disk_is_full(run_dir: RunDir) -> Iterator[None]:
-    """Whatever a library makes of a full disk (tokenizers, torch and safetensors each raise their own)."""
+def told_in_words(run_dir: RunDir) -> Iterator[None]:
+    """Within the block a full memory and a full disk raise ResourceError, whatever a library makes of them."""
     try:
         yield
     except PtpError:
         raise
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            "The GPU's memory does not suffice. What helps most comes first: --gradient-checkpointing, a smaller "
+            "--batch-size with more --gradient-accumulation, a smaller --max-length, --bits 4."
+        ) from error
     except Exception as error:
         said = "No space left" in str(error) or "Disk quota" in str(error)
-        if said or shutil.disk_usage(run_dir.path).free < 2**16:
+        if run_dir.path.exists() and (said or shutil.disk_usage(run_dir.path).free < 2**16):
             raise ResourceError(
                 f"No space is left for {run_dir.path}. Whole checkpoints are kept: free some space and type "
                 f"{run_dir.resume_command}"
@@ -74,18 +81,13 @@ def check_same_data(run_dir: RunDir, data: Data) -> None:
     """Raise RunDirError where the run was started with other data."""
     started = json.loads(run_dir.environment.read_text(encoding="utf-8"))["data"]
     changed = [
-        name
-        for name in data.fingerprints
-        if started.get(name, {}).get("sha256") != data.fingerprints[name]["sha256"]
+        f"  {name}: {now['source']}, {started.get(name, {}).get('rows', '?')} rows then and {now.get('rows', '?')} now"
+        for name, now in data.fingerprints.items()
+        if started.get(name, {}).get("sha256") != now["sha256"]
     ]
     if changed:
-        lines = [
-            f"  {name}: {data.fingerprints[name]['source']} had {started.get(name, {}).get('rows')} rows and now has "
-            f"{data.fingerprints[name]['rows']}, or other content in them"
-            for name in changed
-        ]
         raise RunDirError(
             f"The data of the run in {run_dir.path} has changed since it was started, so it cannot be resumed:\n"
-            + "\n".join(lines)
-            + "\nBring the old data back, or start anew with another --out."
+            + "\n".join(changed)
+            + "\nBring the old content back, or start anew with another --out."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from prefixtune_cli.data.encode import end_of_turn_id
 from prefixtune_cli.data.inspect import check, facts, warnings
 from prefixtune_cli.data.load import LoadedData, load_rows
+from prefixtune_cli.data.template import chat_template
 from prefixtune_cli.data.tokenize import prompts_and_answers, tokenize
 from prefixtune_cli.errors import RecipeError
 from prefixtune_cli.evaluate import Question, evenly_spread
@@ -28,6 +31,7 @@ class Data:
     origin: Callable[[int], str]
     held_out: Dataset
     questions: list[Question]
+    end_id: int | None
     fingerprints: dict[str, Any]
 
 
@@ -68,12 +72,19 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: R
         evenly_spread(len(held_out_rows), recipe.evaluate.max_rows)
     )
     held_out = tokenize(held_out_rows, tokenizer, section)
+    for warning in warnings(held_out.statistics):
+        reporter.warning(f"held-out: {warning}")
     check(held_out, tokenizer)
+    chat = chat_template(tokenizer, section.chat_template) if rows.layout != "text" else None
+    if section.chat_template is not None and chat is not None:
+        digest = hashlib.sha256(chat.source.encode()).hexdigest()
+        fingerprints["chat_template"] = {"source": section.chat_template, "sha256": digest}
     return Data(
         train=tokenized.dataset,
         origin=rows.row_origin,
         held_out=held_out.dataset,
-        questions=_questions(held_out_rows, tokenizer, recipe),
+        questions=_questions(held_out_rows.select(held_out.dataset["row"]), tokenizer, recipe),
+        end_id=end_of_turn_id(tokenizer, chat),
         fingerprints=fingerprints,
     )
 
@@ -81,8 +92,8 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: R
 def _questions(
     rows: LoadedData, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
 ) -> list[Question]:
-    """The held-out rows as questions, or none where one answer in twenty or more is long."""
-    if rows.layout == "text":
+    """The held-out rows as questions, or none where a row has no answer, or one answer in twenty is long."""
+    if rows.layout == "text" or not all(map(_has_answer, rows.dataset)):
         return []
     found = [
         Question(asked.prompt_ids, asked.answer)
@@ -92,3 +103,7 @@ def _questions(
     if not lengths or lengths[int(0.95 * (len(lengths) - 1))] >= recipe.evaluate.max_new_tokens:
         return []
     return found
+
+
+def _has_answer(row: dict[str, Any]) -> bool:
+    return "completion" in row or any(m["role"] == "assistant" for m in row["messages"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,10 +15,11 @@ from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
+from trl import SFTConfig
 
 from prefixtune_cli import model as models
 from prefixtune_cli.errors import Interrupted
-from prefixtune_cli.evaluate import EXACT_MATCH_RULE, Score, score, without_adapter
+from prefixtune_cli.evaluate import EXACT_MATCH_RULE, Score, score
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import dump
 from prefixtune_cli.recipe.schema import Recipe
@@ -29,7 +31,7 @@ from prefixtune_cli.train.checks import (
     check_resumable,
     check_same_data,
     check_tracker,
-    told_when_the_disk_is_full,
+    told_in_words,
 )
 from prefixtune_cli.train.environment import describe_environment
 from prefixtune_cli.train.loss_plot import draw_loss
@@ -87,57 +89,59 @@ def train(
     check_tracker(recipe.train.track)
     if resume:
         check_resumable(run_dir, recipe)
+    else:
+        run_dir.check_free(overwrite=overwrite)
     check_base(recipe.model)
+    arguments = training_arguments(recipe, run_dir)
     tokenizer = load_tokenizer(recipe.model)
     data = prepare_data(recipe, tokenizer, reporter)
     if resume:
         check_same_data(run_dir, data)
-    else:
-        run_dir.create(overwrite=overwrite)
-        write_atomically(run_dir.recipe, dump(recipe))
-        write_json(run_dir.environment, describe_environment(data.fingerprints))
-    with told_when_the_disk_is_full(run_dir):
-        return _run(recipe, tokenizer, data, run_dir, resume, reporter)
+
+    with told_in_words(run_dir):
+        reporter.notice(f"Loading {recipe.model.name}.")
+        set_seed(recipe.train.seed)
+        base = models.load_base(recipe.model, trainable=recipe.adapter.method == "full")
+        model = models.attach(base, recipe.adapter)
+        if not resume:
+            _open(run_dir, recipe, data, overwrite)
+        kept = recipe.train.keep_checkpoints + 2 - len(run_dir.checkpoints())
+        check_disk(run_dir.path, _checkpoint_bytes(model) * max(kept, 1))
+
+        def judge(who: str) -> tuple[Score, list[str]]:
+            return score(
+                model,
+                tokenizer,
+                data.held_out,
+                data.questions,
+                recipe.evaluate,
+                end_id=data.end_id,
+                name=who,
+                reporter=reporter,
+            )
+
+        # Full fine-tuning leaves no base to score afterwards.
+        before = None if isinstance(model, PeftModel) else judge("base")
+        steps = _fit(arguments, model, tokenizer, data, run_dir, resume, reporter)
+        _save_adapter(model, tokenizer, run_dir)
+        if before is None:
+            with models.without_adapter(model):
+                before = judge("base")
+        return _conclude(run_dir, model, data, before, judge("adapter"), steps)
 
 
-def _run(
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Data,
-    run_dir: RunDir,
-    resume: bool,
-    reporter: Reporter,
-) -> Summary:
-    """Load the base, train, and score base and adapter on the held-out rows."""
-    reporter.notice(f"Loading {recipe.model.name}.")
-    set_seed(recipe.train.seed)
-    base = models.load_base(recipe.model, trainable=recipe.adapter.method == "full")
-    model = models.attach(base, recipe.adapter)
-    check_disk(run_dir.path, _checkpoint_bytes(model) * (recipe.train.keep_checkpoints + 2))
-
-    def judge(who: str) -> tuple[Score, list[str]]:
-        return score(
-            model,
-            tokenizer,
-            data.held_out,
-            data.questions,
-            recipe.evaluate,
-            name=who,
-            reporter=reporter,
-        )
-
-    # Full fine-tuning leaves no base to score afterwards.
-    before = None if isinstance(model, PeftModel) else judge("base")
-    steps = _fit(recipe, model, tokenizer, data, run_dir, resume, reporter)
-    _save_adapter(model, tokenizer, run_dir)
-    if before is None:
-        with without_adapter(model):
-            before = judge("base")
-    return _conclude(run_dir, model, data, before, judge("adapter"), steps)
+def _open(run_dir: RunDir, recipe: Recipe, data: Data, overwrite: bool) -> None:
+    """Make the run directory; the recipe is written last, as its presence means that there is a run."""
+    run_dir.create(overwrite=overwrite)
+    write_json(run_dir.environment, describe_environment(data.fingerprints))
+    if recipe.data.chat_template is not None:
+        source = Path(recipe.data.chat_template).expanduser()
+        write_atomically(run_dir.chat_template, source.read_bytes())
+    write_atomically(run_dir.recipe, dump(recipe))
 
 
 def _fit(
-    recipe: Recipe,
+    arguments: SFTConfig,
     model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
@@ -154,18 +158,24 @@ def _fit(
         )
         reporter.notice(f"Resuming {run_dir.path} {where}.")
         run_dir.truncate_metrics(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    epochs = math.ceil(arguments.num_train_epochs)
+    if arguments.max_steps == 1 or (arguments.max_steps < 0 and len(data.train) * epochs <= batch):
+        arguments.warmup_steps = 0  # else the only step would have a learning rate of zero
     trainer = SafeTrainer(
         run_dir=run_dir,
         origin=data.origin,
         model=model,
-        args=training_arguments(recipe, run_dir),
+        args=arguments,
         train_dataset=data.train,
-        eval_dataset=data.held_out if recipe.train.eval_steps else None,
+        eval_dataset=data.held_out if arguments.eval_steps else None,
         processing_class=tokenizer,
-        callbacks=[Journal(run_dir, reporter, stop), WeightWatch(model)],
+        callbacks=[Journal(run_dir, reporter, stop), WeightWatch()],
     )
     trainer.remove_callback(PrinterCallback)  # the journal reports
     _keep_adapter_in_fp32(model)
+    if checkpoint is not None and (last := trainer.finished_at(checkpoint)) is not None:
+        return last
     with _signals(stop):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     draw_loss(run_dir)

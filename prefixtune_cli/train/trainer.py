@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
-from prefixtune_cli.errors import TrainingError
+from prefixtune_cli.errors import RecipeError, TrainingError
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
 
@@ -20,9 +23,20 @@ _PART = ".checkpoint.part"
 
 
 def training_arguments(recipe: Recipe, run_dir: RunDir) -> SFTConfig:
-    """The recipe in the terms of TRL."""
+    """The recipe in the terms of TRL.
+
+    Raises:
+        RecipeError: transformers does not know the optimizer.
+    """
+    known = [str(name.value) for name in OptimizerNames]
+    if recipe.train.optimizer not in known:
+        near = get_close_matches(recipe.train.optimizer, known, n=3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"They are {', '.join(known)}."
+        raise RecipeError(
+            f"train.optimizer must be one of transformers' optimizers, got {recipe.train.optimizer!r}. {hint}"
+        )
     section = recipe.train
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run_dir.tracker_logs))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir.tracker_logs)
     on_gpu = torch.cuda.is_available()
     # Flash attention takes the rows of a batch end to end, without padding; a prefix in the cache does not.
     flash = recipe.model.attention.startswith("flash_attention")
@@ -105,11 +119,12 @@ class SafeTrainer(SFTTrainer):
         rows = inputs.pop(ROW, None)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
-            origins = "" if rows is None else "; ".join(self._origin(row) for row in rows.tolist())
+            origins = "packed, so that its rows are not known"
+            if rows is not None:
+                origins = "; ".join(self._origin(row) for row in rows.tolist())
             raise TrainingError(
                 f"The loss became {loss.item()} at step {self.state.global_step + 1}. "
-                + (f"The batch was {origins}. " if origins else "")
-                + "Try a lower "
+                f"The batch was {origins}. Try a lower "
                 f"--learning-rate (it is {self.args.learning_rate:g}), --set train.max_grad_norm=0.5, or --bits 32; "
                 "look at those rows with `ptp inspect-data`."
             )
@@ -118,6 +133,17 @@ class SafeTrainer(SFTTrainer):
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs.pop(ROW, None)
         return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def finished_at(self, checkpoint: Path) -> int | None:
+        """The last step, with its weights loaded, where `checkpoint` is that of the last step.
+
+        transformers would train one more step where the last step is not the end of an epoch.
+        """
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if state["global_step"] < state["max_steps"]:
+            return None
+        self._load_from_checkpoint(str(checkpoint))
+        return int(state["global_step"])
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No model card: the run directory describes itself."""

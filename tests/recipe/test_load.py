@@ -146,12 +146,12 @@ def test_a_flag_puts_a_recipes_wrong_value_right(write: Any) -> None:
         (
             ["adapter.method=prefix-tuning", "train.packing=true"],
             "train.packing does not go with method prefix-tuning, whose prefix lies in the key/value cache. "
-            "Leave --packing out, or use another method.",
+            "Type --no-packing, or use another method.",
         ),
         (
             ["adapter.method=prefix-tuning", "train.gradient_checkpointing=true"],
             "train.gradient_checkpointing does not go with method prefix-tuning, whose prefix lies in the "
-            "key/value cache. Leave --gradient-checkpointing out, or use another method.",
+            "key/value cache. Type --no-gradient-checkpointing, or use another method.",
         ),
         (["train.batch_siz=3"], "train.batch_siz is not a setting. Did you mean train.batch_size?"),
         (["foo.bar=3"], "foo is not a setting. `ptp recipe-schema` lists all settings."),
@@ -252,3 +252,19 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_is(name: str) -> None:
 
 def test_recipes_of_more_than_one_method_are_shipped() -> None:
     assert {resolve(name).adapter.method for name in shipped()} >= {"prefix-tuning-plus", "lora"}
+
+
+def test_other_data_leaves_the_recipes_held_out_data_and_columns_behind(write: Any) -> None:
+    file = write(
+        "data: {train: a.jsonl, eval: b.jsonl, map: {prompt: x}, format: alpaca, max_length: 99}\n"
+        "train: {max_steps: 7}\n"
+    )
+    data = resolve(file, [], {"data": {"train": "mine.jsonl"}}).data
+    assert (data.train, data.eval, data.map, data.format) == ("mine.jsonl", None, {}, "auto")
+    assert data.max_length == 99
+    assert resolve(file, [], {"data": {"eval_split": 0.2}}).data.eval is None
+    assert (
+        resolve(file, ["data.eval=c.jsonl"], {"data": {"train": "m.jsonl"}}).data.eval == "c.jsonl"
+    )
+    assert resolve(file, [], {"train": {"epochs": 2.0}}).train.max_steps is None
+    assert resolve(file).train.max_steps == 7

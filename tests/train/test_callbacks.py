@@ -17,7 +17,8 @@ from prefixtune_cli.train.loss_plot import draw_loss
 def test_weights_that_do_not_move_and_a_base_that_does_are_told(random_base: Path) -> None:
     base = models.load_base(ModelSection(name=str(random_base)))
     model = models.attach(base, PrefixTuningPlus())
-    watch = WeightWatch(model)
+    watch = WeightWatch()
+    watch.start(model)
     with pytest.raises(TrainingError, match="After 3 steps not one trained weight has changed"):
         watch.check(model, 3)
     trained = next(p for p in model.parameters() if p.requires_grad)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,3 +128,19 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     assert files(run_dir) == before
     steps = [row["step"] for row in run_dir.read_metrics()]
     assert steps == sorted(set(steps))
+
+
+def test_a_run_killed_while_it_was_scored_trains_no_further_step(
+    random_base: Path, colours: Path, tmp_path: Path
+) -> None:
+    from prefixtune_cli.train import train
+
+    chosen = recipe(random_base, colours, tmp_path / "run", train={"max_steps": 10})
+    whole = train(chosen)  # 10 steps: one epoch of 7, and a part of the next
+    run_dir = RunDir(tmp_path / "run")
+    before = files(run_dir)
+    run_dir.summary.unlink()
+    shutil.rmtree(run_dir.adapter)
+    resumed = train(chosen, resume=True)
+    assert files(run_dir) == before
+    assert resumed == whole

@@ -276,6 +276,83 @@ def test_gpus_that_are_not_there_are_refused(
         train(chosen)
 
 
+def test_a_run_of_one_step_trains_and_has_its_line_of_metrics(
+    random_base: Path, colours: Path, tmp_path: Path
+) -> None:
+    chosen = recipe(random_base, colours, tmp_path / "run", train={"max_steps": 1, "log_steps": 10})
+    assert train(chosen).adapter.loss < train_base_loss(tmp_path)
+    assert [row["step"] for row in RunDir(tmp_path / "run").read_metrics()] == [1]
+    assert RunDir(tmp_path / "run").loss_plot.exists()
+
+
+def train_base_loss(folder: Path) -> float:
+    summary = json.loads(RunDir(folder / "run").summary.read_text())
+    return float(summary["base"]["loss"])
+
+
+def test_chats_without_an_answer_can_be_trained_whole(random_base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "asked.jsonl"
+    row = {"messages": [{"role": "user", "content": "Is anybody there?"}]}
+    file.write_text((json.dumps(row) + "\n") * 16)
+    chosen = recipe(
+        random_base,
+        file,
+        tmp_path / "run",
+        data={"train_on": "all"},
+        train={"max_steps": 2, "batch_size": 2},
+    )
+    assert train(chosen).adapter.exact_match is None
+
+
+def test_a_fully_trained_run_answers_with_its_own_weights(
+    random_base: Path, colours: Path, tmp_path: Path
+) -> None:
+    from prefixtune_cli.generate import Sampling, answer_streamed, conversation, load_speaker
+
+    chosen = recipe(
+        random_base,
+        colours,
+        tmp_path / "run",
+        adapter={"method": "full"},
+        train={"max_steps": 60, "learning_rate": 3e-3},
+    )
+    assert train(chosen).adapter.loss < 2
+
+    def said(no_adapter: bool) -> str:
+        speaker = load_speaker(
+            run=str(chosen.out), model=None, adapter=None, no_adapter=no_adapter, bits=None, seed=0
+        )
+        assert not speaker.has_adapter
+        messages = conversation("Say the colour red, number 3.", None)
+        return "".join(answer_streamed(speaker, messages, sampling=Sampling(max_new_tokens=5)))
+
+    assert said(no_adapter=False) != said(no_adapter=True)
+
+
+def test_a_changed_chat_template_is_changed_data(
+    random_base: Path, colours: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "mine.jinja"
+    source = (random_base / "chat_template.jinja").read_text()
+    template.write_text(source)
+    chosen = recipe(random_base, colours, tmp_path / "run", data={"chat_template": str(template)})
+    train(chosen)
+    run_dir = RunDir(tmp_path / "run")
+    assert run_dir.chat_template.read_text() == source
+    run_dir.summary.unlink()
+    template.write_text(source.replace("<|user|>", "<|system|>") + " ")
+    with pytest.raises(RunDirError, match=r"chat_template: .*mine\.jinja"):
+        train(chosen, resume=True)
+
+
+def test_an_unknown_optimizer_is_told_with_the_nearest(
+    random_base: Path, colours: Path, tmp_path: Path
+) -> None:
+    chosen = recipe(random_base, colours, tmp_path / "run", train={"optimizer": "adamw_torhc"})
+    with pytest.raises(RecipeError, match="Did you mean adamw_torch"):
+        train(chosen)
+
+
 def test_a_tracker_that_is_not_installed_is_told_with_what_to_install(
     random_base: Path, colours: Path, tmp_path: Path
 ) -> None:
