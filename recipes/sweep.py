@@ -31,7 +31,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "train.warmup_ratio=0": {"train": {"warmup_ratio": 0.0}},
     "train.weight_decay=0.1": {"train": {"weight_decay": 0.1}},
     "adapter.feature_map=gelu": {"adapter": {"feature_map": "gelu"}},
-    "adapter.normalize_query=true": {"adapter": {"normalize_query": True}},
 }
 Cell = tuple[str, str, int]
 

@@ -1,0 +1,60 @@
+"""Progress on stderr: a bar at a terminal, lines elsewhere, with every figure that was measured."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from prefixtune_cli.cli import console, reporter
+
+FIGURES = {
+    "loss": 1.5,
+    "learning_rate": 1e-3,
+    "tokens_per_second": 12345.0,
+    "peak_memory_gib": 3.21,
+}
+SHOWN = "loss 1.5000  lr 1.00e-03  12,345 tokens/s  3.2 GiB"
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Console:
+    made = Console(file=io.StringIO(), force_terminal=True, width=140)
+    monkeypatch.setattr(console, "stderr", lambda: made)
+    return made
+
+
+def written(made: Console) -> str:
+    file = made.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
+
+
+def test_a_terminal_gets_a_bar_with_figures_and_time_left(terminal: Console) -> None:
+    chosen = reporter.reporter()
+    assert isinstance(chosen, reporter.LiveReporter)
+    with chosen as live:
+        live.progress("training", 0, 8, {})
+        live.progress("training", 4, 8, FIGURES)
+        live.progress("training", 5, 8, {})
+        live.warning("mind the gap")
+    shown = written(terminal)
+    assert "5/8" in shown
+    assert SHOWN in shown
+    assert "ETA" in shown
+    assert "mind the gap" in shown
+
+
+def test_a_pipe_gets_a_line_a_measurement_and_one_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = Console(file=io.StringIO(), width=140)
+    monkeypatch.setattr(console, "stderr", lambda: made)
+    chosen = reporter.reporter()
+    assert isinstance(chosen, reporter.LineReporter)
+    with chosen as lines:
+        for step in range(9):
+            lines.progress("training", step, 8, FIGURES if step == 4 else {})
+    found = written(made).splitlines()
+    assert len(found) == 2
+    assert found[0].startswith(f"training 4/8  {SHOWN}  ETA")
+    assert found[1] == "training 8/8"
