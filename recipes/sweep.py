@@ -30,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "train.schedule=linear": {"train": {"schedule": "linear"}},
     "train.warmup_ratio=0": {"train": {"warmup_ratio": 0.0}},
     "train.weight_decay=0.1": {"train": {"weight_decay": 0.1}},
-    "adapter.feature_map=gelu": {"adapter": {"feature_map": "gelu"}},
+    "adapter.feature_map=elu": {"adapter": {"feature_map": "elu"}},
 }
 Cell = tuple[str, str, int]
 

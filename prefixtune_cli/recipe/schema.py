@@ -17,7 +17,7 @@ DataFormat = Literal[
     "auto", "messages", "conversations", "prompt-completion", "alpaca", "question-answer", "text"
 ]
 
-# Chosen by the sweep of recipes/sweep (see the README's table): same trainer, same steps.
+# Chosen by recipes/sweep.py (see the README's tables): same trainer, same steps.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "prefix-tuning-plus": {"learning_rate": 1e-2},
     "lora": {"learning_rate": 3e-3},
@@ -84,7 +84,9 @@ class PrefixTuningPlus(Section):
     """Prefix-Tuning+: M is trained, and φ(q)ᵀM added to each head's output (paper, eq. 7)."""
 
     method: Literal["prefix-tuning-plus"] = "prefix-tuning-plus"
-    feature_map: Literal["elu", "gelu", "mlp"] = Field("elu", description="φ of eq. 7.")
+    feature_map: Literal["elu", "gelu", "mlp"] = Field(
+        "gelu", description="φ of eq. 7: the paper's default is elu, the sweep's gelu."
+    )
     feature_dim: int | None = Field(
         None, ge=1, description="Features a head of `mlp`; null is the query's width."
     )

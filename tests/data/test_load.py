@@ -389,6 +389,7 @@ def test_a_hub_that_does_not_answer_is_one_quick_error():
         "except ResourceError as error:\n    print(error)"
     )
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    environment |= {"HF_DATASETS_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}  # they mean the same
     ran = subprocess.run(
         [sys.executable, "-c", work], capture_output=True, text=True, env=environment, timeout=30
     )

@@ -136,7 +136,7 @@ def test_a_flag_puts_a_recipes_wrong_value_right(write: Any) -> None:
         ),
         (
             ["adapter.feature_dim=3"],
-            "adapter.feature_dim belongs to feature_map mlp; elu has the query's width. Leave it out.",
+            "adapter.feature_dim belongs to feature_map mlp; gelu has the query's width. Leave it out.",
         ),
         (
             ["adapter.method=full", "model.bits=4"],
