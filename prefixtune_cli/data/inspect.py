@@ -130,11 +130,6 @@ def check(tokenized: TokenizedData, tokenizer: PreTrainedTokenizerBase) -> None:
     )
 
 
-def describe(statistics: DataStatistics) -> list[str]:
-    """Facts, then warnings, in plain lines."""
-    return facts(statistics) + [f"warning: {line}" for line in warnings(statistics)]
-
-
 def facts(statistics: DataStatistics) -> list[str]:
     """The statistics in plain lines; `warnings` has what goes with them."""
     s = statistics

@@ -77,8 +77,6 @@ def tokenize(
     rows: LoadedData,
     tokenizer: PreTrainedTokenizerBase,
     section: DataSection,
-    *,
-    num_proc: int | None = None,
 ) -> TokenizedData:
     """Render, tokenize, mask and truncate.
 
@@ -86,8 +84,6 @@ def tokenize(
         rows: what `load_rows` gave.
         tokenizer: the model's; it is not changed.
         section: train_on, max_length, on_long and chat_template are used.
-        num_proc: processes; the tokenizer itself uses all cores already, so this helps only where
-            rendering the template is the slow part.
 
     Raises:
         DataError: no template for chats, a template that does not fit, or long rows with on_long error.
@@ -99,7 +95,6 @@ def tokenize(
         with_indices=True,
         batch_size=ROWS_A_BATCH,
         remove_columns=rows.dataset.column_names,
-        num_proc=num_proc,
         new_fingerprint=_fingerprint(rows, tokenizer, encoder),
         desc="Tokenizing",
     )

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from prefixtune_cli.cli.inspect_data import _coloured, inspect_data
-from prefixtune_cli.data.inspect import Example, describe, facts, warnings
+from prefixtune_cli.data.inspect import Example, facts, warnings
 from prefixtune_cli.data.tokenize import DataStatistics
 from prefixtune_cli.errors import DataError, UsageError
 
@@ -84,11 +84,10 @@ def test_trained_tokens_alone_are_on_green():
     assert _coloured(shown, marks=True).plain == "masked⟦trained⟧"
 
 
-def test_describe_states_counts_and_percentages():
+def test_facts_and_warnings_state_counts_and_percentages():
     percentiles = {"p5": 1, "p50": 2, "p95": 3, "p99": 4, "max": 2000}
     trouble = DataStatistics("text", 1000, 940, 5000, 4000, percentiles, 1024, 25, 50, 10, 24)
-    assert describe(trouble) == facts(trouble) + [f"warning: {x}" for x in warnings(trouble)]
-    told = "\n".join(describe(trouble))
+    told = "\n".join(facts(trouble) + warnings(trouble))
     assert "1,000 rows of format text, 940 of them" in told
     assert "4,000 of them trained (80.0 %)" in told
     assert "25 of 1,000 rows (2.5 %) are truncated" in told
