@@ -41,7 +41,7 @@ def draw_loss(run_dir: RunDir) -> None:
 
 
 def _smoothed(losses: Sequence[float]) -> list[float]:
-    """The mean of the neighbours, a twentieth of the run to each side."""
-    reach = max(1, len(losses) // 20)
+    """The mean of the neighbours, a fiftieth of the run to each side."""
+    reach = max(1, len(losses) // 50)
     windows = (losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses)))
     return [sum(window) / len(window) for window in windows]
