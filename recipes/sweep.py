@@ -25,19 +25,27 @@ RATES: dict[str, tuple[float, ...]] = {
     "lora": (1e-3, 3e-3, 1e-2),
     "prefix-tuning": (1e-2, 3e-2, 1e-1, 3e-1),
 }
+# The paper's feature map, from which the settings are changed one at a time.
+ELU: dict[str, Any] = {"adapter": {"method": "prefix-tuning-plus", "feature_map": "elu"}}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "the defaults": {},
-    "train.schedule=linear": {"train": {"schedule": "linear"}},
-    "train.warmup_ratio=0": {"train": {"warmup_ratio": 0.0}},
-    "train.weight_decay=0.1": {"train": {"weight_decay": 0.1}},
-    "adapter.feature_map=elu": {"adapter": {"feature_map": "elu"}},
+    "none": ELU,
+    "train.schedule=linear": {**ELU, "train": {"schedule": "linear"}},
+    "train.warmup_ratio=0": {**ELU, "train": {"warmup_ratio": 0.0}},
+    "train.weight_decay=0.1": {**ELU, "train": {"weight_decay": 0.1}},
+    "adapter.feature_map=gelu": {"adapter": {"feature_map": "gelu"}},
 }
 Cell = tuple[str, str, int]
+
+
+def adapter_of(method: str) -> dict[str, Any]:
+    """The rates of Prefix-Tuning+ were swept with the paper's feature map."""
+    return ELU if method == "prefix-tuning-plus" else {"adapter": {"method": method}}
 
 
 def run(job: tuple[Path, str, int, dict[str, Any]]) -> dict[str, Any]:
     """Train one cell; gives both halves' exact match in per cent, the base's, and the trained parameters."""
     out, task, seed, changes = job
+    from prefixtune_cli.evaluate import exactly_matches
     from prefixtune_cli.recipe.load import resolve
     from prefixtune_cli.run_dir import RunDir
     from prefixtune_cli.train import train
@@ -56,7 +64,7 @@ def run(job: tuple[Path, str, int, dict[str, Any]]) -> dict[str, Any]:
 
     def per_cent(who: str, half: int) -> float:
         chosen = answers[half::2]
-        return 100 * sum(row[who].strip() == row["answer"].strip() for row in chosen) / len(chosen)
+        return 100 * sum(exactly_matches(row[who], row["answer"]) for row in chosen) / len(chosen)
 
     return {
         "chosen by": per_cent("adapter", 0),
@@ -78,12 +86,13 @@ def main() -> None:
     rows = VARIANTS
     if given.stage == "rates":
         rows = {
-            f"{method} {rate:g}": {"adapter": {"method": method}, "train": {"learning_rate": rate}}
+            f"{method} {rate:g}": {**adapter_of(method), "train": {"learning_rate": rate}}
             for method, rates in RATES.items()
             for rate in rates
         }
     elif given.stage == "methods":
         rows = {method: {"adapter": {"method": method}} for method in RATES}
+        rows["prefix-tuning-plus (elu)"] = ELU
     seeds = range(given.seeds)
     cells: list[Cell] = [(label, t, s) for label in rows for t in given.tasks for s in seeds]
     jobs = [
