@@ -11,8 +11,8 @@ prints the message without a traceback and exits with `exit_code`.
     │   └── AdapterError      an adapter folder that does not fit the base, or is too new
     ├── RunDirError           an output directory that is taken, incomplete or of another recipe
     ├── ResourceError         disk, memory, GPUs, network
-    └── TrainingError         training went wrong: a loss that is not finite, weights that did not move
-        └── Interrupted       Ctrl-C or SIGTERM, after the checkpoint was saved (exit code 130)
+    ├── TrainingError         training went wrong: a loss that is not finite, weights that did not move
+    └── Interrupted           Ctrl-C or SIGTERM, after what was done was saved (exit code 130)
 """
 
 
@@ -56,7 +56,7 @@ class TrainingError(PtpError):
     """Training went wrong in a way that going on would hide."""
 
 
-class Interrupted(TrainingError):
-    """The user, or the scheduler, stopped the run; a checkpoint was saved."""
+class Interrupted(PtpError):
+    """The user, or the scheduler, stopped the work; what was done is kept."""
 
     exit_code = 130

@@ -26,7 +26,7 @@ from prefixtune_cli.data.encode import end_of_turn_id, start_ids
 from prefixtune_cli.data.question import Messages
 from prefixtune_cli.data.read import Row
 from prefixtune_cli.data.template import ChatTemplate, chat_template
-from prefixtune_cli.errors import RunDirError, UsageError
+from prefixtune_cli.errors import UsageError
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.run_dir import RunDir, write_atomically
@@ -191,14 +191,7 @@ def load_speaker(
     template, folder = None, adapter
     if run is not None:
         run_dir = RunDir(run)
-        if not run_dir.recipe.exists():
-            raise RunDirError(
-                f"{run} is not a run directory (it has no recipe.yaml). The runs are under runs/."
-            )
-        if not run_dir.adapter.exists():
-            raise RunDirError(
-                f"The run in {run} has no adapter yet. To go on with it: {run_dir.resume_command}"
-            )
+        run_dir.check_adapter()
         recipe = resolve(str(run_dir.recipe), flags={"model": base} if base else None)
         template, folder = recipe.data.chat_template, str(run_dir.adapter)
         if run_dir.chat_template.exists():

@@ -200,6 +200,12 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
     return model
 
 
+def detach(model: PeftModel) -> None:
+    """Take every adapter off the base again, which is as it was."""
+    if not model.active_peft_config.is_prompt_learning:  # those leave the base alone
+        model.unload()
+
+
 def read_adapter_config(folder: Path) -> PeftConfig:
     """The configuration of the adapter in `folder`.
 

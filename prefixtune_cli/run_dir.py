@@ -136,6 +136,17 @@ class RunDir:
                 "overwritten. Give another --out."
             )
 
+    def check_adapter(self) -> None:
+        """Raise RunDirError where this is no run, or one without an adapter yet."""
+        if not self.recipe.exists():
+            raise RunDirError(
+                f"{self.path} is not a run directory (it has no recipe.yaml). The runs are under runs/."
+            )
+        if not self.adapter.exists():
+            raise RunDirError(
+                f"The run in {self.path} has no adapter yet. To go on with it: {self.resume_command}"
+            )
+
     def create(self, *, overwrite: bool) -> None:
         """Make the folder for a new run, empty; raises what `check_free` does."""
         self.check_free(overwrite=overwrite)

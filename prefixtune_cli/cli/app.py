@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from prefixtune_cli.cli import (
     chat,
     console,
+    eval,
     generate,
     inspect_data,
     models,
@@ -24,6 +25,7 @@ from prefixtune_cli.errors import PtpError
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
+    "eval": eval.eval,
     "inspect-data": inspect_data.inspect_data,
     "generate": generate.generate,
     "chat": chat.chat,

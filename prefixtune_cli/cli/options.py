@@ -89,6 +89,21 @@ def parse_map(given: list[str]) -> dict[str, str]:
     return {left.strip(): right.strip() for left, _, right in pairs}
 
 
+def names(given: list[str]) -> tuple[str, ...]:
+    """`--bench a,b --bench c` as names, each once."""
+    found = [name.strip() for text in given for name in text.split(",")]
+    return tuple(dict.fromkeys(name for name in found if name))
+
+
+def parse_pairs(flag: str, given: list[str]) -> dict[str, str]:
+    """`--bench-data mmlu=PATH`, once or several times, as a mapping; a path may hold commas and equal signs."""
+    pairs = [text.partition("=") for text in given]
+    for (name, equals, path), text in zip(pairs, given, strict=True):
+        if not (name.strip() and equals and path.strip()):
+            raise UsageError(f"{flag} takes NAME=PATH, as in mmlu=/data/mmlu, got {text!r}")
+    return {name.strip(): path.strip() for name, _, path in pairs}
+
+
 def parse_layers(given: str) -> str | list[int]:
     """`--layers 0,1,5` as a list; `all` and `last:4` stay as they are."""
     numbers = given.strip("[] ").split(",")
@@ -98,9 +113,9 @@ def parse_layers(given: str) -> str | list[int]:
 PARSERS: dict[str, Callable[[Any], Any]] = {"map": parse_map, "layers": parse_layers}
 
 
-def _option(*names: str, panel: str, help: str, metavar: str | None = None) -> Any:
+def option(*flags: str, panel: str, help: str, metavar: str | None = None) -> Any:
     return typer.Option(
-        *names, help=help, metavar=metavar, rich_help_panel=panel, show_default=False
+        *flags, help=help, metavar=metavar, rich_help_panel=panel, show_default=False
     )
 
 
@@ -115,7 +130,7 @@ RECIPE, MODEL, DATA, ADAPTER, TRAINING, RUN = (
 
 RecipeName = Annotated[
     str | None,
-    _option(
+    option(
         "--recipe",
         "-r",
         panel=RECIPE,
@@ -125,7 +140,7 @@ RecipeName = Annotated[
 ]
 Sets = Annotated[
     list[str] | None,
-    _option(
+    option(
         "--set",
         panel=RECIPE,
         metavar="KEY=VALUE",
@@ -134,7 +149,7 @@ Sets = Annotated[
 ]
 Model = Annotated[
     str | None,
-    _option(
+    option(
         "--model",
         "-m",
         panel=MODEL,
@@ -144,19 +159,17 @@ Model = Annotated[
 ]
 Revision = Annotated[
     str | None,
-    _option(
-        "--revision", panel=MODEL, metavar="NAME", help="Branch, tag or commit of a hub model."
-    ),
+    option("--revision", panel=MODEL, metavar="NAME", help="Branch, tag or commit of a hub model."),
 ]
 Bits = Annotated[
     int | None,
-    _option(
+    option(
         "--bits", panel=MODEL, metavar="N", help="Precision of the frozen base: 4, 8, 16 or 32."
     ),
 ]
 Attention = Annotated[
     str | None,
-    _option(
+    option(
         "--attention",
         panel=MODEL,
         metavar="NAME",
@@ -165,7 +178,7 @@ Attention = Annotated[
 ]
 TrustRemoteCode = Annotated[
     bool | None,
-    _option(
+    option(
         "--trust-remote-code",
         panel=MODEL,
         help="Run Python code that the model's repository ships.",
@@ -173,7 +186,7 @@ TrustRemoteCode = Annotated[
 ]
 Data = Annotated[
     str | None,
-    _option(
+    option(
         "--data",
         "-d",
         panel=DATA,
@@ -183,7 +196,7 @@ Data = Annotated[
 ]
 EvalData = Annotated[
     str | None,
-    _option(
+    option(
         "--eval-data",
         panel=DATA,
         metavar="DATA",
@@ -192,7 +205,7 @@ EvalData = Annotated[
 ]
 EvalSplit = Annotated[
     float | None,
-    _option(
+    option(
         "--eval-split",
         panel=DATA,
         metavar="FRACTION",
@@ -201,7 +214,7 @@ EvalSplit = Annotated[
 ]
 Format = Annotated[
     str | None,
-    _option(
+    option(
         "--format",
         panel=DATA,
         metavar="NAME",
@@ -210,7 +223,7 @@ Format = Annotated[
 ]
 Map = Annotated[
     list[str] | None,
-    _option(
+    option(
         "--map",
         panel=DATA,
         metavar="FIELD=COLUMN,…",
@@ -219,13 +232,11 @@ Map = Annotated[
 ]
 TrainOn = Annotated[
     str | None,
-    _option(
-        "--train-on", panel=DATA, metavar="WHAT", help="Tokens with a loss: completion or all."
-    ),
+    option("--train-on", panel=DATA, metavar="WHAT", help="Tokens with a loss: completion or all."),
 ]
 MaxLength = Annotated[
     int | None,
-    _option(
+    option(
         "--max-length",
         panel=DATA,
         metavar="TOKENS",
@@ -234,7 +245,7 @@ MaxLength = Annotated[
 ]
 OnLong = Annotated[
     str | None,
-    _option(
+    option(
         "--on-long",
         panel=DATA,
         metavar="WHAT",
@@ -243,7 +254,7 @@ OnLong = Annotated[
 ]
 ChatTemplate = Annotated[
     str | None,
-    _option(
+    option(
         "--chat-template",
         panel=DATA,
         metavar="FILE",
@@ -252,7 +263,7 @@ ChatTemplate = Annotated[
 ]
 Method = Annotated[
     str | None,
-    _option(
+    option(
         "--method",
         panel=ADAPTER,
         metavar="NAME",
@@ -261,19 +272,19 @@ Method = Annotated[
 ]
 FeatureMap = Annotated[
     str | None,
-    _option(
+    option(
         "--feature-map", panel=ADAPTER, metavar="NAME", help="Prefix-Tuning+: elu, gelu or mlp."
     ),
 ]
 FeatureDim = Annotated[
     int | None,
-    _option(
+    option(
         "--feature-dim", panel=ADAPTER, metavar="N", help="Prefix-Tuning+: features a head of mlp."
     ),
 ]
 NormalizeQuery = Annotated[
     bool | None,
-    _option(
+    option(
         "--normalize-query/--no-normalize-query",
         panel=ADAPTER,
         help="Prefix-Tuning+: divide the query by its root mean square.",
@@ -281,7 +292,7 @@ NormalizeQuery = Annotated[
 ]
 ShareHeads = Annotated[
     str | None,
-    _option(
+    option(
         "--share-heads",
         panel=ADAPTER,
         metavar="WHAT",
@@ -290,7 +301,7 @@ ShareHeads = Annotated[
 ]
 Layers = Annotated[
     str | None,
-    _option(
+    option(
         "--layers",
         panel=ADAPTER,
         metavar="LAYERS",
@@ -299,15 +310,15 @@ Layers = Annotated[
 ]
 LoraR = Annotated[
     int | None,
-    _option("--lora-r", panel=ADAPTER, metavar="N", help="LoRA: rank."),
+    option("--lora-r", panel=ADAPTER, metavar="N", help="LoRA: rank."),
 ]
 LoraAlpha = Annotated[
     float | None,
-    _option("--lora-alpha", panel=ADAPTER, metavar="X", help="LoRA: scale."),
+    option("--lora-alpha", panel=ADAPTER, metavar="X", help="LoRA: scale."),
 ]
 NumVirtualTokens = Annotated[
     int | None,
-    _option(
+    option(
         "--num-virtual-tokens",
         panel=ADAPTER,
         metavar="N",
@@ -316,25 +327,23 @@ NumVirtualTokens = Annotated[
 ]
 Epochs = Annotated[
     float | None,
-    _option("--epochs", panel=TRAINING, metavar="X", help="Passes over the data."),
+    option("--epochs", panel=TRAINING, metavar="X", help="Passes over the data."),
 ]
 Steps = Annotated[
     int | None,
-    _option("--steps", panel=TRAINING, metavar="N", help="Optimizer steps, in place of --epochs."),
+    option("--steps", panel=TRAINING, metavar="N", help="Optimizer steps, in place of --epochs."),
 ]
 LearningRate = Annotated[
     float | None,
-    _option("--learning-rate", "--lr", panel=TRAINING, metavar="X", help="Peak learning rate."),
+    option("--learning-rate", "--lr", panel=TRAINING, metavar="X", help="Peak learning rate."),
 ]
 BatchSize = Annotated[
     int | None,
-    _option(
-        "--batch-size", panel=TRAINING, metavar="N", help="Examples a device and forward pass."
-    ),
+    option("--batch-size", panel=TRAINING, metavar="N", help="Examples a device and forward pass."),
 ]
 GradientAccumulation = Annotated[
     int | None,
-    _option(
+    option(
         "--gradient-accumulation",
         panel=TRAINING,
         metavar="N",
@@ -343,11 +352,11 @@ GradientAccumulation = Annotated[
 ]
 Packing = Annotated[
     bool | None,
-    _option("--packing/--no-packing", panel=TRAINING, help="Fill each row with several examples."),
+    option("--packing/--no-packing", panel=TRAINING, help="Fill each row with several examples."),
 ]
 GradientCheckpointing = Annotated[
     bool | None,
-    _option(
+    option(
         "--gradient-checkpointing/--no-gradient-checkpointing",
         panel=TRAINING,
         help="Recompute activations in the backward pass, to save memory.",
@@ -355,19 +364,19 @@ GradientCheckpointing = Annotated[
 ]
 Seed = Annotated[
     int | None,
-    _option("--seed", panel=TRAINING, metavar="N", help="Seed of everything random."),
+    option("--seed", panel=TRAINING, metavar="N", help="Seed of everything random."),
 ]
 Gpus = Annotated[
     int | None,
-    _option("--gpus", panel=TRAINING, metavar="N", help="GPUs to use, one for now."),
+    option("--gpus", panel=TRAINING, metavar="N", help="GPUs to use, one for now."),
 ]
 Track = Annotated[
     str | None,
-    _option("--track", panel=TRAINING, metavar="NAME", help="none, tensorboard, wandb or trackio."),
+    option("--track", panel=TRAINING, metavar="NAME", help="none, tensorboard, wandb or trackio."),
 ]
 Out = Annotated[
     str | None,
-    _option("--out", "-o", panel=RUN, metavar="FOLDER", help="The run directory."),
+    option("--out", "-o", panel=RUN, metavar="FOLDER", help="The run directory."),
 ]
 Json = Annotated[
     bool,

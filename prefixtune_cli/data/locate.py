@@ -82,40 +82,17 @@ def local_files(source: str) -> list[Path] | None:
 def hub_rows(source: str) -> Rows:
     """Rows of a hub data set: `ID`, `ID:SPLIT` or `ID:CONFIG:SPLIT`; the split is `train` if unnamed.
 
-    One request decides whether the hub answers, so that a machine without network neither hangs nor
-    retries; with HF_HUB_OFFLINE=1 a copy in the cache is used.
-
     Raises:
         ResourceError: the hub cannot be reached, or access is refused.
         DataError: there is no such data set, configuration or split.
     """
     import datasets
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     name, _, rest = source.partition(":")
     config, _, split = rest.rpartition(":")
     local = f"If it is a local file, there is none of that name. {near_names(Path(name))}"
     offline = bool(datasets.config.HF_HUB_OFFLINE)
-    if not offline:
-        try:
-            HfApi().dataset_info(name, timeout=HUB_TIMEOUT_SECONDS)
-        except GatedRepoError as error:
-            raise ResourceError(
-                f"The hub data set {name} is gated: accept its terms at https://huggingface.co/datasets/{name}, "
-                "then type: hf auth login"
-            ) from error
-        except RepositoryNotFoundError as error:
-            raise DataError(f"The hub has no data set {name!r}. {local}") from error
-        except Exception as error:  # each HTTP library has its own tree of network errors
-            if isinstance(error, HfHubHTTPError) and error.response is not None:
-                raise ResourceError(
-                    f"The hub refused the data set {name}: {_first_line(error)}"
-                ) from error
-            raise ResourceError(
-                f"The hub data set {name} cannot be fetched: no network ({_first_line(error)}). Give a local file, or "
-                f"set HF_HUB_OFFLINE=1 to use a copy in the cache. {local}"
-            ) from error
+    ask_hub(name, local)
     try:
         data = datasets.load_dataset(name, config or None, split=split or "train")
     except ConnectionError as error:
@@ -130,6 +107,46 @@ def hub_rows(source: str) -> Rows:
             "The form is ID, ID:SPLIT or ID:CONFIG:SPLIT."
         ) from error
     return _numbered(data)
+
+
+def ask_hub(name: str, instead: str) -> None:
+    """Ask the hub for the data set `name`, once.
+
+    One request decides whether the hub answers, so that a machine without network neither hangs nor
+    retries; with HF_HUB_OFFLINE=1 nothing is asked, and a copy in the cache is used.
+
+    Args:
+        name: the data set's id.
+        instead: what to do without the hub; ends the error.
+
+    Raises:
+        ResourceError: the hub cannot be reached, or access is refused.
+        DataError: there is no such data set.
+    """
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    if datasets.config.HF_HUB_OFFLINE:
+        return
+    try:
+        HfApi().dataset_info(name, timeout=HUB_TIMEOUT_SECONDS)
+    except GatedRepoError as error:
+        raise ResourceError(
+            f"The hub data set {name} is gated: accept its terms at https://huggingface.co/datasets/{name}, "
+            "then type: hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise DataError(f"The hub has no data set {name!r}. {instead}") from error
+    except Exception as error:  # each HTTP library has its own tree of network errors
+        if isinstance(error, HfHubHTTPError) and error.response is not None:
+            raise ResourceError(
+                f"The hub refused the data set {name}: {_first_line(error)}"
+            ) from error
+        raise ResourceError(
+            f"The hub data set {name} cannot be fetched: no network ({_first_line(error)}). Give a local file, or "
+            f"set HF_HUB_OFFLINE=1 to use a copy in the cache. {instead}"
+        ) from error
 
 
 def _numbered(data: Any) -> Iterator[tuple[int, dict[str, Any]]]:

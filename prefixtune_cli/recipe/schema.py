@@ -188,13 +188,17 @@ class TrainSection(Section):
 
 
 class EvaluateSection(Section):
-    """The evaluation on held-out data that ends a run."""
+    """The evaluation on held-out data that ends a run, and what `ptp eval` finds its benchmarks by."""
 
     max_rows: int = Field(500, ge=1, description="Held-out rows that are scored, evenly spread.")
     max_new_tokens: int = Field(
         32, ge=1, description="Answers longer than this count as long, and are not matched exactly."
     )
     batch_size: int = Field(32, ge=1)
+    bench_data: dict[str, str] = Field(
+        default_factory=dict,
+        description="Local copies of benchmarks' data, as in {mmlu: /data/mmlu}, for `ptp eval`.",
+    )
 
 
 class Recipe(Section):

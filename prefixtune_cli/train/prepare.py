@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from prefixtune_cli.data.encode import end_of_turn_id
 from prefixtune_cli.data.inspect import check, facts, warnings
-from prefixtune_cli.data.load import LoadedData, load_rows
+from prefixtune_cli.data.load import load_rows
 from prefixtune_cli.data.template import chat_template
-from prefixtune_cli.data.tokenize import prompts_and_answers, tokenize
+from prefixtune_cli.data.tokenize import tokenize
 from prefixtune_cli.errors import RecipeError
-from prefixtune_cli.evaluate import Question, evenly_spread
+from prefixtune_cli.evaluate.held_out import Question, evenly_spread, short_questions
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import Recipe
 
@@ -83,27 +83,12 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: R
         train=tokenized.dataset,
         origin=rows.row_origin,
         held_out=held_out.dataset,
-        questions=_questions(held_out_rows.select(held_out.dataset["row"]), tokenizer, recipe),
+        questions=short_questions(
+            held_out_rows.select(held_out.dataset["row"]),
+            tokenizer,
+            section,
+            recipe.evaluate.max_new_tokens,
+        ),
         end_id=end_of_turn_id(tokenizer, chat),
         fingerprints=fingerprints,
     )
-
-
-def _questions(
-    rows: LoadedData, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
-) -> list[Question]:
-    """The held-out rows as questions, or none where a row has no answer, or one answer in twenty is long."""
-    if rows.layout == "text" or not all(map(_has_answer, rows.dataset)):
-        return []
-    found = [
-        Question(asked.prompt_ids, asked.answer)
-        for asked in prompts_and_answers(rows, tokenizer, recipe.data)
-    ]
-    lengths = sorted(len(tokenizer(q.answer, add_special_tokens=False)["input_ids"]) for q in found)
-    if not lengths or lengths[int(0.95 * (len(lengths) - 1))] >= recipe.evaluate.max_new_tokens:
-        return []
-    return found
-
-
-def _has_answer(row: dict[str, Any]) -> bool:
-    return "completion" in row or any(m["role"] == "assistant" for m in row["messages"])

@@ -19,7 +19,7 @@ from trl import SFTConfig
 
 from prefixtune_cli import model as models
 from prefixtune_cli.errors import Interrupted
-from prefixtune_cli.evaluate import EXACT_MATCH_RULE, Score, score
+from prefixtune_cli.evaluate.held_out import EXACT_MATCH_RULE, Score, score
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import dump
 from prefixtune_cli.recipe.schema import Recipe

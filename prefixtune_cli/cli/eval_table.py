@@ -1,0 +1,121 @@
+"""What `ptp eval` prints: the list of benchmarks, and the table of results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from prefixtune_cli.cli import console
+
+if TYPE_CHECKING:
+    from prefixtune_cli.evaluate.outcome import Line, Outcome
+    from prefixtune_cli.evaluate.paired import Difference, Interval
+    from prefixtune_cli.evaluate.run import Found
+
+
+def print_benchmarks(pattern: str, *, as_json: bool) -> None:
+    """The benchmarks whose name matches, lm-eval's and ours; torch is not imported."""
+    from prefixtune_cli.errors import UsageError
+    from prefixtune_cli.evaluate.catalogue import load_catalogue
+
+    catalogue = load_catalogue()
+    found = catalogue.find(pattern)
+    if not found:
+        catalogue.check([pattern], ())
+        raise UsageError(f"No benchmark matches {pattern!r}.")
+    if as_json:
+        keys = ("name", "kind", "output_type", "dataset", "subset")
+        console.print_json([{key: getattr(listed, key) for key in keys} for listed in found])
+        return
+    rows = [
+        [
+            listed.name,
+            listed.kind,
+            listed.output_type or f"{len(listed.members)} members",
+            listed.dataset or "",
+        ]
+        for listed in found
+    ]
+    console.print_table(["name", "kind", "what", "data set"], rows)
+
+
+def print_found(found: Found, *, show_all: bool, markdown: bool, as_json: bool) -> None:
+    """The results on stdout; where they were written on stderr."""
+    if as_json:
+        results = [
+            {k: v for k, v in outcome.to_json().items() if k not in ("items", "parts")}
+            for outcome in found.outcomes
+        ]
+        written = [str(path) for path in found.written]
+        console.print_json({"results": results, "written": written, "failures": found.failures})
+        return
+    if found.outcomes:
+        head, rows = table(found.outcomes, show_all=show_all)
+        if markdown:
+            for cells in (head, ["---", "---", *["---:"] * (len(head) - 2)], *rows):
+                print(f"| {' | '.join(cell.strip() for cell in cells)} |")
+        else:
+            console.print_table(head, rows)
+    for outcome in found.outcomes:
+        for notice in outcome.notices:
+            console.notice(notice)
+    folded = sum(line.folded for outcome in found.outcomes for line in outcome.lines)
+    if folded and not show_all:
+        console.notice(f"{folded} lines of single tasks are folded; --all shows them.")
+    for path in found.written:
+        console.notice(f"Written: {path}")
+
+
+def table(outcomes: Sequence[Outcome], *, show_all: bool) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: every model's figure, and each adapter's paired difference from the base."""
+    lines = [line for o in outcomes for line in o.lines if show_all or not line.folded]
+    models = list(dict.fromkeys(name for line in lines for name in line.values))
+    adapters = [name for name in models if any(name in line.differences for line in lines)]
+    tested = any(d.p_value is not None for line in lines for d in line.differences.values())
+    head = ["benchmark", "metric", "items"]
+    for name in models:
+        head.append(name)
+        if name in adapters:
+            of = "" if len(adapters) == 1 else f" of {name}"
+            head += [f"difference{of}", "95 % interval", *(["McNemar p"] if tested else [])]
+        elif not adapters:
+            head.append("95 % interval")
+    return head, [_row(line, models, adapters, tested) for line in lines]
+
+
+def _row(line: Line, models: list[str], adapters: list[str], tested: bool) -> list[str]:
+    cells = ["  " * line.depth + line.name, line.metric, f"{line.items:,}"]
+    for name in models:
+        cells.append(_figure(line, line.values[name]) if name in line.values else "")
+        if name in adapters:
+            cells += _difference(line, line.differences.get(name), tested)
+        elif not adapters:
+            cells.append(_interval(line, line.intervals.get(name)))
+    return cells
+
+
+def _difference(line: Line, found: Difference | None, tested: bool) -> Iterator[str]:
+    if found is None:
+        yield from ["", "", ""] if tested else ["", ""]
+        return
+    yield _figure(line, found.value, signed=True)
+    yield f"[{_figure(line, found.low, signed=True)}, {_figure(line, found.high, signed=True)}]"
+    if tested:
+        p = found.p_value
+        yield "" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _interval(line: Line, found: Interval | None) -> str:
+    if found is None:
+        return ""
+    return f"[{_figure(line, found.low)}, {_figure(line, found.high)}]"
+
+
+def _figure(line: Line, value: float, *, signed: bool = False) -> str:
+    """Fractions in percent, so that their differences are percentage points."""
+    sign = "+" if signed else ""
+    return (
+        f"{100 * value:{sign}.1f}" + (" %" if not signed else "")
+        if line.percent
+        else f"{value:{sign}.4f}"
+    )

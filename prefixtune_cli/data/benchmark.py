@@ -1,0 +1,421 @@
+"""A benchmark's data set from files of the user's own, for machines that do not reach the hub.
+
+A folder is searched by what its README declares (a clone of the hub's repository), then by the names
+in OWN and SHARED. MMLU is also read as its authors published it: CSV without a header, a letter for
+the answer (github.com/hendrycks/test); its rows always leave as the hub has them.
+`datasets.load_dataset` is not used: it keeps a cache, and it is what `evaluate` replaces.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from prefixtune_cli.data.locate import SUFFIXES, near_names
+from prefixtune_cli.data.read import READERS, Row, origin, read, start_of
+from prefixtune_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+# Where a split may lie, in the folder or in `data/` below it: files of one subset, then files of all
+# subsets, whose rows are told apart by their column `subject`.
+OWN = ("{subset}/{split}", "{split}/{subset}_{split}", "{split}/{subset}", "{subset}_{split}")
+SHARED = ("{split}", "all/{split}", "default/{split}")
+WHOLE = (None, "all", "default", "main")  # subsets that are no subjects
+VALIDATION = ("validation", "val", "valid")
+SPLITS = ("train", "test", "dev", *VALIDATION)
+SHARD = re.compile(r"-\d{5}-of-(\d{5})(-[0-9a-f]{8,})?$")
+LFS = b"version https://git-lfs"
+
+MMLU = ("mmlu", "mmlu_no_train")
+MMLU_COLUMNS = ("question", "choices", "answer")
+MMLU_CELLS = ("question", "A", "B", "C", "D", "answer")
+ANSWERS = {name: i for names in ("ABCD", "0123") for i, name in enumerate(names)}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a task reads, as the hub names it.
+
+    Attributes:
+        bench: what the user typed before `=`: `mmlu`.
+        dataset: the hub's id: `cais/mmlu`.
+        subset: its config: `anatomy`.
+        splits: the hub's names of the splits that the task reads.
+        columns: what every row must have; empty where it is not known.
+    """
+
+    bench: str
+    dataset: str
+    subset: str | None
+    splits: tuple[str, ...]
+    columns: tuple[str, ...] = ()
+
+    @property
+    def is_mmlu(self) -> bool:
+        """By the whole name: cmmlu, KMMLU and others have columns of their own."""
+        return self.dataset.rpartition("/")[2] in MMLU
+
+    @property
+    def may_have_letters(self) -> bool:
+        return self.is_mmlu or {*MMLU_COLUMNS} <= {*self.columns}
+
+    def names(self, split: str) -> tuple[str, ...]:
+        """The names under which a split is looked for, the best first."""
+        if split not in VALIDATION:
+            return (split,)
+        dev = () if "dev" in self.splits else ("dev",)
+        return (split, *(name for name in VALIDATION if name != split), *dev)
+
+    def stems(self, forms: Iterable[str], name: str) -> Iterator[str]:
+        for form in forms:
+            if self.subset is not None or "{subset}" not in form:
+                yield form.format(subset=self.subset, split=name)
+
+
+class _Line(NamedTuple):
+    file: Path
+    number: int
+    row: Row
+
+    @property
+    def where(self) -> str:
+        return origin(str(self.file), self.number)
+
+
+def load_benchmark(path: Path, wanted: Wanted) -> DatasetDict:
+    """The rows that the hub would give, from a folder, a clone, or one file where one split is read.
+
+    Returns:
+        The wanted splits and no others, in memory. MMLU has the hub's features and Parquet its own;
+        the cells of other CSV stay text, and a column of them that may be meant as numbers is refused.
+
+    Raises:
+        DataError: a file, a split or a subset is missing, or a row is wrong, which is named.
+    """
+    from datasets import DatasetDict
+
+    path = path.expanduser()
+    try:
+        if not path.exists():
+            raise DataError(f"The data of {wanted.bench}, {path}, do not exist. {near_names(path)}")
+        snapshots = [*path.glob("snapshots/*/")]  # a folder of the hub's cache
+        place = snapshots[0] if len(snapshots) == 1 else path
+        return DatasetDict({split: _load(place, wanted, split) for split in wanted.splits})
+    except OSError as error:
+        name = error.filename or path
+        raise DataError(f"{name} cannot be read: {error.strerror or error}.") from error
+
+
+def _load(path: Path, wanted: Wanted, split: str) -> Dataset:
+    files, shared = (_find if path.is_dir() else _single)(path, wanted, split)
+    _refuse_missing_shards(files)
+    lines = [
+        _Line(file, number, row)
+        for file in files
+        for number, row in _parse(file, _stamp(file), wanted.may_have_letters)
+    ]
+    if shared and wanted.subset not in WHOLE:
+        lines = _of_subset(lines, wanted, split)
+    as_mmlu = wanted.is_mmlu or (wanted.may_have_letters and "choices" not in lines[0].row)
+    if as_mmlu:
+        lines = [line._replace(row=_mmlu_row(line, wanted, shared)) for line in lines]
+    for line in lines:
+        _check(line, wanted.columns)
+    if not as_mmlu:
+        _refuse_bare_numbers(lines, wanted.columns)
+    return _dataset(lines, as_mmlu)
+
+
+def _single(path: Path, wanted: Wanted, split: str) -> tuple[list[Path], bool]:
+    """(the file, whether it may hold other subsets too)."""
+    if len(wanted.splits) > 1:
+        shared = " and ".join(f"{name}.jsonl" for name in wanted.splits)
+        own = " and ".join(f"{wanted.subset}/{name}.jsonl" for name in wanted.splits)
+        raise DataError(
+            f"{wanted.bench} reads the splits {' and '.join(wanted.splits)}, and {path} is one file. Give a folder "
+            f"with a file for each: {shared}" + (f", or {own}." if wanted.subset else ".")
+        )
+    stem = SHARD.sub("", path.stem)
+    named = re.split(r"[-_.]", stem)[-1].lower()
+    if named in SPLITS and named not in wanted.names(split):
+        raise DataError(
+            f"{wanted.bench} reads the split {split!r}, and {path} is named as the split {named!r}. Give the file of "
+            f"{split!r}, or rename this one if it is that: {split}{path.suffix}"
+        )
+    place = path.absolute().with_name(stem).as_posix()
+    own_stems = [stem for name in wanted.names(split) for stem in wanted.stems(OWN, name)]
+    own_file = stem == wanted.subset or any(place.endswith(f"/{own}") for own in own_stems)
+    return [path], not own_file
+
+
+def _find(path: Path, wanted: Wanted, split: str) -> tuple[list[Path], bool]:
+    """(the files of a split in a folder, whether they may hold other subsets too)."""
+    readme = path / "README.md"
+    configs = _configs(readme, _stamp(readme)) if readme.is_file() else {}
+    declared = configs.get(wanted.subset or "", {})
+    for name in wanted.names(split):
+        matches = (sorted(path.glob(pattern)) for pattern in declared.get(name, ()))
+        found = [file for file in itertools.chain(*matches) if not file.name.startswith(".")]
+        if found:
+            return found, False
+        for forms in (OWN, SHARED):
+            for folder, stem in itertools.product((path, path / "data"), wanted.stems(forms, name)):
+                if found := _stored(folder / stem):
+                    return found, forms is SHARED
+    raise DataError(_missing(path, wanted, split, {name for name in configs if name}))
+
+
+def _stored(stem: Path) -> list[Path]:
+    """The file of this path without suffix, or its shards."""
+    found = sorted(
+        file
+        for file in (stem.parent.iterdir() if stem.parent.is_dir() else ())
+        if file.suffix.lower() in READERS and SHARD.sub("", file.stem) == stem.name
+    )
+    kinds = {(file.suffix.lower(), _shards(file)): file.name for file in found}
+    if len(kinds) > 1:
+        raise DataError(
+            f"{stem.parent} holds {' and '.join(sorted(kinds.values()))}, which may be the same rows. Keep one of them."
+        )
+    return found
+
+
+def _shards(file: Path) -> int:
+    """How many shards the name speaks of; 0 for a file that is none."""
+    match = SHARD.search(file.stem)
+    return int(match[1]) if match else 0
+
+
+def _refuse_missing_shards(files: list[Path]) -> None:
+    for file in files:
+        name, shards = SHARD.sub("", file.stem), _shards(file)
+        there = [f for f in files if _shards(f) == shards and SHARD.sub("", f.stem) == name]
+        if shards and len(there) != shards:
+            raise DataError(
+                f"{file} is one of {shards} by its name, and {len(there)} were found. Give a folder with exactly these "
+                f"{shards} files."
+            )
+
+
+@lru_cache(maxsize=4)  # MMLU's takes half a second
+def _configs(readme: Path, stamp: tuple[int, ...]) -> dict[str, dict[str, list[str]]]:
+    """{config: {split: patterns of files}} as a README's front matter has it; "" is the default."""
+    from huggingface_hub import metadata_load
+
+    try:
+        entries = (metadata_load(readme) or {}).get("configs")
+    except Exception:  # no YAML, by one of several trees of errors: then the files' names decide
+        return {}
+    configs: dict[str, dict[str, list[str]]] = {}
+    for entry in entries if isinstance(entries, list) else ():
+        name = str(entry.get("config_name", "default"))
+        parts = entry.get("data_files")
+        if isinstance(parts, dict):
+            parts = [{"split": split, "path": paths} for split, paths in parts.items()]
+        configs[name] = {}
+        for part in parts if isinstance(parts, list) else ():
+            if isinstance(part, dict) and {"split", "path"} <= part.keys():
+                paths = part["path"] if isinstance(part["path"], list) else [part["path"]]
+                within = [p for p in map(str, paths) if not p.startswith("/") and "://" not in p]
+                folder = entry.get("data_dir", ".")
+                configs[name][str(part["split"])] = [f"{folder}/{pattern}" for pattern in within]
+        if name == "default" or entry.get("default") or len(entries) == 1:
+            configs[""] = configs[name]
+    return configs
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    """Changes when the file does, even where a copy keeps its time and size."""
+    stat = file.stat()
+    return (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)
+
+
+@lru_cache(maxsize=4)  # one file may hold the rows of all of MMLU's 57 subjects
+def _parse(file: Path, stamp: tuple[int, ...], may_have_letters: bool) -> list[tuple[int, Row]]:
+    suffix = file.suffix.lower()
+    if suffix not in READERS:
+        raise DataError(
+            f"{file}: the type {suffix or '(no suffix)'!r} is not known; the types are {SUFFIXES}."
+        )
+    with open(file, "rb") as start:
+        if start.read(len(LFS)) == LFS:
+            raise DataError(f"{file} is a git-lfs pointer, not the data. Type: git lfs pull")
+    rows = _original_mmlu(file) if may_have_letters and suffix == ".csv" else []
+    return rows or list(read(file))
+
+
+def _original_mmlu(file: Path) -> list[tuple[int, Row]]:
+    """The rows of MMLU's CSV without a header; none where there is a header, or what `read` refuses."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return []
+    reader = csv.reader(io.StringIO(text, newline="\n"), strict=True)
+    rows: list[tuple[int, Row]] = []
+    line = 1
+    try:
+        for cells in reader:
+            if not rows and {"question", "answer"} <= {*cells}:
+                return []
+            if cells and len(cells) != len(MMLU_CELLS):
+                raise DataError(
+                    f"{origin(str(file), line)}: {len(cells)} cells, and MMLU's rows have {len(MMLU_CELLS)}: question, "
+                    f"A, B, C, D, the answer's letter. The row begins with {start_of(','.join(cells))}. Quote text "
+                    'that holds a comma: "…".'
+                )
+            if cells:
+                rows.append((line, dict(zip(MMLU_CELLS, cells, strict=True))))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        where = origin(str(file), line)
+        raise DataError(f"{where}: broken CSV in the row that begins here ({error}).") from None
+    return rows
+
+
+def _of_subset(lines: list[_Line], wanted: Wanted, split: str) -> list[_Line]:
+    """The lines of the wanted subject; all of them where no row has one and the set is not MMLU."""
+    untold = next((line for line in lines if not isinstance(line.row.get("subject"), str)), None)
+    if untold:
+        if not wanted.is_mmlu and not any("subject" in line.row for line in lines):
+            return lines
+        raise DataError(
+            f"{untold.where}: the row has no 'subject', so nothing says whether it is of {wanted.subset!r}. Add the "
+            f"column, or name the file {wanted.subset}_{split}{untold.file.suffix} if all of it is."
+        )
+    chosen = [line for line in lines if line.row["subject"] == wanted.subset]
+    if not chosen:
+        raise DataError(
+            f"{wanted.bench}: {lines[0].file} has no row with the 'subject' {wanted.subset!r}. "
+            f"{_nearest(str(wanted.subset), {line.row['subject'] for line in lines})}"
+        )
+    return chosen
+
+
+def _mmlu_row(line: _Line, wanted: Wanted, shared: bool) -> Row:
+    """The hub's columns: the choices in one list, the answer as a number, texts untouched."""
+    row = dict(line.row)
+    if "choices" not in row and {*"ABCD"} <= row.keys():
+        row["choices"] = [row[letter] for letter in "ABCD"]
+    if not (wanted.is_mmlu and (shared or wanted.subset is None)):
+        row.setdefault("subject", wanted.subset or wanted.bench)
+    _check(line._replace(row=row), (*MMLU_COLUMNS, "subject"))
+    question, choices, answer = (row[name] for name in MMLU_COLUMNS)
+    if not isinstance(question, str) or not question.strip():
+        raise DataError(
+            f"{line.where}: 'question' must be a text, and not empty; got {question!r}."
+        )
+    if not isinstance(choices, list) or [*map(type, choices)] != [str] * 4:
+        count = f"{len(choices)} in " if isinstance(choices, list) else ""
+        raise DataError(
+            f"{line.where}: 'choices' must be a list of 4 texts, got {count}{start_of(str(choices))}."
+        )
+    if str(answer) not in ANSWERS:
+        raise DataError(
+            f"{line.where}: 'answer' must be A, B, C or D, or their number 0, 1, 2 or 3; got {answer!r}."
+        )
+    number = ANSWERS[str(answer)]
+    return {"question": question, "subject": row["subject"], "choices": choices, "answer": number}
+
+
+def _check(line: _Line, columns: Iterable[str]) -> None:
+    for name in columns:
+        if name not in line.row:
+            raise DataError(
+                f"{line.where}: the row has no column {name!r}, which the benchmark reads; it has "
+                f"{', '.join(line.row) or 'none'}."
+            )
+        value = line.row[name]
+        if value is None or (value == "" and line.file.suffix.lower() == ".csv"):
+            raise DataError(
+                f"{line.where}: the column {name!r} is {'null' if value is None else 'empty'}. Give it a value, or "
+                "remove the row."
+            )
+
+
+def _refuse_bare_numbers(lines: list[_Line], columns: tuple[str, ...]) -> None:
+    """CSV has no types, and a label that is the text "1" counts as a wrong answer without a word."""
+    rows = [line.row for line in lines if line.file.suffix.lower() == ".csv"]
+    for name in (columns or rows[0]) if rows else ():
+        if all(re.fullmatch(r"-?\d+(\.\d+)?", row[name]) for row in rows):
+            raise DataError(
+                f"{lines[0].file}: the column {name!r} holds numbers alone, and CSV does not say whether the benchmark "
+                "has them as numbers or as text. Give the file as .jsonl or .parquet."
+            )
+
+
+def _dataset(lines: list[_Line], as_mmlu: bool) -> Dataset:
+    import pyarrow as pa
+    from datasets import ClassLabel, Dataset, Features, List, Value
+    from pyarrow import parquet
+
+    names = dict.fromkeys(name for line in lines for name in line.row)
+    columns = {name: [line.row.get(name) for line in lines] for name in names}
+    file = lines[0].file
+    try:
+        features = None
+        if as_mmlu:
+            texts = {"question": Value("string"), "subject": Value("string")}
+            others = {"choices": List(Value("string")), "answer": ClassLabel(names=[*"ABCD"])}
+            features = Features(texts | others)
+        elif file.suffix.lower() == ".parquet":
+            features = Features.from_arrow_schema(parquet.read_schema(file))
+        return Dataset.from_dict(columns, features=features)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        for name, values in columns.items():
+            kinds = {type(value).__name__: i for i, value in reversed([*enumerate(values)])}
+            kinds.pop("NoneType", None)
+            if len(kinds) > 1:
+                (i, kind), (j, other) = sorted((i, kind) for kind, i in kinds.items())[:2]
+                raise DataError(
+                    f"{lines[j].where}: the column {name!r} has the type {other} here, and {kind} in "
+                    f"{lines[i].where}. Give it one type."
+                ) from None
+        raise DataError(
+            f"{file}: the rows make no table ({str(error).splitlines()[0]})."
+        ) from error
+
+
+def _nearest(subset: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    near = difflib.get_close_matches(subset, names, n=3)
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    nearest = f"The nearest is {' or '.join(map(repr, near))}. " if near else ""
+    return f"{nearest}Those there are: {', '.join(names[:8])}{more}."
+
+
+def _missing(path: Path, wanted: Wanted, split: str, subsets: set[str]) -> str:
+    """The error of a split, or a subset, that no file is named after."""
+    found = itertools.chain(*(path.glob(depth) for depth in ("*", "*/*", "*/*/*")))
+    data = [
+        file.relative_to(path)
+        for file in itertools.islice(found, 10_000)
+        if file.suffix.lower() in READERS and not file.name.startswith(".")
+    ]
+    splits = "|".join(name for split in wanted.splits for name in wanted.names(split))
+    for file in data:
+        stem = SHARD.sub("", file.with_suffix("").as_posix()).removeprefix("data/")
+        forms = (form.format(subset="([^/]+)", split=f"(?:{splits})") for form in OWN)
+        match = next(filter(None, (re.fullmatch(form, stem) for form in forms)), None)
+        subsets |= {match[1]} - {"all", "default"} if match else set()
+    if wanted.subset and subsets and wanted.subset not in subsets:
+        hint = f"There is no subset {wanted.subset!r}. {_nearest(wanted.subset, subsets)}"
+    else:
+        hint = f"Its data files are: {', '.join(map(str, sorted(data)[:5])) or 'none'}."
+    others = wanted.names(split)[1:]
+    return (
+        f"{wanted.bench}: {path} has no file of the split {split!r}"
+        + (f" of the subset {wanted.subset!r}" if wanted.subset else "")
+        + f". Looked there, and in data/, for {', '.join(wanted.stems((*OWN, *SHARED), split))}"
+        + (f" (for {split} also {', '.join(others)})" if others else "")
+        + f", each as {SUFFIXES}. {hint}"
+    )

@@ -1,0 +1,283 @@
+"""One of lm-eval's benchmarks, answered by the base and its adapters, and compared item by item."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefixtune_cli.evaluate.finished import digest
+from prefixtune_cli.evaluate.outcome import BASE, Line, Outcome
+from prefixtune_cli.evaluate.paired import (
+    Difference,
+    Interval,
+    aggregate_difference,
+    aggregate_interval,
+    mean_difference,
+    mean_interval,
+)
+from prefixtune_cli.evaluate.tasks import Benchmark, Rendering
+
+RESAMPLES = 1000  # for metrics other than means, which are computed anew for every draw
+SLOW_METRICS = {"bleu": 100, "chrf": 100, "ter": 100}  # as lm-eval does
+
+Key = tuple[str, str]  # a metric and its filter
+Items = dict[int, Any]  # document → value
+
+
+@dataclass(frozen=True)
+class Answered:
+    """lm-eval's results of one model, and the values of each item."""
+
+    results: dict[str, Any]
+    items: dict[str, dict[Key, Items]]
+
+
+def answer(lm: Any, benchmark: Benchmark, rendering: Rendering) -> Answered:
+    """Have the model whose turn it is answer all requests of a benchmark.
+
+    Args:
+        lm: a model of lm-eval's.
+        benchmark: its tasks, with their requests built.
+        rendering: the settings that the requests were built by.
+    """
+    from lm_eval import evaluate
+
+    results: Any = evaluate(
+        lm=lm,
+        task_dict={"tasks": benchmark.tasks, "groups": benchmark.groups},
+        limit=rendering.limit,
+        bootstrap_iters=0,
+        confirm_run_unsafe_code=rendering.runs_code,
+    )
+    items = {name: _items(results["samples"][name]) for name in benchmark.tasks}
+    return Answered(results, items)
+
+
+def _items(samples: Sequence[Mapping[str, Any]]) -> dict[Key, Items]:
+    found: dict[Key, Items] = {}
+    for sample in samples:
+        for metric in sample["metrics"]:
+            key = (metric, sample["filter"])
+            found.setdefault(key, {})[sample["doc_id"]] = sample[metric]
+    return found
+
+
+def compare(benchmark: Benchmark, answered: Mapping[str, Answered]) -> Outcome:
+    """The table and the record of a benchmark that every model has answered.
+
+    Args:
+        benchmark: what was answered.
+        answered: model → its results; the base under BASE, where it took part.
+    """
+    first = next(iter(answered.values()))
+    lines = list(_lines(benchmark, answered))
+    record = {
+        "tasks": {
+            name: {
+                "version": task.VERSION,
+                "num_fewshot": task.get_config("num_fewshot"),
+                "dataset": task.DATASET_PATH,
+                "subset": task.DATASET_NAME,
+                "items": first.results["n-samples"][name]["effective"],
+                "of": first.results["n-samples"][name]["original"],
+                "rows_sha256": digest([s["doc_hash"] for s in first.results["samples"][name]]),
+                "prompts_sha256": digest(
+                    [s["prompt_hash"] for s in first.results["samples"][name]]
+                ),
+            }
+            for name, task in benchmark.tasks.items()
+        },
+        "items": {
+            name: {
+                ",".join(key): {
+                    "document": list(items),
+                    **{
+                        who: [_plain(of.items[name][key][d]) for d in items]
+                        for who, of in answered.items()
+                    },
+                }
+                for key, items in first.items[name].items()
+            }
+            for name in benchmark.tasks
+        },
+    }
+    return Outcome(benchmark.name, lines, record, benchmark.notices)
+
+
+class _Sample(Protocol):
+    """The items behind a figure, of every model."""
+
+    @property
+    def percent(self) -> bool: ...
+
+    def interval(self, who: str) -> Interval: ...
+
+    def difference(self, base: str, adapter: str) -> Difference: ...
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """A mean of numbers, over one task or, with a stratum for each, over a group of them."""
+
+    strata: Mapping[str, list[NDArray[np.float64]]]
+    weights: list[float] | None = None
+
+    @property
+    def percent(self) -> bool:
+        return all(
+            bool(np.isin(part, (0, 1)).all()) for parts in self.strata.values() for part in parts
+        )
+
+    def interval(self, who: str) -> Interval:
+        return mean_interval(self.strata[who], weights=self.weights)
+
+    def difference(self, base: str, adapter: str) -> Difference:
+        return mean_difference(self.strata[base], self.strata[adapter], weights=self.weights)
+
+
+@dataclass(frozen=True)
+class _Aggregate:
+    """Any other metric: computed anew by lm-eval's own function for every draw of items."""
+
+    items: Mapping[str, list[Any]]
+    aggregate: Callable[[list[Any]], float]
+    resamples: int
+    percent: bool = False
+
+    def interval(self, who: str) -> Interval:
+        return aggregate_interval(self.items[who], self.aggregate, resamples=self.resamples)
+
+    def difference(self, base: str, adapter: str) -> Difference:
+        return aggregate_difference(
+            self.items[base], self.items[adapter], self.aggregate, resamples=self.resamples
+        )
+
+
+def _lines(benchmark: Benchmark, answered: Mapping[str, Answered]) -> Iterator[Line]:
+    """Groups before their members; a group's tasks are folded where it has a figure of its own."""
+    inside = {child for group in benchmark.groups.values() for child in group.child_names}
+
+    def walk(name: str, depth: int, folded: bool) -> Iterator[Line]:
+        if name not in benchmark.groups:
+            yield from _task_lines(benchmark.tasks[name], answered, depth, folded)
+            return
+        own = list(_group_lines(benchmark.groups[name], answered, depth, folded))
+        yield from own
+        for child in benchmark.groups[name].child_names:
+            is_task = child not in benchmark.groups
+            yield from walk(child, depth + bool(own), folded or (bool(own) and is_task))
+
+    for name in (*benchmark.groups, *benchmark.tasks):
+        if name not in inside:
+            yield from walk(name, 0, False)
+
+
+def _task_lines(
+    task: Any, answered: Mapping[str, Answered], depth: int, folded: bool
+) -> Iterator[Line]:
+    name = task.task_name
+    for key, items in _first(answered).items[name].items():
+        of_all = {who: list(of.items[name][key].values()) for who, of in answered.items()}
+        aggregate = task.aggregation().get(key[0])
+        sample: _Sample | None = None
+        if (numbers := _numbers(of_all)) is not None and _is_mean(aggregate):
+            sample = _Mean({who: [values] for who, values in numbers.items()})
+        elif aggregate is not None:
+            sample = _Aggregate(of_all, aggregate, SLOW_METRICS.get(key[0], RESAMPLES))
+        yield from _line(name, key, answered, sample, len(items), depth, folded)
+
+
+def _group_lines(
+    group: Any, answered: Mapping[str, Answered], depth: int, folded: bool
+) -> Iterator[Line]:
+    """The figures that lm-eval gives for the group; without an interval where they are no means."""
+    tasks = [task.task_name for task in group.get_all_tasks()]
+    wanted = {
+        setting.metric: setting.weight_by_size for setting in group.aggregate_metric_list or []
+    }
+    first = _first(answered).items
+    keys = dict.fromkeys(key for task in tasks for key in first[task] if key[0] in wanted)
+    for key in keys:
+        its = [task for task in tasks if key in first[task]]
+        parts = [
+            _numbers({who: list(of.items[task][key].values()) for who, of in answered.items()})
+            for task in its
+        ]
+        sample = None
+        if all(part is not None for part in parts):
+            strata = {who: [part[who] for part in parts if part is not None] for who in answered}
+            sample = _Mean(strata, None if wanted[key[0]] else [1.0] * len(its))
+        count = sum(len(first[task][key]) for task in its)
+        yield from _line(group.name, key, answered, sample, count, depth, folded)
+
+
+def _line(
+    name: str,
+    key: Key,
+    answered: Mapping[str, Answered],
+    sample: _Sample | None,
+    items: int,
+    depth: int,
+    folded: bool,
+) -> Iterator[Line]:
+    values = {who: of.results["results"][name].get(",".join(key)) for who, of in answered.items()}
+    if not all(isinstance(value, int | float) for value in values.values()):
+        return  # a metric of a kind of its own stands in the record alone
+    metric, filter_name = key
+    adapters = [who for who in answered if who != BASE]
+    paired = sample is not None and BASE in answered
+    yield Line(
+        name=name,
+        metric=metric if filter_name == "none" else f"{metric}, {filter_name}",
+        items=items,
+        values={who: float(value) for who, value in values.items()},
+        differences={who: sample.difference(BASE, who) for who in adapters}
+        if sample is not None and paired
+        else {},
+        intervals={who: sample.interval(who) for who in answered}
+        if sample is not None and not (paired and adapters)
+        else {},
+        higher_is_better=_first(answered)
+        .results["higher_is_better"]
+        .get(name, {})
+        .get(metric, True),
+        percent=sample is not None and sample.percent,
+        depth=depth,
+        folded=folded,
+    )
+
+
+def _first(answered: Mapping[str, Answered]) -> Answered:
+    return next(iter(answered.values()))
+
+
+def _numbers(of_all: Mapping[str, list[Any]]) -> dict[str, NDArray[np.float64]] | None:
+    """The items as numbers, where all of them are."""
+    plain = all(
+        isinstance(value, int | float | np.integer | np.floating | np.bool_)
+        for values in of_all.values()
+        for value in values
+    )
+    if not plain:
+        return None
+    return {who: np.asarray(values, dtype=float) for who, values in of_all.items()}
+
+
+def _is_mean(aggregate: Any) -> bool:
+    """Whether lm-eval takes the plain mean of the items, as it does where nothing else is said."""
+    from lm_eval.api.metrics import mean
+
+    return aggregate in (None, mean)
+
+
+def _plain(value: Any) -> Any:
+    """An item's value as JSON has it."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

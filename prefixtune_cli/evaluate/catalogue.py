@@ -1,0 +1,207 @@
+"""lm-eval's tasks, groups and tags by name, without loading one of them.
+
+lm-eval reads some fourteen thousand YAML files to know its own tasks, which takes seconds. They change with its
+version alone, so what is needed of them is kept in one JSON file, and a benchmark is loaded from the folders that it
+lies in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fnmatch
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import HF_HOME
+
+from prefixtune_cli.errors import UsageError
+from prefixtune_cli.run_dir import write_atomically
+
+VERSION = 1  # raise it when Listed changes
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A task, or a group or tag of them.
+
+    Attributes:
+        name: what `--bench` takes.
+        kind: `task`, `group` or `tag`.
+        folder: where its YAML file lies, below lm-eval's tasks; empty for a tag.
+        members: what a group or tag holds, by name.
+        output_type: `multiple_choice`, `generate_until`, `loglikelihood` or `loglikelihood_rolling`.
+        dataset: the hub id of its data set.
+        subset: the data set's configuration.
+        splits: the splits that are read: the one that is evaluated, and the one with the examples.
+        columns: columns that its templates name; more may be needed.
+        runs_code: it runs code that the model wrote.
+    """
+
+    name: str
+    kind: str
+    folder: str = ""
+    members: tuple[str, ...] = ()
+    output_type: str = ""
+    dataset: str | None = None
+    subset: str | None = None
+    splits: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    runs_code: bool = False
+
+
+class Catalogue:
+    """All of lm-eval's names."""
+
+    def __init__(self, entries: Mapping[str, Listed]) -> None:
+        self.entries = entries
+
+    def find(self, pattern: str = "*") -> list[Listed]:
+        """Entries whose name matches a glob, or contains the text."""
+        glob = pattern if set("*?[") & set(pattern) else f"*{pattern}*"
+        return [self.entries[name] for name in fnmatch.filter(sorted(self.entries), glob)]
+
+    def check(self, names: Iterable[str], own: Iterable[str]) -> None:
+        """Refuse names that are neither lm-eval's nor among our `own`.
+
+        Raises:
+            UsageError: with the nearest names.
+        """
+        known = [*own, *self.entries]
+        for name in names:
+            if name in known:
+                continue
+            near = difflib.get_close_matches(name, known, n=5, cutoff=0.6)
+            near = near or [listed.name for listed in self.find(name)[:5]]
+            hint = f" Did you mean {', '.join(near)}?" if near else ""
+            raise UsageError(
+                f"There is no benchmark {name!r}.{hint} `ptp eval --list` shows all; `ptp eval --list mmlu` those with "
+                "mmlu in their name."
+            )
+
+    def tasks(self, name: str) -> list[Listed]:
+        """The tasks of an entry, itself where it is one."""
+        return [listed for listed in self._below(name, set()) if listed.kind == "task"]
+
+    def folders(self, name: str) -> list[Path]:
+        """The folders whose YAML files make up an entry."""
+        root = _tasks_folder()
+        return sorted(
+            {root / listed.folder for listed in self._below(name, set()) if listed.folder}
+        )
+
+    def _below(self, name: str, seen: set[str]) -> Iterator[Listed]:
+        if name in seen or name not in self.entries:  # groups may define members of their own
+            return
+        seen.add(name)
+        listed = self.entries[name]
+        yield listed
+        for member in listed.members:
+            yield from self._below(member, seen)
+
+
+def load_catalogue() -> Catalogue:
+    """lm-eval's names, from the file that is kept, or from lm-eval, whose first reading takes seconds."""
+    root = _tasks_folder()
+    version = distribution("lm_eval").version
+    file = Path(HF_HOME) / "prefixtune" / f"lm-eval-{version}-tasks.json"
+    key = [VERSION, str(root), root.stat().st_mtime_ns]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["key"] == key:
+            return Catalogue({entry["name"]: _from_json(entry) for entry in kept["entries"]})
+    entries = _read(root)
+    with contextlib.suppress(
+        OSError
+    ):  # a home that cannot be written to costs time, and nothing else
+        listed = [
+            {name: value for name, value in asdict(entry).items() if value}
+            for entry in entries.values()
+        ]
+        write_atomically(file, json.dumps({"key": key, "entries": listed}))
+    return Catalogue(entries)
+
+
+def _from_json(entry: dict[str, Any]) -> Listed:
+    for name in ("members", "splits", "columns"):
+        entry[name] = tuple(entry.get(name, ()))
+    return Listed(**entry)
+
+
+def _tasks_folder() -> Path:
+    return Path(str(distribution("lm_eval").locate_file("lm_eval/tasks")))
+
+
+def _read(root: Path) -> dict[str, Listed]:
+    from lm_eval.tasks import TaskManager
+
+    found = {}
+    for name, entry in TaskManager().task_index.items():
+        settings: dict[str, Any] = entry.cfg or {}
+        if entry.kind.name == "TAG":
+            found[name] = Listed(name, "tag", members=tuple(sorted(entry.tags)))
+            continue
+        folder = entry.yaml_path.parent.relative_to(root).as_posix() if entry.yaml_path else ""
+        if entry.kind.name == "GROUP":
+            members = tuple(dict.fromkeys(_members(settings.get("task"))))
+            found[name] = Listed(name, "group", folder, members)
+            continue
+        found[name] = Listed(
+            name,
+            "task",
+            folder,
+            output_type=settings.get("output_type") or "",
+            dataset=settings.get("dataset_path"),
+            subset=settings.get("dataset_name"),
+            splits=tuple(_splits(settings)),
+            columns=tuple(_columns(settings)),
+            runs_code=bool(settings.get("unsafe_code")),
+        )
+    return found
+
+
+def _members(tasks: Any) -> Iterator[str]:
+    """The names in a group's list of tasks, which may hold further lists."""
+    for task in tasks if isinstance(tasks, list) else [tasks]:
+        if isinstance(task, str):
+            yield task
+        elif isinstance(task, dict):
+            if isinstance(task.get("group"), str):
+                yield task["group"]
+            yield from _members(task.get("task"))
+
+
+def _splits(settings: Mapping[str, Any]) -> Iterator[str]:
+    """The split that is evaluated, and the one that examples are taken from, by lm-eval's rules."""
+    evaluated = settings.get("test_split") or settings.get("validation_split")
+    examples = settings.get("fewshot_config")
+    shown = settings.get("fewshot_split") or (
+        examples.get("split") if isinstance(examples, dict) else None
+    )
+    shown = shown or settings.get("training_split") or settings.get("validation_split")
+    yield from dict.fromkeys(split for split in (evaluated, shown) if split)
+
+
+def _columns(settings: Mapping[str, Any]) -> Iterator[str]:
+    """The columns that the templates name; none where code prepares the rows."""
+    from jinja2 import Environment, TemplateError, meta
+
+    if settings.get("process_docs"):
+        return
+    found: dict[str, None] = {}
+    for part in ("doc_to_text", "doc_to_target", "doc_to_choice"):
+        template = settings.get(part)
+        if not isinstance(template, str) or "/" in template:  # a function is given by its path
+            continue
+        if re.fullmatch(r"[A-Za-z_]\w*", template):
+            found[template] = None
+            continue
+        with contextlib.suppress(TemplateError):
+            names = meta.find_undeclared_variables(Environment().parse(template))
+            found.update(dict.fromkeys(sorted(names)))
+    yield from found

@@ -1,0 +1,139 @@
+"""Finished requests on disk, so that an interrupted evaluation goes on where it stopped.
+
+One SQLite file for every subject: the base, its precision, the adapter's content, the task's version and all
+settings that an answer depends on. Another adapter is another subject, and so never reads an old answer. The
+base's answers serve every adapter that is compared with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import HF_HOME
+
+from prefixtune_cli.errors import ResourceError
+
+VERSION = 1  # raise it when the same request would be answered otherwise than before
+BYTES_A_REQUEST = 400
+MARGIN_BYTES = 4 * 2**20
+
+Keep = Callable[[Mapping[int, Any]], None]
+
+
+class Finished:
+    """The answers of one subject.
+
+    Args:
+        folder: where the files lie; None keeps nothing.
+        subject: everything that an answer depends on, beside the request; of JSON's types.
+    """
+
+    def __init__(self, folder: Path | None, subject: Mapping[str, Any]) -> None:
+        self.file = None if folder is None else folder / f"{digest([VERSION, subject])[:32]}.sqlite"
+        self.subject = subject
+
+    def complete(
+        self, requests: Sequence[Any], answer: Callable[[list[int], Keep], None]
+    ) -> list[Any]:
+        """The answers to `requests`, of which only those that are missing are asked for.
+
+        Args:
+            requests: each of JSON's types; equal requests share an answer, if the first is kept already.
+            answer: is given the indices of the missing ones and a function that keeps {index: answer}, answers of
+                JSON's types too; what it has kept is safe, whatever happens later.
+
+        Raises:
+            ResourceError: the disk is full, or the file is not one of ours.
+        """
+        found: dict[int, Any] = {}
+        if self.file is None:
+            answer(list(range(len(requests))), found.update)
+            return [found[i] for i in range(len(requests))]
+        keys = [digest(request) for request in requests]
+        with self._open() as database:
+            for i, key in enumerate(keys):
+                row = database.execute(
+                    "SELECT answer FROM answers WHERE key = ?", (key,)
+                ).fetchone()
+                if row is not None:
+                    found[i] = json.loads(row[0])
+
+            def keep(answers: Mapping[int, Any]) -> None:
+                found.update(answers)
+                with self._told(), database:
+                    database.executemany(
+                        "INSERT OR REPLACE INTO answers VALUES (?, ?)",
+                        [(keys[i], json.dumps(value)) for i, value in answers.items()],
+                    )
+
+            if missing := [i for i in range(len(requests)) if i not in found]:
+                answer(missing, keep)
+        return [found[i] for i in range(len(requests))]
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        assert self.file is not None
+        with self._told():
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            database = sqlite3.connect(self.file, timeout=60)
+            database.execute(
+                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT)"
+            )
+            database.commit()
+        try:
+            yield database
+        finally:
+            database.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            assert self.file is not None
+            raise ResourceError(
+                f"The finished requests cannot be kept in {self.file.parent}: {error}. What was kept before is safe. "
+                "Free space there, name another folder with --cache FOLDER, or do without: --no-cache."
+            ) from error
+
+
+def default_folder() -> Path:
+    """Where finished requests lie unless the user names another place."""
+    return Path(HF_HOME) / "prefixtune" / "finished"
+
+
+def check_room(folder: Path, requests: int) -> None:
+    """Make the folder, and see that as many answers fit in.
+
+    Raises:
+        ResourceError: it cannot be written to, or the disk has too little room.
+    """
+    needed = MARGIN_BYTES + requests * BYTES_A_REQUEST
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise ResourceError(
+            f"Finished requests cannot be kept in {folder}: {error.strerror or error}. Name another folder with "
+            "--cache FOLDER, or do without: --no-cache."
+        ) from error
+    if free < needed:
+        raise ResourceError(
+            f"Finished requests need {needed / 2**20:,.1f} MiB in {folder}, which has {free / 2**20:,.1f} MiB free. "
+            "Free some, name another folder with --cache FOLDER, or do without: --no-cache."
+        )
+
+
+def digest(value: Any) -> str:
+    """sha256 of a value of JSON's types, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

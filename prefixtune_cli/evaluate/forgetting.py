@@ -1,0 +1,242 @@
+"""Forgetting: how much worse an adapted model predicts text that has nothing to do with its task.
+
+A document is cut into windows that share one token: the last one of a window is the first of the next, so that
+every token is predicted once, from what stands before it in its window. No window reaches into another document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefixtune_cli.data.encode import start_ids
+from prefixtune_cli.data.load import load_rows
+from prefixtune_cli.data.locate import near_names
+from prefixtune_cli.data.read import BOM, READERS
+from prefixtune_cli.errors import DataError, UsageError
+from prefixtune_cli.evaluate.batches import BatchLimit
+from prefixtune_cli.evaluate.finished import Finished
+from prefixtune_cli.evaluate.held_out import evenly_spread
+from prefixtune_cli.evaluate.outcome import Outcome
+from prefixtune_cli.evaluate.own_data import (
+    Judged,
+    check_limit,
+    finished_losses,
+    loss_items,
+    loss_lines,
+    ratio_line,
+)
+from prefixtune_cli.progress import Reporter
+from prefixtune_cli.recipe.schema import DataSection
+
+NAME = "forgetting"
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a document.
+
+    Attributes:
+        origin: the document, and which of its tokens are predicted.
+        ids: its tokens, of which the first is not predicted.
+        bytes: of the text (UTF-8) that the predicted tokens stand for.
+    """
+
+    origin: str
+    ids: list[int]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text, cut into windows of at most `window` tokens.
+
+    Attributes:
+        source: what the user typed; `fingerprint` is the sha256 of what stands there.
+        documents: how many texts it holds; blank ones are left out.
+        total: how many windows there are; `windows` has the chosen ones.
+    """
+
+    source: str
+    fingerprint: str
+    documents: int
+    window: int
+    total: int
+    windows: list[Window]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+
+def prepare(
+    source: str, tokenizer: PreTrainedTokenizerBase, window: int, limit: int | None
+) -> Text:
+    """Read, tokenize and cut, before a model loads.
+
+    Args:
+        source: a plain text, which is one document; or data of the format `text`, each row a document.
+        tokenizer: the base's.
+        window: most tokens that the model sees at once.
+        limit: most windows, evenly spread; None takes all.
+
+    Raises:
+        DataError: the text is missing, empty, not UTF-8, of another format, or shorter than two tokens.
+        ResourceError: the hub or the disk is the trouble.
+        UsageError: a window below 2, or a limit below 1.
+    """
+    check_limit(limit)
+    if window < 2:
+        raise UsageError(
+            f"--window must be at least 2, got {window}: the first token of a window is not predicted."
+        )
+    documents, fingerprint = _documents(source)
+    windows = [
+        found for where, text in documents for found in _windows(where, text, tokenizer, window)
+    ]
+    if not windows:
+        raise DataError(
+            f"{source} has too little text: fewer than two tokens, and only what follows a token is predicted. "
+            "Give a text of some thousand words."
+        )
+    chosen = evenly_spread(len(windows), limit or len(windows))
+    return Text(
+        source=source,
+        fingerprint=fingerprint,
+        documents=len(documents),
+        window=window,
+        total=len(windows),
+        windows=[windows[i] for i in chosen],
+    )
+
+
+def judge(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    *,
+    limit: BatchLimit,
+    finished: Finished,
+    name: str,
+    reporter: Reporter,
+) -> Judged:
+    """Ask one model; the arguments are those of `own_data.judge`.
+
+    Raises:
+        ResourceError: the memory or the disk does not suffice.
+    """
+    examples = [{"input_ids": window.ids, "labels": window.ids} for window in text.windows]
+    task = f"text loss of {name}"
+    return Judged(finished_losses(model, tokenizer, examples, limit, finished, task, reporter), [])
+
+
+def compare(text: Text, judged: Mapping[str, Judged]) -> Outcome:
+    """Loss, perplexity and bits per byte, every model against the base where that is among them.
+
+    Args:
+        text: what `prepare` gave.
+        judged: model → what it did; the base under BASE.
+    """
+    losses = {model: found.losses for model, found in judged.items()}
+    bits = {
+        model: np.array([nats for nats, _ in found]) / math.log(2)
+        for model, found in losses.items()
+    }
+    sizes = np.array([window.bytes for window in text.windows], dtype=float)
+    lines = [*loss_lines(NAME, losses), ratio_line(NAME, "bits per byte", bits, sizes)]
+    record: dict[str, Any] = {
+        "text": {
+            "source": text.source,
+            "sha256": text.fingerprint,
+            "documents": text.documents,
+            "window_tokens": text.window,
+            "windows": text.total,
+            "evaluated": len(text),
+            "bytes": int(sizes.sum()),
+        },
+        "items": [
+            {**item, "bytes": window.bytes}
+            for item, window in zip(
+                loss_items([window.origin for window in text.windows], losses),
+                text.windows,
+                strict=True,
+            )
+        ],
+    }
+    return Outcome(NAME, lines, record)
+
+
+def _documents(source: str) -> tuple[list[tuple[str, str]], str]:
+    """(origin, text) of each document that is not blank, and the sha256 of the source."""
+    path = Path(source).expanduser()
+    known = path.suffix.lower() in READERS
+    if path.suffix.lower() == ".txt" or (path.is_file() and not known):
+        content = _read_plain(path)
+        found, fingerprint = [(source, content)], hashlib.sha256(content.encode()).hexdigest()
+    else:
+        rows = load_rows(source, DataSection())
+        if rows.layout != "text":
+            raise DataError(
+                f"{source} is of the format {rows.format}, and forgetting is measured on plain text. Give a .txt file, "
+                "or rows with a column named text."
+            )
+        found = [(rows.row_origin(i), row["text"]) for i, row in enumerate(rows.dataset)]
+        fingerprint = rows.fingerprint
+    found = [(where, text) for where, text in found if text.strip()]
+    if not found:
+        raise DataError(
+            f"{source} is empty: it holds nothing but white space. Give a text of some thousand words."
+        )
+    return found, fingerprint
+
+
+def _read_plain(path: Path) -> str:
+    try:
+        return path.read_bytes().removeprefix(BOM).decode("utf-8")
+    except FileNotFoundError:
+        raise DataError(f"The text {path} does not exist. {near_names(path)}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start + 1}. Convert the "
+            f"file first: iconv -f latin1 -t utf-8 {path} > {path.stem}-utf8.txt"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _windows(
+    where: str, text: str, tokenizer: PreTrainedTokenizerBase, window: int
+) -> Iterator[Window]:
+    """The windows of one document; the last one may be shorter."""
+    start = start_ids(tokenizer)
+    own, ends = _tokens_with_ends(text, tokenizer)
+    ids, ends = [*start, *own], [*([0] * len(start)), *ends]
+    for first in range(0, len(ids) - 1, window - 1):
+        last = min(first + window, len(ids)) - 1
+        predicted = text[ends[first] : ends[last]]
+        # A character of several tokens counts with its first one; still, no token is of no byte.
+        size = max(1, len(predicted.encode()))
+        yield Window(f"{where}, tokens {first + 1}–{last}", ids[first : last + 1], size)
+
+
+def _tokens_with_ends(
+    text: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], Sequence[int]]:
+    """The tokens, and after how many characters each ends; evenly spread where the tokenizer cannot tell."""
+    encoded = tokenizer(
+        text,
+        add_special_tokens=False,
+        return_offsets_mapping=tokenizer.is_fast,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    ids = list(encoded["input_ids"])
+    if tokenizer.is_fast:
+        return ids, [end for _, end in encoded["offset_mapping"]]
+    return ids, [round(len(text) * (i + 1) / len(ids)) for i in range(len(ids))]

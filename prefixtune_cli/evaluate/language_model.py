@@ -1,0 +1,214 @@
+"""The model as lm-eval sees it: its own Hugging Face model, with our scoring, batching and memory of what is done.
+
+Inherited are all rules that figures depend on: how text becomes tokens, where a context is cut, what ends an
+answer. Changed is the work: texts are tokenized together and once, prefixes are computed once
+(`shared_prefix`), batches are bounded by tokens and halved where the memory runs out, and every finished request
+is kept on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import has_bos_prefix
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefixtune_cli.evaluate.batches import BatchLimit
+from prefixtune_cli.evaluate.finished import Finished, Keep
+from prefixtune_cli.evaluate.shared_prefix import Request, log_likelihoods
+from prefixtune_cli.progress import Reporter
+
+GENERATED_TOKENS = (
+    256  # what a request without a number of its own may take, for the size of a batch
+)
+
+
+class BenchmarkLM(HFLM):
+    """One loaded base with its tokenizer; `turn` says which of the models on it answers.
+
+    Args:
+        base: the base model.
+        tokenizer: its tokenizer.
+        limit: the size of a batch.
+        reporter: is told how many requests are done.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        limit: BatchLimit,
+        reporter: Reporter,
+    ) -> None:
+        super().__init__(pretrained=base, tokenizer=tokenizer, batch_size=1)
+        self.limit, self.reporter = limit, reporter
+        self.bench = ""
+        self.versions: dict[str, Any] = {}
+        self.finished = Finished(None, {})
+        self._who = ""
+        self._ids: dict[str, list[int]] = {}
+        self._tokenized: tuple[list[tuple[Any, ...]], list[Any]] | None = None
+        self.cut = 0  # prompts that were cut from the left
+
+    def turn(
+        self, bench: str, who: str, model: Any, finished: Finished, versions: dict[str, Any]
+    ) -> None:
+        """From here on `model` answers the tasks of these versions, as `who`."""
+        self.bench, self.versions, self.finished, self._who = bench, versions, finished, who
+        self._model = model
+
+    def forget(self) -> None:
+        """Let go of the texts of a benchmark that is finished."""
+        self._ids.clear()
+        self._tokenized = None
+        self.cut = 0
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """lm-eval's, but for texts that were tokenized together beforehand."""
+        if add_special_tokens is None and left_truncate_len is None and string in self._ids:
+            return self._ids[string]
+        ids: list[int] = super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+        return ids
+
+    def _tokenize(self, texts: Sequence[str]) -> None:
+        """Tokenize all of `texts` at once, as `tok_encode` does one."""
+        start = self.tokenizer.decode(self.prefix_token_id)
+        for has_start in (False, True):
+            chosen = [
+                text
+                for text in dict.fromkeys(texts)
+                if text not in self._ids and has_bos_prefix(text, start) is has_start
+            ]
+            if chosen:
+                special = {"add_special_tokens": False} if has_start else {}
+                encoded = self.tokenizer(chosen, verbose=False, **special)["input_ids"]
+                self._ids.update(zip(chosen, encoded, strict=True))
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """See lm-eval; requests that are finished are read from the disk."""
+        pairs = self._pairs(requests)
+
+        def answer(missing: list[int], keep: Keep) -> None:
+            self._score([pairs[i] for i in missing], missing, keep, len(requests))
+
+        found = self._finished(requests, answer)
+        return [(float(score), bool(greedy)) for score, greedy in found]
+
+    def _pairs(self, requests: list[Instance]) -> list[tuple[Any, list[int], list[int]]]:
+        """(None, context, continuation) as token ids; tokenized once for all models."""
+        arguments = [request.args for request in requests]
+        if self._tokenized is None or self._tokenized[0] != arguments:
+            self._tokenize([text for context, rest in arguments for text in _texts(context, rest)])
+            pairs = [self._pair(*pair) for pair in arguments]
+            self._tokenized = (arguments, pairs)
+            self._ids.clear()
+            longest = self.max_length + 1
+            self.cut = sum(len(context) + len(rest) > longest for _, context, rest in pairs)
+        return self._tokenized[1]
+
+    def _pair(self, context: str, continuation: str) -> tuple[None, list[int], list[int]]:
+        if context:
+            return (None, *self._encode_pair(context, continuation))
+        # Nothing comes before: the token that begins a text stands in, unless the text brings it.
+        ids = self.tok_encode(continuation, add_special_tokens=False)
+        if ids[0] == self.prefix_token_id:
+            return None, ids[:1], ids[1:]
+        return None, [self.prefix_token_id], ids
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Scores of (text, context ids, continuation ids), for the windows of a long text."""
+        scores: dict[int, Any] = {}
+        self._score(requests, list(range(len(requests))), scores.update, None)
+        return [scores[i] for i in range(len(requests))]
+
+    def _score(self, pairs: Sequence[Any], names: list[int], keep: Keep, total: int | None) -> None:
+        """Score `pairs`, and keep the scores under `names`; without a `total` nothing is reported."""
+        done = 0 if total is None else total - len(pairs)
+
+        def kept(scores: dict[int, Any]) -> None:
+            nonlocal done
+            keep({names[i]: score for i, score in scores.items()})
+            done += len(scores)
+            if total is not None:
+                self._progress(done, total)
+
+        log_likelihoods(
+            self._model,
+            [Request(tuple(context), tuple(rest)) for _, context, rest in pairs],
+            max_length=self.max_length,
+            pad_id=self.tokenizer.pad_token_id or 0,
+            limit=self.limit,
+            keep=kept,
+        )
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """See lm-eval; kept on disk text by text."""
+
+        def answer(missing: list[int], keep: Keep) -> None:
+            self.batch_size_per_gpu = 2**30  # all windows of a text: `limit` makes the batches
+            for done, i in enumerate(missing, start=1):
+                [value] = HFLM.loglikelihood_rolling(self, [requests[i]], disable_tqdm=True)
+                keep({i: value})
+                self._progress(len(requests) - len(missing) + done, len(requests))
+
+        return [float(value) for value in self._finished(requests, answer)]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """See lm-eval; answers that are drawn at random are not kept on disk, as each has to be drawn anew."""
+        self._tokenize([request.args[0] for request in requests])
+
+        def answer(missing: list[int], keep: Keep) -> None:
+            done = len(requests) - len(missing)
+
+            def work(batch: Sequence[int]) -> None:
+                nonlocal done
+                self.batch_size_per_gpu = len(batch)
+                said = HFLM.generate_until(self, [requests[i] for i in batch], disable_tqdm=True)
+                keep(dict(zip(batch, said, strict=True)))
+                done += len(batch)
+                self._progress(done, len(requests))
+
+            self.cut = sum(self._generation_length(r) > self.max_length for r in requests)
+            for settings in {str(requests[i].args[1]) for i in missing}:
+                chosen = [i for i in missing if str(requests[i].args[1]) == settings]
+                self.limit.run(chosen, lambda i: self._generation_length(requests[i]), work)
+
+        if any(request.args[1].get("do_sample") for request in requests):
+            drawn: dict[int, str] = {}
+            answer(list(range(len(requests))), drawn.update)
+            return [drawn[i] for i in range(len(requests))]
+        return [str(text) for text in self._finished(requests, answer)]
+
+    def _generation_length(self, request: Instance) -> int:
+        text, settings = request.args
+        return len(self.tok_encode(text)) + int(settings.get("max_gen_toks") or GENERATED_TOKENS)
+
+    def _finished(self, requests: list[Instance], answer: Any) -> list[Any]:
+        keys = [
+            [r.request_type, r.task_name, self.versions.get(str(r.task_name)), *r.args]
+            for r in requests
+        ]
+        return self.finished.complete(keys, answer)
+
+    def _progress(self, done: int, total: int) -> None:
+        self.reporter.progress(f"{self.bench}, {self._who}", done, total, {})
+
+
+def _texts(context: str, continuation: str) -> tuple[str, ...]:
+    """What `_encode_pair` tokenizes of a pair."""
+    return (context.rstrip(), context + continuation) if context else ()

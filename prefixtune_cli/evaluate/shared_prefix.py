@@ -1,0 +1,304 @@
+"""Log-likelihoods of continuations, with one forward pass for every prefix that many sequences share.
+
+The examples before the questions of one subject, and the question before its choices, are computed once; what
+follows them reads their keys and values from the cache. `plan` finds the prefixes for which fewest tokens are
+computed. Where the cache does not allow it (a window slid past the prefix, a recurrent state, virtual tokens that
+lie in the cache already), every sequence is computed whole.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from prefixtune_cli.evaluate.batches import BatchLimit
+
+Scored = tuple[float, bool]
+TOKENS_A_JOB = 32  # what a further forward pass costs beside its tokens, in tokens
+
+
+@dataclass(frozen=True)
+class Request:
+    """A continuation to be scored after its context: token ids, neither of them empty."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence for the model, and all requests whose scores it holds.
+
+    Attributes:
+        tokens: context and continuation, less the last token, which is only predicted.
+        first: the position whose logits predict the first of any continuation.
+        requests: the indices of the requests.
+    """
+
+    tokens: tuple[int, ...]
+    first: int
+    requests: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Rows that begin with the same `prefix` tokens, which are computed once; 0 computes each row whole."""
+
+    prefix: int
+    rows: tuple[Row, ...]
+
+
+def rows_of(requests: Sequence[Request], max_length: int) -> list[Row]:
+    """The distinct sequences of the requests, cut from the left to `max_length` tokens."""
+    found: dict[tuple[int, ...], tuple[int, list[int]]] = {}
+    for i, request in enumerate(requests):
+        tokens = (request.context + request.continuation)[-(max_length + 1) : -1]
+        first, members = found.setdefault(tokens, (len(tokens), []))
+        members.append(i)
+        found[tokens] = (max(0, min(first, len(tokens) - len(request.continuation))), members)
+    return [Row(tokens, first, tuple(members)) for tokens, (first, members) in found.items()]
+
+
+@dataclass
+class _Node:
+    """Neighbours in sorted order that share `depth` tokens, and the cheapest jobs for them."""
+
+    depth: int
+    rows: list[Row]
+    cost: int
+    jobs: list[Job]
+
+    def absorb(self, child: _Node) -> None:
+        self.rows += child.rows
+        self.cost += child.cost
+        self.jobs += child.jobs
+
+    def settle(self) -> _Node:
+        """Compute the prefix once, if that is cheaper than what the parts cost."""
+        prefix = min(self.depth, min(row.first for row in self.rows))
+        cost = TOKENS_A_JOB + prefix + sum(len(row.tokens) - prefix for row in self.rows)
+        if prefix and cost < self.cost:
+            return _Node(self.depth, self.rows, cost, [Job(prefix, tuple(self.rows))])
+        return self
+
+
+def plan(rows: Sequence[Row]) -> list[Job]:
+    """The jobs that compute the fewest tokens, where a row takes part in one prefix.
+
+    Walks the tree of common prefixes (the intervals of the array of longest common prefixes) from its leaves up,
+    and keeps, at every node, the cheaper of its children's jobs and one job of its own.
+    """
+    rows = sorted(rows, key=lambda row: row.tokens)
+    stack: list[_Node] = []
+    for i, row in enumerate(rows):
+        last = _Node(len(row.tokens), [row], len(row.tokens), [Job(0, (row,))])
+        shared = _common(row.tokens, rows[i + 1].tokens) if i + 1 < len(rows) else 0
+        while stack and stack[-1].depth > shared:
+            stack[-1].absorb(last)
+            last = stack.pop().settle()
+        if stack and stack[-1].depth == shared:
+            stack[-1].absorb(last)
+        else:
+            stack.append(_Node(shared, list(last.rows), last.cost, list(last.jobs)))
+    return stack[0].jobs if stack else []
+
+
+def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """How many tokens two sequences share, found by bisection: comparing slices is fast."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def log_likelihoods(
+    model: Any,
+    requests: Sequence[Request],
+    *,
+    max_length: int,
+    pad_id: int,
+    limit: BatchLimit,
+    keep: Callable[[dict[int, Scored]], None],
+) -> None:
+    """Score every request: the summed log-probability of its continuation in nats, and whether greedy decoding
+    would produce it.
+
+    Args:
+        model: a causal language model, adapted or not, in evaluation mode.
+        requests: what to score; contexts are cut from the left where they exceed `max_length`.
+        max_length: most tokens of a sequence.
+        pad_id: any token.
+        limit: the size of a batch.
+        keep: is given {index of a request: its score} after each batch.
+
+    The softmax is taken in float32, whatever the model's precision.
+    """
+    rows = rows_of(requests, max_length)
+    jobs = plan(rows) if _shares(model, max(len(row.tokens) for row in rows)) else []
+    with torch.no_grad():
+        reader = _Reader(model, requests, pad_id, limit, keep)
+        whole = [row for job in jobs if not job.prefix for row in job.rows] if jobs else rows
+        reader.read([job for job in jobs if job.prefix])
+        reader.read_whole(whole)
+
+
+def _shares(model: Any, longest: int) -> bool:
+    """Whether keys and values of a prefix can be read by several rows."""
+    if is_prompt_learning(model):
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return all(
+        type(layer) is DynamicLayer
+        or (type(layer) is DynamicSlidingWindowLayer and longest < layer.sliding_window)
+        for layer in layers
+    )
+
+
+def is_prompt_learning(model: Any) -> bool:
+    """Whether the model has an adapter of virtual tokens, such as Prefix-Tuning's."""
+    return isinstance(model, PeftModel) and bool(model.active_peft_config.is_prompt_learning)
+
+
+class _PrefixLayer(DynamicLayer):
+    """One layer's keys and values of the prefixes, read by rows and never grown, so that one layer's alone are
+    copied at a time.
+
+    Args:
+        keys, values: [prefixes, heads, tokens, width].
+        prefix_of_row: [rows].
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, prefix_of_row: torch.Tensor):
+        super().__init__()
+        self.keys, self.values, self.prefix_of_row = keys, values, prefix_of_row
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = self.prefix_of_row
+        return (
+            torch.cat([self.keys[rows], key_states], dim=-2),
+            torch.cat([self.values[rows], value_states], dim=-2),
+        )
+
+
+class _Reader:
+    """Runs jobs and hands out scores."""
+
+    def __init__(
+        self,
+        model: Any,
+        requests: Sequence[Request],
+        pad_id: int,
+        limit: BatchLimit,
+        keep: Callable[[dict[int, Scored]], None],
+    ) -> None:
+        self.model, self.requests, self.pad_id = model, requests, pad_id
+        self.limit, self.keep = limit, keep
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.accepted = set(inspect.signature(inner.forward).parameters)
+        self.same_length_only = is_prompt_learning(model)
+
+    def read_whole(self, rows: Sequence[Row]) -> None:
+        """Rows that share nothing."""
+        # Virtual tokens have no position, and padding on the left would move the rest away from them.
+        lengths = {len(row.tokens) for row in rows} if self.same_length_only else {None}
+        for length in sorted(lengths, key=lambda n: n or 0):
+            self.limit.run(
+                [row for row in rows if length in (None, len(row.tokens))],
+                lambda row: len(row.tokens),
+                lambda batch: self._score(batch, 0, None, None),
+            )
+
+    def read(self, jobs: Sequence[Job]) -> None:
+        """Rows after their prefixes: several prefixes at a time, then their rows in batches."""
+        self.limit.run(jobs, lambda job: job.prefix, self._read_jobs)
+
+    def _read_jobs(self, jobs: Sequence[Job]) -> None:
+        ids, mask = self._padded([job.rows[0].tokens[: job.prefix] for job in jobs])
+        cache = DynamicCache(config=self.model.config)
+        self._forward(ids, mask, _positions(mask), cache, keep=1)
+        rows = [(i, row) for i, job in enumerate(jobs) for row in job.rows]
+
+        def score(batch: Sequence[tuple[int, Row]]) -> None:
+            index = torch.tensor([i for i, _ in batch], device=ids.device)
+            layers = [_PrefixLayer(layer.keys, layer.values, index) for layer in cache.layers]
+            prefixes = [jobs[i].prefix for i, _ in batch]
+            self._score([row for _, row in batch], prefixes, Cache(layers=layers), mask[index])
+
+        # The prefix is read and not computed: an eighth of a token is a guess at what that takes.
+        self.limit.run(rows, lambda r: len(r[1].tokens) - (7 * jobs[r[0]].prefix) // 8, score)
+
+    def _score(
+        self,
+        rows: Sequence[Row],
+        prefixes: Sequence[int] | int,
+        cache: Cache | None,
+        prefix_mask: torch.Tensor | None,
+    ) -> None:
+        """Score the requests of `rows`, of which the first `prefixes` tokens lie in the cache."""
+        starts = [prefixes] * len(rows) if isinstance(prefixes, int) else prefixes
+        ids, mask = self._padded(
+            [row.tokens[start:] for row, start in zip(rows, starts, strict=True)]
+        )
+        begin = torch.tensor(starts, device=ids.device)[:, None]
+        positions = _positions(mask) + begin
+        if prefix_mask is not None:
+            mask = torch.cat([prefix_mask, mask], dim=1)
+        width = max(len(row.tokens) - row.first for row in rows)
+        logits = self._forward(ids, mask, positions, cache, keep=width)
+        scores: dict[int, Scored] = {}
+        for row, its in zip(rows, logits, strict=True):
+            log_probabilities = its.float().log_softmax(-1)  # [width, vocabulary]
+            likeliest = log_probabilities.argmax(-1)
+            for i in row.requests:
+                target = torch.tensor(self.requests[i].continuation, device=its.device)[-width:]
+                chosen = log_probabilities[-len(target) :].gather(-1, target[:, None])
+                greedy = bool((likeliest[-len(target) :] == target).all())
+                scores[i] = (float(chosen.sum()), greedy)
+        self.keep(scores)
+
+    def _forward(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        positions: torch.Tensor,
+        cache: Cache | None,
+        *,
+        keep: int,
+    ) -> torch.Tensor:
+        """Logits of the last `keep` positions: [rows, keep, vocabulary]."""
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        arguments["use_cache"] = cache is not None
+        if cache is not None:
+            arguments["past_key_values"] = cache
+        if "position_ids" in self.accepted and not self.same_length_only:
+            arguments["position_ids"] = positions
+        if "logits_to_keep" in self.accepted:
+            arguments["logits_to_keep"] = keep
+        logits: torch.Tensor = self.model(**arguments).logits
+        return logits[:, -keep:]
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask, padded on the left: [rows, longest]."""
+        longest = max(len(row) for row in rows)
+        ids = [[self.pad_id] * (longest - len(row)) + list(row) for row in rows]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        device = self.model.device
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(-1) - 1).clamp(min=0)

@@ -1,0 +1,245 @@
+"""Who is evaluated: a base, and adapters on it, on one loaded model.
+
+The adapter is switched off for the base's turn; of several adapters, one at a time is attached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import AutoConfig, PreTrainedModel
+
+from prefixtune_cli import model as models
+from prefixtune_cli.errors import ModelError, UsageError
+from prefixtune_cli.evaluate.outcome import BASE
+from prefixtune_cli.recipe.aliases import resolve as resolve_alias
+from prefixtune_cli.recipe.load import resolve
+from prefixtune_cli.recipe.schema import ModelSection, Recipe
+from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.tokenizer import cannot_load, check_base
+
+ADAPTER = "adapter"
+WHOLE_FILE_BYTES = 64 * 2**20  # larger weights are told by size, time and their header
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is evaluated.
+
+    Attributes:
+        name: the head of its column: `base`, `adapter`, or the run's or folder's name where there are several.
+        adapter: its folder; None for the base alone.
+        whole: the folder holds a whole model (method `full`), and no adapter.
+        run: the run directory that it comes from.
+        sha256: of the adapter's content, or of the base's.
+    """
+
+    name: str
+    adapter: Path | None = None
+    whole: bool = False
+    run: RunDir | None = None
+    sha256: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        folder = None if self.adapter is None else str(self.adapter)
+        return {"name": self.name, "folder": folder, "sha256": self.sha256}
+
+
+@dataclass
+class Cast:
+    """The base's section, the recipe that data is read by, and all subjects, the base first where it takes part."""
+
+    recipe: Recipe
+    template: str | None
+    subjects: list[Subject]
+    base_sha256: str
+    _base: PreTrainedModel | None = field(default=None, repr=False)
+    _attached: tuple[Subject, Any] | None = field(default=None, repr=False)
+
+    def load(self) -> PreTrainedModel:
+        """Load the base.
+
+        Raises:
+            ModelError, ResourceError: see `model.load_base`.
+        """
+        self._base = models.load_base(self.recipe.model).eval()
+        return self._base
+
+    @contextlib.contextmanager
+    def on_stage(self, subject: Subject) -> Iterator[Any]:
+        """Within the block the model that is given answers as `subject`."""
+        assert self._base is not None
+        if subject.adapter is None:
+            with models.without_adapter(self._attached[1] if self._attached else self._base):
+                yield self._base
+            return
+        if self._attached is None or self._attached[0] != subject:
+            self._detach()
+            self._attached = (subject, self._attach(subject))
+        yield self._attached[1]
+
+    def _attach(self, subject: Subject) -> Any:
+        assert self._base is not None
+        assert subject.adapter is not None
+        if subject.whole:
+            section = self.recipe.model.model_copy(update={"name": str(subject.adapter)})
+            return models.load_base(section).eval()
+        return models.load_adapter(self._base, subject.adapter).eval()
+
+    def _detach(self) -> None:
+        if self._attached is not None and isinstance(self._attached[1], PeftModel):
+            models.detach(self._attached[1])
+        self._attached = None
+
+    def key(self, subject: Subject, **settings: Any) -> dict[str, Any]:
+        """Everything that an answer of `subject` depends on, beside the request."""
+        section = self.recipe.model
+        return {
+            "base": self.base_sha256,
+            "bits": section.bits,
+            "attention": section.attention,
+            "adapter": None if subject.adapter is None else subject.sha256,
+            **settings,
+        }
+
+
+def assemble(
+    *,
+    runs: Sequence[str],
+    model: str | None,
+    adapters: Sequence[str],
+    flags: dict[str, Any],
+    base: bool,
+) -> Cast:
+    """Find out who is evaluated, without loading anything.
+
+    Args:
+        runs: run directories, whose bases must be the same.
+        model: the base, where there are no runs.
+        adapters: adapter folders, for `model`.
+        flags: the model section's settings that were typed.
+        base: the base takes part.
+
+    Raises:
+        UsageError: both or neither of runs and model are given, or the runs have different bases.
+        RunDirError: a run has no adapter.
+        AdapterError: a folder holds no adapter that can be read.
+    """
+    if bool(runs) == (model is not None):
+        raise UsageError(
+            "Give either --run FOLDER, or --model NAME (with --adapter FOLDER or without)."
+        )
+    if runs and adapters:
+        raise UsageError("--run has its own adapter. Leave --adapter out, or give --model with it.")
+    if not runs and not adapters and not base:
+        raise UsageError(
+            "--no-base leaves nothing to evaluate. Give an --adapter, or leave it out."
+        )
+    template: str | None = None
+    if runs:
+        found = [_of_run(run) for run in runs]
+        recipe = resolve(str(RunDir(runs[0]).recipe), flags={"model": flags} if flags else None)
+        _check_same_base([resolve(str(RunDir(run).recipe)) for run in runs], runs)
+        kept = RunDir(runs[0]).chat_template
+        template = str(kept) if kept.exists() else recipe.data.chat_template
+    else:
+        found = [_subject(Path(folder)) for folder in adapters]
+        recipe = resolve(flags={"model": {**flags, "name": model}})
+    for subject in found:
+        if subject.adapter is not None and not subject.whole:
+            models.read_adapter_config(subject.adapter)
+    its = hash_of_base(recipe.model)
+    subjects = [Subject(BASE, sha256=its)] if base else []
+    return Cast(recipe, template, [*subjects, *_named(found)], its)
+
+
+def _of_run(run: str) -> Subject:
+    run_dir = RunDir(run)
+    run_dir.check_adapter()
+    whole = resolve(str(run_dir.recipe)).adapter.method == "full"
+    return _subject(run_dir.adapter, run=run_dir, whole=whole)
+
+
+def _subject(folder: Path, run: RunDir | None = None, whole: bool = False) -> Subject:
+    name = (run.path if run else folder).resolve().name
+    return Subject(name, folder, whole, run, hash_of_folder(folder))
+
+
+def _named(subjects: list[Subject]) -> list[Subject]:
+    """`adapter` for a single one; else the folders' names, as long as needed to tell them apart."""
+    if len(subjects) == 1:
+        names = [ADAPTER]
+    else:
+        names = [subject.name for subject in subjects]
+        if len(set(names)) < len(names) or BASE in names:
+            names = [str(s.run.path if s.run else s.adapter) for s in subjects]
+        if len(set(names)) < len(names):
+            raise UsageError(f"An adapter is given twice: {', '.join(names)}. Give each once.")
+    return [
+        Subject(name, s.adapter, s.whole, s.run, s.sha256)
+        for name, s in zip(names, subjects, strict=True)
+    ]
+
+
+def _check_same_base(recipes: list[Recipe], runs: Sequence[str]) -> None:
+    bases = {(r.model.name, r.model.revision, r.model.bits) for r in recipes}
+    if len(bases) > 1:
+        raise UsageError(
+            "The runs have different bases, so one call cannot compare them: "
+            + ", ".join(
+                f"{run}: {r.model.name} at {r.model.bits} bits"
+                for run, r in zip(runs, recipes, strict=True)
+            )
+            + ". Evaluate each by itself, or give --model and --adapter."
+        )
+
+
+def hash_of_base(section: ModelSection) -> str:
+    """What tells this base from every other: the hub's commit, or the content of the folder.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    check_base(section)
+    name = resolve_alias(section.name)
+    if Path(name).is_dir():
+        return hash_of_folder(Path(name))
+    try:
+        config = AutoConfig.from_pretrained(
+            name, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(cannot_load("configuration", section, error)) from error
+    return hashlib.sha256(f"{name} {config._commit_hash}".encode()).hexdigest()
+
+
+def hash_of_folder(folder: Path) -> str:
+    """sha256 of the settings, tokenizer and weights in a folder; of weights over 64 MiB, the header, size and time."""
+    found = hashlib.sha256()
+    for file in sorted(folder.glob("*")):
+        if not file.is_file() or file.suffix not in (
+            ".json",
+            ".safetensors",
+            ".jinja",
+            ".model",
+            ".txt",
+        ):
+            continue
+        about = file.stat()
+        with open(file, "rb") as content:
+            if about.st_size <= WHOLE_FILE_BYTES:
+                part = hashlib.sha256(content.read()).hexdigest()
+            else:
+                part = (
+                    hashlib.sha256(content.read(2**20)).hexdigest()
+                    + f" {about.st_size} {about.st_mtime_ns}"
+                )
+        found.update(json.dumps([file.name, part]).encode())
+    return found.hexdigest()

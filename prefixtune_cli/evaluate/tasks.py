@@ -1,0 +1,220 @@
+"""lm-eval's tasks, ready to be answered: their data from the hub or from local copies, their requests built once.
+
+A task stays lm-eval's own in all but where its rows come from. lm-eval asks `datasets.load_dataset` for them by the
+hub's id, so for as long as tasks are loaded that one function is replaced: ids that the user has a copy of are read
+from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefixtune_cli.data.benchmark import Wanted, load_benchmark
+from prefixtune_cli.data.locate import ask_hub
+from prefixtune_cli.errors import DataError, ResourceError, UsageError
+from prefixtune_cli.evaluate.catalogue import Catalogue, Listed
+
+FEW_SHOT_SEED = 1234  # lm-eval's own, so that it draws the same examples
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How requests are built.
+
+    Attributes:
+        limit: items of each task; None takes all.
+        num_fewshot: examples before each question; None leaves the task's own number.
+        chat_template: renders messages, where the model's chat template is applied.
+        runs_code: the user agrees to run code that the model writes.
+    """
+
+    limit: int | None = None
+    num_fewshot: int | None = None
+    chat_template: Callable[..., str] | None = None
+    runs_code: bool = False
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One name's tasks with their requests, and the groups that they make up."""
+
+    name: str
+    tasks: dict[str, Any]
+    groups: dict[str, Any]
+    notices: tuple[str, ...]
+
+    @property
+    def requests(self) -> int:
+        return sum(len(task.instances) for task in self.tasks.values())
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        """The version of each task, and the settings of its requests, which belong to the name of an answer."""
+        return {
+            name: [task.VERSION, task.get_config("num_fewshot")]
+            for name, task in self.tasks.items()
+        }
+
+
+def load_benchmark_tasks(
+    name: str, catalogue: Catalogue, data: Mapping[str, Path], rendering: Rendering
+) -> Benchmark:
+    """Load a task, group or tag, check it and build its requests.
+
+    Args:
+        name: what `--bench` takes.
+        catalogue: lm-eval's names.
+        data: local copies, by the hub id of the data set, as `local_data` gives.
+        rendering: how requests are built.
+
+    Raises:
+        DataError, ResourceError: the data is missing or malformed.
+        UsageError: the settings do not fit the task.
+    """
+    from lm_eval.tasks import TaskManager
+
+    listed = catalogue.tasks(name)
+    if (unsafe := [task.name for task in listed if task.runs_code]) and not rendering.runs_code:
+        raise UsageError(
+            f"{unsafe[0]} runs code that the model writes, on this machine. If you want that, type "
+            "--confirm-run-unsafe-code."
+        )
+    for dataset in dict.fromkeys(task.dataset for task in listed):
+        if dataset is not None and "/" in dataset and dataset not in data:
+            ask_hub(dataset, _instead(name))
+    folders = catalogue.folders(name)
+    outer = [f for f in folders if not any(o in f.parents for o in folders)]
+    manager = TaskManager(include_defaults=False, include_path=list(outer))
+    with _rows_from(data, listed, name):
+        try:
+            loaded = manager.load([name])
+        except (DataError, ResourceError):
+            raise
+        except ImportError as error:
+            raise ResourceError(f"{name} needs more than is installed: {error}") from error
+        except (KeyError, ValueError, TypeError, AssertionError) as error:
+            raise DataError(
+                f"{name} cannot be loaded ({type(error).__name__}: {error}). Has the data the columns and splits that "
+                "the task reads?"
+            ) from error
+    tasks = loaded["tasks"]
+    notices = tuple(n for task in tasks.values() for n in _shots(task, rendering))
+    for task in tasks.values():
+        _build(task, rendering)
+    return Benchmark(name, tasks, dict(loaded.get("groups", {})), tuple(dict.fromkeys(notices)))
+
+
+def local_data(given: Mapping[str, str], catalogue: Catalogue) -> dict[str, Path]:
+    """`--bench-data NAME=PATH` as hub id → path; NAME is a benchmark, or the id itself.
+
+    Raises:
+        UsageError: an unknown name, or a group of several data sets.
+    """
+    found: dict[str, Path] = {}
+    ids = {entry.dataset for entry in catalogue.entries.values()}
+    for name, path in given.items():
+        if name in ids:
+            found[name] = Path(path).expanduser()
+            continue
+        catalogue.check([name], ())
+        datasets = sorted({task.dataset for task in catalogue.tasks(name) if task.dataset})
+        if len(datasets) != 1:
+            raise UsageError(
+                f"--bench-data {name}={path}: {name} reads {len(datasets)} data sets. Give each by its own name: "
+                + ", ".join(f"--bench-data {dataset}=…" for dataset in datasets)
+            )
+        found[datasets[0]] = Path(path).expanduser()
+    return found
+
+
+def _instead(name: str) -> str:
+    return (
+        f"With a copy of the data, type: --bench-data {name}=PATH (a clone of the data set's repository, or its CSV, "
+        "JSONL or parquet files)."
+    )
+
+
+@contextlib.contextmanager
+def _rows_from(data: Mapping[str, Path], listed: list[Listed], bench: str) -> Iterator[None]:
+    """Within the block `datasets.load_dataset` reads the ids of `data` from there, and fails with our words."""
+    import datasets
+
+    original = datasets.load_dataset
+
+    def load(path: str, name: str | None = None, *arguments: Any, **settings: Any) -> Any:
+        if path in data:
+            its = [task for task in listed if task.dataset == path and task.subset == name]
+            found = load_benchmark(
+                data[path],
+                Wanted(
+                    bench=bench,
+                    dataset=path,
+                    subset=name,
+                    splits=tuple(dict.fromkeys(split for task in its for split in task.splits)),
+                    columns=its[0].columns if len(its) == 1 else (),
+                ),
+            )
+            return found[settings["split"]] if settings.get("split") else found
+        try:
+            return original(path, name, *arguments, **settings)
+        except (OSError, datasets.exceptions.DatasetsError) as error:
+            said = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            raise ResourceError(
+                f"{bench} reads the data set {path}{f' ({name})' if name else ''}, not on this machine: {said}. "
+                + _instead(bench)
+            ) from error
+
+    datasets.load_dataset = load
+    try:
+        yield
+    finally:
+        datasets.load_dataset = original
+
+
+def _shots(task: Any, rendering: Rendering) -> Iterator[str]:
+    """Set the number of examples, by lm-eval's rule that a task's own 0 stays; refuse more than there are."""
+    own, wanted = task.get_config("num_fewshot"), rendering.num_fewshot
+    if wanted is not None and own == 0 and wanted != 0:
+        yield f"{task.task_name} has no examples by its own rules; --num-fewshot {wanted} does not change it."
+    elif wanted is not None:
+        task.set_config("num_fewshot", wanted)
+    elif own is None:
+        task.set_config("num_fewshot", 0)
+    task.set_fewshot_seed(FEW_SHOT_SEED)
+    shots = task.get_config("num_fewshot")
+    sampler = getattr(task, "sampler", None)
+    if not shots or sampler is None:
+        return
+    split = task.config.fewshot_config and task.fewshot_cfg.split
+    own_split = split is not None and split == task.config.test_split
+    available = len(sampler.df) - own_split
+    if shots > available:
+        raise UsageError(
+            f"--num-fewshot {shots} is more than the {available} examples that {task.task_name} has"
+            f"{f' in its split {split}' if split else ''}. Type --num-fewshot {available} or less."
+        )
+
+
+def _build(task: Any, rendering: Rendering) -> None:
+    """Build the requests now, and let every later call of lm-eval's have them again, unanswered."""
+    chat = rendering.chat_template
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar for each task
+        task.build_all_requests(
+            limit=rendering.limit,
+            rank=0,
+            world_size=1,
+            apply_chat_template=chat is not None,
+            fewshot_as_multiturn=chat is not None,
+            chat_template=chat,
+        )
+
+    def again(**_: Any) -> None:
+        for instance in task.instances:
+            instance.resps, instance.filtered_resps = [], {}
+
+    task.build_all_requests = again
