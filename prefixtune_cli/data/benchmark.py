@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import glob
 import io
 import itertools
 import re
@@ -153,7 +154,7 @@ def _single(path: Path, wanted: Wanted, split: str) -> tuple[list[Path], bool]:
             f"{split!r}, or rename this one if it is that: {split}{path.suffix}"
         )
     place = path.absolute().with_name(stem).as_posix()
-    own_stems = [stem for name in wanted.names(split) for stem in wanted.stems(OWN, name)]
+    own_stems = [own for name in wanted.names(split) for own in wanted.stems(OWN, name)]
     own_file = stem == wanted.subset or any(place.endswith(f"/{own}") for own in own_stems)
     return [path], not own_file
 
@@ -164,8 +165,10 @@ def _find(path: Path, wanted: Wanted, split: str) -> tuple[list[Path], bool]:
     configs = _configs(readme, _stamp(readme)) if readme.is_file() else {}
     declared = configs.get(wanted.subset or "", {})
     for name in wanted.names(split):
-        matches = (sorted(path.glob(pattern)) for pattern in declared.get(name, ()))
-        found = [file for file in itertools.chain(*matches) if not file.name.startswith(".")]
+        names = (
+            sorted(glob.glob(p, root_dir=path, recursive=True)) for p in declared.get(name, ())
+        )
+        found = [path / file for file in itertools.chain(*names) if not (path / file).is_dir()]
         if found:
             return found, False
         for forms in (OWN, SHARED):
@@ -197,40 +200,42 @@ def _shards(file: Path) -> int:
 
 
 def _refuse_missing_shards(files: list[Path]) -> None:
-    for file in files:
-        name, shards = SHARD.sub("", file.stem), _shards(file)
-        there = [f for f in files if _shards(f) == shards and SHARD.sub("", f.stem) == name]
-        if shards and len(there) != shards:
+    series = [(file.parent, SHARD.sub("", file.stem), _shards(file)) for file in files]
+    for file, one in zip(files, series, strict=True):
+        shards, there = one[2], series.count(one)
+        if shards and there != shards:
             raise DataError(
-                f"{file} is one of {shards} by its name, and {len(there)} were found. Give a folder with exactly these "
+                f"{file} is one of {shards} by its name, and {there} were found. Give a folder with exactly these "
                 f"{shards} files."
             )
 
 
-@lru_cache(maxsize=4)  # MMLU's takes half a second
+@lru_cache(maxsize=4)  # MMLU's has thousands of lines, for each of 57 subjects
 def _configs(readme: Path, stamp: tuple[int, ...]) -> dict[str, dict[str, list[str]]]:
     """{config: {split: patterns of files}} as a README's front matter has it; "" is the default."""
     from huggingface_hub import metadata_load
 
-    try:
-        entries = (metadata_load(readme) or {}).get("configs")
-    except Exception:  # no YAML, by one of several trees of errors: then the files' names decide
-        return {}
     configs: dict[str, dict[str, list[str]]] = {}
-    for entry in entries if isinstance(entries, list) else ():
-        name = str(entry.get("config_name", "default"))
-        parts = entry.get("data_files")
-        if isinstance(parts, dict):
-            parts = [{"split": split, "path": paths} for split, paths in parts.items()]
-        configs[name] = {}
-        for part in parts if isinstance(parts, list) else ():
-            if isinstance(part, dict) and {"split", "path"} <= part.keys():
-                paths = part["path"] if isinstance(part["path"], list) else [part["path"]]
-                within = [p for p in map(str, paths) if not p.startswith("/") and "://" not in p]
-                folder = entry.get("data_dir", ".")
-                configs[name][str(part["split"])] = [f"{folder}/{pattern}" for pattern in within]
-        if name == "default" or entry.get("default") or len(entries) == 1:
-            configs[""] = configs[name]
+    try:
+        for entry in (metadata_load(readme) or {}).get("configs") or ():
+            name, parts = str(entry.get("config_name", "default")), entry.get("data_files")
+            if isinstance(parts, dict):
+                parts = [{"split": split, "path": paths} for split, paths in parts.items()]
+            configs[name] = {}
+            for part in parts if isinstance(parts, list) else ():
+                if isinstance(part, dict):
+                    paths = part["path"] if isinstance(part["path"], list) else [part["path"]]
+                    within = [p for p in paths if not p.startswith("/") and "://" not in p]
+                    folder = entry.get("data_dir", ".")
+                    configs[name][str(part["split"])] = [
+                        f"{folder}/{pattern}" for pattern in within
+                    ]
+            if name == "default" or entry.get("default"):
+                configs[""] = configs[name]
+    except Exception:  # no YAML, or of another form, by one of many errors: then names decide
+        return {}
+    if len(configs) == 1:
+        configs[""] = next(iter(configs.values()))
     return configs
 
 
@@ -255,11 +260,15 @@ def _parse(file: Path, stamp: tuple[int, ...], may_have_letters: bool) -> list[t
 
 
 def _original_mmlu(file: Path) -> list[tuple[int, Row]]:
-    """The rows of MMLU's CSV without a header; none where there is a header, or what `read` refuses."""
+    """The rows of MMLU's CSV without a header; none where there is a header."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return []
+    except UnicodeDecodeError as error:
+        where = origin(str(file), error.object.count(b"\n", 0, error.start) + 1)
+        raise DataError(
+            f"{where}: not UTF-8 ({error.reason}). Put a converted file in its place: "
+            f"iconv -f latin1 -t utf-8 {file} > {file.stem}-utf8.csv"
+        ) from None
     reader = csv.reader(io.StringIO(text, newline="\n"), strict=True)
     rows: list[tuple[int, Row]] = []
     line = 1
@@ -311,28 +320,26 @@ def _mmlu_row(line: _Line, wanted: Wanted, shared: bool) -> Row:
     _check(line._replace(row=row), (*MMLU_COLUMNS, "subject"))
     question, choices, answer = (row[name] for name in MMLU_COLUMNS)
     if not isinstance(question, str) or not question.strip():
-        raise DataError(
-            f"{line.where}: 'question' must be a text, and not empty; got {question!r}."
-        )
-    if not isinstance(choices, list) or [*map(type, choices)] != [str] * 4:
-        count = f"{len(choices)} in " if isinstance(choices, list) else ""
-        raise DataError(
-            f"{line.where}: 'choices' must be a list of 4 texts, got {count}{start_of(str(choices))}."
-        )
-    if str(answer) not in ANSWERS:
-        raise DataError(
-            f"{line.where}: 'answer' must be A, B, C or D, or their number 0, 1, 2 or 3; got {answer!r}."
-        )
-    number = ANSWERS[str(answer)]
-    return {"question": question, "subject": row["subject"], "choices": choices, "answer": number}
+        must, got = "'question' must be a text that is not empty", repr(question)
+    elif not isinstance(choices, list) or [*map(type, choices)] != [str] * 4:
+        got = f"{len(choices)}: {choices}" if isinstance(choices, list) else repr(choices)
+        must = "'choices' must be a list of 4 texts"
+    elif str(answer) not in ANSWERS:
+        must, got = "'answer' must be A, B, C or D, or their number 0, 1, 2 or 3", repr(answer)
+    else:
+        texts = {"question": question, "subject": row["subject"]}
+        return texts | {"choices": choices, "answer": ANSWERS[str(answer)]}
+    raise DataError(f"{line.where}: {must}, got {got[:80]}")
 
 
 def _check(line: _Line, columns: Iterable[str]) -> None:
+    if not line.row:
+        raise DataError(f"{line.where}: the row has no columns.")
     for name in columns:
         if name not in line.row:
             raise DataError(
                 f"{line.where}: the row has no column {name!r}, which the benchmark reads; it has "
-                f"{', '.join(line.row) or 'none'}."
+                f"{', '.join(line.row)}."
             )
         value = line.row[name]
         if value is None or (value == "" and line.file.suffix.lower() == ".csv"):
@@ -346,7 +353,7 @@ def _refuse_bare_numbers(lines: list[_Line], columns: tuple[str, ...]) -> None:
     """CSV has no types, and a label that is the text "1" counts as a wrong answer without a word."""
     rows = [line.row for line in lines if line.file.suffix.lower() == ".csv"]
     for name in (columns or rows[0]) if rows else ():
-        if all(re.fullmatch(r"-?\d+(\.\d+)?", row[name]) for row in rows):
+        if all(re.fullmatch(r"-?\d+(\.\d+)?", str(row.get(name))) for row in rows):
             raise DataError(
                 f"{lines[0].file}: the column {name!r} holds numbers alone, and CSV does not say whether the benchmark "
                 "has them as numbers or as text. Give the file as .jsonl or .parquet."

@@ -273,7 +273,7 @@ def compare(data: OwnData, judged: Mapping[str, Judged]) -> Outcome:
         codes = {model: _label_codes(data, found.answers) for model, found in judged.items()}
         lines.append(_macro_f1_line(data, codes, len(labels)))
         notices.append(
-            f"macro-F1 is the mean over the {len(labels)} labels; an answer that is none of them is a miss of its own."
+            f"macro-F1 is the mean over the {len(labels)} labels; any other answer is wrong for its reference."
         )
         counts = {model: _confusion(found, len(labels)) for model, found in codes.items()}
         files[f"{data.name}.confusion.png"] = lambda path: draw_confusion(path, labels, counts)

@@ -220,24 +220,34 @@ def test_kept_answers_are_not_asked_for_again(
             judge(adapted, tokenizer, data, Finished(tmp_path, {"model": "adapter"}))
 
 
+@pytest.mark.parametrize(
+    ("task", "left"),
+    [
+        ("loss of base", {"loss of base": (3, 3), "answers of base": (7, 7)}),
+        ("answers of base", {"answers of base": (3, 3)}),
+    ],
+)
 def test_an_interrupted_evaluation_goes_on_with_the_rows_that_are_missing(
-    adapted: Any, tokenizer: PreTrainedTokenizerBase, prepared: Any, tmp_path: Path
+    task: str,
+    left: dict[str, tuple[int, int]],
+    adapted: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Any,
+    tmp_path: Path,
 ) -> None:
     data = prepared(pairs(*[f"answer {i}" for i in range(7)]))
     kept = Finished(tmp_path / "kept", {})
-    rows = 0
+    listener = Listener()
 
-    def interrupt(count: int) -> None:
-        nonlocal rows
-        if rows >= 4:
+    def interrupt(rows: int) -> None:
+        if listener.done.get(task) == (4, 7):
             raise KeyboardInterrupt
-        rows += count
 
     with before_each_pass(adapted, interrupt), pytest.raises(KeyboardInterrupt):
-        judge(adapted, tokenizer, data, kept, rows=2)
+        judge(adapted, tokenizer, data, kept, listener, rows=2)
     listener = Listener()
     resumed = judge(adapted, tokenizer, data, kept, listener)
-    assert listener.done == {"loss of base": (3, 3), "answers of base": (7, 7)}
+    assert listener.done == left
     whole = judge(adapted, tokenizer, data)
     assert resumed.answers == whole.answers
     assert np.array(resumed.losses) == pytest.approx(np.array(whole.losses), rel=1e-5)
