@@ -202,9 +202,9 @@ def load_speaker(
             folder = None
     else:
         recipe = resolve(flags={"model": {**base, "name": model}})
-    if folder is not None:
-        models.read_adapter_config(Path(folder))
     check_base(recipe.model)
+    if folder is not None:
+        models.check_fits(recipe.model, folder)
     tokenizer = load_tokenizer(recipe.model)
     chat = chat_template(tokenizer, template)
     set_seed(seed)

@@ -26,6 +26,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -76,7 +77,7 @@ def load_base(section: ModelSection, *, trainable: bool = False) -> PreTrainedMo
         ModelError: the model cannot be found or read.
         ResourceError: it does not fit into the memory.
     """
-    name = resolve(section.name)
+    name, config = resolve(section.name), load_config(section)
     options: dict[str, Any] = {
         "dtype": torch.float32 if trainable or section.bits == 32 else torch.bfloat16
     }
@@ -92,9 +93,6 @@ def load_base(section: ModelSection, *, trainable: bool = False) -> PreTrainedMo
     if section.attention != "auto":
         options["attn_implementation"] = section.attention
     try:
-        config = AutoConfig.from_pretrained(
-            name, revision=section.revision, trust_remote_code=section.trust_remote_code
-        )
         model, loaded = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -117,6 +115,22 @@ def load_base(section: ModelSection, *, trainable: bool = False) -> PreTrainedMo
             "whole causal language model, and the download complete?"
         )
     return cast(PreTrainedModel, model)
+
+
+def load_config(section: ModelSection) -> PreTrainedConfig:
+    """The base's configuration.
+
+    Raises:
+        ModelError: the model cannot be found or read.
+    """
+    try:
+        return AutoConfig.from_pretrained(
+            resolve(section.name),
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(cannot_load("configuration", section, error)) from error
 
 
 @contextlib.contextmanager
@@ -198,6 +212,33 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
             f"{config.base_model_name_or_path}; give that one with --model."
         )
     return model
+
+
+def check_fits(section: ModelSection, folder: str | Path) -> None:
+    """Refuse an adapter that does not fit the base, by their shapes, before any weight is loaded.
+
+    Raises:
+        AdapterError: as `load_adapter`.
+        ModelError: the base cannot be found.
+    """
+    folder = Path(folder)
+    config = read_adapter_config(folder)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            load_config(section), trust_remote_code=section.trust_remote_code
+        )
+        try:
+            model = PeftModel(base, config)
+        except (UnsupportedModelError, RuntimeError, ValueError) as error:
+            raise AdapterError(_does_not_fit(base, folder, config, error)) from error
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    for key, weight in expected.items():
+        if stored.get(key) != tuple(weight.shape):
+            there = stored.get(key, "nothing")
+            said = f"size mismatch for {key}: {there} in the adapter, {tuple(weight.shape)} for this base."
+            raise AdapterError(_does_not_fit(base, folder, config, RuntimeError(said)))
 
 
 def detach(model: PeftModel) -> None:

@@ -184,8 +184,9 @@ def eval(
     from prefixtune_cli.cli.reporter import reporter
 
     console.quiet_libraries()
+    from prefixtune_cli.evaluate.evaluations import Settings
     from prefixtune_cli.evaluate.finished import default_folder
-    from prefixtune_cli.evaluate.run import Settings, evaluate
+    from prefixtune_cli.evaluate.run import evaluate
 
     settings = Settings(
         runs=tuple(runs or ()),

@@ -76,8 +76,7 @@ def table(outcomes: Sequence[Outcome], *, show_all: bool) -> tuple[list[str], li
     for name in models:
         head.append(name)
         if name in adapters:
-            of = "" if len(adapters) == 1 else f" of {name}"
-            head += [f"difference{of}", "95 % interval", *(["McNemar p"] if tested else [])]
+            head += ["difference", "95 % interval", *(["McNemar p"] if tested else [])]
         elif not adapters:
             head.append("95 % interval")
     return head, [_row(line, models, adapters, tested) for line in lines]
@@ -112,10 +111,9 @@ def _interval(line: Line, found: Interval | None) -> str:
 
 
 def _figure(line: Line, value: float, *, signed: bool = False) -> str:
-    """Fractions in percent, so that their differences are percentage points."""
+    """Fractions in percent, so that their differences are percentage points; else some five digits."""
     sign = "+" if signed else ""
-    return (
-        f"{100 * value:{sign}.1f}" + (" %" if not signed else "")
-        if line.percent
-        else f"{value:{sign}.4f}"
-    )
+    if line.percent:
+        return f"{100 * value:{sign}.1f}" + ("" if signed else " %")
+    digits = 0 if abs(value) >= 1000 else 2 if abs(value) >= 100 else 4
+    return f"{value:{sign},.{digits}f}"

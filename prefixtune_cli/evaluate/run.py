@@ -8,32 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from prefixtune_cli.data.template import chat_template
 from prefixtune_cli.errors import Interrupted, PtpError, UsageError
-from prefixtune_cli.evaluate import forgetting, own_data
 from prefixtune_cli.evaluate.batches import BatchLimit
-from prefixtune_cli.evaluate.catalogue import load_catalogue
+from prefixtune_cli.evaluate.evaluations import OWN_BENCHMARKS, Evaluation, Settings, Stage, prepare
 from prefixtune_cli.evaluate.finished import Finished, check_room, digest
 from prefixtune_cli.evaluate.outcome import Outcome
-from prefixtune_cli.evaluate.subjects import Cast, Subject, assemble
+from prefixtune_cli.evaluate.subjects import Cast, assemble
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.run_dir import RunDir, write_atomically, write_json
 from prefixtune_cli.tokenizer import load_tokenizer
 
-QUICKSTART = "quickstart"
-SAMPLES = {"intents": "sample:intents-test", "records": "sample:records-test"}
-OWN_BENCHMARKS = (QUICKSTART, forgetting.NAME)
-WINDOW = 1024
 PACKAGES = (
     "prefixtune-cli",
     "lm_eval",
@@ -46,82 +38,12 @@ PACKAGES = (
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the user typed.
-
-    Attributes:
-        runs: run directories; or else `model` with `adapters`.
-        model_settings: settings of the recipe's model section.
-        data_settings: settings of the recipe's data section, for `data`.
-        base: the base takes part.
-        benches: names of benchmarks.
-        data: the user's own test data.
-        text: what forgetting is measured on.
-        bench_data: local copies of benchmarks' data, by benchmark or hub id.
-        limit: most items of each task.
-        num_fewshot: examples before a question; None leaves the task's own number.
-        batch_size: sequences a forward pass; None fits them to the memory.
-        apply_chat_template: prompts are rendered as the model's chat.
-        runs_code: the user agrees to run code that the model writes.
-        cache: where finished requests are kept; None keeps none.
-        out: where results go; None is the run directories, or runs/<model>-eval.
-    """
-
-    runs: tuple[str, ...] = ()
-    model: str | None = None
-    adapters: tuple[str, ...] = ()
-    model_settings: Mapping[str, Any] = field(default_factory=dict)
-    data_settings: Mapping[str, Any] = field(default_factory=dict)
-    base: bool = True
-    benches: tuple[str, ...] = ()
-    data: tuple[str, ...] = ()
-    text: str | None = None
-    bench_data: Mapping[str, str] = field(default_factory=dict)
-    limit: int | None = None
-    num_fewshot: int | None = None
-    batch_size: int | None = None
-    apply_chat_template: bool = False
-    runs_code: bool = False
-    cache: Path | None = None
-    out: Path | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
-
-
-@dataclass(frozen=True)
 class Found:
     """The outcomes in the order in which they were asked for, where they were written, and what failed why."""
 
     outcomes: list[Outcome]
     written: list[Path]
     failures: dict[str, str]
-
-
-@dataclass
-class _Stage:
-    """What judging needs once the base is loaded."""
-
-    tokenizer: PreTrainedTokenizerBase
-    limit: BatchLimit
-    reporter: Reporter
-    lm: Any = None
-
-
-Judge = Callable[[_Stage, Subject, Any, Finished], Any]
-
-
-@dataclass(frozen=True)
-class _Evaluation:
-    """One name of `--bench`, or one `--data`: ready to be put to a model, and then to be compared."""
-
-    name: str
-    requests: int
-    judge: Judge
-    compare: Callable[[Mapping[str, Any], _Stage], Outcome]
 
 
 def evaluate(settings: Settings, reporter: Reporter | None = None) -> Found:
@@ -146,7 +68,7 @@ def evaluate(settings: Settings, reporter: Reporter | None = None) -> Found:
     )
     tokenizer = load_tokenizer(cast.recipe.model)
     folders = _folders(settings, cast)
-    evaluations = list(_prepare(settings, cast, tokenizer, reporter))
+    evaluations = list(prepare(settings, cast, tokenizer, reporter))
     requests = sum(e.requests for e in evaluations) * len(cast.subjects)
     if settings.cache is not None:
         check_room(settings.cache, requests)
@@ -158,7 +80,7 @@ def evaluate(settings: Settings, reporter: Reporter | None = None) -> Found:
         if settings.batch_size is None
         else BatchLimit.of_rows(settings.batch_size, reporter)
     )
-    stage = _Stage(tokenizer, limit, reporter)
+    stage = Stage(tokenizer, limit, reporter)
     if any(name not in OWN_BENCHMARKS for name in settings.benches):
         from prefixtune_cli.evaluate.language_model import BenchmarkLM
 
@@ -173,181 +95,7 @@ def evaluate(settings: Settings, reporter: Reporter | None = None) -> Found:
     return found
 
 
-def _prepare(
-    settings: Settings, cast: Cast, tokenizer: PreTrainedTokenizerBase, reporter: Reporter
-) -> Iterator[_Evaluation]:
-    """Everything up to the model: all names are checked before the first data set is read."""
-    from_hub = [name for name in settings.benches if name not in OWN_BENCHMARKS]
-    given = {**cast.recipe.evaluate.bench_data, **settings.bench_data}
-    catalogue = load_catalogue() if from_hub or given else None
-    if catalogue is not None:
-        catalogue.check(from_hub, OWN_BENCHMARKS)
-    if (forgetting.NAME in settings.benches) != (settings.text is not None):
-        raise UsageError(
-            "--bench forgetting and --text FILE belong together: the file holds text that has nothing to do with the "
-            "task, such as a chapter of a book."
-        )
-    own_data.check_limit(settings.limit)
-    for source in settings.data:
-        yield _of_data({f"data-{_stem(source)}": source}, None, settings, cast, tokenizer, reporter)
-    local: dict[str, Path] = {}
-    if catalogue is not None:
-        from prefixtune_cli.evaluate.tasks import local_data
-
-        local = local_data(given, catalogue)
-    for name in settings.benches:
-        if name == QUICKSTART:
-            yield _of_data(SAMPLES, QUICKSTART, settings, cast, tokenizer, reporter)
-        elif name == forgetting.NAME:
-            yield _of_text(settings, tokenizer)
-        else:
-            yield _of_benchmark(name, catalogue, local, settings, cast, tokenizer)
-
-
-def _of_data(
-    sources: Mapping[str, str],
-    bench: str | None,
-    settings: Settings,
-    cast: Cast,
-    tokenizer: PreTrainedTokenizerBase,
-    reporter: Reporter,
-) -> _Evaluation:
-    """The user's data, or our samples, rendered as the run renders its own."""
-    section = cast.recipe.data.model_copy(
-        update={"chat_template": cast.template, **settings.data_settings}
-    )
-    parts = [
-        own_data.prepare(
-            source,
-            section if bench is None else section.model_copy(update={"map": {}, "format": "auto"}),
-            cast.recipe.evaluate,
-            tokenizer,
-            reporter,
-            name=name,
-            limit=settings.limit,
-        )
-        for name, source in sources.items()
-    ]
-
-    def judge(stage: _Stage, subject: Subject, model: Any, finished: Finished) -> Any:
-        return [
-            own_data.judge(
-                model,
-                stage.tokenizer,
-                part,
-                limit=stage.limit,
-                finished=finished,
-                name=f"{subject.name} on {part.name}",
-                reporter=stage.reporter,
-            )
-            for part in parts
-        ]
-
-    def compare(judged: Mapping[str, Any], _: _Stage) -> Outcome:
-        each = [
-            own_data.compare(part, {who: its[i] for who, its in judged.items()})
-            for i, part in enumerate(parts)
-        ]
-        return each[0] if bench is None else _joined(bench, each)
-
-    name = bench or parts[0].name
-    return _Evaluation(name, sum(2 * len(part) for part in parts), judge, compare)
-
-
-def _joined(bench: str, each: list[Outcome]) -> Outcome:
-    return Outcome(
-        bench,
-        [line for outcome in each for line in outcome.lines],
-        {"parts": {outcome.bench: outcome.record for outcome in each}},
-        tuple(dict.fromkeys(notice for outcome in each for notice in outcome.notices)),
-        {f"{bench}.{name}": content for outcome in each for name, content in outcome.files.items()},
-    )
-
-
-def _of_text(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> _Evaluation:
-    window = min(WINDOW, int(tokenizer.model_max_length))
-    text = forgetting.prepare(str(settings.text), tokenizer, window, settings.limit)
-
-    def judge(stage: _Stage, subject: Subject, model: Any, finished: Finished) -> Any:
-        return forgetting.judge(
-            model,
-            stage.tokenizer,
-            text,
-            limit=stage.limit,
-            finished=finished,
-            name=subject.name,
-            reporter=stage.reporter,
-        )
-
-    return _Evaluation(
-        forgetting.NAME, len(text), judge, lambda judged, _: forgetting.compare(text, judged)
-    )
-
-
-def _of_benchmark(
-    name: str,
-    catalogue: Any,
-    local: Mapping[str, Path],
-    settings: Settings,
-    cast: Cast,
-    tokenizer: PreTrainedTokenizerBase,
-) -> _Evaluation:
-    """One of lm-eval's."""
-    from prefixtune_cli.evaluate import benchmarks
-    from prefixtune_cli.evaluate.tasks import Rendering, load_benchmark_tasks
-
-    rendering = Rendering(
-        limit=settings.limit,
-        num_fewshot=settings.num_fewshot,
-        chat_template=_chat(tokenizer, cast) if settings.apply_chat_template else None,
-        runs_code=settings.runs_code,
-    )
-    loaded = load_benchmark_tasks(name, catalogue, local, rendering)
-
-    def judge(stage: _Stage, subject: Subject, model: Any, finished: Finished) -> Any:
-        stage.lm.turn(name, subject.name, model, finished, loaded.versions)
-        return benchmarks.answer(stage.lm, loaded, rendering)
-
-    def compare(judged: Mapping[str, Any], stage: _Stage) -> Outcome:
-        outcome = benchmarks.compare(loaded, judged)
-        cut = stage.lm.cut
-        stage.lm.forget()
-        if not cut:
-            return outcome
-        notice = (
-            f"{cut:,} of {loaded.requests:,} requests of {name} are longer than the model's {stage.lm.max_length:,} "
-            "tokens and lost their beginning. A smaller --num-fewshot makes them shorter."
-        )
-        return dataclasses.replace(outcome, notices=(*outcome.notices, notice))
-
-    return _Evaluation(name, loaded.requests, judge, compare)
-
-
-def _chat(tokenizer: PreTrainedTokenizerBase, cast: Cast) -> Callable[..., str]:
-    """Renders messages as lm-eval does: by the tokenizer's template, or the run's."""
-    from jinja2.exceptions import TemplateError
-
-    template = chat_template(tokenizer, cast.template)
-    if template is None:
-        raise UsageError(
-            f"{cast.recipe.model.name} has no chat template. Leave --apply-chat-template out, or use the -instruct "
-            "version of the model."
-        )
-    tokenizer.chat_template = template.source
-
-    def render(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        how = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-        how["continue_final_message"] = not add_generation_prompt
-        try:
-            return str(tokenizer.apply_chat_template(messages, **how))
-        except TemplateError:  # some templates know no system message
-            rest = [message for message in messages if message["role"] != "system"]
-            return str(tokenizer.apply_chat_template(rest, **how))
-
-    return render
-
-
-def _carry_out(evaluation: _Evaluation, settings: Settings, cast: Cast, stage: _Stage) -> Outcome:
+def _carry_out(evaluation: Evaluation, settings: Settings, cast: Cast, stage: Stage) -> Outcome:
     """Have every model judged, compare them, and note down all that the figures depend on."""
     started = time.monotonic()
     judged: dict[str, Any] = {}
@@ -403,7 +151,3 @@ def _write(outcome: Outcome, folder: RunDir) -> Path:
         write_atomically(result.parent / name, content)
     write_json(result, outcome.to_json())
     return result
-
-
-def _stem(source: str) -> str:
-    return Path(source.replace("sample:", "").replace(":", "-")).stem

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from prefixtune_cli import model as models
-from prefixtune_cli.errors import ModelError, UsageError
+from prefixtune_cli.errors import UsageError
 from prefixtune_cli.evaluate.outcome import BASE
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import ModelSection, Recipe
 from prefixtune_cli.run_dir import RunDir
-from prefixtune_cli.tokenizer import cannot_load, check_base
+from prefixtune_cli.tokenizer import check_base
 
 ADAPTER = "adapter"
 WHOLE_FILE_BYTES = 64 * 2**20  # larger weights are told by size, time and their header
@@ -152,9 +152,10 @@ def assemble(
     else:
         found = [_subject(Path(folder)) for folder in adapters]
         recipe = resolve(flags={"model": {**flags, "name": model}})
+    check_base(recipe.model)
     for subject in found:
         if subject.adapter is not None and not subject.whole:
-            models.read_adapter_config(subject.adapter)
+            models.check_fits(recipe.model, subject.adapter)
     its = hash_of_base(recipe.model)
     subjects = [Subject(BASE, sha256=its)] if base else []
     return Cast(recipe, template, [*subjects, *_named(found)], its)
@@ -207,17 +208,11 @@ def hash_of_base(section: ModelSection) -> str:
     Raises:
         ModelError: there is no such model.
     """
-    check_base(section)
     name = resolve_alias(section.name)
     if Path(name).is_dir():
         return hash_of_folder(Path(name))
-    try:
-        config = AutoConfig.from_pretrained(
-            name, revision=section.revision, trust_remote_code=section.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(cannot_load("configuration", section, error)) from error
-    return hashlib.sha256(f"{name} {config._commit_hash}".encode()).hexdigest()
+    commit = models.load_config(section)._commit_hash
+    return hashlib.sha256(f"{name} {commit}".encode()).hexdigest()
 
 
 def hash_of_folder(folder: Path) -> str:

@@ -145,11 +145,12 @@ def _rows_from(data: Mapping[str, Path], listed: list[Listed], bench: str) -> It
     import datasets
 
     original = datasets.load_dataset
+    seen: dict[tuple[str, str, str], str | None] = {}
 
     def load(path: str, name: str | None = None, *arguments: Any, **settings: Any) -> Any:
         if path in data:
             its = [task for task in listed if task.dataset == path and task.subset == name]
-            found = load_benchmark(
+            rows = load_benchmark(
                 data[path],
                 Wanted(
                     bench=bench,
@@ -159,7 +160,14 @@ def _rows_from(data: Mapping[str, Path], listed: list[Listed], bench: str) -> It
                     columns=its[0].columns if len(its) == 1 else (),
                 ),
             )
-            return found[settings["split"]] if settings.get("split") else found
+            for split, found in rows.items():
+                other = seen.setdefault((path, split, repr(found[0])), name)
+                if other != name:
+                    raise DataError(
+                        f"{data[path]} has the same {split} rows for {name} as for {other}, so they cannot be told "
+                        f"apart. Give a folder with a file for each, such as {name}/{split}.jsonl."
+                    )
+            return rows[settings["split"]] if settings.get("split") else rows
         try:
             return original(path, name, *arguments, **settings)
         except (OSError, datasets.exceptions.DatasetsError) as error:
