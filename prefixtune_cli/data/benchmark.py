@@ -1,27 +1,27 @@
 """A benchmark's data set from files of the user's own, for machines that do not reach the hub.
 
 A folder is searched by what its README declares (a clone of the hub's repository), then by the names
-in OWN and SHARED. MMLU is also read as its authors published it: CSV without a header, a letter for
-the answer (github.com/hendrycks/test); its rows always leave as the hub has them.
+in OWN and SHARED. MMLU is also read as its authors published it (mmlu.py); its rows always leave as the
+hub has them.
 `datasets.load_dataset` is not used: it keeps a cache, and it is what `evaluate` replaces.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
 import glob
-import io
 import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from prefixtune_cli.data import mmlu
 from prefixtune_cli.data.locate import SUFFIXES, near_names
-from prefixtune_cli.data.read import READERS, Row, origin, read, start_of
+from prefixtune_cli.data.read import READERS, Row, read
+from prefixtune_cli.data.table import Line, check, refuse_bare_numbers, to_dataset
 from prefixtune_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,11 +36,6 @@ VALIDATION = ("validation", "val", "valid")
 SPLITS = ("train", "test", "dev", *VALIDATION)
 SHARD = re.compile(r"-\d{5}-of-(\d{5})(-[0-9a-f]{8,})?$")
 LFS = b"version https://git-lfs"
-
-MMLU = ("mmlu", "mmlu_no_train")
-MMLU_COLUMNS = ("question", "choices", "answer")
-MMLU_CELLS = ("question", "A", "B", "C", "D", "answer")
-ANSWERS = {name: i for names in ("ABCD", "0123") for i, name in enumerate(names)}
 
 
 @dataclass(frozen=True)
@@ -64,11 +59,11 @@ class Wanted:
     @property
     def is_mmlu(self) -> bool:
         """By the whole name: cmmlu, KMMLU and others have columns of their own."""
-        return self.dataset.rpartition("/")[2] in MMLU
+        return self.dataset.rpartition("/")[2] in mmlu.NAMES
 
     @property
     def may_have_letters(self) -> bool:
-        return self.is_mmlu or {*MMLU_COLUMNS} <= {*self.columns}
+        return self.is_mmlu or {*mmlu.COLUMNS} <= {*self.columns}
 
     def names(self, split: str) -> tuple[str, ...]:
         """The names under which a split is looked for, the best first."""
@@ -81,16 +76,6 @@ class Wanted:
         for form in forms:
             if self.subset is not None or "{subset}" not in form:
                 yield form.format(subset=self.subset, split=name)
-
-
-class _Line(NamedTuple):
-    file: Path
-    number: int
-    row: Row
-
-    @property
-    def where(self) -> str:
-        return origin(str(self.file), self.number)
 
 
 def load_benchmark(path: Path, wanted: Wanted) -> DatasetDict:
@@ -121,7 +106,7 @@ def _load(path: Path, wanted: Wanted, split: str) -> Dataset:
     files, shared = (_find if path.is_dir() else _single)(path, wanted, split)
     _refuse_missing_shards(files)
     lines = [
-        _Line(file, number, row)
+        Line(file, number, row)
         for file in files
         for number, row in _parse(file, _stamp(file), wanted.may_have_letters)
     ]
@@ -129,12 +114,14 @@ def _load(path: Path, wanted: Wanted, split: str) -> Dataset:
         lines = _of_subset(lines, wanted, split)
     as_mmlu = wanted.is_mmlu or (wanted.may_have_letters and "choices" not in lines[0].row)
     if as_mmlu:
-        lines = [line._replace(row=_mmlu_row(line, wanted, shared)) for line in lines]
+        own_subjects = wanted.is_mmlu and (shared or wanted.subset is None)
+        subject = None if own_subjects else wanted.subset or wanted.bench
+        lines = [line._replace(row=mmlu.hub_row(line, subject)) for line in lines]
     for line in lines:
-        _check(line, wanted.columns)
+        check(line, wanted.columns)
     if not as_mmlu:
-        _refuse_bare_numbers(lines, wanted.columns)
-    return _dataset(lines, as_mmlu)
+        refuse_bare_numbers(lines, wanted.columns)
+    return to_dataset(lines, mmlu.hub_features() if as_mmlu else None)
 
 
 def _single(path: Path, wanted: Wanted, split: str) -> tuple[list[Path], bool]:
@@ -255,43 +242,11 @@ def _parse(file: Path, stamp: tuple[int, ...], may_have_letters: bool) -> list[t
     with open(file, "rb") as start:
         if start.read(len(LFS)) == LFS:
             raise DataError(f"{file} is a git-lfs pointer, not the data. Type: git lfs pull")
-    rows = _original_mmlu(file) if may_have_letters and suffix == ".csv" else []
+    rows = mmlu.original_rows(file) if may_have_letters and suffix == ".csv" else []
     return rows or list(read(file))
 
 
-def _original_mmlu(file: Path) -> list[tuple[int, Row]]:
-    """The rows of MMLU's CSV without a header; none where there is a header."""
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        where = origin(str(file), error.object.count(b"\n", 0, error.start) + 1)
-        raise DataError(
-            f"{where}: not UTF-8 ({error.reason}). Put a converted file in its place: "
-            f"iconv -f latin1 -t utf-8 {file} > {file.stem}-utf8.csv"
-        ) from None
-    reader = csv.reader(io.StringIO(text, newline="\n"), strict=True)
-    rows: list[tuple[int, Row]] = []
-    line = 1
-    try:
-        for cells in reader:
-            if not rows and {"question", "answer"} <= {*cells}:
-                return []
-            if cells and len(cells) != len(MMLU_CELLS):
-                raise DataError(
-                    f"{origin(str(file), line)}: {len(cells)} cells, and MMLU's rows have {len(MMLU_CELLS)}: question, "
-                    f"A, B, C, D, the answer's letter. The row begins with {start_of(','.join(cells))}. Quote text "
-                    'that holds a comma: "…".'
-                )
-            if cells:
-                rows.append((line, dict(zip(MMLU_CELLS, cells, strict=True))))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        where = origin(str(file), line)
-        raise DataError(f"{where}: broken CSV in the row that begins here ({error}).") from None
-    return rows
-
-
-def _of_subset(lines: list[_Line], wanted: Wanted, split: str) -> list[_Line]:
+def _of_subset(lines: list[Line], wanted: Wanted, split: str) -> list[Line]:
     """The lines of the wanted subject; all of them where no row has one and the set is not MMLU."""
     untold = next((line for line in lines if not isinstance(line.row.get("subject"), str)), None)
     if untold:
@@ -308,88 +263,6 @@ def _of_subset(lines: list[_Line], wanted: Wanted, split: str) -> list[_Line]:
             f"{_nearest(str(wanted.subset), {line.row['subject'] for line in lines})}"
         )
     return chosen
-
-
-def _mmlu_row(line: _Line, wanted: Wanted, shared: bool) -> Row:
-    """The hub's columns: the choices in one list, the answer as a number, texts untouched."""
-    row = dict(line.row)
-    if "choices" not in row and {*"ABCD"} <= row.keys():
-        row["choices"] = [row[letter] for letter in "ABCD"]
-    if not (wanted.is_mmlu and (shared or wanted.subset is None)):
-        row.setdefault("subject", wanted.subset or wanted.bench)
-    _check(line._replace(row=row), (*MMLU_COLUMNS, "subject"))
-    question, choices, answer = (row[name] for name in MMLU_COLUMNS)
-    if not isinstance(question, str) or not question.strip():
-        must, got = "'question' must be a text that is not empty", repr(question)
-    elif not isinstance(choices, list) or [*map(type, choices)] != [str] * 4:
-        got = f"{len(choices)}: {choices}" if isinstance(choices, list) else repr(choices)
-        must = "'choices' must be a list of 4 texts"
-    elif str(answer) not in ANSWERS:
-        must, got = "'answer' must be A, B, C or D, or their number 0, 1, 2 or 3", repr(answer)
-    else:
-        texts = {"question": question, "subject": row["subject"]}
-        return texts | {"choices": choices, "answer": ANSWERS[str(answer)]}
-    raise DataError(f"{line.where}: {must}, got {got[:80]}")
-
-
-def _check(line: _Line, columns: Iterable[str]) -> None:
-    if not line.row:
-        raise DataError(f"{line.where}: the row has no columns.")
-    for name in columns:
-        if name not in line.row:
-            raise DataError(
-                f"{line.where}: the row has no column {name!r}, which the benchmark reads; it has "
-                f"{', '.join(line.row)}."
-            )
-        value = line.row[name]
-        if value is None or (value == "" and line.file.suffix.lower() == ".csv"):
-            raise DataError(
-                f"{line.where}: the column {name!r} is {'null' if value is None else 'empty'}. Give it a value, or "
-                "remove the row."
-            )
-
-
-def _refuse_bare_numbers(lines: list[_Line], columns: tuple[str, ...]) -> None:
-    """CSV has no types, and a label that is the text "1" counts as a wrong answer without a word."""
-    rows = [line.row for line in lines if line.file.suffix.lower() == ".csv"]
-    for name in (columns or rows[0]) if rows else ():
-        if all(re.fullmatch(r"-?\d+(\.\d+)?", str(row.get(name))) for row in rows):
-            raise DataError(
-                f"{lines[0].file}: the column {name!r} holds numbers alone, and CSV does not say whether the benchmark "
-                "has them as numbers or as text. Give the file as .jsonl or .parquet."
-            )
-
-
-def _dataset(lines: list[_Line], as_mmlu: bool) -> Dataset:
-    import pyarrow as pa
-    from datasets import ClassLabel, Dataset, Features, List, Value
-    from pyarrow import parquet
-
-    names = dict.fromkeys(name for line in lines for name in line.row)
-    columns = {name: [line.row.get(name) for line in lines] for name in names}
-    file = lines[0].file
-    try:
-        features = None
-        if as_mmlu:
-            texts = {"question": Value("string"), "subject": Value("string")}
-            others = {"choices": List(Value("string")), "answer": ClassLabel(names=[*"ABCD"])}
-            features = Features(texts | others)
-        elif file.suffix.lower() == ".parquet":
-            features = Features.from_arrow_schema(parquet.read_schema(file))
-        return Dataset.from_dict(columns, features=features)
-    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
-        for name, values in columns.items():
-            kinds = {type(value).__name__: i for i, value in reversed([*enumerate(values)])}
-            kinds.pop("NoneType", None)
-            if len(kinds) > 1:
-                (i, kind), (j, other) = sorted((i, kind) for kind, i in kinds.items())[:2]
-                raise DataError(
-                    f"{lines[j].where}: the column {name!r} has the type {other} here, and {kind} in "
-                    f"{lines[i].where}. Give it one type."
-                ) from None
-        raise DataError(
-            f"{file}: the rows make no table ({str(error).splitlines()[0]})."
-        ) from error
 
 
 def _nearest(subset: str, known: Iterable[str]) -> str:

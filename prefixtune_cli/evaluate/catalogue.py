@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import fnmatch
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -89,11 +90,17 @@ class Catalogue:
         return [listed for listed in self._below(name, set()) if listed.kind == "task"]
 
     def folders(self, name: str) -> list[Path]:
-        """The folders whose YAML files make up an entry."""
-        root = _tasks_folder()
-        return sorted(
-            {root / listed.folder for listed in self._below(name, set()) if listed.folder}
-        )
+        """The folders that make up an entry, none inside of another, and no tag spread over several.
+
+        lm-eval reads one folder after the other, and a tag of the same name in a later one replaces the earlier.
+        """
+        below = list(self._below(name, set()))
+        found = {listed.folder for listed in below if listed.folder}
+        for tag in (listed for listed in below if listed.kind == "tag"):
+            its = [self.entries[member].folder for member in tag.members]
+            found.add(os.path.commonpath(its) if all(its) else "")
+        paths = {_tasks_folder() / folder for folder in found}
+        return sorted(path for path in paths if not paths & set(path.parents))
 
     def _below(self, name: str, seen: set[str]) -> Iterator[Listed]:
         if name in seen or name not in self.entries:  # groups may define members of their own

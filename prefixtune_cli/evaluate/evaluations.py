@@ -19,6 +19,7 @@ from prefixtune_cli.evaluate import forgetting, own_data
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.catalogue import Catalogue, load_catalogue
 from prefixtune_cli.evaluate.finished import Finished
+from prefixtune_cli.evaluate.losses import check_limit
 from prefixtune_cli.evaluate.outcome import Outcome
 from prefixtune_cli.evaluate.subjects import Cast, Subject
 from prefixtune_cli.model import load_config
@@ -114,7 +115,7 @@ def prepare(
             "--bench forgetting and --text FILE belong together: the file holds text that has nothing to do with the "
             "task, such as a chapter of a book."
         )
-    own_data.check_limit(settings.limit)
+    check_limit(settings.limit)
     if settings.num_fewshot is not None and settings.num_fewshot < 0:
         raise UsageError(f"--num-fewshot must be 0 or more, got {settings.num_fewshot}.")
     names = [f"data-{_stem(source)}" for source in settings.data]

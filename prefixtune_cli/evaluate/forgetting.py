@@ -24,8 +24,7 @@ from prefixtune_cli.errors import DataError, UsageError
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.finished import Finished
 from prefixtune_cli.evaluate.held_out import evenly_spread
-from prefixtune_cli.evaluate.outcome import Outcome
-from prefixtune_cli.evaluate.own_data import (
+from prefixtune_cli.evaluate.losses import (
     Judged,
     check_limit,
     finished_losses,
@@ -33,6 +32,7 @@ from prefixtune_cli.evaluate.own_data import (
     loss_lines,
     ratio_line,
 )
+from prefixtune_cli.evaluate.outcome import Outcome
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import DataSection
 

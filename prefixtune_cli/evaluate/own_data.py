@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,40 +19,38 @@ from prefixtune_cli.data.inspect import check, warnings
 from prefixtune_cli.data.load import LoadedData, load_rows
 from prefixtune_cli.data.template import chat_template
 from prefixtune_cli.data.tokenize import tokenize
-from prefixtune_cli.errors import UsageError
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.confusion_plot import draw_confusion
 from prefixtune_cli.evaluate.finished import Finished
 from prefixtune_cli.evaluate.held_out import (
     EXACT_MATCH_RULE,
-    Example,
     Question,
     evenly_spread,
     exactly_matches,
-    final_answer,
     row_answers,
-    row_losses,
     short_questions,
 )
-from prefixtune_cli.evaluate.outcome import BASE, Line, Outcome
+from prefixtune_cli.evaluate.labels import confusion, label_codes, macro_f1
+from prefixtune_cli.evaluate.losses import (
+    Judged,
+    check_limit,
+    compared_line,
+    finished_losses,
+    loss_items,
+    loss_lines,
+)
+from prefixtune_cli.evaluate.outcome import Line, Outcome
 from prefixtune_cli.evaluate.paired import (
-    Difference,
     Floats,
-    Interval,
-    Transform,
     aggregate_difference,
     aggregate_interval,
     mean_difference,
     mean_interval,
-    ratio_difference,
-    ratio_interval,
 )
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import DataSection, EvaluateSection
 
 MOST_LABELS = 100  # more distinct answers than these are no set of labels
-
-Losses = Sequence[tuple[float, int]]  # a row's nats and predicted tokens
 
 
 @dataclass(frozen=True)
@@ -89,14 +86,6 @@ class OwnData:
         found = sorted({question.answer.strip() for question in self.questions})
         few = 2 <= len(found) <= MOST_LABELS and len(self.questions) >= 2 * len(found)
         return found if few else []
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What one model did: nats and predicted tokens of each row, and its answers where there are questions."""
-
-    losses: Losses
-    answers: list[str]
 
 
 def prepare(
@@ -149,14 +138,6 @@ def prepare(
         max_new_tokens=evaluation.max_new_tokens,
         end_id=end_of_turn_id(tokenizer, chat),
     )
-
-
-def check_limit(limit: int | None) -> None:
-    """Raise UsageError for a limit below 1."""
-    if limit is not None and limit < 1:
-        raise UsageError(
-            f"--limit must be at least 1, got {limit}. Leave it out to evaluate everything."
-        )
 
 
 def judge(
@@ -213,25 +194,6 @@ def judge(
     return Judged(losses, answers)
 
 
-def finished_losses(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    limit: BatchLimit,
-    finished: Finished,
-    task: str,
-    reporter: Reporter,
-) -> Losses:
-    """Nats and predicted tokens of each row, of which only those that are not kept yet are computed."""
-    found = finished.complete(
-        [{"type": "loss", **example} for example in examples],
-        lambda missing, keep: row_losses(
-            model, tokenizer, examples, limit, keep, rows=missing, task=task, reporter=reporter
-        ),
-    )
-    return [(float(nats), int(tokens)) for nats, tokens in found]
-
-
 def compare(data: OwnData, judged: Mapping[str, Judged]) -> Outcome:
     """The table: every model against the base where that is among them, else each with its own interval.
 
@@ -270,76 +232,17 @@ def compare(data: OwnData, judged: Mapping[str, Judged]) -> Outcome:
         f"{data.name}.answers.jsonl": _answer_rows(data, origins, judged)
     }
     if labels := data.labels:
-        codes = {model: _label_codes(data, found.answers) for model, found in judged.items()}
+        codes = {
+            model: label_codes(labels, data.questions, found.answers)
+            for model, found in judged.items()
+        }
         lines.append(_macro_f1_line(data, codes, len(labels)))
         notices.append(
             f"macro-F1 is the mean over the {len(labels)} labels; any other answer is wrong for its reference."
         )
-        counts = {model: _confusion(found, len(labels)) for model, found in codes.items()}
+        counts = {model: confusion(found, len(labels)) for model, found in codes.items()}
         files[f"{data.name}.confusion.png"] = lambda path: draw_confusion(path, labels, counts)
     return Outcome(data.name, lines, record, tuple(notices), files)
-
-
-def loss_items(origins: Sequence[str], losses: Mapping[str, Losses]) -> list[dict[str, Any]]:
-    """Each row's origin, predicted tokens, and every model's nats on them."""
-    tokens = [count for _, count in next(iter(losses.values()))]
-    return [
-        {"origin": origin, "tokens": count, "nats": {m: found[i][0] for m, found in losses.items()}}
-        for i, (origin, count) in enumerate(zip(origins, tokens, strict=True))
-    ]
-
-
-def loss_lines(name: str, losses: Mapping[str, Losses]) -> list[Line]:
-    """The loss in nats a token, and the perplexity."""
-    nats, tokens = zip(*(np.array(found, dtype=float).T for found in losses.values()), strict=True)
-    assert all(np.array_equal(tokens[0], other) for other in tokens)
-    sums = dict(zip(losses, nats, strict=True))
-    return [
-        ratio_line(name, "loss", sums, tokens[0]),
-        ratio_line(name, "perplexity", sums, tokens[0], transform=_perplexity),
-    ]
-
-
-def ratio_line(
-    name: str,
-    metric: str,
-    sums: Mapping[str, Floats],
-    counts: Floats,
-    *,
-    transform: Transform | None = None,
-) -> Line:
-    """Σsums / Σcounts of every model, of which less is better."""
-    ratios = {model: np.array([found.sum() / counts.sum()]) for model, found in sums.items()}
-    return _line(
-        name,
-        metric,
-        len(counts),
-        {m: float((transform(r) if transform else r)[0]) for m, r in ratios.items()},
-        lambda a, b: ratio_difference(sums[b], counts, sums[a], counts, transform=transform),
-        lambda a: ratio_interval(sums[a], counts, transform=transform),
-        higher_is_better=False,
-    )
-
-
-def _perplexity(loss: Floats) -> Floats:
-    return np.exp(np.minimum(loss, 700))
-
-
-def _line(
-    name: str,
-    metric: str,
-    items: int,
-    values: Mapping[str, float],
-    difference: Callable[[str, str], Difference],
-    interval: Callable[[str], Interval],
-    **how: Any,
-) -> Line:
-    """A line with differences from the base, `difference(model, BASE)`, or with intervals where there is none."""
-    if BASE in values:
-        how["differences"] = {m: difference(m, BASE) for m in values if m != BASE}
-    else:
-        how["intervals"] = {m: interval(m) for m in values}
-    return Line(name, metric, items, values, **how)
 
 
 def _right(data: OwnData, answers: Sequence[str]) -> Floats:
@@ -350,7 +253,7 @@ def _right(data: OwnData, answers: Sequence[str]) -> Floats:
 
 def _match_line(data: OwnData, right: Mapping[str, Floats]) -> Line:
     """Exact match, which is the accuracy where answers are labels."""
-    return _line(
+    return compared_line(
         data.name,
         "accuracy" if data.labels else "exact match",
         len(data),
@@ -365,7 +268,7 @@ def _macro_f1_line(data: OwnData, codes: Mapping[str, NDArray[np.int64]], labels
     def figure(drawn: NDArray[np.int64]) -> float:
         return macro_f1(drawn, labels)
 
-    return _line(
+    return compared_line(
         data.name,
         "macro-F1",
         len(data),
@@ -374,38 +277,6 @@ def _macro_f1_line(data: OwnData, codes: Mapping[str, NDArray[np.int64]], labels
         lambda a: aggregate_interval(codes[a], figure),
         percent=True,
     )
-
-
-def _label_codes(data: OwnData, answers: Sequence[str]) -> NDArray[np.int64]:
-    """Each row as reference · (labels + 1) + answered label, where one more label stands for any other answer."""
-    number = {label: i for i, label in enumerate(data.labels)}
-    other = len(number)
-    return np.array(
-        [
-            number.get(q.answer.strip(), other) * (other + 1)
-            + number.get(final_answer(answer), other)
-            for q, answer in zip(data.questions, answers, strict=True)
-        ],
-        dtype=np.int64,
-    )
-
-
-def _confusion(codes: NDArray[np.int64], labels: int) -> NDArray[np.int64]:
-    """Counts [labels, labels + 1] by reference and answered label."""
-    return np.bincount(codes, minlength=labels * (labels + 1)).reshape(labels, labels + 1)
-
-
-def macro_f1(codes: NDArray[np.int64], labels: int) -> float:
-    """The mean of the F1 of those labels that occur as references.
-
-    Args:
-        codes: of the rows, each reference · (labels + 1) + answer; the answer `labels` is none of the labels.
-        labels: how many there are.
-    """
-    counts = _confusion(codes, labels)
-    wanted, given = counts.sum(axis=1), counts[:, :labels].sum(axis=0)
-    occur = wanted > 0
-    return float(np.mean(2 * counts.diagonal()[occur] / (wanted + given)[occur]))
 
 
 def _answer_rows(data: OwnData, origins: Sequence[str], judged: Mapping[str, Judged]) -> str:

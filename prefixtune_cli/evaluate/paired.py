@@ -159,7 +159,7 @@ def mcnemar(base: Floats, adapter: Floats) -> float | None:
 
     Under the hypothesis that nothing changed, each of the items that changed went either way with one half.
     """
-    from scipy.stats import binomtest  # type: ignore[import-untyped]
+    from scipy.stats import binomtest
 
     if not all(np.isin(values, (0, 1)).all() for values in (base, adapter)):
         return None

@@ -87,9 +87,7 @@ def load_benchmark_tasks(
     for dataset in dict.fromkeys(task.dataset for task in listed):
         if dataset is not None and "/" in dataset and dataset not in data:
             ask_hub(dataset, _instead(name))
-    folders = catalogue.folders(name)
-    outer = [f for f in folders if not any(o in f.parents for o in folders)]
-    manager = TaskManager(include_defaults=False, include_path=list(outer))
+    manager = TaskManager(include_defaults=False, include_path=list(catalogue.folders(name)))
     with _rows_from(data, listed, name):
         try:
             loaded = manager.load([name])

@@ -16,7 +16,7 @@ from prefixtune_cli.evaluate import forgetting
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.finished import Finished
 from prefixtune_cli.evaluate.forgetting import Text, compare, prepare
-from prefixtune_cli.evaluate.own_data import Judged
+from prefixtune_cli.evaluate.losses import Judged
 from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.schema import ModelSection, PrefixTuningPlus
 from prefixtune_cli.tokenizer import load_tokenizer

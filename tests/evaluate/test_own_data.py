@@ -20,8 +20,12 @@ from prefixtune_cli.evaluate import own_data
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.confusion_plot import draw_confusion
 from prefixtune_cli.evaluate.finished import Finished
+from prefixtune_cli.evaluate.held_out import EXACT_MATCH_RULE, Question
+from prefixtune_cli.evaluate.labels import macro_f1
+from prefixtune_cli.evaluate.losses import Judged
 from prefixtune_cli.evaluate.outcome import Line, Outcome
-from prefixtune_cli.evaluate.own_data import Judged, OwnData, compare, macro_f1
+from prefixtune_cli.evaluate.own_data import OwnData, compare
+from prefixtune_cli.evaluate.paired import aggregate_difference
 from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.schema import (
     DataSection,
@@ -269,7 +273,7 @@ def test_a_request_holds_all_that_its_answer_depends_on(
     if "examples" in change:  # other labels on the same tokens
         change["examples"] = [{**e, "labels": e["input_ids"]} for e in data.examples]
     if "questions" in change:
-        change["questions"] = [own_data.Question([*q.prompt, 5], "") for q in data.questions]
+        change["questions"] = [Question([*q.prompt, 5], "") for q in data.questions]
     changed = OwnData(**{**data.__dict__, **change})
     with before_each_pass(adapted, refuse):
         judge(adapted, tokenizer, data, kept)
@@ -325,8 +329,8 @@ def test_exact_match_compares_as_its_rule_says_and_every_answer_is_written_out(
     assert matched.percent
     assert matched.differences["runs/x"].value == pytest.approx(1 / 3)
     assert matched.differences["runs/x"].p_value == 1.0  # one item changed
-    assert own_data.EXACT_MATCH_RULE in outcome.notices[0]
-    assert outcome.record["exact_match_rule"] == own_data.EXACT_MATCH_RULE
+    assert EXACT_MATCH_RULE in outcome.notices[0]
+    assert outcome.record["exact_match_rule"] == EXACT_MATCH_RULE
     assert list(outcome.files) == ["mine.answers.jsonl"]
     written = [json.loads(row) for row in str(outcome.files["mine.answers.jsonl"]).splitlines()]
     assert written[1] == {
@@ -410,7 +414,7 @@ def test_macro_f1_of_many_rows_and_labels_takes_seconds_not_minutes(prepared: An
     rng = np.random.default_rng(0)
     codes = rng.integers(77, size=3000) * 78 + rng.integers(78, size=3000)
     start = time.perf_counter()
-    own_data.aggregate_difference(codes, codes, lambda drawn: macro_f1(drawn, 77))
+    aggregate_difference(codes, codes, lambda drawn: macro_f1(drawn, 77))
     assert time.perf_counter() - start < 10
 
 

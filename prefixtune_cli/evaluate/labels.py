@@ -1,0 +1,44 @@
+"""Answers that are labels: their codes, their confusion, and macro-F1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefixtune_cli.evaluate.held_out import Question, final_answer
+
+
+def label_codes(
+    labels: Sequence[str], questions: Sequence[Question], answers: Sequence[str]
+) -> NDArray[np.int64]:
+    """Each row as reference · (labels + 1) + answered label, where one more label stands for any other answer."""
+    number = {label: i for i, label in enumerate(labels)}
+    other = len(number)
+    return np.array(
+        [
+            number.get(q.answer.strip(), other) * (other + 1)
+            + number.get(final_answer(answer), other)
+            for q, answer in zip(questions, answers, strict=True)
+        ],
+        dtype=np.int64,
+    )
+
+
+def confusion(codes: NDArray[np.int64], labels: int) -> NDArray[np.int64]:
+    """Counts [labels, labels + 1] by reference and answered label."""
+    return np.bincount(codes, minlength=labels * (labels + 1)).reshape(labels, labels + 1)
+
+
+def macro_f1(codes: NDArray[np.int64], labels: int) -> float:
+    """The mean of the F1 of those labels that occur as references.
+
+    Args:
+        codes: of the rows, each reference · (labels + 1) + answer; the answer `labels` is none of the labels.
+        labels: how many there are.
+    """
+    counts = confusion(codes, labels)
+    wanted, given = counts.sum(axis=1), counts[:, :labels].sum(axis=0)
+    occur = wanted > 0
+    return float(np.mean(2 * counts.diagonal()[occur] / (wanted + given)[occur]))

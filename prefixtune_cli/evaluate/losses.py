@@ -1,0 +1,124 @@
+"""The loss of one model and of several: kept as it comes, and compared, for own data and for forgetting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefixtune_cli.errors import UsageError
+from prefixtune_cli.evaluate.batches import BatchLimit
+from prefixtune_cli.evaluate.finished import Finished
+from prefixtune_cli.evaluate.held_out import Example, row_losses
+from prefixtune_cli.evaluate.outcome import BASE, Line
+from prefixtune_cli.evaluate.paired import (
+    Difference,
+    Floats,
+    Interval,
+    Transform,
+    ratio_difference,
+    ratio_interval,
+)
+from prefixtune_cli.progress import Reporter
+
+Losses = Sequence[tuple[float, int]]  # a row's nats and predicted tokens
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one model did: nats and predicted tokens of each row, and its answers where there are questions."""
+
+    losses: Losses
+    answers: list[str]
+
+
+def check_limit(limit: int | None) -> None:
+    """Raise UsageError for a limit below 1."""
+    if limit is not None and limit < 1:
+        raise UsageError(
+            f"--limit must be at least 1, got {limit}. Leave it out to evaluate everything."
+        )
+
+
+def finished_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    limit: BatchLimit,
+    finished: Finished,
+    task: str,
+    reporter: Reporter,
+) -> Losses:
+    """Nats and predicted tokens of each row, of which only those that are not kept yet are computed."""
+    found = finished.complete(
+        [{"type": "loss", **example} for example in examples],
+        lambda missing, keep: row_losses(
+            model, tokenizer, examples, limit, keep, rows=missing, task=task, reporter=reporter
+        ),
+    )
+    return [(float(nats), int(tokens)) for nats, tokens in found]
+
+
+def loss_items(origins: Sequence[str], losses: Mapping[str, Losses]) -> list[dict[str, Any]]:
+    """Each row's origin, predicted tokens, and every model's nats on them."""
+    tokens = [count for _, count in next(iter(losses.values()))]
+    return [
+        {"origin": origin, "tokens": count, "nats": {m: found[i][0] for m, found in losses.items()}}
+        for i, (origin, count) in enumerate(zip(origins, tokens, strict=True))
+    ]
+
+
+def loss_lines(name: str, losses: Mapping[str, Losses]) -> list[Line]:
+    """The loss in nats a token, and the perplexity."""
+    nats, tokens = zip(*(np.array(found, dtype=float).T for found in losses.values()), strict=True)
+    assert all(np.array_equal(tokens[0], other) for other in tokens)
+    sums = dict(zip(losses, nats, strict=True))
+    return [
+        ratio_line(name, "loss", sums, tokens[0]),
+        ratio_line(name, "perplexity", sums, tokens[0], transform=_perplexity),
+    ]
+
+
+def ratio_line(
+    name: str,
+    metric: str,
+    sums: Mapping[str, Floats],
+    counts: Floats,
+    *,
+    transform: Transform | None = None,
+) -> Line:
+    """Σsums / Σcounts of every model, of which less is better."""
+    ratios = {model: np.array([found.sum() / counts.sum()]) for model, found in sums.items()}
+    return compared_line(
+        name,
+        metric,
+        len(counts),
+        {m: float((transform(r) if transform else r)[0]) for m, r in ratios.items()},
+        lambda a, b: ratio_difference(sums[b], counts, sums[a], counts, transform=transform),
+        lambda a: ratio_interval(sums[a], counts, transform=transform),
+        higher_is_better=False,
+    )
+
+
+def _perplexity(loss: Floats) -> Floats:
+    return np.exp(np.minimum(loss, 700))
+
+
+def compared_line(
+    name: str,
+    metric: str,
+    items: int,
+    values: Mapping[str, float],
+    difference: Callable[[str, str], Difference],
+    interval: Callable[[str], Interval],
+    **how: Any,
+) -> Line:
+    """A line with differences from the base, `difference(model, BASE)`, or with intervals where there is none."""
+    if BASE in values:
+        how["differences"] = {m: difference(m, BASE) for m in values if m != BASE}
+    else:
+        how["intervals"] = {m: interval(m) for m in values}
+    return Line(name, metric, items, values, **how)
