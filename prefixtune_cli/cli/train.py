@@ -83,10 +83,11 @@ def train(
     if as_json:
         console.print_json(summary.to_json())
     else:
-        _print_summary(summary)
+        on_samples = (settings.data.train or "").startswith("sample:")
+        _print_summary(summary, "--bench quickstart" if on_samples else "--data FILE")
 
 
-def _print_summary(summary: Summary) -> None:
+def _print_summary(summary: Summary, evaluation: str) -> None:
     from prefixtune_cli.cli import console
 
     def percent(fraction: float | None) -> str:
@@ -111,5 +112,6 @@ def _print_summary(summary: Summary) -> None:
         f"ptp chat --run {summary.run}",
         f'ptp generate --run {summary.run} --prompt "..."',
         f'ptp generate --run {summary.run} --prompt "..." --no-adapter',
+        f"ptp eval --run {summary.run} {evaluation}",
     ):
         out.print(f"  {command}", markup=False)

@@ -53,7 +53,8 @@ def test_a_run_prints_parameters_scores_and_what_to_type_next(
         assert line.count(".") == 2
         assert "%" in line
     commands = [line.strip() for line in printed.splitlines() if line.startswith("  ptp ")]
-    assert len(commands) == 3
+    assert len(commands) == 4
+    assert commands[-1] == f"ptp eval --run {out} --data FILE"
     assert all(f"--run {out}" in command for command in commands)
     assert "training 4/4" in said
     assert "Traceback" not in said
