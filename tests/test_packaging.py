@@ -17,7 +17,7 @@ TOP_LEVEL = {
     "pyproject.toml", "prefixtune_cli", "tests", "recipes", "README.md", "CHANGELOG.md", "LICENSE",
 }  # fmt: skip
 
-DISTRIBUTIONS = {
+DISTRIBUTIONS = {"lm_eval": "lm-eval",
     "yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "pydantic_core": "pydantic",
 }  # fmt: skip
 

@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 def print_benchmarks(pattern: str, *, as_json: bool) -> None:
     """The benchmarks whose name matches, lm-eval's and ours; torch is not imported."""
-    from prefixtune_cli.errors import UsageError
-    from prefixtune_cli.evaluate.catalogue import load_catalogue
+    from prefixtune_cli.evaluate.catalogue import Catalogue, Listed, load_catalogue
 
-    catalogue = load_catalogue()
+    own = (
+        Listed("quickstart", "task", output_type="own data", dataset="the samples of ptp"),
+        Listed("forgetting", "task", output_type="text loss", dataset="--text FILE"),
+    )
+    catalogue = Catalogue({**load_catalogue().entries, **{listed.name: listed for listed in own}})
     found = catalogue.find(pattern)
     if not found:
-        catalogue.check([pattern], ())
-        raise UsageError(f"No benchmark matches {pattern!r}.")
+        catalogue.check([pattern], ())  # raises, with the nearest names
     if as_json:
         keys = ("name", "kind", "output_type", "dataset", "subset")
         console.print_json([{key: getattr(listed, key) for key in keys} for listed in found])
@@ -53,7 +55,8 @@ def print_found(found: Found, *, show_all: bool, markdown: bool, as_json: bool) 
         head, rows = table(found.outcomes, show_all=show_all)
         if markdown:
             for cells in (head, ["---", "---", *["---:"] * (len(head) - 2)], *rows):
-                print(f"| {' | '.join(cell.strip() for cell in cells)} |")
+                escaped = (cell.strip().replace("|", r"\|") for cell in cells)
+                print(f"| {' | '.join(escaped)} |")
         else:
             console.print_table(head, rows)
     for outcome in found.outcomes:

@@ -90,7 +90,7 @@ def hub_rows(source: str) -> Rows:
 
     name, _, rest = source.partition(":")
     config, _, split = rest.rpartition(":")
-    local = f"If it is a local file, there is none of that name. {near_names(Path(name))}"
+    local = f"Give a local file. If it is one, there is none of that name. {near_names(Path(name))}"
     offline = bool(datasets.config.HF_HUB_OFFLINE)
     ask_hub(name, local)
     try:
@@ -144,8 +144,8 @@ def ask_hub(name: str, instead: str) -> None:
                 f"The hub refused the data set {name}: {_first_line(error)}"
             ) from error
         raise ResourceError(
-            f"The hub data set {name} cannot be fetched: no network ({_first_line(error)}). Give a local file, or "
-            f"set HF_HUB_OFFLINE=1 to use a copy in the cache. {instead}"
+            f"The hub data set {name} cannot be fetched: no network ({_first_line(error)}). Set "
+            f"HF_HUB_OFFLINE=1 to use a copy in the cache. {instead}"
         ) from error
 
 

@@ -81,8 +81,8 @@ class Catalogue:
             near = near or [listed.name for listed in self.find(name)[:5]]
             hint = f" Did you mean {', '.join(near)}?" if near else ""
             raise UsageError(
-                f"There is no benchmark {name!r}.{hint} `ptp eval --list` shows all; `ptp eval --list mmlu` those with "
-                "mmlu in their name."
+                f"There is no benchmark {name!r}.{hint} `ptp eval --list` shows all, and `ptp eval --list TEXT` those "
+                "with TEXT in their name."
             )
 
     def tasks(self, name: str) -> list[Listed]:

@@ -250,7 +250,6 @@ def _of_benchmark(
     def compare(judged: Mapping[str, Any], stage: Stage) -> Outcome:
         outcome = benchmarks.compare(loaded, judged)
         cut = stage.lm.cut
-        stage.lm.forget()
         if not cut:
             return outcome
         notice = (

@@ -57,14 +57,11 @@ class BenchmarkLM(HFLM):
         self, bench: str, who: str, model: Any, finished: Finished, versions: dict[str, Any]
     ) -> None:
         """From here on `model` answers the tasks of these versions, as `who`."""
+        if bench != self.bench:  # let go of the texts of the last one
+            self._ids.clear()
+            self._tokenized, self.cut = None, 0
         self.bench, self.versions, self.finished, self._who = bench, versions, finished, who
         self._model = model
-
-    def forget(self) -> None:
-        """Let go of the texts of a benchmark that is finished."""
-        self._ids.clear()
-        self._tokenized = None
-        self.cut = 0
 
     def tok_encode(
         self,

@@ -145,8 +145,9 @@ def assemble(
     template: str | None = None
     if runs:
         found = [_of_run(run) for run in runs]
-        recipe = resolve(str(RunDir(runs[0]).recipe), flags={"model": flags} if flags else None)
-        _check_same_base([resolve(str(RunDir(run).recipe)) for run in runs], runs)
+        recipes = [resolve(str(RunDir(run).recipe), flags={"model": flags}) for run in runs]
+        _check_same_base(recipes, runs)
+        recipe = recipes[0]
         kept = RunDir(runs[0]).chat_template
         template = str(kept) if kept.exists() else recipe.data.chat_template
     else:
