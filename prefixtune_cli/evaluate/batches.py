@@ -55,7 +55,8 @@ class BatchLimit:
         Args:
             items: in any order.
             length: the tokens of one item.
-            work: does one batch; it is called again with half of it where the memory ran out.
+            work: does one batch; it is called again with half of it where the memory ran out. It may run batches of
+                its own; where one item of these does not fit, fewer of ours at a time may leave it room.
 
         Raises:
             ResourceError: the memory does not suffice for a single item.
@@ -76,7 +77,8 @@ class BatchLimit:
         try:
             work(batch)
         except Exception as error:
-            if not out_of_memory(error):
+            inner = error.__cause__ if isinstance(error, ResourceError) else None
+            if not out_of_memory(inner or error) or (inner and len(batch) == 1):
                 raise
             if len(batch) == 1:
                 raise ResourceError(
@@ -99,6 +101,9 @@ class BatchLimit:
         )
 
 
-def out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     """Whether a smaller batch may help."""
-    return isinstance(error, torch.OutOfMemoryError) or bool(should_reduce_batch_size(error))
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    # accelerate expects one text, and fails on RuntimeError(3).
+    return isinstance(error, RuntimeError) and should_reduce_batch_size(RuntimeError(str(error)))

@@ -63,9 +63,13 @@ class Catalogue:
         self.entries = entries
 
     def find(self, pattern: str = "*") -> list[Listed]:
-        """Entries whose name matches a glob, or contains the text."""
-        glob = pattern if set("*?[") & set(pattern) else f"*{pattern}*"
-        return [self.entries[name] for name in fnmatch.filter(sorted(self.entries), glob)]
+        """Entries whose name matches a glob, or contains the text, in either case."""
+        glob = (pattern if set("*?[") & set(pattern) else f"*{pattern}*").lower()
+        return [
+            self.entries[name]
+            for name in sorted(self.entries)
+            if fnmatch.fnmatchcase(name.lower(), glob)
+        ]
 
     def check(self, names: Iterable[str], own: Iterable[str]) -> None:
         """Refuse names that are neither lm-eval's nor among our `own`.
@@ -73,12 +77,14 @@ class Catalogue:
         Raises:
             UsageError: with the nearest names.
         """
-        known = [*own, *self.entries]
+        known = {known.lower(): known for known in (*own, *self.entries)}
         for name in names:
-            if name in known:
+            if name in known.values():
                 continue
-            near = difflib.get_close_matches(name, known, n=5, cutoff=0.6)
-            near = near or [listed.name for listed in self.find(name)[:5]]
+            near = difflib.get_close_matches(name.lower(), known, n=5, cutoff=0.6)
+            near = [known[lower] for lower in near] or [
+                listed.name for listed in self.find(name)[:5]
+            ]
             hint = f" Did you mean {', '.join(near)}?" if near else ""
             raise UsageError(
                 f"There is no benchmark {name!r}.{hint} `ptp eval --list` shows all, and `ptp eval --list TEXT` those "
@@ -163,8 +169,8 @@ def _read(root: Path) -> dict[str, Listed]:
             "task",
             folder,
             output_type=settings.get("output_type") or "",
-            dataset=settings.get("dataset_path"),
-            subset=settings.get("dataset_name"),
+            dataset=settings.get("dataset_path") or None,
+            subset=settings.get("dataset_name") or None,
             splits=tuple(_splits(settings)),
             columns=tuple(_columns(settings)),
             runs_code=bool(settings.get("unsafe_code")),

@@ -59,12 +59,13 @@ class Finished:
             return [found[i] for i in range(len(requests))]
         keys = [digest(request) for request in requests]
         with self._open() as database:
-            for i, key in enumerate(keys):
-                row = database.execute(
-                    "SELECT answer FROM answers WHERE key = ?", (key,)
-                ).fetchone()
-                if row is not None:
-                    found[i] = json.loads(row[0])
+            with self._told():
+                for i, key in enumerate(keys):
+                    row = database.execute(
+                        "SELECT answer FROM answers WHERE key = ?", (key,)
+                    ).fetchone()
+                    if row is not None:
+                        found[i] = json.loads(row[0])
 
             def keep(answers: Mapping[int, Any]) -> None:
                 found.update(answers)
@@ -84,14 +85,13 @@ class Finished:
         with self._told():
             self.file.parent.mkdir(parents=True, exist_ok=True)
             database = sqlite3.connect(self.file, timeout=60)
-            database.execute(
-                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT)"
-            )
-            database.commit()
-        try:
+        with contextlib.closing(database):
+            with self._told():
+                database.execute(
+                    "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT)"
+                )
+                database.commit()
             yield database
-        finally:
-            database.close()
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -99,9 +99,11 @@ class Finished:
             yield
         except (sqlite3.Error, OSError) as error:
             assert self.file is not None
+            damaged = type(error) is sqlite3.DatabaseError  # or no database at all
+            cure = "Remove it" if damaged else "What was kept before is safe. Free space there"
             raise ResourceError(
-                f"The finished requests cannot be kept in {self.file.parent}: {error}. What was kept before is safe. "
-                "Free space there, name another folder with --cache FOLDER, or do without: --no-cache."
+                f"The finished requests cannot be kept in {self.file}: {error}. {cure}, name another folder with "
+                "--cache FOLDER, or do without: --no-cache."
             ) from error
 
 

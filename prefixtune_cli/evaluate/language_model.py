@@ -13,17 +13,17 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import has_bos_prefix
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefixtune_cli.errors import ModelError
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.finished import Finished, Keep
 from prefixtune_cli.evaluate.shared_prefix import Request, log_likelihoods
 from prefixtune_cli.progress import Reporter
 
-GENERATED_TOKENS = (
-    256  # what a request without a number of its own may take, for the size of a batch
-)
+# lm-eval's, for a request without a number of its own.
+GENERATED_TOKENS = 256
 
 
 class BenchmarkLM(HFLM):
@@ -166,7 +166,17 @@ class BenchmarkLM(HFLM):
         return [float(value) for value in self._finished(requests, answer)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """See lm-eval; answers that are drawn at random are not kept on disk, as each has to be drawn anew."""
+        """See lm-eval; answers that are drawn at random are not kept on disk, as each has to be drawn anew.
+
+        Raises:
+            ModelError: the answers may be longer than what the model sees.
+        """
+        longest = max(_most_tokens(request) for request in requests)
+        if longest >= self.max_length:
+            raise ModelError(
+                f"{self.bench} lets a model write {longest:,} tokens, and this one sees {self.max_length:,} tokens in "
+                "all. Use a base with a longer window."
+            )
         self._tokenize([request.args[0] for request in requests])
 
         def answer(missing: list[int], keep: Keep) -> None:
@@ -192,8 +202,7 @@ class BenchmarkLM(HFLM):
         return [str(text) for text in self._finished(requests, answer)]
 
     def _generation_length(self, request: Instance) -> int:
-        text, settings = request.args
-        return len(self.tok_encode(text)) + int(settings.get("max_gen_toks") or GENERATED_TOKENS)
+        return len(self.tok_encode(request.args[0])) + _most_tokens(request)
 
     def _finished(self, requests: list[Instance], answer: Any) -> list[Any]:
         keys = [
@@ -204,6 +213,11 @@ class BenchmarkLM(HFLM):
 
     def _progress(self, done: int, total: int) -> None:
         self.reporter.progress(f"{self.bench}, {self._who}", done, total, {})
+
+
+def _most_tokens(request: Instance) -> int:
+    """How long an answer may be."""
+    return int(normalize_gen_kwargs(dict(request.args[1]), GENERATED_TOKENS)["max_gen_toks"])
 
 
 def _texts(context: str, continuation: str) -> tuple[str, ...]:

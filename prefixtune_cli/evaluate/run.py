@@ -7,6 +7,7 @@ done by every model, and written as soon as it is compared; one that fails leave
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from prefixtune_cli.errors import Interrupted, PtpError, UsageError
+from prefixtune_cli.errors import Interrupted, PtpError, ResourceError, UsageError
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.evaluations import OWN_BENCHMARKS, Evaluation, Settings, Stage, prepare
 from prefixtune_cli.evaluate.finished import Finished, check_room, digest
@@ -72,6 +73,8 @@ def evaluate(settings: Settings, reporter: Reporter | None = None) -> Found:
     requests = sum(e.requests for e in evaluations) * len(cast.subjects)
     if settings.cache is not None:
         check_room(settings.cache, requests)
+    for folder in folders:
+        _check_writable(folder)
 
     reporter.notice(f"Loading {cast.recipe.model.name}.")
     base = cast.load()
@@ -87,7 +90,7 @@ def evaluate(settings: Settings, reporter: Reporter | None = None) -> Found:
         stage.lm = BenchmarkLM(base, tokenizer, limit, reporter)
     found = Found([], [], {})
     for evaluation in evaluations:
-        with _kept_apart(evaluation.name, found, reporter):
+        with _kept_apart(evaluation.name, found, reporter, settings.cache is not None):
             outcome = _carry_out(evaluation, settings, cast, stage)
             found.outcomes.append(outcome)
             for folder in folders:
@@ -120,14 +123,14 @@ def _carry_out(evaluation: Evaluation, settings: Settings, cast: Cast, stage: St
 
 
 @contextmanager
-def _kept_apart(name: str, found: Found, reporter: Reporter) -> Iterator[None]:
+def _kept_apart(name: str, found: Found, reporter: Reporter, resumes: bool) -> Iterator[None]:
     """Within the block an error is noted down, and does not throw away the other evaluations."""
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(
-            "Stopped. Finished requests are kept: the same command goes on where this one stopped."
-        ) from None
+        kept = "Finished requests are kept: the same command goes on where this one stopped."
+        lost = "Without a cache nothing was kept; leave --no-cache out to go on another time."
+        raise Interrupted(f"Stopped. {kept if resumes else lost}") from None
     except Exception as error:
         said = str(error) if isinstance(error, PtpError) else f"{type(error).__name__}: {error}"
         found.failures[name] = said
@@ -142,6 +145,17 @@ def _folders(settings: Settings, cast: Cast) -> list[RunDir]:
         return runs
     name = cast.recipe.model.name.rstrip("/").split("/")[-1]
     return [RunDir(Path("runs") / f"{name}-eval")]
+
+
+def _check_writable(folder: RunDir) -> None:
+    """Refuse a folder that cannot be made or written to, without making it."""
+    results = folder.eval_result("any").parent
+    there = next(path for path in (results, *results.resolve().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "cannot be written to" if there.is_dir() else "is a file"
+        raise ResourceError(
+            f"Results cannot be written to {results}: {there} {why}. Name another folder with --out FOLDER."
+        )
 
 
 def _write(outcome: Outcome, folder: RunDir) -> Path:

@@ -182,7 +182,7 @@ def _named(subjects: list[Subject]) -> list[Subject]:
         names = [subject.name for subject in subjects]
         if len(set(names)) < len(names) or BASE in names:
             names = [str(s.run.path if s.run else s.adapter) for s in subjects]
-        if len(set(names)) < len(names):
+        if len({Path(name).resolve() for name in names}) < len(names):
             raise UsageError(f"An adapter is given twice: {', '.join(names)}. Give each once.")
     return [
         Subject(name, s.adapter, s.whole, s.run, s.sha256)

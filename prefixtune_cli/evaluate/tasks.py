@@ -93,8 +93,8 @@ def load_benchmark_tasks(
             loaded = manager.load([name])
         except (DataError, ResourceError):
             raise
-        except ImportError as error:
-            raise ResourceError(f"{name} needs more than is installed: {error}") from error
+        except (ImportError, OSError) as error:
+            raise ResourceError(f"{name} needs more than is on this machine: {error}") from error
         except (KeyError, ValueError, TypeError, AssertionError) as error:
             raise DataError(
                 f"{name} cannot be loaded ({type(error).__name__}: {error}). Has the data the columns and splits that "
@@ -147,7 +147,9 @@ def _rows_from(data: Mapping[str, Path], listed: list[Listed], bench: str) -> It
 
     def load(path: str, name: str | None = None, *arguments: Any, **settings: Any) -> Any:
         if path in data:
-            its = [task for task in listed if task.dataset == path and task.subset == name]
+            its = [
+                task for task in listed if task.dataset == path and task.subset == (name or None)
+            ]
             rows = load_benchmark(
                 data[path],
                 Wanted(

@@ -872,10 +872,12 @@ def test_a_run_of_whole_weights_is_compared_with_its_base(
 ) -> None:
     whole = save_base(tmp_path / "whole", things.base, initializer_range=0.2)
     run = save_run(tmp_path / "run", things.base, whole, adapter={"method": "full"})
-    code, printed, said = ptp("eval", "--run", run, *things.what, "--no-cache", "--json")
+    rest = ["--bench", "forgetting", "--text", things.book, "--no-cache", "--json"]
+    code, printed, said = ptp("eval", "--run", run, *rest)
     assert code == 0, said
     together = results(printed)[0]["lines"][0]["values"]
-    rest = [*things.what, "--no-cache", "--out", tmp_path / "out", "--json"]
+    assert together["base"] != together["adapter"]
+    rest += ["--out", tmp_path / "out"]
     for who, model in (("base", things.base), ("adapter", whole)):
         _, printed, _ = ptp("eval", "--model", model, "--bits", 32, *rest)
         assert results(printed)[0]["lines"][0]["values"] == {"base": together[who]}
