@@ -133,14 +133,13 @@ class BenchmarkLM(HFLM):
 
     def _score(self, pairs: Sequence[Any], names: list[int], keep: Keep, total: int | None) -> None:
         """Score `pairs`, and keep the scores under `names`; without a `total` nothing is reported."""
-        done = 0 if total is None else total - len(pairs)
+        done: set[int] = set()  # a batch that is halved may give some scores twice
 
         def kept(scores: dict[int, Any]) -> None:
-            nonlocal done
             keep({names[i]: score for i, score in scores.items()})
-            done += len(scores)
+            done.update(scores)
             if total is not None:
-                self._progress(done, total)
+                self._progress(total - len(pairs) + len(done), total)
 
         log_likelihoods(
             self._model,

@@ -248,7 +248,12 @@ def test_without_a_context_the_start_of_a_text_stands_in(
     from lm_eval.api.instance import Instance
 
     base, tokenizer = tiny
-    pairs = [("", "the card"), ("the card ", "is late"), ("<|bos|>a letter", " card"), ("a\n ", " b")]
+    pairs = [
+        ("", "the card"),
+        ("the card ", "is late"),
+        ("<|bos|>a letter", " card"),
+        ("a\n ", " b"),
+    ]
     requests = [
         Instance("loglikelihood", {}, pair, 0, ("text", i, 1)) for i, pair in enumerate(pairs)
     ]

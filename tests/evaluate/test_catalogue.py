@@ -182,7 +182,7 @@ def test_a_misspelt_name_gives_the_nearest(catalogue: Catalogue, typed: str, nea
 
 
 def test_a_part_of_a_name_gives_those_that_contain_it(catalogue: Catalogue) -> None:
-    with pytest.raises(UsageError, match="Did you mean .*minerva_math_counting_and_prob"):
+    with pytest.raises(UsageError, match=r"Did you mean .*minerva_math_counting_and_prob"):
         catalogue.check(["counting_and"], OWN)
 
 
