@@ -14,35 +14,10 @@ from typing import Any
 
 import pytest
 
-from prefixtune_cli.cli.app import main
+from tests.cli.conftest import Ptp
 
 SUBJECTS = ("anatomy", "astronomy")
 CELL = "mmlu_anatomy"  # the benchmark that most tests ask for
-
-
-@pytest.fixture
-def ptp(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Run `ptp` in this process; gives exit code, stdout and stderr."""
-    from prefixtune_cli.cli import console
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ptp", *map(str, arguments)])
-        console.stdout.cache_clear()
-        console.stderr.cache_clear()
-        code = 0
-        try:
-            main()
-        except SystemExit as left:
-            code = int(left.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
-
-
-Ptp = Callable[..., tuple[int, str, str]]
 
 
 def write_mmlu(folder: Path, subjects: Iterable[str], items: int) -> Path:
@@ -542,6 +517,7 @@ LISTS = """
 import sys
 sys.argv = ["ptp", "eval", "--list", "mmlu_an"]
 from prefixtune_cli.cli.app import main
+from tests.cli.conftest import Ptp
 try:
     main()
 except SystemExit as left:

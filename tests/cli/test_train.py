@@ -3,40 +3,14 @@
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from prefixtune_cli.cli.app import main
+from tests.cli.conftest import Ptp
 
 GOOD = '{"prompt": "a", "completion": "b"}\n'
-
-
-@pytest.fixture
-def ptp(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Run `ptp` in this process; gives exit code, stdout and stderr."""
-    from prefixtune_cli.cli import console
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ptp", *map(str, arguments)])
-        console.stdout.cache_clear()
-        console.stderr.cache_clear()
-        code = 0
-        try:
-            main()
-        except SystemExit as left:
-            code = int(left.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
-
-
-Ptp = Callable[..., tuple[int, str, str]]
 
 
 def test_a_run_prints_parameters_scores_and_what_to_type_next(
