@@ -6,6 +6,7 @@ The only place that knows quantization (bitsandbytes) and peft's configurations 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 from collections.abc import Iterator
@@ -223,21 +224,27 @@ def check_fits(section: ModelSection, folder: str | Path) -> None:
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
+    fresh = copy.deepcopy(config)
+    if config.is_prompt_learning:  # by its own account it would fit any base
+        fresh.num_layers = fresh.token_dim = fresh.num_attention_heads = None
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
-            load_config(section), trust_remote_code=section.trust_remote_code
-        )
         try:
-            model = PeftModel(base, config)
+            base = AutoModelForCausalLM.from_config(
+                load_config(section), trust_remote_code=section.trust_remote_code
+            )
+        except (ValueError, ImportError) as error:
+            raise ModelError(cannot_load("model", section, error)) from error
+        try:
+            model = PeftModel(base, fresh)
         except (UnsupportedModelError, RuntimeError, ValueError) as error:
             raise AdapterError(_does_not_fit(base, folder, config, error)) from error
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     with safe_open(folder / _WEIGHTS, framework="pt") as file:
         stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    for key, weight in expected.items():
-        if stored.get(key) != tuple(weight.shape):
-            there = stored.get(key, "nothing")
-            said = f"size mismatch for {key}: {there} in the adapter, {tuple(weight.shape)} for this base."
+    shapes = {key: tuple(weight.shape) for key, weight in expected.items()}
+    for key in sorted(shapes.keys() | stored.keys()):
+        if (there := stored.get(key)) != (here := shapes.get(key)):
+            said = f"size mismatch for {key}: {there or 'nothing'} in the adapter, {here or 'nothing'} for this base."
             raise AdapterError(_does_not_fit(base, folder, config, RuntimeError(said)))
 
 

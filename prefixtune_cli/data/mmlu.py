@@ -77,6 +77,8 @@ def hub_row(line: Line, subject: str | None) -> Row:
     elif not isinstance(choices, list) or [*map(type, choices)] != [str] * 4:
         got = f"{len(choices)}: {choices}" if isinstance(choices, list) else repr(choices)
         must = "'choices' must be a list of 4 texts"
+    elif not all(choice.strip() for choice in choices):
+        must, got = "'choices' must be 4 texts that are not empty", repr(choices)
     elif str(answer) not in ANSWERS:
         must, got = "'answer' must be A, B, C or D, or their number 0, 1, 2 or 3", repr(answer)
     else:

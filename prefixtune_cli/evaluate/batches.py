@@ -66,9 +66,11 @@ class BatchLimit:
         while done < len(waiting):
             longest = max(1, length(waiting[done]))
             count = max(1, min(self.rows, self.tokens // longest, len(waiting) - done))
+            before = self.rows, self.tokens
             if self._fits(work, waiting[done : done + count], longest):
                 done += count
             else:
+                self.rows, self.tokens = before  # batches of work's own were halved in vain
                 self._halve(count, longest)
 
     def _fits(
@@ -94,10 +96,14 @@ class BatchLimit:
         return False
 
     def _halve(self, count: int, longest: int) -> None:
-        self.rows = max(1, count // 2)
-        self.tokens = max(longest, self.rows * longest)
+        """Of rows that are bounded, the number; else the tokens, so that shorter rows still go many at a time."""
+        half = max(1, count // 2)
+        if count == self.rows:
+            self.rows = half
+        else:
+            self.tokens = half * longest
         self.reporter.warning(
-            f"Out of memory with {count} sequences of up to {longest} tokens; going on with {self.rows} at a time."
+            f"Out of memory with {count} sequences of up to {longest} tokens; going on with {half} at a time."
         )
 
 

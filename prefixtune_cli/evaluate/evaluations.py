@@ -149,6 +149,11 @@ def _of_data(
     reporter: Reporter,
 ) -> Evaluation:
     """The user's data, or our samples, rendered as the run renders its own."""
+    if len(set(cast.readings)) > 1:
+        raise UsageError(
+            "The runs read and render data differently (data.max_length, map, train_on, the chat template or the "
+            "like), so one call would not do them justice. Evaluate each by itself on --data and quickstart."
+        )
     section = cast.recipe.data.model_copy(
         update={"chat_template": cast.template, **settings.data_settings}
     )

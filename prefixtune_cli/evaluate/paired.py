@@ -76,14 +76,14 @@ def mean_difference(
 ) -> Difference:
     """The difference of two means over the same items; see `mean_interval`.
 
-    `p_value` is McNemar's (1947), over all items, where every value is 0 or 1.
+    `p_value` is McNemar's (1947), over all items, where every value is 0 or 1 and all items weigh the same.
     """
     changes = [np.subtract(a, b) for b, a in _pairs(base, adapter)]
     value = sum(w * c.mean() for w, c in zip(_shares(changes, weights), changes, strict=True))
     return _difference(
         float(value),
         _resampled_mean(changes, weights, seed),
-        mcnemar(np.concatenate(base), np.concatenate(adapter)),
+        mcnemar(np.concatenate(base), np.concatenate(adapter)) if weights is None else None,
     )
 
 

@@ -154,8 +154,13 @@ def log_likelihoods(
 
 
 def _shares(model: Any, longest: int) -> bool:
-    """Whether keys and values of a prefix can be read by several rows."""
-    if is_prompt_learning(model):
+    """Whether keys and values of a prefix can be read by several rows.
+
+    Between a prefix and what follows it there may be padding, which only attention by a mask passes over: models that
+    count positions in the cache by themselves, as ALiBi's do, are not of transformers' attention interface.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if is_prompt_learning(model) or not getattr(inner, "_supports_attention_backend", False):
         return False
     layers = DynamicCache(config=model.config).layers
     return all(
@@ -209,18 +214,26 @@ class _Reader:
         self.limit, self.keep = limit, keep
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         self.accepted = set(inspect.signature(inner.forward).parameters)
-        self.same_length_only = is_prompt_learning(model)
 
     def read_whole(self, rows: Sequence[Row]) -> None:
         """Rows that share nothing."""
-        # Virtual tokens have no position, and padding on the left would move the rest away from them.
-        lengths = {len(row.tokens) for row in rows} if self.same_length_only else {None}
-        for length in sorted(lengths, key=lambda n: n or 0):
-            self.limit.run(
-                [row for row in rows if length in (None, len(row.tokens))],
-                lambda row: len(row.tokens),
-                lambda batch: self._score(batch, 0, None, None),
-            )
+        self.limit.run(rows, lambda row: len(row.tokens), self._score_whole)
+
+    def _score_whole(self, rows: Sequence[Row]) -> None:
+        """Padded on the right, which no causal model sees, whatever it makes of positions."""
+        longest = max(len(row.tokens) for row in rows)
+        padding = [[self.pad_id] * (longest - len(row.tokens)) for row in rows]
+        pairs = list(zip(rows, padding, strict=True))
+        device = self.model.device
+        ids = torch.tensor([[*row.tokens, *rest] for row, rest in pairs], device=device)
+        mask = torch.tensor(
+            [[1] * len(row.tokens) + [0] * len(rest) for row, rest in pairs], device=device
+        )
+        keep = longest - min(row.first for row in rows)
+        logits = self._forward(ids, mask, None, None, keep=keep)
+        self._hand_out(
+            rows, [its[: keep - len(rest)] for its, (_, rest) in zip(logits, pairs, strict=True)]
+        )
 
     def read(self, jobs: Sequence[Job]) -> None:
         """Rows after their prefixes: several prefixes at a time, then their rows in batches."""
@@ -242,29 +255,26 @@ class _Reader:
         self.limit.run(rows, lambda r: len(r[1].tokens) - (7 * jobs[r[0]].prefix) // 8, score)
 
     def _score(
-        self,
-        rows: Sequence[Row],
-        prefixes: Sequence[int] | int,
-        cache: Cache | None,
-        prefix_mask: torch.Tensor | None,
+        self, rows: Sequence[Row], prefixes: Sequence[int], cache: Cache, prefix_mask: torch.Tensor
     ) -> None:
         """Score the requests of `rows`, of which the first `prefixes` tokens lie in the cache."""
-        starts = [prefixes] * len(rows) if isinstance(prefixes, int) else prefixes
         ids, mask = self._padded(
-            [row.tokens[start:] for row, start in zip(rows, starts, strict=True)]
+            [row.tokens[start:] for row, start in zip(rows, prefixes, strict=True)]
         )
-        begin = torch.tensor(starts, device=ids.device)[:, None]
-        positions = _positions(mask) + begin
-        if prefix_mask is not None:
-            mask = torch.cat([prefix_mask, mask], dim=1)
+        positions = _positions(mask) + torch.tensor(prefixes, device=ids.device)[:, None]
         width = max(len(row.tokens) - row.first for row in rows)
-        logits = self._forward(ids, mask, positions, cache, keep=width)
+        mask = torch.cat([prefix_mask, mask], dim=1)
+        self._hand_out(rows, list(self._forward(ids, mask, positions, cache, keep=width)))
+
+    def _hand_out(self, rows: Sequence[Row], logits: Sequence[torch.Tensor]) -> None:
+        """Keep the scores of all requests of `rows`; each of `logits` ends with the row's: [some, vocabulary]."""
         scores: dict[int, Scored] = {}
         for row, its in zip(rows, logits, strict=True):
-            log_probabilities = its.float().log_softmax(-1)  # [width, vocabulary]
+            log_probabilities = its.float().log_softmax(-1)
             likeliest = log_probabilities.argmax(-1)
             for i in row.requests:
-                target = torch.tensor(self.requests[i].continuation, device=its.device)[-width:]
+                target = torch.tensor(self.requests[i].continuation, device=its.device)
+                target = target[-len(its) :]
                 chosen = log_probabilities[-len(target) :].gather(-1, target[:, None])
                 greedy = bool((likeliest[-len(target) :] == target).all())
                 scores[i] = (float(chosen.sum()), greedy)
@@ -274,7 +284,7 @@ class _Reader:
         self,
         ids: torch.Tensor,
         mask: torch.Tensor,
-        positions: torch.Tensor,
+        positions: torch.Tensor | None,
         cache: Cache | None,
         *,
         keep: int,
@@ -284,7 +294,7 @@ class _Reader:
         arguments["use_cache"] = cache is not None
         if cache is not None:
             arguments["past_key_values"] = cache
-        if "position_ids" in self.accepted and not self.same_length_only:
+        if positions is not None and "position_ids" in self.accepted:
             arguments["position_ids"] = positions
         if "logits_to_keep" in self.accepted:
             arguments["logits_to_keep"] = keep

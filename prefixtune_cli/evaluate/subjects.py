@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.tokenizer import check_base
 
 ADAPTER = "adapter"
-WHOLE_FILE_BYTES = 64 * 2**20  # larger weights are told by size, time and their header
+WHOLE_FILE_BYTES = 64 * 2**20  # larger weights of a base are told by their beginning, size and time
+PARTS_OF_A_MODEL = {".json", ".safetensors", ".bin", ".pt", ".jinja", ".model", ".txt", ".py"}
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,14 @@ class Subject:
 
 @dataclass
 class Cast:
-    """The base's section, the recipe that data is read by, and all subjects, the base first where it takes part."""
+    """The base's section, the recipe that data is read by, and all subjects, the base first where it takes part.
+
+    `readings` has every run's way to read and render data, as text.
+    """
 
     recipe: Recipe
     template: str | None
+    readings: list[str]
     subjects: list[Subject]
     base_sha256: str
     _base: PreTrainedModel | None = field(default=None, repr=False)
@@ -105,6 +111,8 @@ class Cast:
             "base": self.base_sha256,
             "bits": section.bits,
             "attention": section.attention,
+            "device": models.device().type,
+            "versions": [metadata.version(name) for name in ("transformers", "lm_eval")],
             "adapter": None if subject.adapter is None else subject.sha256,
             **settings,
         }
@@ -148,18 +156,20 @@ def assemble(
         recipes = [resolve(str(RunDir(run).recipe), flags={"model": flags}) for run in runs]
         _check_same_base(recipes, runs)
         recipe = recipes[0]
+        readings = [_reading(run, of) for run, of in zip(runs, recipes, strict=True)]
         kept = RunDir(runs[0]).chat_template
         template = str(kept) if kept.exists() else recipe.data.chat_template
     else:
         found = [_subject(Path(folder)) for folder in adapters]
         recipe = resolve(flags={"model": {**flags, "name": model}})
+        readings = []
     check_base(recipe.model)
     for subject in found:
         if subject.adapter is not None and not subject.whole:
             models.check_fits(recipe.model, subject.adapter)
     its = hash_of_base(recipe.model)
     subjects = [Subject(BASE, sha256=its)] if base else []
-    return Cast(recipe, template, [*subjects, *_named(found)], its)
+    return Cast(recipe, template, readings, [*subjects, *_named(found)], its)
 
 
 def _of_run(run: str) -> Subject:
@@ -170,8 +180,9 @@ def _of_run(run: str) -> Subject:
 
 
 def _subject(folder: Path, run: RunDir | None = None, whole: bool = False) -> Subject:
-    name = (run.path if run else folder).resolve().name
-    return Subject(name, folder, whole, run, hash_of_folder(folder))
+    named = run.path if run else folder
+    name = (named.parent if named.name == "adapter" else named).resolve().name
+    return Subject(name, folder, whole, run, hash_of_folder(folder, shortcut=whole))
 
 
 def _named(subjects: list[Subject]) -> list[Subject]:
@@ -188,6 +199,13 @@ def _named(subjects: list[Subject]) -> list[Subject]:
         Subject(name, s.adapter, s.whole, s.run, s.sha256)
         for name, s in zip(names, subjects, strict=True)
     ]
+
+
+def _reading(run: str, recipe: Recipe) -> str:
+    where = {"train": None, "eval": None, "eval_split": None, "chat_template": None}
+    template = RunDir(run).chat_template
+    text = template.read_text(encoding="utf-8") if template.exists() else recipe.data.chat_template
+    return json.dumps([recipe.data.model_copy(update=where).model_dump(), text], sort_keys=True)
 
 
 def _check_same_base(recipes: list[Recipe], runs: Sequence[str]) -> None:
@@ -211,31 +229,28 @@ def hash_of_base(section: ModelSection) -> str:
     """
     name = resolve_alias(section.name)
     if Path(name).is_dir():
-        return hash_of_folder(Path(name))
+        return hash_of_folder(Path(name), shortcut=True)
     commit = models.load_config(section)._commit_hash
     return hashlib.sha256(f"{name} {commit}".encode()).hexdigest()
 
 
-def hash_of_folder(folder: Path) -> str:
-    """sha256 of the settings, tokenizer and weights in a folder; of weights over 64 MiB, the header, size and time."""
+def hash_of_folder(folder: Path, *, shortcut: bool) -> str:
+    """sha256 of what a model or an adapter consists of: settings, tokenizer, code and weights.
+
+    Args:
+        folder: the model's or the adapter's.
+        shortcut: of files over 64 MiB, take the beginning, the size and the time alone.
+    """
     found = hashlib.sha256()
     for file in sorted(folder.glob("*")):
-        if not file.is_file() or file.suffix not in (
-            ".json",
-            ".safetensors",
-            ".jinja",
-            ".model",
-            ".txt",
-        ):
+        if not file.is_file() or file.suffix.lower() not in PARTS_OF_A_MODEL:
             continue
         about = file.stat()
         with open(file, "rb") as content:
-            if about.st_size <= WHOLE_FILE_BYTES:
-                part = hashlib.sha256(content.read()).hexdigest()
+            if shortcut and about.st_size > WHOLE_FILE_BYTES:
+                part = hashlib.sha256(content.read(2**20)).hexdigest()
+                part += f" {about.st_size} {about.st_mtime_ns}"
             else:
-                part = (
-                    hashlib.sha256(content.read(2**20)).hexdigest()
-                    + f" {about.st_size} {about.st_mtime_ns}"
-                )
+                part = hashlib.file_digest(content, "sha256").hexdigest()
         found.update(json.dumps([file.name, part]).encode())
     return found.hexdigest()

@@ -16,9 +16,10 @@ from typing import Any
 
 from prefixtune_cli.data.benchmark import Wanted, load_benchmark
 from prefixtune_cli.data.locate import ask_hub
-from prefixtune_cli.errors import DataError, ResourceError, UsageError
+from prefixtune_cli.errors import DataError, PtpError, ResourceError, UsageError
 from prefixtune_cli.evaluate.catalogue import Catalogue, Listed
 
+FILE_TYPES = {"json", "csv", "parquet", "text", "arrow"}  # in place of a data set's id
 FEW_SHOT_SEED = 1234  # lm-eval's own, so that it draws the same examples
 
 
@@ -91,19 +92,21 @@ def load_benchmark_tasks(
     with _rows_from(data, listed, name):
         try:
             loaded = manager.load([name])
-        except (DataError, ResourceError):
+            tasks = loaded["tasks"]
+            notices = [notice for task in tasks.values() for notice in _shots(task, rendering)]
+            for task in tasks.values():
+                _build(task, rendering)
+        except PtpError:
             raise
         except (ImportError, OSError) as error:
             raise ResourceError(f"{name} needs more than is on this machine: {error}") from error
-        except (KeyError, ValueError, TypeError, AssertionError) as error:
+        except (
+            Exception
+        ) as error:  # whatever a task's own code makes of rows that it did not expect
             raise DataError(
                 f"{name} cannot be loaded ({type(error).__name__}: {error}). Has the data the columns and splits that "
                 "the task reads?"
             ) from error
-    tasks = loaded["tasks"]
-    notices = tuple(n for task in tasks.values() for n in _shots(task, rendering))
-    for task in tasks.values():
-        _build(task, rendering)
     return Benchmark(name, tasks, dict(loaded.get("groups", {})), tuple(dict.fromkeys(notices)))
 
 
@@ -116,11 +119,16 @@ def local_data(given: Mapping[str, str], catalogue: Catalogue) -> dict[str, Path
     found: dict[str, Path] = {}
     ids = {entry.dataset for entry in catalogue.entries.values()}
     for name, path in given.items():
-        if name in ids:
+        if name not in catalogue.entries and name in ids:
             found[name] = Path(path).expanduser()
             continue
         catalogue.check([name], ())
         datasets = sorted({task.dataset for task in catalogue.tasks(name) if task.dataset})
+        if not datasets or set(datasets) & FILE_TYPES:
+            raise UsageError(
+                f"--bench-data {name}={path}: {name} brings its data along or fetches files by their address, so no "
+                "copy can take its place."
+            )
         if len(datasets) != 1:
             raise UsageError(
                 f"--bench-data {name}={path}: {name} reads {len(datasets)} data sets. Give each by its own name: "
@@ -198,8 +206,10 @@ def _shots(task: Any, rendering: Rendering) -> Iterator[str]:
     sampler = getattr(task, "sampler", None)
     if not shots or sampler is None:
         return
-    split = task.config.fewshot_config and task.fewshot_cfg.split
-    own_split = split is not None and split == task.config.test_split
+    split = getattr(getattr(task, "fewshot_cfg", None), "split", None)
+    own_split = (
+        split == task.config.test_split
+    )  # also where neither has one; then one more is drawn
     available = len(sampler.df) - own_split
     if shots > available:
         raise UsageError(

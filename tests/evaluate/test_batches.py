@@ -134,11 +134,11 @@ def test_a_halving_is_said_aloud() -> None:
     ]
 
 
-def test_after_a_halving_short_sequences_come_no_more_at_a_time_than_long_ones() -> None:
+def test_where_tokens_are_bounded_short_sequences_still_go_many_at_a_time_after_a_halving() -> None:
     limited, worker = limit(tokens=1000), Worker(tokens=600)
     limited.run([100] * 12 + [10] * 12, size, worker)
-    assert [*map(len, worker.done)] == [5, 5, 5, 5, 4]
-    assert (limited.rows, limited.tokens) == (5, 500)
+    assert [*map(len, worker.done)] == [5, 5, 5, 9]
+    assert (limited.rows, limited.tokens) == (10**6, 500)
 
 
 def test_a_limit_never_grows() -> None:
@@ -154,7 +154,7 @@ def test_a_limit_never_grows() -> None:
         limited.run([*range(1, 90)], size, Worker(rows, tokens))
         assert limited.rows <= before[0]
         assert limited.tokens <= before[1]
-    assert limited.rows == 1
+    assert limited.tokens < 200
 
 
 def test_a_single_item_that_does_not_fit_is_told_with_what_to_type() -> None:
