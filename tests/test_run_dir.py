@@ -1,6 +1,7 @@
 """The run directory: names, and files that are whole or not there."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,10 @@ def test_metrics_survive_a_torn_last_line_and_can_be_cut_back(tmp_path: Path) ->
     assert [row["step"] for row in run_dir.read_metrics()] == [1, 2, 3]
     run_dir.truncate_metrics(2)
     assert run_dir.metrics.read_text().count("\n") == 2
+
+
+def test_json_has_null_for_what_is_not_a_finite_number(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    write_json(file, {"a": [1.5, math.nan, (math.inf,)], "b": {"c": -math.inf, "d": "NaN"}})
+    found = json.loads(file.read_text(), parse_constant=pytest.fail)
+    assert found == {"a": [1.5, None, [None]], "b": {"c": None, "d": "NaN"}}

@@ -6,7 +6,6 @@ NO_COLOR is set or nobody is at a terminal; there, lines are not wrapped either.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from functools import cache
@@ -72,7 +71,9 @@ def error(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print a result for another program: plain JSON on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    from prefixtune_cli.run_dir import to_json
+
+    print(to_json(value))
 
 
 def print_table(columns: list[str], rows: list[list[str]]) -> None:

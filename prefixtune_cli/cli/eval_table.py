@@ -55,7 +55,7 @@ def print_found(found: Found, *, show_all: bool, markdown: bool, as_json: bool) 
         head, rows = table(found.outcomes, show_all=show_all)
         if markdown:
             for cells in (head, ["---", "---", *["---:"] * (len(head) - 2)], *rows):
-                escaped = (cell.strip().replace("|", r"\|") for cell in cells)
+                escaped = (_markdown(cell) for cell in cells)
                 print(f"| {' | '.join(escaped)} |")
         else:
             console.print_table(head, rows)
@@ -83,6 +83,12 @@ def table(outcomes: Sequence[Outcome], *, show_all: bool) -> tuple[list[str], li
         elif not adapters:
             head.append("95 % interval")
     return head, [_row(line, models, adapters, tested) for line in lines]
+
+
+def _markdown(cell: str) -> str:
+    """A cell that keeps its indentation, and does not end at a bar of its own."""
+    text = cell.strip().replace("|", r"\|")
+    return "&nbsp;" * (len(cell) - len(cell.lstrip())) + text
 
 
 def _row(line: Line, models: list[str], adapters: list[str], tested: bool) -> list[str]:

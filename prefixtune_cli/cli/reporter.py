@@ -24,6 +24,12 @@ def _shown(figures: Mapping[str, float]) -> str:
     return "  ".join(form.format(figures[name]) for name, form in _SHOWN.items() if name in figures)
 
 
+def _rate(done: int, started: float) -> str:
+    """Items a second, where something was done."""
+    seconds = time.monotonic() - started
+    return f"{done / seconds:,.1f}/s" if done and seconds > 0 else ""
+
+
 class LiveReporter:
     """A progress bar with loss, learning rate, tokens per second, ETA and peak memory."""
 
@@ -46,6 +52,8 @@ class LiveReporter:
             console=console.stderr(),
         )
         self._tasks: dict[str, Any] = {}
+        self._measured: set[str] = set()  # tasks that tell figures of their own
+        self._started: dict[str, tuple[float, int]] = {}
 
     def __enter__(self) -> LiveReporter:
         self._progress.start()
@@ -63,9 +71,13 @@ class LiveReporter:
     def progress(self, task: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         if task not in self._tasks:
             self._tasks[task] = self._progress.add_task(task, total=total, figures="")
+        started, first = self._started.setdefault(task, (time.monotonic(), done))
         self._progress.update(self._tasks[task], completed=done, total=total)
         if figures:
-            self._progress.update(self._tasks[task], figures=_shown(figures))
+            self._measured.add(task)
+        rate = "" if task in self._measured else _rate(done - first, started)
+        if said := _shown(figures) or rate:
+            self._progress.update(self._tasks[task], figures=said)
 
 
 class LineReporter:
@@ -73,6 +85,7 @@ class LineReporter:
 
     def __init__(self) -> None:
         self._last: dict[str, float] = {}
+        self._measured: set[str] = set()
         self._started: dict[str, tuple[float, int]] = {}
 
     def __enter__(self) -> LineReporter:
@@ -88,6 +101,8 @@ class LineReporter:
 
     def progress(self, task: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         now = time.monotonic()
+        if figures:
+            self._measured.add(task)
         started, first = self._started.setdefault(task, (now, done))
         silent_for = now - self._last.setdefault(task, now)
         if not figures and silent_for < SECONDS_BETWEEN_LINES and (done < total or first == total):
@@ -97,7 +112,9 @@ class LineReporter:
         self._last[task] = now
         speed = (done - first) / (now - started) if now > started else 0
         left = f"  ETA {int((total - done) / speed)} s" if speed and done < total else ""
-        console.notice(f"{task} {done}/{total}  {_shown(figures)}{left}".rstrip())
+        rate = "" if task in self._measured else _rate(done - first, started)
+        said = _shown(figures) or rate
+        console.notice(f"{task} {done}/{total}  {said}{left}".rstrip())
 
 
 def reporter() -> LiveReporter | LineReporter:

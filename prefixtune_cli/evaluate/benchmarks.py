@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,8 +22,8 @@ from prefixtune_cli.evaluate.paired import (
 )
 from prefixtune_cli.evaluate.tasks import Benchmark, Rendering
 
-RESAMPLES = 1000  # for metrics other than means, which are computed anew for every draw
-SLOW_METRICS = {"bleu": 100, "chrf": 100, "ter": 100}  # as lm-eval does
+# For metrics other than means, which are computed anew for every draw.
+RESAMPLES, FEWEST_DRAWS, SECONDS_OF_DRAWS = 1000, 100, 60
 
 Key = tuple[str, str]  # a metric and its filter
 Items = dict[int, Any]  # document → value
@@ -96,7 +97,7 @@ def compare(benchmark: Benchmark, answered: Mapping[str, Answered]) -> Outcome:
                 ",".join(key): {
                     "document": list(items),
                     **{
-                        who: [_plain(of.items[name][key][d]) for d in items]
+                        who: [_plain(of.items[name].get(key, {}).get(d)) for d in items]
                         for who, of in answered.items()
                     },
                 }
@@ -181,13 +182,13 @@ def _task_lines(
 ) -> Iterator[Line]:
     name = task.task_name
     for key, items in _first(answered).items[name].items():
-        of_all = {who: list(of.items[name][key].values()) for who, of in answered.items()}
+        of_all = _aligned(answered, name, key)
         aggregate = task.aggregation().get(key[0])
         sample: _Sample | None = None
         if (numbers := _numbers(of_all)) is not None and _is_mean(aggregate):
             sample = _Mean({who: [values] for who, values in numbers.items()})
         elif aggregate is not None:
-            sample = _Aggregate(of_all, aggregate, SLOW_METRICS.get(key[0], RESAMPLES))
+            sample = _sampled(of_all, aggregate)
         yield from _line(name, key, answered, sample, len(items), depth, folded)
 
 
@@ -195,7 +196,8 @@ def _group_lines(
     group: Any, answered: Mapping[str, Answered], depth: int, folded: bool
 ) -> Iterator[Line]:
     """The figures that lm-eval gives for the group; without an interval where they are no means."""
-    tasks = [task.task_name for task in group.get_all_tasks()]
+    its_tasks = {task.task_name: task for task in group.get_all_tasks()}
+    tasks = list(its_tasks)
     wanted = {
         setting.metric: setting.weight_by_size for setting in group.aggregate_metric_list or []
     }
@@ -203,12 +205,10 @@ def _group_lines(
     keys = dict.fromkeys(key for task in tasks for key in first[task] if key[0] in wanted)
     for key in keys:
         its = [task for task in tasks if key in first[task]]
-        parts = [
-            _numbers({who: list(of.items[task][key].values()) for who, of in answered.items()})
-            for task in its
-        ]
+        parts = [_numbers(_aligned(answered, task, key)) for task in its]
+        means = all(_is_mean(its_tasks[task].aggregation().get(key[0])) for task in its)
         sample = None
-        if all(part is not None for part in parts):
+        if means and all(part is not None for part in parts):
             strata = {who: [part[who] for part in parts if part is not None] for who in answered}
             sample = _Mean(strata, None if wanted[key[0]] else [1.0] * len(its))
         count = sum(len(first[task][key]) for task in its)
@@ -249,6 +249,28 @@ def _line(
         depth=depth,
         folded=folded,
     )
+
+
+def _aligned(answered: Mapping[str, Answered], name: str, key: Key) -> dict[str, list[Any]]:
+    """The values of the documents for which every model has one, in the same order."""
+    of_all = {who: of.items[name].get(key, {}) for who, of in answered.items()}
+    shared = [
+        d for d in _first(answered).items[name][key] if all(d in of for of in of_all.values())
+    ]
+    return {who: [of[d] for d in shared] for who, of in of_all.items()}
+
+
+def _sampled(of_all: Mapping[str, list[Any]], aggregate: Any) -> _Aggregate | None:
+    """As many draws as a minute allows; none of a metric that fails, or that takes seconds by itself."""
+    started = time.perf_counter()
+    try:
+        for items in of_all.values():
+            aggregate(list(items))
+    except Exception:  # some metrics load a scorer
+        return None
+    seconds = (time.perf_counter() - started) / len(of_all)
+    draws = int(min(RESAMPLES, SECONDS_OF_DRAWS / max(seconds, 1e-9)))
+    return _Aggregate(of_all, aggregate, draws) if draws >= FEWEST_DRAWS else None
 
 
 def _first(answered: Mapping[str, Answered]) -> Answered:

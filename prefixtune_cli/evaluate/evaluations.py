@@ -130,6 +130,10 @@ def prepare(
         from prefixtune_cli.evaluate.tasks import local_data
 
         local = local_data(given, catalogue)
+        read = {task.dataset for name in from_hub for task in catalogue.tasks(name)}
+        for name in settings.bench_data:
+            if not read & local_data({name: ""}, catalogue).keys():
+                reporter.warning(f"--bench-data {name}: none of the benchmarks reads it.")
     for name in settings.benches:
         if name == QUICKSTART:
             yield _of_data(SAMPLES, QUICKSTART, settings, cast, tokenizer, reporter)
@@ -137,6 +141,7 @@ def prepare(
             yield _of_text(settings, cast, tokenizer)
         else:
             assert catalogue is not None
+            reporter.notice(f"Building the requests of {name}.")
             yield _of_benchmark(name, catalogue, local, settings, cast, tokenizer)
 
 
@@ -254,7 +259,7 @@ def _of_benchmark(
 
     def compare(judged: Mapping[str, Any], stage: Stage) -> Outcome:
         outcome = benchmarks.compare(loaded, judged)
-        cut = stage.lm.cut
+        cut = sum(stage.lm.cut.values())
         if not cut:
             return outcome
         notice = (

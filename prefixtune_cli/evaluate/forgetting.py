@@ -94,7 +94,7 @@ def prepare(
     check_limit(limit)
     if window < 2:
         raise UsageError(
-            f"--window must be at least 2, got {window}: the first token of a window is not predicted."
+            f"A window must have at least 2 tokens, got {window}: the first one is not predicted."
         )
     documents, fingerprint = _documents(source)
     windows = [

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefixtune_cli.errors import ModelError
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.finished import Finished, Keep
+from prefixtune_cli.evaluate.losses import check_numbers
 from prefixtune_cli.evaluate.shared_prefix import Request, log_likelihoods
 from prefixtune_cli.progress import Reporter
 
@@ -51,7 +52,7 @@ class BenchmarkLM(HFLM):
         self._who = ""
         self._ids: dict[str, list[int]] = {}
         self._tokenized: tuple[list[tuple[Any, ...]], list[Any]] | None = None
-        self.cut = 0  # prompts that were cut from the left
+        self.cut: dict[str, int] = {}  # prompts that were cut from the left, by type of request
 
     def turn(
         self, bench: str, who: str, model: Any, finished: Finished, versions: dict[str, Any]
@@ -59,7 +60,7 @@ class BenchmarkLM(HFLM):
         """From here on `model` answers the tasks of these versions, as `who`."""
         if bench != self.bench:  # let go of the texts of the last one
             self._ids.clear()
-            self._tokenized, self.cut = None, 0
+            self._tokenized, self.cut = None, {}
         self.bench, self.versions, self.finished, self._who = bench, versions, finished, who
         self._model = model
 
@@ -100,6 +101,7 @@ class BenchmarkLM(HFLM):
             self._score([pairs[i] for i in missing], missing, keep, len(requests))
 
         found = self._finished(requests, answer)
+        check_numbers([score for score, _ in found], f"{self.bench}, {self._who}")
         return [(float(score), bool(greedy)) for score, greedy in found]
 
     def _pairs(self, requests: list[Instance]) -> list[tuple[Any, list[int], list[int]]]:
@@ -111,7 +113,9 @@ class BenchmarkLM(HFLM):
             self._tokenized = (arguments, pairs)
             self._ids.clear()
             longest = self.max_length + 1
-            self.cut = sum(len(context) + len(rest) > longest for _, context, rest in pairs)
+            self.cut["score"] = sum(
+                len(context) + len(rest) > longest for _, context, rest in pairs
+            )
         return self._tokenized[1]
 
     def _pair(self, context: str, continuation: str) -> tuple[None, list[int], list[int]]:
@@ -177,6 +181,7 @@ class BenchmarkLM(HFLM):
                 "all. Use a base with a longer window."
             )
         self._tokenize([request.args[0] for request in requests])
+        self.cut["generate"] = sum(self._generation_length(r) > self.max_length for r in requests)
 
         def answer(missing: list[int], keep: Keep) -> None:
             done = len(requests) - len(missing)
@@ -189,12 +194,11 @@ class BenchmarkLM(HFLM):
                 done += len(batch)
                 self._progress(done, len(requests))
 
-            self.cut = sum(self._generation_length(r) > self.max_length for r in requests)
             for settings in {str(requests[i].args[1]) for i in missing}:
                 chosen = [i for i in missing if str(requests[i].args[1]) == settings]
                 self.limit.run(chosen, lambda i: self._generation_length(requests[i]), work)
 
-        if any(request.args[1].get("do_sample") for request in requests):
+        if any(_settings(request)["do_sample"] for request in requests):
             drawn: dict[int, str] = {}
             answer(list(range(len(requests))), drawn.update)
             return [drawn[i] for i in range(len(requests))]
@@ -216,7 +220,12 @@ class BenchmarkLM(HFLM):
 
 def _most_tokens(request: Instance) -> int:
     """How long an answer may be."""
-    return int(normalize_gen_kwargs(dict(request.args[1]), GENERATED_TOKENS)["max_gen_toks"])
+    return int(_settings(request)["max_gen_toks"])
+
+
+def _settings(request: Instance) -> dict[str, Any]:
+    """The settings of a generation by lm-eval's names, whatever the task calls them."""
+    return dict(normalize_gen_kwargs(dict(request.args[1]), GENERATED_TOKENS))
 
 
 def _texts(context: str, continuation: str) -> tuple[str, ...]:

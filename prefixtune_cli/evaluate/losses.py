@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefixtune_cli.errors import UsageError
+from prefixtune_cli.errors import ModelError, UsageError
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.finished import Finished
 from prefixtune_cli.evaluate.held_out import Example, row_losses
@@ -59,7 +60,17 @@ def finished_losses(
             model, tokenizer, examples, limit, keep, rows=missing, task=task, reporter=reporter
         ),
     )
+    check_numbers([nats for nats, _ in found], task)
     return [(float(nats), int(tokens)) for nats, tokens in found]
+
+
+def check_numbers(scores: Sequence[float], task: str) -> None:
+    """Raise ModelError where a score is not a number: what would follow from it is no result."""
+    if wrong := sum(math.isnan(score) for score in scores):
+        raise ModelError(
+            f"{task}: {wrong} of {len(scores)} scores are not a number. The weights are broken, or overflow at this "
+            "precision; try --bits 32."
+        )
 
 
 def loss_items(origins: Sequence[str], losses: Mapping[str, Losses]) -> list[dict[str, Any]]:

@@ -144,7 +144,8 @@ def _folders(settings: Settings, cast: Cast) -> list[RunDir]:
     if runs := [subject.run for subject in cast.subjects if subject.run is not None]:
         return runs
     name = cast.recipe.model.name.rstrip("/").split("/")[-1]
-    return [RunDir(Path("runs") / f"{name}-eval")]
+    adapters = [s.folder_name for s in cast.subjects if s.adapter is not None]
+    return [RunDir(Path("runs") / "-".join([name, *adapters, "eval"]))]
 
 
 def _check_writable(folder: RunDir) -> None:

@@ -49,6 +49,12 @@ class Subject:
     run: RunDir | None = None
     sha256: str = ""
 
+    @property
+    def folder_name(self) -> str:
+        """What its folder is called; `adapter`, as runs call it, says less than the folder around it."""
+        folder = (self.run.path if self.run else self.adapter or Path(BASE)).resolve()
+        return folder.parent.name if folder.name == ADAPTER else folder.name
+
     def to_json(self) -> dict[str, Any]:
         folder = None if self.adapter is None else str(self.adapter)
         return {"name": self.name, "folder": folder, "sha256": self.sha256}
@@ -180,9 +186,7 @@ def _of_run(run: str) -> Subject:
 
 
 def _subject(folder: Path, run: RunDir | None = None, whole: bool = False) -> Subject:
-    named = run.path if run else folder
-    name = (named.parent if named.name == "adapter" else named).resolve().name
-    return Subject(name, folder, whole, run, hash_of_folder(folder, shortcut=whole))
+    return Subject("", folder, whole, run, hash_of_folder(folder, shortcut=whole))
 
 
 def _named(subjects: list[Subject]) -> list[Subject]:
@@ -190,7 +194,7 @@ def _named(subjects: list[Subject]) -> list[Subject]:
     if len(subjects) == 1:
         names = [ADAPTER]
     else:
-        names = [subject.name for subject in subjects]
+        names = [subject.folder_name for subject in subjects]
         if len(set(names)) < len(names) or BASE in names:
             names = [str(s.run.path if s.run else s.adapter) for s in subjects]
         if len({Path(name).resolve() for name in names}) < len(names):
@@ -234,7 +238,7 @@ def hash_of_base(section: ModelSection) -> str:
     return hashlib.sha256(f"{name} {commit}".encode()).hexdigest()
 
 
-def hash_of_folder(folder: Path, *, shortcut: bool) -> str:
+def hash_of_folder(folder: Path, *, shortcut: bool = False) -> str:
     """sha256 of what a model or an adapter consists of: settings, tokenizer, code and weights.
 
     Args:

@@ -459,7 +459,7 @@ def test_the_command_that_the_bad_ones_are_made_from_is_good(
 ) -> None:
     code, _, said = ptp("eval", *asked()(things, tmp_path), "--out", tmp_path / "out")
     assert code == 0, said
-    assert said.splitlines()[0] == f"Loading {things.base}."
+    assert f"Loading {things.base}." in said.splitlines()
 
 
 def subprocess_environment(**changed: str) -> dict[str, str]:

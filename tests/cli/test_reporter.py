@@ -1,6 +1,8 @@
 """Progress on stderr: a bar at a terminal, lines elsewhere, with every figure that was measured."""
 
 import io
+import re
+import time
 
 import pytest
 from rich.console import Console
@@ -58,3 +60,17 @@ def test_a_pipe_gets_a_line_a_measurement_and_one_at_the_end(
     assert len(found) == 2
     assert found[0].startswith(f"training 4/8  {SHOWN}  ETA")
     assert found[1] == "training 8/8"
+
+
+def test_work_without_figures_tells_how_much_of_it_is_done_a_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = Console(file=io.StringIO(), width=140)
+    monkeypatch.setattr(console, "stderr", lambda: made)
+    monkeypatch.setattr(reporter, "SECONDS_BETWEEN_LINES", 0)
+    with reporter.LineReporter() as lines:
+        for done in (0, 30, 60):
+            time.sleep(0.01)
+            lines.progress("mmlu, base", done, 90, {})
+    last = written(made).splitlines()[-1]
+    assert re.fullmatch(r"mmlu, base 60/90  [\d,.]+/s  ETA 0 s", last), last

@@ -2,16 +2,18 @@
 
 import csv
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import torch
 from lm_eval.models.huggingface import HFLM
 
 from prefixtune_cli import model as models
-from prefixtune_cli.errors import DataError, UsageError
+from prefixtune_cli.errors import DataError, ModelError, UsageError
 from prefixtune_cli.evaluate import benchmarks
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.catalogue import Catalogue, load_catalogue
@@ -263,6 +265,28 @@ def test_without_a_context_the_start_of_a_text_stands_in(
     lm.turn("text", BASE, base, Finished(None, {}), {})
     found = lm.loglikelihood(requests)
     assert [s for s, _ in found] == pytest.approx([s for s, _ in expected], abs=1e-3)
+
+
+def test_scores_that_are_no_numbers_are_no_result(
+    catalogue: Catalogue, data: Path, random_base: Path
+) -> None:
+    section = ModelSection(name=str(random_base), bits=32)
+    broken = models.load_base(section).eval()
+    with torch.no_grad():
+        broken.get_input_embeddings().weight.fill_(math.nan)
+    lm = BenchmarkLM(broken, load_tokenizer(section), BatchLimit(9, 999, Silent()), Silent())
+    benchmark = load("mmlu_anatomy", catalogue, {"mmlu": data / "mmlu"})
+    with pytest.raises(ModelError, match="mmlu_anatomy, base: 56 of 56 scores are not a number"):
+        ours(lm, (broken, None), benchmark)
+
+
+def test_data_whose_name_is_also_a_hub_id_is_found_by_its_benchmark(catalogue: Catalogue) -> None:
+    assert local_data({"xnli": "/d"}, catalogue) != {"xnli": Path("/d")}
+
+
+def test_tasks_that_fetch_files_by_their_address_take_no_copy(catalogue: Catalogue) -> None:
+    with pytest.raises(UsageError, match="arithmetic_1dc brings its data along or fetches files"):
+        local_data({"arithmetic_1dc": "/d"}, catalogue)
 
 
 def test_requests_are_built_and_tokenized_once_for_all_models(

@@ -251,7 +251,7 @@ def test_text_that_cannot_be_used_is_refused_before_a_model_loads(
 def test_a_window_of_one_token_and_a_limit_of_none_are_refused(
     tokenizer: PreTrainedTokenizerBase, prose: Path
 ) -> None:
-    with pytest.raises(UsageError, match="--window must be at least 2, got 1"):
+    with pytest.raises(UsageError, match="at least 2 tokens, got 1"):
         prepare(str(prose), tokenizer, 1, None)
     with pytest.raises(UsageError, match="--limit must be at least 1, got 0"):
         prepare(str(prose), tokenizer, 10, 0)

@@ -170,7 +170,9 @@ def test_mcnemar_is_the_binomial_tail_of_the_items_that_changed(
     assert mcnemar(base, adapter) == pytest.approx(p_value)
     halves = ([base[:3], base[3:]], [adapter[:3], adapter[3:]])
     assert mean_difference(*halves).p_value == pytest.approx(p_value)
-    assert mean_difference(*halves, weights=[5, 1]).p_value is None  # its items do not weigh the same
+    assert (
+        mean_difference(*halves, weights=[5, 1]).p_value is None
+    )  # its items do not weigh the same
 
 
 def test_there_is_no_mcnemar_for_what_is_not_right_or_wrong() -> None:

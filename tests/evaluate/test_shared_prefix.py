@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoConfig,
+    MistralConfig,
+    MptConfig,
+    RwkvConfig,
+)
 
 from prefixtune_cli import model as models
 from prefixtune_cli.evaluate.batches import BatchLimit
@@ -124,6 +131,32 @@ def test_a_sliding_window_allows_a_shared_prefix_only_while_it_does_not_slide(wi
 def test_learned_positions_are_counted_from_the_start_of_the_text() -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=2, n_positions=256)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    requests = questions()
+    found = scores(model, requests, BatchLimit(7, 2000, Silent()), 256)
+    agree(found, one_by_one(model, requests, 256))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MptConfig(vocab_size=256, d_model=32, n_layers=2, n_heads=4, max_seq_len=512),
+        GPTNeoConfig(
+            vocab_size=256,
+            hidden_size=32,
+            num_layers=2,
+            attention_types=[[["global", "local"], 1]],
+            num_heads=4,
+            window_size=16,
+        ),
+        RwkvConfig(vocab_size=256, hidden_size=32, num_hidden_layers=2, context_length=512),
+    ],
+    ids=["alibi", "local attention", "recurrent"],
+)
+def test_models_that_count_positions_by_themselves_share_nothing_and_see_no_padding(
+    config: Any,
+) -> None:
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     requests = questions()
     found = scores(model, requests, BatchLimit(7, 2000, Silent()), 256)

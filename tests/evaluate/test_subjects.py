@@ -142,6 +142,20 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_loads(
         )
 
 
+@pytest.mark.parametrize("name", SECTIONS)
+def test_an_adapter_of_a_deeper_base_is_refused(
+    name: str, random_base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """All of the shallow base's layers would find their weights; the others would be dropped in silence."""
+    shallow = Path(shutil.copytree(random_base, tmp_path / "base"))
+    config = json.loads((shallow / "config.json").read_text())
+    config["num_hidden_layers"] = 1
+    config.pop("layer_types", None)
+    (shallow / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match="does not fit the base"):
+        cast_of(shallow, adapters[name])
+
+
 def test_names_tell_adapters_apart(
     random_base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
