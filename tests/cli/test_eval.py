@@ -16,6 +16,7 @@ import pytest
 
 from tests.cli.conftest import Ptp
 
+REAL_MMLU = Path(__file__).parents[2].parent / "shared" / "data" / "mmlu"
 SUBJECTS = ("anatomy", "astronomy")
 CELL = "mmlu_anatomy"  # the benchmark that most tests ask for
 
@@ -879,3 +880,36 @@ def test_a_base_of_four_bits_is_evaluated(ptp: Ptp, things: Things, tmp_path: Pa
     assert found["model"]["bits"] == 4
     [line] = found["lines"]
     assert line["differences"]["adapter"]["value"] == 0
+
+
+def test_after_a_short_quickstart_its_gain_shows_with_an_interval_that_leaves_out_zero(
+    ptp: Ptp, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    rows = ["--set", "evaluate.max_rows=20"]
+    code, _, said = ptp("train", "--recipe", "quickstart", "--steps", 60, *rows, "--out", run)
+    assert code == 0, said
+    code, printed, said = ptp(
+        "eval", "--run", run, "--bench", "quickstart", "--limit", 60, "--json"
+    )
+    assert code == 0, said
+    [found] = results(printed)
+    intents = next(line for line in found["lines"] if line["name"] == "intents")
+    assert intents["metric"] == "loss"
+    gain = intents["differences"]["adapter"]
+    assert gain["low"] < gain["value"] < gain["high"] < 0
+    assert (run / "eval" / "quickstart.json").exists()
+
+
+@pytest.mark.skipif(not REAL_MMLU.exists(), reason="the real MMLU is not beside the project")
+def test_the_real_mmlu_runs_over_57_subjects_without_a_network(ptp: Ptp, tmp_path: Path) -> None:
+    code, printed, said = ptp(
+        "eval", "--model", "tiny", "--bench", "mmlu", "--bench-data", f"mmlu={REAL_MMLU}",
+        "--limit", 5, "--no-cache", "--out", tmp_path, "--json",
+    )  # fmt: skip
+    assert code == 0, said
+    [found] = results(printed)
+    assert found["lines"][0]["name"] == "mmlu"
+    assert found["lines"][0]["items"] == 285
+    assert len(found["tasks"]) == 57
+    assert [line["depth"] for line in found["lines"]].count(2) == 57
