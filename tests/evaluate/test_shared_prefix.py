@@ -243,3 +243,22 @@ def test_a_batch_that_runs_out_of_memory_in_the_middle_of_a_prefix_is_halved(bas
         handle.remove()
     agree(found, expected)
     assert limit.tokens < 9999
+
+
+@pytest.mark.gpu
+def test_a_gpu_scores_as_a_cpu_does_and_goes_on_after_a_real_lack_of_memory(
+    random_base: Path, base: Any
+) -> None:
+    """All but 64 MiB of the memory are taken, so the first batch of 1,000 long sequences cannot fit."""
+    expected = one_by_one(base.cpu(), questions(), 512)
+    model = models.load_base(ModelSection(name=str(random_base), bits=32)).eval()
+    assert model.device.type == "cuda"
+    agree(scores(model, questions(), BatchLimit(7, 2000, Silent()), 512), expected)
+    long = [Request(tuple(5 + (i * j) % 90 for j in range(500)), (7,)) for i in range(1, 1000)]
+    free, _ = torch.cuda.mem_get_info()
+    taken = torch.empty(free - 64 * 2**20, dtype=torch.uint8, device="cuda")
+    limit = BatchLimit(1000, 10**6, Silent())
+    found = scores(model, long, limit, 512)
+    del taken
+    assert limit.rows < 1000 or limit.tokens < 10**6
+    agree(found[:3], one_by_one(base.cpu(), long[:3], 512))
