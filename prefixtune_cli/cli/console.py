@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 PIPED_WIDTH = 10_000
 
 
-def _console(*, stderr: bool) -> Console:
+def _console(*, stderr: bool, width: int | None = None) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else PIPED_WIDTH
+    width = width or (None if stream.isatty() else PIPED_WIDTH)
     return Console(stderr=stderr, width=width, soft_wrap=True, highlight=False)
 
 
@@ -76,15 +76,22 @@ def print_json(value: Any) -> None:
     print(to_json(value))
 
 
-def print_table(columns: list[str], rows: list[list[str]]) -> None:
-    """Print a result for people: a table without rules, which `cut` and `grep` read as well."""
+def print_table(columns: list[str], rows: list[list[str]], *, whole: bool = False) -> None:
+    """Print a result for people: a table without rules, which `cut` and `grep` read as well.
+
+    Args:
+        columns: the head.
+        rows: as many cells each.
+        whole: no cell is folded or cut; what is too wide for the terminal runs on in its next line.
+    """
     from rich.table import Table
     from rich.text import Text
 
     table = Table(*columns, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    stdout().print(table, soft_wrap=False)
+    out = _console(stderr=False, width=PIPED_WIDTH) if whole else stdout()
+    out.print(table, soft_wrap=False)
 
 
 def _labelled(label: str, colour: str, text: str) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from prefixtune_cli.cli import console
 
+BASE = "base"  # evaluate.outcome's, which is not worth an import of torch
+
 if TYPE_CHECKING:
     from prefixtune_cli.evaluate.outcome import Line, Outcome
     from prefixtune_cli.evaluate.paired import Difference, Interval
@@ -53,12 +55,18 @@ def print_found(found: Found, *, show_all: bool, markdown: bool, as_json: bool) 
         return
     if found.outcomes:
         head, rows = table(found.outcomes, show_all=show_all)
+        adapters = [name for name in _models(found.outcomes) if name != BASE]
         if markdown:
             for cells in (head, ["---", "---", *["---:"] * (len(head) - 2)], *rows):
                 escaped = (_markdown(cell) for cell in cells)
                 print(f"| {' | '.join(escaped)} |")
+        elif len(adapters) > 1 and _width(head, rows) > console.stdout().width:
+            for name in adapters:
+                part = table(found.outcomes, show_all=show_all, only=(BASE, name))
+                console.print_table(*part, whole=True)
+                print()
         else:
-            console.print_table(head, rows)
+            console.print_table(head, rows, whole=True)
     for outcome in found.outcomes:
         for notice in outcome.notices:
             console.notice(notice)
@@ -69,10 +77,26 @@ def print_found(found: Found, *, show_all: bool, markdown: bool, as_json: bool) 
         console.notice(f"Written: {path}")
 
 
-def table(outcomes: Sequence[Outcome], *, show_all: bool) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: every model's figure, and each adapter's paired difference from the base."""
+def _models(outcomes: Sequence[Outcome]) -> list[str]:
+    return list(dict.fromkeys(name for o in outcomes for line in o.lines for name in line.values))
+
+
+def _width(head: list[str], rows: list[list[str]]) -> int:
+    return sum(max(map(len, column)) + 2 for column in zip(head, *rows, strict=True))
+
+
+def table(
+    outcomes: Sequence[Outcome], *, show_all: bool, only: Sequence[str] | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: every model's figure, and each adapter's paired difference from the base.
+
+    Args:
+        outcomes: the benchmarks.
+        show_all: folded lines, too.
+        only: the models that are shown; None shows all.
+    """
     lines = [line for o in outcomes for line in o.lines if show_all or not line.folded]
-    models = list(dict.fromkeys(name for line in lines for name in line.values))
+    models = [name for name in _models(outcomes) if only is None or name in only]
     adapters = [name for name in models if any(name in line.differences for line in lines)]
     tested = any(d.p_value is not None for line in lines for d in line.differences.values())
     head = ["benchmark", "metric", "items"]

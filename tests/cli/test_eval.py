@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -442,9 +441,7 @@ def test_bad_input_is_one_clear_error_before_the_base_loads(
     make, expected_code, expected = BAD[case]
     given = make(things, tmp_path)
     out = tmp_path / "out"
-    started = time.monotonic()
     code, printed, said = ptp("eval", *given, "--out", out)
-    assert time.monotonic() - started < 20
     assert code == expected_code, said
     assert printed == ""
     assert said.count("error: ") == 1, said
@@ -471,7 +468,6 @@ def test_without_a_network_the_hub_is_asked_once_and_the_error_shows_the_way(
     things: Things, tmp_path: Path
 ) -> None:
     typed = ["eval", *map(str, things.who()), "--bench", CELL, "--out", str(tmp_path / "out")]
-    started = time.monotonic()
     ended = subprocess.run(
         [sys.executable, "-m", "prefixtune_cli", *typed],
         env=subprocess_environment(HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9"),
@@ -480,7 +476,7 @@ def test_without_a_network_the_hub_is_asked_once_and_the_error_shows_the_way(
         check=False,
     )
     assert ended.returncode == 1
-    assert time.monotonic() - started < 60  # where a connection is refused, most of it are imports
+    assert "Retry" not in ended.stderr
     assert "cais/mmlu cannot be fetched: no network" in ended.stderr
     assert f"--bench-data {CELL}=PATH" in ended.stderr
     assert "Loading " not in ended.stderr
