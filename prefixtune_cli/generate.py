@@ -173,6 +173,7 @@ def load_speaker(
     no_adapter: bool,
     bits: int | None,
     seed: int,
+    device: str | None = None,
 ) -> Speaker:
     """Load what `--run`, or `--model` with `--adapter`, names.
 
@@ -187,7 +188,8 @@ def load_speaker(
         )
     if run is not None and adapter is not None:
         raise UsageError("--run has its own adapter. Leave --adapter out, or give --model with it.")
-    base: dict[str, Any] = {} if bits is None else {"bits": bits}
+    chosen = {"bits": bits, "device": device}
+    base: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
     template, folder = None, adapter
     if run is not None:
         run_dir = RunDir(run)

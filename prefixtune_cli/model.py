@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -34,37 +33,13 @@ from transformers import (
 import prefixtune_cli.adapter as prefix_tuning_plus
 from prefixtune_cli.adapter import PrefixTuningPlusConfig, UnsupportedModelError
 from prefixtune_cli.errors import AdapterError, ModelError, ResourceError
+from prefixtune_cli.parallel.devices import check_device, device
 from prefixtune_cli.recipe.aliases import resolve
 from prefixtune_cli.recipe.schema import Full, Lora, ModelSection, PrefixTuning, PrefixTuningPlus
 from prefixtune_cli.tokenizer import cannot_load
 
 AdapterSection = PrefixTuningPlus | Lora | PrefixTuning | Full
 _WEIGHTS = "adapter_model.safetensors"
-
-
-def device() -> torch.device:
-    """Where this process computes: the first visible GPU, or the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def check_gpus(wanted: int | None) -> None:
-    """Raise ResourceError where there are fewer GPUs than `wanted`, or more processes than one."""
-    there = torch.cuda.device_count()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or (wanted or 0) in range(2, there + 1):
-        raise ResourceError(
-            "A run uses one GPU for now, without torchrun or accelerate launch. Type --gpus 1, and choose which with "
-            "CUDA_VISIBLE_DEVICES."
-        )
-    if wanted is None or wanted <= there:
-        return
-    instead = (
-        "Leave --gpus out to train on the CPU."
-        if not there
-        else f"Type --gpus {there}, or leave it out."
-    )
-    raise ResourceError(
-        f"train.gpus is {wanted}, but this machine has {there} CUDA GPUs. {instead}"
-    )
 
 
 def load_base(section: ModelSection, *, trainable: bool = False) -> PreTrainedModel:
@@ -78,6 +53,7 @@ def load_base(section: ModelSection, *, trainable: bool = False) -> PreTrainedMo
         ModelError: the model cannot be found or read.
         ResourceError: it does not fit into the memory.
     """
+    check_device(section.device)
     name, config = resolve(section.name), load_config(section)
     options: dict[str, Any] = {
         "dtype": torch.float32 if trainable or section.bits == 32 else torch.bfloat16
@@ -99,7 +75,7 @@ def load_base(section: ModelSection, *, trainable: bool = False) -> PreTrainedMo
             config=config,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
-            device_map={"": device()},
+            device_map={"": device(section.device)},
             output_loading_info=True,
             **options,
         )

@@ -21,7 +21,7 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 LAYERS = {
     "errors": 1, "run_dir": 1, "progress": 1,
     "recipe": 2, "memory": 2,
-    "adapter": 3, "data": 3,
+    "adapter": 3, "data": 3, "parallel": 3,
     "tokenizer": 4, "model": 4,
     "train": 5, "evaluate": 5, "generate": 5, "export": 5,
     "compare": 6, "report": 6, "doctor": 6,

@@ -159,11 +159,11 @@ def test_a_truncated_base_is_refused(random_base: Path, tmp_path: Path) -> None:
         models.load_base(section(folder))
 
 
-def test_several_processes_or_gpus_are_refused_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    models.check_gpus(None)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ResourceError, match="A run uses one GPU for now"):
-        models.check_gpus(None)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_told_before_the_base_loads(random_base: Path) -> None:
+    wanted = section(random_base).model_copy(update={"device": "cuda"})
+    with pytest.raises(ResourceError, match=r"no CUDA GPU here.*--device cpu"):
+        models.load_base(wanted)
 
 
 def test_a_model_without_a_tokenizer_is_refused(random_base: Path, tmp_path: Path) -> None:

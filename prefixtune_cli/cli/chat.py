@@ -14,6 +14,7 @@ def chat(
     no_adapter: options.NoAdapter = False,
     system: options.System = None,
     bits: options.Bits = None,
+    device: options.Device = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
@@ -27,7 +28,13 @@ def chat(
 
     sampling = generation.Sampling(max_new_tokens, temperature, top_p)
     speaker = generation.load_speaker(
-        run=run, model=model, adapter=adapter, no_adapter=no_adapter, bits=bits, seed=seed
+        run=run,
+        model=model,
+        adapter=adapter,
+        no_adapter=no_adapter,
+        bits=bits,
+        device=device,
+        seed=seed,
     )
     console.notice(f"{speaker.description}. {HELP}")
     messages = generation.conversation(None, system)

@@ -46,6 +46,7 @@ def eval(
         bool, options.option("--no-base", panel=WHO, help="Skip the base: nothing to compare with.")
     ] = False,
     bits: options.Bits = None,
+    device: options.Device = None,
     revision: options.Revision = None,
     attention: options.Attention = None,
     trust_remote_code: options.TrustRemoteCode = None,
@@ -162,6 +163,7 @@ def eval(
     flags = options.overrides(
         {
             "bits": bits,
+            "device": device,
             "revision": revision,
             "attention": attention,
             "trust_remote_code": trust_remote_code,

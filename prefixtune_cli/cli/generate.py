@@ -28,6 +28,7 @@ def generate(
     map: options.Map = None,
     system: options.System = None,
     bits: options.Bits = None,
+    device: options.Device = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
@@ -56,7 +57,13 @@ def generate(
 
     sampling = generation.Sampling(max_new_tokens, temperature, top_p)
     speaker = generation.load_speaker(
-        run=run, model=model, adapter=adapter, no_adapter=no_adapter, bits=bits, seed=seed
+        run=run,
+        model=model,
+        adapter=adapter,
+        no_adapter=no_adapter,
+        bits=bits,
+        device=device,
+        seed=seed,
     )
     if prompt is not None:
         text = sys.stdin.read() if prompt == "-" else prompt

@@ -19,6 +19,7 @@ KEYS = {
     "model": "model.name",
     "revision": "model.revision",
     "bits": "model.bits",
+    "device": "model.device",
     "attention": "model.attention",
     "trust_remote_code": "model.trust_remote_code",
     "data": "data.train",
@@ -166,6 +167,10 @@ Bits = Annotated[
     option(
         "--bits", panel=MODEL, metavar="N", help="Precision of the frozen base: 4, 8, 16 or 32."
     ),
+]
+Device = Annotated[
+    str | None,
+    option("--device", panel=MODEL, metavar="NAME", help="Where to compute: auto, cuda or cpu."),
 ]
 Attention = Annotated[
     str | None,

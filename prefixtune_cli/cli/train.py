@@ -33,6 +33,7 @@ def train(
     sets: options.Sets = None,
     revision: options.Revision = None,
     bits: options.Bits = None,
+    device: options.Device = None,
     attention: options.Attention = None,
     trust_remote_code: options.TrustRemoteCode = None,
     eval_data: options.EvalData = None,

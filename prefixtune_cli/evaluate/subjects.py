@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from prefixtune_cli import model as models
 from prefixtune_cli.errors import UsageError
 from prefixtune_cli.evaluate.outcome import BASE
+from prefixtune_cli.parallel.devices import device
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import ModelSection, Recipe
@@ -117,7 +118,7 @@ class Cast:
             "base": self.base_sha256,
             "bits": section.bits,
             "attention": section.attention,
-            "device": models.device().type,
+            "device": device(section.device).type,
             "versions": [metadata.version(name) for name in ("transformers", "lm_eval")],
             "adapter": None if subject.adapter is None else subject.sha256,
             **settings,

@@ -42,6 +42,9 @@ class ModelSection(Section):
         16,
         description="Precision of the frozen base: 4 and 8 by bitsandbytes, 16 is bfloat16, 32 is float32.",
     )
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        "auto", description="Where to compute; `auto` takes the GPUs where there are some."
+    )
     attention: Literal[
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = Field(

@@ -20,6 +20,7 @@ from trl import SFTConfig
 from prefixtune_cli import model as models
 from prefixtune_cli.errors import Interrupted
 from prefixtune_cli.evaluate.held_out import EXACT_MATCH_RULE, Score, score
+from prefixtune_cli.parallel.devices import check_device
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import dump
 from prefixtune_cli.recipe.schema import Recipe
@@ -85,7 +86,7 @@ def train(
     reporter = reporter or Silent()
     run_dir = RunDir(recipe.out or Path("runs") / recipe.run_name)
     recipe = recipe.model_copy(update={"out": str(run_dir.path)})
-    models.check_gpus(recipe.train.gpus)
+    check_device(recipe.model.device)
     check_tracker(recipe.train.track)
     if resume:
         check_resumable(run_dir, recipe)

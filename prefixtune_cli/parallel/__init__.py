@@ -1,0 +1,1 @@
+"""Several processes: which device each has, how they are started, and how they agree."""
