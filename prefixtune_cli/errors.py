@@ -12,8 +12,13 @@ prints the message without a traceback and exits with `exit_code`.
     ├── RunDirError           an output directory that is taken, incomplete or of another recipe
     ├── ResourceError         disk, memory, GPUs, network
     ├── TrainingError         training went wrong: a loss that is not finite, weights that did not move
-    └── Interrupted           Ctrl-C or SIGTERM, after what was done was saved (exit code 130)
+    ├── LostWorker            another process of the run has failed, and says why itself (exit code 3)
+    └── Interrupted           Ctrl-C, after what was done was saved (exit code 130)
+        └── Preempted         SIGTERM or SIGUSR1, a scheduler's, likewise (exit code 0)
 """
+
+# In the environment of processes that `ptp` itself has started: it names the one that was lost.
+LAUNCHER_PID = "PTP_LAUNCHER_PID"
 
 
 class PtpError(Exception):
@@ -56,7 +61,19 @@ class TrainingError(PtpError):
     """Training went wrong in a way that going on would hide."""
 
 
+class LostWorker(PtpError):
+    """Another process of the run has failed, so this one cannot go on; the other one says why."""
+
+    exit_code = 3
+
+
 class Interrupted(PtpError):
-    """The user, or the scheduler, stopped the work; what was done is kept."""
+    """The user stopped the work; what was done is kept."""
 
     exit_code = 130
+
+
+class Preempted(Interrupted):
+    """The scheduler stopped the work; what was done is kept, and the same command with `--resume auto` goes on."""
+
+    exit_code = 0

@@ -205,6 +205,7 @@ def load_speaker(
     else:
         recipe = resolve(flags={"model": {**base, "name": model}})
     check_base(recipe.model)
+    models.check_precision(recipe.model)
     if folder is not None:
         models.check_fits(recipe.model, folder)
     tokenizer = load_tokenizer(recipe.model)

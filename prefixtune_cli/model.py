@@ -1,6 +1,6 @@
 """The base model, and the adapters that are attached to it.
 
-The only place that knows quantization (bitsandbytes) and peft's configurations of the baseline methods.
+The only place that knows peft's configurations of the baseline methods.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft import (
@@ -25,15 +25,15 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
 import prefixtune_cli.adapter as prefix_tuning_plus
+from prefixtune_cli import quantization
 from prefixtune_cli.adapter import PrefixTuningPlusConfig, UnsupportedModelError
 from prefixtune_cli.errors import AdapterError, ModelError, ResourceError
-from prefixtune_cli.parallel.devices import check_device, device
+from prefixtune_cli.parallel.devices import check_device
 from prefixtune_cli.recipe.aliases import resolve
 from prefixtune_cli.recipe.schema import Full, Lora, ModelSection, PrefixTuning, PrefixTuningPlus
 from prefixtune_cli.tokenizer import cannot_load
@@ -42,31 +42,25 @@ AdapterSection = PrefixTuningPlus | Lora | PrefixTuning | Full
 _WEIGHTS = "adapter_model.safetensors"
 
 
-def load_base(section: ModelSection, *, trainable: bool = False) -> PreTrainedModel:
-    """The base model in the precision asked for, on this process's device.
+def load_base(
+    section: ModelSection, *, trainable: bool = False, sharded: bool = False
+) -> PreTrainedModel:
+    """The base model in the precision asked for, or its own where it is quantized already, on this process's device.
 
     Args:
         section: the recipe's model.
         trainable: every weight will be trained (method `full`), so they are kept in float32.
+        sharded: FSDP will give each process its part: the model is loaded into main memory, and 4-bit weights are
+            stored as bfloat16, so that they are sharded with the rest.
 
     Raises:
-        ModelError: the model cannot be found or read.
+        ModelError: the model cannot be found or read, or not in this precision.
         ResourceError: it does not fit into the memory.
     """
     check_device(section.device)
     name, config = resolve(section.name), load_config(section)
-    options: dict[str, Any] = {
-        "dtype": torch.float32 if trainable or section.bits == 32 else torch.bfloat16
-    }
-    if section.bits == 4:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    elif section.bits == 8:
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    quantization.check(section, config, "full" if trainable else None, sharded=sharded)
+    options = quantization.loading_options(section, config, trainable=trainable, sharded=sharded)
     if section.attention != "auto":
         options["attn_implementation"] = section.attention
     try:
@@ -75,7 +69,6 @@ def load_base(section: ModelSection, *, trainable: bool = False) -> PreTrainedMo
             config=config,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
-            device_map={"": device(section.device)},
             output_loading_info=True,
             **options,
         )
@@ -91,6 +84,7 @@ def load_base(section: ModelSection, *, trainable: bool = False) -> PreTrainedMo
             f"{section.name} lacks {len(missing)} of its weights, first {missing[0]}: they would be random. Is it a "
             "whole causal language model, and the download complete?"
         )
+    quantization.settle(model, sharded=sharded)
     return cast(PreTrainedModel, model)
 
 
@@ -108,6 +102,17 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(cannot_load("configuration", section, error)) from error
+
+
+def check_precision(
+    section: ModelSection, method: str | None = None, *, sharded: bool = False
+) -> None:
+    """Refuse a precision that cannot be loaded, or cannot be trained by `method`, before anything is loaded.
+
+    Raises:
+        ModelError: see `quantization.check`; or the model cannot be found.
+    """
+    quantization.check(section, load_config(section), method, sharded=sharded)
 
 
 @contextlib.contextmanager

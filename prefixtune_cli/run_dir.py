@@ -6,6 +6,7 @@ Every file is written beside itself and renamed into place, so a reader never se
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune_cli.errors import RunDirError
+
+HASHES = "sha256.json"
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
@@ -57,6 +60,32 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps that a checkpoint has behind it."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def _sha256(file: Path, *, to_disk: bool = False) -> str:
+    with open(file, "rb") as opened:
+        if to_disk:
+            os.fsync(opened.fileno())
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint."""
+    try:
+        hashes = json.loads((folder / HASHES).read_text(encoding="utf-8"))
+        for name, digest in hashes.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if _sha256(folder / name) != digest:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{HASHES} cannot be read ({error})"
+    return None
 
 
 class RunDir:
@@ -119,13 +148,52 @@ class RunDir:
         """What the user types to go on with the run: its recipe names this folder as `out`."""
         return f"ptp train --recipe {shlex.quote(str(self.recipe))} --resume"
 
+    @property
+    def how_to_go_on(self) -> str:
+        """What is left of a run that has died, and what to type."""
+        if saved := self.checkpoints():
+            return f"The run is saved up to step {step_of(saved[-1])}. To go on, type: {self.resume_command}"
+        again = f" To begin again, type: {self.resume_command}" if self.recipe.exists() else ""
+        return f"No checkpoint was saved yet.{again}"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / f"checkpoint-{step}"
+
+    @property
+    def checkpoint_part(self) -> Path:
+        """Where a checkpoint is written before it is sealed."""
+        return self.path / ".checkpoint.part"
+
     def checkpoints(self) -> list[Path]:
-        """The complete checkpoints, oldest first; a half-written one has no trainer_state.json."""
-        found = [p for p in self.path.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
-        return sorted(
-            (p for p in found if p.name.split("-")[1].isdigit()),
-            key=lambda p: int(p.name.split("-")[1]),
-        )
+        """The checkpoints, oldest first; a half-written one has no list of its files' hashes."""
+        found = [p for p in self.path.glob("checkpoint-*") if (p / HASHES).exists()]
+        return sorted((p for p in found if p.name.split("-")[1].isdigit()), key=step_of)
+
+    def seal(self, part: Path, step: int) -> None:
+        """Give a finished checkpoint its place, with the hashes of its files: on the disk, and all at once."""
+        hashes = {
+            str(file.relative_to(part)): _sha256(file, to_disk=True)
+            for file in sorted(part.rglob("*"))
+            if file.is_file()
+        }
+        write_json(part / HASHES, hashes)
+        final = self.checkpoint(step)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(part, final)
+
+    def newest_whole_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint whose files are what was written.
+
+        Returns:
+            its folder, None where there is none, and a sentence about each newer one that is damaged.
+        """
+        said: list[str] = []
+        for folder in reversed(self.checkpoints()):
+            if (damage := _damage(folder)) is None:
+                return folder, said
+            said.append(f"{folder} is left out, as it is damaged: {damage}.")
+        return None, said
 
     def check_free(self, *, overwrite: bool) -> None:
         """Refuse a folder that is taken.
@@ -135,7 +203,7 @@ class RunDir:
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunDirError(f"The output directory {self.path} is a file. Give another --out.")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or not self._taken():
             return
         if not overwrite:
             resumable = self.recipe.exists() and not self.finished
@@ -149,6 +217,14 @@ class RunDir:
                 f"{self.path} is not empty and not a run directory (it has no recipe.yaml), so it is not "
                 "overwritten. Give another --out."
             )
+
+    def _taken(self) -> bool:
+        """Whether more is in the folder than a run leaves that was killed before it had written its recipe."""
+        first = {self.environment, self.chat_template}
+        return any(
+            path not in first and not (path.name.startswith(".") and ".part" in path.name)
+            for path in self.path.iterdir()
+        )
 
     def check_adapter(self) -> None:
         """Raise RunDirError where this is no run, or one without an adapter yet."""
@@ -164,9 +240,18 @@ class RunDir:
     def create(self, *, overwrite: bool) -> None:
         """Make the folder for a new run, empty; raises what `check_free` does."""
         self.check_free(overwrite=overwrite)
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        # The recipe goes last: while it is there, the folder is known to be a run's.
+        for inside in sorted(self.path.iterdir(), key=lambda path: path == self.recipe):
+            if inside.is_dir() and not inside.is_symlink():
+                shutil.rmtree(inside)
+            else:
+                inside.unlink()
+
+    def drop_old_checkpoints(self, kept: int) -> None:
+        """Delete all but the newest `kept` checkpoints."""
+        for old in self.checkpoints()[:-kept]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl (one write call, so that a crash leaves whole lines)."""

@@ -20,10 +20,10 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 LAYERS = {
     "errors": 1, "run_dir": 1, "progress": 1,
-    "recipe": 2, "memory": 2,
+    "recipe": 2,
     "adapter": 3, "data": 3, "parallel": 3,
-    "tokenizer": 4, "model": 4,
-    "train": 5, "evaluate": 5, "generate": 5, "export": 5,
+    "tokenizer": 4, "quantization": 4, "model": 4,
+    "train": 5, "evaluate": 5, "generate": 5, "export": 5, "plan": 5,
     "compare": 6, "report": 6, "doctor": 6,
     "cli": 7,
     "__main__": 8,
@@ -34,21 +34,20 @@ ROOT = {"__init__"}  # the version; everything may import it, and it imports not
 # Imports within a layer, each for a reason that can be said.
 BESIDE = {
     "run_dir": {"errors"},
-    "model": {"tokenizer"},
+    "model": {"tokenizer", "quantization"},
     "evaluate": {"generate"},  # the answers that are matched
-    "train": {"evaluate"},  # a run ends with its evaluation
+    "train": {"evaluate", "plan"},  # a run ends with its evaluation; the plan tells what fits
 }
 
 # What only one part may import.
 HOMES = {
     "typer": {"cli"}, "rich": {"cli"}, "trl": {"train"}, "lm_eval": {"evaluate"},
-    "bitsandbytes": {"model"},
+    "bitsandbytes": {"quantization"},
 }  # fmt: skip
 # What a part may import from outside, where the design is narrower than the layers.
 OUTSIDE = {
     "errors": set(), "run_dir": set(), "progress": set(), "__init__": set(), "__main__": set(),
     "recipe": {"pydantic", "pydantic_core", "yaml"},
-    "memory": {"pydantic", "yaml"},
     "adapter": {"torch", "peft", "transformers"},
 }  # fmt: skip
 

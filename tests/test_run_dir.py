@@ -33,12 +33,83 @@ def test_content_may_be_text_bytes_or_a_writer(tmp_path: Path) -> None:
     assert (tmp_path / "c").read_text() == "c"
 
 
-def test_only_whole_checkpoints_count_and_the_newest_is_last(tmp_path: Path) -> None:
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-best"):
-        (tmp_path / name).mkdir()
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best"):
-        (tmp_path / name / "trainer_state.json").write_text("{}")
-    assert [p.name for p in RunDir(tmp_path).checkpoints()] == ["checkpoint-9", "checkpoint-10"]
+def checkpoint(run_dir: RunDir, step: int, content: bytes = b"weights") -> Path:
+    part = run_dir.checkpoint_part / f"checkpoint-{step}"
+    part.mkdir(parents=True)
+    (part / "adapter_model.safetensors").write_bytes(content)
+    (part / "trainer_state.json").write_text("{}")
+    run_dir.seal(part, step)
+    return run_dir.checkpoint(step)
+
+
+def test_only_sealed_checkpoints_count_and_the_newest_is_last(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    assert run_dir.newest_whole_checkpoint() == (None, [])
+    for step in (9, 10):
+        checkpoint(run_dir, step)
+    (tmp_path / "checkpoint-11").mkdir()
+    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text("{}")
+    assert [p.name for p in run_dir.checkpoints()] == ["checkpoint-9", "checkpoint-10"]
+    assert run_dir.newest_whole_checkpoint() == (tmp_path / "checkpoint-10", [])
+    run_dir.drop_old_checkpoints(1)
+    assert [p.name for p in run_dir.checkpoints()] == ["checkpoint-10"]
+
+
+@pytest.mark.parametrize("harm", ["truncated", "changed", "missing", "unreadable"])
+def test_a_damaged_checkpoint_is_skipped_and_told(harm: str, tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    older, newer = checkpoint(run_dir, 9), checkpoint(run_dir, 10)
+    weights = newer / "adapter_model.safetensors"
+    if harm == "truncated":
+        weights.write_bytes(b"weig")
+    elif harm == "changed":
+        weights.write_bytes(b"weighty")
+    elif harm == "missing":
+        weights.unlink()
+    else:
+        (newer / "sha256.json").write_text("{")
+    found, said = run_dir.newest_whole_checkpoint()
+    assert found == older
+    assert len(said) == 1
+    assert "checkpoint-10 is left out, as it is damaged: " in said[0]
+    if harm != "unreadable":
+        assert "adapter_model.safetensors" in said[0]
+
+
+def test_a_checkpoint_is_replaced_whole(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    checkpoint(run_dir, 9, b"old")
+    replaced = checkpoint(run_dir, 9, b"new")
+    assert (replaced / "adapter_model.safetensors").read_bytes() == b"new"
+    assert run_dir.newest_whole_checkpoint() == (replaced, [])
+
+
+def test_what_a_run_leaves_that_died_before_its_recipe_was_written_takes_no_directory(
+    tmp_path: Path,
+) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.create(overwrite=False)
+    write_json(run_dir.environment, {})
+    (run_dir.path / ".recipe.123.part.yaml").write_text("half")
+    run_dir.create(overwrite=False)
+    assert list(run_dir.path.iterdir()) == []
+    (run_dir.path / "notes.txt").write_text("mine")
+    with pytest.raises(RunDirError, match="is not empty"):
+        run_dir.create(overwrite=False)
+    with pytest.raises(RunDirError, match="not a run directory"):
+        run_dir.create(overwrite=True)
+
+
+def test_what_is_left_of_a_dead_run_is_told_with_what_to_type(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    assert run_dir.how_to_go_on == "No checkpoint was saved yet."
+    run_dir.recipe.write_text("model: {}")
+    assert run_dir.how_to_go_on.startswith(
+        "No checkpoint was saved yet. To begin again, type: ptp "
+    )
+    checkpoint(run_dir, 7)
+    assert "saved up to step 7" in run_dir.how_to_go_on
+    assert run_dir.how_to_go_on.endswith(run_dir.resume_command)
 
 
 def test_a_taken_directory_is_refused_with_what_to_type(tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ from prefixtune_cli.cli import (
     generate,
     inspect_data,
     models,
+    options,
     recipe_schema,
     recipes,
     train,
 )
-from prefixtune_cli.errors import PtpError
+from prefixtune_cli.errors import LAUNCHER_PID, Interrupted, LostWorker, PtpError
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
@@ -43,6 +44,9 @@ class PlainGroup(TyperGroup):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{**settings, "rich_markup_mode": None})
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, options.with_resume_value(args))
 
 
 app = typer.Typer(
@@ -86,5 +90,14 @@ def main() -> None:
     except PtpError as error:
         if os.environ.get("PTP_TRACEBACK"):
             raise
-        console.error(str(error))
-        sys.exit(error.exit_code)
+        sys.exit(_tell(error))
+
+
+def _tell(error: PtpError) -> int:
+    """Say why the command ends, once for all processes of a run; return the exit code."""
+    follows = os.environ.get("RANK", "0") != "0"
+    if isinstance(error, Interrupted) and follows:
+        return 0  # the first process says it
+    if not (isinstance(error, LostWorker) and LAUNCHER_PID in os.environ):
+        (console.error if error.exit_code else console.notice)(str(error))
+    return error.exit_code

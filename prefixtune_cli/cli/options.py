@@ -6,6 +6,7 @@ recipe alone; the defaults stand in recipe/schema.py and nowhere else.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -49,6 +50,11 @@ KEYS = {
     "gradient_checkpointing": "train.gradient_checkpointing",
     "seed": "train.seed",
     "gpus": "train.gpus",
+    "parallel": "train.parallel",
+    "auto_batch": "train.auto_batch",
+    "keep": "train.keep_checkpoints",
+    "save_steps": "train.save_steps",
+    "save_minutes": "train.save_minutes",
     "track": "train.track",
     "out": "out",
 }
@@ -111,7 +117,31 @@ def parse_layers(given: str) -> str | list[int]:
     return [int(n) for n in numbers] if all(n.strip().isdecimal() for n in numbers) else given
 
 
-PARSERS: dict[str, Callable[[Any], Any]] = {"map": parse_map, "layers": parse_layers}
+def parse_gpus(given: str) -> int | str | list[int]:
+    """`--gpus 4` as a number, `--gpus 0,2` or `--gpus 1,` as a list; `auto` stays as it is."""
+    if given.strip().isdecimal():
+        return int(given)
+    numbers = [part for part in given.strip("[] ").split(",") if part.strip()]
+    return (
+        [int(n) for n in numbers]
+        if numbers and all(n.strip().isdecimal() for n in numbers)
+        else given
+    )
+
+
+def with_resume_value(given: list[str]) -> list[str]:
+    """The arguments, `--resume` by itself being `--resume must`: Typer knows no option whose value may be left out."""
+    return [
+        "--resume=must" if text == "--resume" and after not in ("auto", "must") else text
+        for text, after in itertools.zip_longest(given, given[1:])
+    ]
+
+
+PARSERS: dict[str, Callable[[Any], Any]] = {
+    "map": parse_map,
+    "layers": parse_layers,
+    "gpus": parse_gpus,
+}
 
 
 def option(*flags: str, panel: str, help: str, metavar: str | None = None) -> Any:
@@ -371,9 +401,71 @@ Seed = Annotated[
     int | None,
     option("--seed", panel=TRAINING, metavar="N", help="Seed of everything random."),
 ]
+AutoBatch = Annotated[
+    bool | None,
+    option(
+        "--auto-batch/--no-auto-batch",
+        panel=TRAINING,
+        help="Halve the batch, and double the accumulation, until it fits the memory.",
+    ),
+]
 Gpus = Annotated[
+    str | None,
+    option(
+        "--gpus",
+        panel=TRAINING,
+        metavar="N|auto|LIST",
+        help="GPUs of each machine: how many, auto, or numbers such as 0,2; with --device cpu, processes.",
+    ),
+]
+Parallel = Annotated[
+    str | None,
+    option(
+        "--parallel",
+        panel=TRAINING,
+        metavar="HOW",
+        help="Over several GPUs: ddp, fsdp, deepspeed-zero2 or deepspeed-zero3.",
+    ),
+]
+Nodes = Annotated[int, option("--nodes", panel=TRAINING, metavar="N", help="Machines of the run.")]
+NodeRank = Annotated[
     int | None,
-    option("--gpus", panel=TRAINING, metavar="N", help="GPUs to use, one for now."),
+    option("--node-rank", panel=TRAINING, metavar="N", help="Which of them this one is, from 0."),
+]
+Rendezvous = Annotated[
+    str | None,
+    option(
+        "--rendezvous",
+        panel=TRAINING,
+        metavar="HOST:PORT",
+        help="Where the others find machine 0: its name, and a free port of it.",
+    ),
+]
+Resume = Annotated[
+    str | None,
+    option(
+        "--resume",
+        panel=RUN,
+        metavar="[auto]",
+        help="Go on from the last checkpoint in --out; with auto, or start where there is no run.",
+    ),
+]
+Keep = Annotated[
+    int | None,
+    option("--keep", panel=RUN, metavar="N", help="Checkpoints that are kept."),
+]
+SaveSteps = Annotated[
+    int | None,
+    option("--save-steps", panel=RUN, metavar="N", help="Steps between two checkpoints."),
+]
+SaveMinutes = Annotated[
+    float | None,
+    option(
+        "--save-minutes",
+        panel=RUN,
+        metavar="X",
+        help="Minutes between two checkpoints, beside the steps.",
+    ),
 ]
 Track = Annotated[
     str | None,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prefixtune_cli.cli import options
+from prefixtune_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from prefixtune_cli.recipe.schema import Recipe
     from prefixtune_cli.train import Summary
 
 
@@ -17,12 +20,7 @@ def train(
     model: options.Model = None,
     data: options.Data = None,
     out: options.Out = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on from the last checkpoint in --out.", rich_help_panel=options.RUN
-        ),
-    ] = False,
+    resume: options.Resume = None,
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -60,8 +58,16 @@ def train(
     gradient_accumulation: options.GradientAccumulation = None,
     packing: options.Packing = None,
     gradient_checkpointing: options.GradientCheckpointing = None,
+    auto_batch: options.AutoBatch = None,
     seed: options.Seed = None,
     gpus: options.Gpus = None,
+    parallel: options.Parallel = None,
+    nodes: options.Nodes = 1,
+    node_rank: options.NodeRank = None,
+    rendezvous: options.Rendezvous = None,
+    keep: options.Keep = None,
+    save_steps: options.SaveSteps = None,
+    save_minutes: options.SaveMinutes = None,
     track: options.Track = None,
 ) -> None:
     """Fine-tune a base model on your data.
@@ -72,20 +78,58 @@ def train(
     from prefixtune_cli.recipe import load
 
     settings = load.resolve(recipe, sets or (), flags)
+    if resume not in (None, "auto", "must"):
+        raise UsageError(f"--resume stands alone, or as --resume auto, got --resume {resume}.")
 
+    if _launches(settings, nodes, node_rank, rendezvous):
+        return
     from prefixtune_cli.cli import console
     from prefixtune_cli.cli.reporter import reporter
 
     console.quiet_libraries()
     from prefixtune_cli import train as training
+    from prefixtune_cli.parallel.processes import leads
 
     with reporter() as shown:
-        summary = training.train(settings, resume=resume, overwrite=overwrite, reporter=shown)
+        summary = training.train(
+            settings,
+            resume=resume if resume == "auto" else resume is not None,
+            overwrite=overwrite,
+            reporter=shown,
+        )
+    if not leads():
+        return
     if as_json:
         console.print_json(summary.to_json())
     else:
         on_samples = (settings.data.train or "").startswith("sample:")
         _print_summary(summary, "--bench quickstart" if on_samples else "--data FILE")
+
+
+def _launches(settings: Recipe, count: int, rank: int | None, rendezvous: str | None) -> bool:
+    """Start the run's processes where it has several and nobody has started them; whether that was the case."""
+    train, wanted = settings.train, settings.model.device
+    if count == 1 and train.gpus is None and (rank, rendezvous) == (None, None):
+        return False
+    from prefixtune_cli.parallel.devices import device, processes_here, show_only
+    from prefixtune_cli.parallel.processes import inside_a_launcher
+
+    if inside_a_launcher():
+        return False
+    from prefixtune_cli.parallel import launch
+    from prefixtune_cli.run_dir import RunDir
+
+    machines = launch.nodes(count, rank, rendezvous)
+    workers = processes_here(train.gpus, wanted)
+    show_only(train.gpus)
+    if workers * machines.count == 1:
+        return False
+    on_gpu = device(wanted).type == "cuda"
+    run_dir = RunDir(settings.folder)
+    launch.launch(
+        sys.argv[1:], workers, machines, on_gpu=on_gpu, advice=lambda: run_dir.how_to_go_on
+    )
+    return True
 
 
 def _print_summary(summary: Summary, evaluation: str) -> None:
@@ -104,8 +148,8 @@ def _print_summary(summary: Summary, evaluation: str) -> None:
     console.print_table(
         ["", "loss", "exact match"],
         [
-            ["base", f"{summary.base.loss:.4f}", percent(summary.base.exact_match)],
-            ["adapter", f"{summary.adapter.loss:.4f}", percent(summary.adapter.exact_match)],
+            [name, f"{score.loss:.4f}", percent(score.exact_match)]
+            for name, score in (("base", summary.base), ("adapter", summary.adapter))
         ],
     )
     out.print(f"\nThe run is in {summary.run}. Next:\n")

@@ -25,6 +25,7 @@ from prefixtune_cli.data.load import LoadedData
 from prefixtune_cli.data.tokenize import prompts_and_answers
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.generate import Sampling, answer_batched
+from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.schema import DataSection, EvaluateSection
 
@@ -74,6 +75,7 @@ def score(
     *,
     end_id: int | None,
     name: str,
+    processes: Processes | None = None,
     reporter: Reporter | None = None,
 ) -> tuple[Score, list[str]]:
     """Score one model on held-out data.
@@ -86,14 +88,21 @@ def score(
         section: the recipe's evaluation.
         end_id: the token that ends an answer.
         name: what the reporter calls the model.
+        processes: share the rows; each of them has the model, and gets the whole score.
         reporter: is told how far the work is.
 
     Returns:
         The score, and the generated answers in the order of `questions`.
     """
-    reporter = reporter or Silent()
+    reporter, processes = reporter or Silent(), processes or Processes()
     loss = held_out_loss(
-        model, tokenizer, examples, section.batch_size, name=name, reporter=reporter
+        model,
+        tokenizer,
+        examples,
+        section.batch_size,
+        name=name,
+        processes=processes,
+        reporter=reporter,
     )
     if not questions:
         return Score(loss, None), []
@@ -106,9 +115,11 @@ def score(
         found.update,
         max_new_tokens=section.max_new_tokens,
         end_id=end_id,
+        rows=processes.share(len(questions)),
         task=f"answers of the {name}",
         reporter=reporter,
     )
+    found = processes.joined(found)
     answers = [found[i] for i in range(len(questions))]
     hits = [exactly_matches(a, q.answer) for a, q in zip(answers, questions, strict=True)]
     return Score(loss, sum(hits) / len(hits)), answers
@@ -131,13 +142,14 @@ def held_out_loss(
     batch_size: int,
     *,
     name: str = "model",
+    processes: Processes | None = None,
     reporter: Reporter | None = None,
 ) -> float:
     """Mean cross-entropy in nats over the trained tokens of `examples`; the logits are compared in float32.
 
     A batch has at most `batch_size` rows and TOKENS_A_BATCH tokens.
     """
-    reporter = reporter or Silent()
+    reporter, processes = reporter or Silent(), processes or Processes()
     found: dict[int, list[float]] = {}
     row_losses(
         model,
@@ -145,10 +157,11 @@ def held_out_loss(
         examples.select_columns(["input_ids", "labels"]).to_list(),
         BatchLimit(batch_size, TOKENS_A_BATCH, reporter),
         found.update,
+        rows=processes.share(len(examples)),
         task=f"held-out loss of the {name}",
         reporter=reporter,
     )
-    nats, tokens = map(sum, zip(*found.values(), strict=True))
+    nats, tokens = map(math.fsum, zip(*processes.joined(found).values(), strict=True))
     return nats / tokens
 
 

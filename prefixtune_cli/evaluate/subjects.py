@@ -171,6 +171,7 @@ def assemble(
         recipe = resolve(flags={"model": {**flags, "name": model}})
         readings = []
     check_base(recipe.model)
+    models.check_precision(recipe.model)
     for subject in found:
         if subject.adapter is not None and not subject.whole:
             models.check_fits(recipe.model, subject.adapter)

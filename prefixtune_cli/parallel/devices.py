@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 
-from prefixtune_cli.errors import ResourceError
+from prefixtune_cli.errors import ResourceError, UsageError
+
+Gpus = int | str | Sequence[int] | None
 
 
 def device(wanted: str = "auto") -> torch.device:
@@ -17,7 +20,8 @@ def device(wanted: str = "auto") -> torch.device:
     """
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    # Where a scheduler shows each process a GPU of its own, that one is number 0.
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def check_device(wanted: str) -> None:
@@ -27,3 +31,49 @@ def check_device(wanted: str) -> None:
             "model.device is cuda, but torch finds no CUDA GPU here (`nvidia-smi` lists them; a CPU build of torch "
             "sees none). Type --device cpu, or leave --device out."
         )
+
+
+def processes_here(gpus: Gpus, wanted: str) -> int:
+    """How many processes a recipe's `train.gpus` asks for on this machine.
+
+    Args:
+        gpus: a number, `auto` for all GPUs, a list of their numbers, or None for one process.
+        wanted: as for `device`.
+
+    Raises:
+        ResourceError: this machine has fewer GPUs.
+        UsageError: a list of GPUs for the CPU.
+    """
+    check_device(wanted)
+    on_cpu = wanted == "cpu"
+    there = 0 if on_cpu else torch.cuda.device_count()
+    if gpus is None or isinstance(gpus, str):
+        return 1 if gpus is None else max(1, there)
+    count, most = (gpus, gpus) if isinstance(gpus, int) else (len(gpus), max(gpus) + 1)
+    if on_cpu and not isinstance(gpus, int):
+        raise UsageError(
+            f"train.gpus names GPUs ({gpus}), but model.device is cpu. Type --gpus {count}"
+        )
+    if on_cpu or most <= there:
+        return count
+    instead = (
+        f"Type --gpus {there}, --gpus auto, or leave it out."
+        if there
+        else "Leave --gpus out to train on the CPU; with --device cpu, it is the number of processes there."
+    )
+    raise ResourceError(f"train.gpus is {gpus}, but this machine has {there} CUDA GPUs. {instead}")
+
+
+def show_only(gpus: Gpus) -> None:
+    """Let this process, and those that it starts, see the GPUs of a list alone, in its order.
+
+    To be called before CUDA is used. The numbers count the GPUs that CUDA_VISIBLE_DEVICES leaves, where it is set.
+    """
+    if isinstance(gpus, int | str) or gpus is None:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(gpu) for gpu in gpus]
+    if visible:
+        all_names = visible.split(",")
+        names = [all_names[gpu] for gpu in gpus if gpu < len(all_names)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)

@@ -22,7 +22,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "prefix-tuning-plus": {"learning_rate": 1e-2},
     "lora": {"learning_rate": 3e-3},
     "prefix-tuning": {"learning_rate": 1e-1},
-    "full": {"learning_rate": 3e-4},
+    "full": {"learning_rate": 3e-4, "save_minutes": None},  # a checkpoint is six times the base
 }
 
 
@@ -40,7 +40,8 @@ class ModelSection(Section):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     bits: Literal[4, 8, 16, 32] = Field(
         16,
-        description="Precision of the frozen base: 4 and 8 by bitsandbytes, 16 is bfloat16, 32 is float32.",
+        description="Precision of the frozen base: 4 and 8 by bitsandbytes, 16 is bfloat16, 32 is float32; of a base "
+        "that is quantized already, 16 and 32 are what is computed in.",
     )
     device: Literal["auto", "cuda", "cpu"] = Field(
         "auto", description="Where to compute; `auto` takes the GPUs where there are some."
@@ -164,6 +165,10 @@ class TrainSection(Section):
     weight_decay: float = Field(0.0, ge=0)
     batch_size: int = Field(8, ge=1, description="Examples a device and forward pass.")
     gradient_accumulation: int = Field(1, ge=1, description="Forward passes an optimizer step.")
+    auto_batch: bool = Field(
+        False,
+        description="Where the memory runs out, halve batch_size and double gradient_accumulation.",
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 switches it off.")
     packing: bool = Field(
         False,
@@ -183,11 +188,30 @@ class TrainSection(Section):
     save_steps: int | None = Field(
         None, ge=1, description="Steps between two checkpoints; null is a tenth of the run."
     )
-    keep_checkpoints: int = Field(2, ge=1, description="Older checkpoints are deleted.")
-    gpus: int | None = Field(
-        None, ge=1, description="GPUs to use, one for now; null takes the first, or the CPU."
+    save_minutes: float | None = Field(
+        10, gt=0, description="Minutes between two checkpoints, beside save_steps; null is never."
+    )
+    keep_checkpoints: int = Field(3, ge=1, description="Older checkpoints are deleted.")
+    gpus: int | str | list[Annotated[int, Field(ge=0)]] | None = Field(
+        None,
+        description="GPUs of each machine: how many, `auto` for all, or a list; null takes the first, or the CPU.",
+    )
+    parallel: Literal["ddp", "fsdp", "deepspeed-zero2", "deepspeed-zero3"] = Field(
+        "ddp",
+        description="Over several GPUs: ddp gives each the whole base, the others shard it or what is trained.",
     )
     track: Literal["none", "tensorboard", "wandb", "trackio"] = Field("none")
+
+    @field_validator("gpus", mode="before")
+    @classmethod
+    def _gpus_have_a_form(cls, value: Any) -> Any:
+        number = type(value) is int and value >= 1
+        listed = isinstance(value, list) and value and all(type(n) is int and n >= 0 for n in value)
+        if not (value in (None, "auto") or number or (listed and len(set(value)) == len(value))):
+            raise ValueError(
+                f"must be a number of GPUs, auto, or a list such as [0, 2], each once, got {value!r}"
+            )
+        return value
 
 
 class EvaluateSection(Section):
@@ -251,6 +275,11 @@ class Recipe(Section):
                 "Use --bits 16, or another method."
             )
         return self
+
+    @property
+    def folder(self) -> str:
+        """The run directory."""
+        return self.out or str(Path("runs") / self.run_name)
 
     @property
     def run_name(self) -> str:

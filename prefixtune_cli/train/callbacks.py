@@ -1,4 +1,4 @@
-"""What happens beside the training steps: the journal, stopping on request, and a watch over the weights."""
+"""What happens beside the training steps: the journal, and a watch over the weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prefixtune_cli.errors import TrainingError
@@ -16,26 +17,13 @@ from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.loss_plot import draw_loss
 
 
-class StopRequest:
-    """Set by a signal; the training loop saves a checkpoint and stops at the end of the step."""
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-
-    def __call__(self, signal_name: str) -> None:
-        self.signal_name = signal_name
-
-    def __bool__(self) -> bool:
-        return self.signal_name is not None
-
-
 class Journal(TrainerCallback):
-    """Writes metrics.jsonl and loss.png, tells the reporter, and obeys a stop request."""
+    """Writes metrics.jsonl and loss.png, and tells the reporter; of several processes, the leader's alone."""
 
-    def __init__(self, run_dir: RunDir, reporter: Reporter, stop: StopRequest) -> None:
+    def __init__(self, run_dir: RunDir, reporter: Reporter, *, writes: bool) -> None:
         self.run_dir = run_dir
         self.reporter = reporter
-        self.stop = stop
+        self.writes = writes
         self._clock = Clock()
 
     def on_train_begin(
@@ -47,9 +35,6 @@ class Journal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self.stop and state.global_step < state.max_steps:
-            control.should_save = True
-            control.should_training_stop = True
         if state.global_step == state.max_steps:
             control.should_log = True  # a short run has a line of metrics, too
         self.reporter.progress("training", state.global_step, state.max_steps, {})
@@ -62,6 +47,8 @@ class Journal(TrainerCallback):
         logs: dict[str, Any],
         **_: Any,
     ) -> None:
+        if not self.writes:
+            return
         if "loss" in logs:
             names = [name for name in ("loss", "learning_rate", "grad_norm") if name in logs]
             row: dict[str, float] = {name: float(logs[name]) for name in names}
@@ -79,7 +66,8 @@ class Journal(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        draw_loss(self.run_dir)
+        if self.writes:
+            draw_loss(self.run_dir)
 
 
 class Clock:
@@ -101,7 +89,7 @@ class Clock:
 
 def peak_memory_gib() -> float:
     """The most memory in use so far: the GPU allocator's, or the process's on a CPU."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)
@@ -151,7 +139,8 @@ class WeightWatch(TrainerCallback):
     def check(self, model: torch.nn.Module, step: int) -> None:
         """Raise TrainingError where the wrong weights moved, or none did."""
         now = dict(model.named_parameters())
-        if all(torch.equal(before, _sample(now[name])) for name, before in self._trained.items()):
+        trained = [(one, _sample(now[name])) for name, one in self._trained.items() if one.numel()]
+        if trained and all(torch.equal(before, after) for before, after in trained):
             raise TrainingError(
                 f"After {step} steps not one trained weight has changed: the data has no effect on the adapter. "
                 "Check the learning rate, and with `ptp inspect-data` that tokens are trained on."
@@ -165,5 +154,7 @@ class WeightWatch(TrainerCallback):
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    flat = parameter.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // 1024)].clone()
+    here = parameter.to_local() if isinstance(parameter, DTensor) else parameter  # this one's shard
+    flat = here.detach().reshape(-1)
+    # As bytes: quantized weights that are stored as floats may be no numbers.
+    return flat[:: max(1, flat.numel() // 1024)].clone().view(torch.uint8)

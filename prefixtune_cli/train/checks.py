@@ -6,12 +6,22 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from transformers.training_args import OptimizerNames
 
-from prefixtune_cli.errors import PtpError, ResourceError, RunDirError
+from prefixtune_cli.errors import (
+    LostWorker,
+    PtpError,
+    RecipeError,
+    ResourceError,
+    RunDirError,
+    UsageError,
+)
+from prefixtune_cli.parallel.processes import Processes, says_that_one_is_lost
 from prefixtune_cli.recipe.load import difference, resolve
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
@@ -36,9 +46,46 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
         )
 
 
+def check_optimizer(name: str) -> None:
+    """Raise RecipeError where transformers does not know the optimizer."""
+    known = [str(known.value) for known in OptimizerNames]
+    if name not in known:
+        near = get_close_matches(name, known, n=3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"They are {', '.join(known)}."
+        raise RecipeError(
+            f"train.optimizer must be one of transformers' optimizers, got {name!r}. {hint}"
+        )
+
+
+def check_parallel(recipe: Recipe, processes: int) -> None:
+    """Raise where the way of spreading a run over several processes does not fit the rest of it."""
+    how = recipe.train.parallel
+    if how == "ddp":
+        return
+    if processes == 1:
+        raise UsageError(
+            f"train.parallel {how} spreads a model over several processes, and this run has one. Give --gpus N (with "
+            "--device cpu, N processes on the CPU), or leave --parallel out."
+        )
+    if recipe.adapter.method == "prefix-tuning":
+        raise UsageError(
+            f"train.parallel {how} does not go with method prefix-tuning, whose prefix peft computes outside of the "
+            "sharded modules. Use --parallel ddp, or another method."
+        )
+    if recipe.adapter.method == "full" and how == "fsdp":
+        raise UsageError(
+            "train.parallel fsdp shards a frozen base, and method full trains all of it. Use deepspeed-zero3, "
+            "or an adapter method."
+        )
+    if how.startswith("deepspeed") and find_spec("deepspeed") is None:
+        raise ResourceError(
+            f"train.parallel is {how}, and DeepSpeed is not installed. Type: pip install 'prefixtune-cli[deepspeed]'"
+        )
+
+
 @contextmanager
-def told_in_words(run_dir: RunDir) -> Iterator[None]:
-    """Within the block a full memory and a full disk raise ResourceError, whatever a library makes of them."""
+def told_in_words(run_dir: RunDir, processes: Processes) -> Iterator[None]:
+    """Within the block a full memory, a full disk and a lost process are told as such, whatever a library says."""
     try:
         yield
     except PtpError:
@@ -49,6 +96,11 @@ def told_in_words(run_dir: RunDir) -> Iterator[None]:
             "--batch-size with more --gradient-accumulation, a smaller --max-length, --bits 4."
         ) from error
     except Exception as error:
+        if processes.size > 1 and says_that_one_is_lost(error):
+            raise LostWorker(
+                "Another process of the run has ended, so this one cannot go on. Whole checkpoints are kept: "
+                f"type {run_dir.resume_command}"
+            ) from error
         said = "No space left" in str(error) or "Disk quota" in str(error)
         if run_dir.path.exists() and (said or shutil.disk_usage(run_dir.path).free < 2**16):
             raise ResourceError(
@@ -56,6 +108,23 @@ def told_in_words(run_dir: RunDir) -> Iterator[None]:
                 f"{run_dir.resume_command}"
             ) from error
         raise
+
+
+def does_not_fit(recipe: Recipe) -> ResourceError:
+    """The error for a batch that does not fit, with what helps most by the plan."""
+    from prefixtune_cli.plan import remedies
+
+    section, found = recipe.train, remedies(recipe)
+    helps = (
+        f"By `ptp plan`, what helps most is {found[0].flag}."
+        if found
+        else "A smaller base, or a larger GPU, is needed: see `ptp plan`."
+    )
+    smaller = "--auto-batch finds a batch that fits." if section.batch_size > 1 else ""
+    return ResourceError(
+        f"The longest batch ({section.batch_size} rows of up to {recipe.data.max_length} tokens) does not fit the "
+        f"memory. {helps} {smaller}".rstrip()
+    )
 
 
 def check_resumable(run_dir: RunDir, recipe: Recipe) -> None:
@@ -77,13 +146,20 @@ def check_resumable(run_dir: RunDir, recipe: Recipe) -> None:
         )
 
 
-def check_same_data(run_dir: RunDir, data: Data) -> None:
-    """Raise RunDirError where the run was started with other data."""
-    started = json.loads(run_dir.environment.read_text(encoding="utf-8"))["data"]
+def check_same_run(run_dir: RunDir, data: Data, processes: int) -> None:
+    """Raise RunDirError where the run was started with other data, or another number of processes."""
+    started = json.loads(run_dir.environment.read_text(encoding="utf-8"))
+    if started["processes"] != processes:
+        raise RunDirError(
+            f"The run in {run_dir.path} was started with {started['processes']} processes, and is now resumed with "
+            f"{processes}: its batches would be others. Resume it with {started['processes']} (--gpus, and --nodes "
+            "where there are several), or start anew with another --out."
+        )
+    then = started["data"]
     changed = [
-        f"  {name}: {now['source']}, {started.get(name, {}).get('rows', '?')} rows then and {now.get('rows', '?')} now"
+        f"  {name}: {now['source']}, {then.get(name, {}).get('rows', '?')} rows then and {now.get('rows', '?')} now"
         for name, now in data.fingerprints.items()
-        if started.get(name, {}).get("sha256") != now["sha256"]
+        if then.get(name, {}).get("sha256") != now["sha256"]
     ]
     if changed:
         raise RunDirError(

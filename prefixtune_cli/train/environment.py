@@ -24,8 +24,8 @@ _PACKAGES = (
 )
 
 
-def describe_environment(data: dict[str, Any]) -> dict[str, Any]:
-    """Versions, hardware, the git commit of the working directory, and the data's fingerprints as given."""
+def describe_environment(data: dict[str, Any], processes: int) -> dict[str, Any]:
+    """Versions, hardware, the git commit of the working directory, and what is given: the data's fingerprints."""
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
@@ -33,6 +33,7 @@ def describe_environment(data: dict[str, Any]) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "processes": processes,
         "cuda": torch.version.cuda,
         "git_commit": _git_commit(),
         "data": data,

@@ -3,41 +3,40 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
-from trl import SFTConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from prefixtune_cli import model as models
-from prefixtune_cli.errors import Interrupted
 from prefixtune_cli.evaluate.held_out import EXACT_MATCH_RULE, Score, score
-from prefixtune_cli.parallel.devices import check_device
+from prefixtune_cli.parallel.devices import device, processes_here
+from prefixtune_cli.parallel.launch import end_with_the_launcher
+from prefixtune_cli.parallel.processes import Processes, joined
+from prefixtune_cli.parallel.sharding import is_sharded, shard
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import dump
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir, write_atomically, write_json
 from prefixtune_cli.tokenizer import check_base, load_tokenizer
-from prefixtune_cli.train.callbacks import Journal, StopRequest, WeightWatch, peak_memory_gib
+from prefixtune_cli.train.callbacks import peak_memory_gib
 from prefixtune_cli.train.checks import (
     check_disk,
+    check_optimizer,
+    check_parallel,
     check_resumable,
-    check_same_data,
+    check_same_run,
     check_tracker,
     told_in_words,
 )
 from prefixtune_cli.train.environment import describe_environment
-from prefixtune_cli.train.loss_plot import draw_loss
+from prefixtune_cli.train.fit import fit
 from prefixtune_cli.train.prepare import Data, prepare_data
-from prefixtune_cli.train.trainer import SafeTrainer, latest_checkpoint, training_arguments
+from prefixtune_cli.train.stop import StopRequest
 
 HELD_OUT = "held-out"
 
@@ -54,6 +53,7 @@ class Summary:
     adapter_bytes: int
     steps: int
     held_out_rows: int
+    peak_memory_gib: float
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -61,183 +61,191 @@ class Summary:
             "base": self.base.to_json(),
             "adapter": self.adapter.to_json(),
             "exact_match_rule": EXACT_MATCH_RULE,
-            "peak_memory_gib": peak_memory_gib(),
         }
+
+    @classmethod
+    def read(cls, run_dir: RunDir) -> Summary:
+        """That of a finished run."""
+        found = json.loads(run_dir.summary.read_text(encoding="utf-8"))
+        for name in ("base", "adapter"):
+            found[name] = Score(found[name]["loss"], found[name]["exact_match"])
+        return cls(**{name: found[name] for name in cls.__dataclass_fields__})
 
 
 def train(
     recipe: Recipe,
     *,
-    resume: bool = False,
+    resume: bool | str = False,
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> Summary:
-    """Train as the recipe says.
+    """Train as the recipe says; of several processes, each calls this with the same recipe.
 
     Args:
         recipe: all settings. `recipe.out` is the run directory; None derives a name.
-        resume: go on with the run in that directory, from its newest checkpoint.
+        resume: go on with the run in that directory, from its newest checkpoint; `auto` does so where there is a run,
+            and starts one where there is none.
         overwrite: delete a run that is in that directory already.
         reporter: is told what happens.
 
     Raises:
         PtpError: see `errors`; everything that can be checked is checked before the base model loads.
     """
-    reporter = reporter or Silent()
-    run_dir = RunDir(recipe.out or Path("runs") / recipe.run_name)
+    run_dir = RunDir(recipe.folder)
     recipe = recipe.model_copy(update={"out": str(run_dir.path)})
-    check_device(recipe.model.device)
+    gpus = recipe.train.gpus
+    wanted = None if gpus in (None, "auto") else processes_here(gpus, recipe.model.device)
+    stop = StopRequest(run_dir)
+    with stop.listening(), joined(wanted) as processes:
+        end_with_the_launcher()
+        reporter = reporter if reporter and processes.leads else Silent()
+        if resume == "auto" and run_dir.finished:
+            reporter.notice(f"The run in {run_dir.path} is finished already.")
+            return Summary.read(run_dir)
+        ready = processes.first_on_each_node(
+            lambda: _prepare(recipe, run_dir, resume, overwrite, processes, reporter)
+        )
+        with told_in_words(run_dir, processes):
+            processes.form_group(device(recipe.model.device))
+            resuming = processes.told(ready.resume)
+            return _train(
+                recipe, run_dir, ready.data, resuming, overwrite, processes, stop, reporter
+            )
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What is settled before the base model loads."""
+
+    data: Data
+    resume: bool
+
+
+def _prepare(
+    recipe: Recipe,
+    run_dir: RunDir,
+    resume: bool | str,
+    overwrite: bool,
+    processes: Processes,
+    reporter: Reporter,
+) -> _Ready:
+    """Check everything, and read the data; the run directory is the leader's affair."""
+    check_optimizer(recipe.train.optimizer)
     check_tracker(recipe.train.track)
-    if resume:
+    check_parallel(recipe, processes.size)
+    resuming = run_dir.recipe.exists() if resume == "auto" else bool(resume)
+    if processes.leads and resuming:
         check_resumable(run_dir, recipe)
-    else:
+    elif processes.leads:
         run_dir.check_free(overwrite=overwrite)
     check_base(recipe.model)
-    arguments = training_arguments(recipe, run_dir)
-    tokenizer = load_tokenizer(recipe.model)
-    data = prepare_data(recipe, tokenizer, reporter)
-    if resume:
-        check_same_data(run_dir, data)
+    models.check_precision(
+        recipe.model, recipe.adapter.method, sharded=_is_to_be_sharded(recipe, processes)
+    )
+    data = prepare_data(recipe, load_tokenizer(recipe.model), reporter)
+    if processes.leads and resuming:
+        check_same_run(run_dir, data, processes.size)
+    return _Ready(data, resuming)
 
-    with told_in_words(run_dir):
-        reporter.notice(f"Loading {recipe.model.name}.")
-        set_seed(recipe.train.seed)
-        base = models.load_base(recipe.model, trainable=recipe.adapter.method == "full")
-        model = models.attach(base, recipe.adapter)
+
+def _train(
+    recipe: Recipe,
+    run_dir: RunDir,
+    data: Data,
+    resume: bool,
+    overwrite: bool,
+    processes: Processes,
+    stop: StopRequest,
+    reporter: Reporter,
+) -> Summary:
+    """Load, train and score; all processes do it together."""
+    reporter.notice(f"Loading {recipe.model.name}.")
+    set_seed(recipe.train.seed)
+    tokenizer = load_tokenizer(recipe.model)
+    whole = recipe.adapter.method == "full"
+    sharded = _is_to_be_sharded(recipe, processes)
+    base = models.load_base(recipe.model, trainable=whole, sharded=sharded)
+    model = models.attach(base, recipe.adapter)
+    if isinstance(model, PeftModel) and recipe.train.parallel == "fsdp":
+        shard(model, processes.size, device(recipe.model.device))
+    if processes.leads:
         if not resume:
-            _open(run_dir, recipe, data, overwrite)
+            _open(run_dir, recipe, data, processes, overwrite=overwrite)
         kept = recipe.train.keep_checkpoints + 2 - len(run_dir.checkpoints())
         check_disk(run_dir.path, _checkpoint_bytes(model) * max(kept, 1))
 
-        def judge(who: str) -> tuple[Score, list[str]]:
-            return score(
-                model,
-                tokenizer,
-                data.held_out,
-                data.questions,
-                recipe.evaluate,
-                end_id=data.end_id,
-                name=who,
-                reporter=reporter,
-            )
+    def judge(who: str) -> tuple[Score, list[str]]:
+        return score(
+            model,
+            tokenizer,
+            data.held_out,
+            data.questions,
+            recipe.evaluate,
+            end_id=data.end_id,
+            name=who,
+            processes=Processes() if is_sharded(model) else processes,
+            reporter=reporter,
+        )
 
-        # Full fine-tuning leaves no base to score afterwards.
-        before = None if isinstance(model, PeftModel) else judge("base")
-        steps = _fit(arguments, model, tokenizer, data, run_dir, resume, reporter)
-        _save_adapter(model, tokenizer, run_dir)
-        if before is None:
-            with models.without_adapter(model):
-                before = judge("base")
-        return _conclude(run_dir, model, data, before, judge("adapter"), steps)
+    # Full fine-tuning leaves no base to score afterwards.
+    before = judge("base") if whole else None
+    model, steps = fit(recipe, model, tokenizer, data, run_dir, resume, processes, stop, reporter)
+    _save_adapter(model, tokenizer, run_dir, processes)
+    if before is None:
+        with models.without_adapter(model):
+            before = judge("base")
+    after = judge("adapter")
+    summary = _summary(run_dir, model, data, before, after, steps, processes)
+    if processes.leads:
+        _conclude(run_dir, data, before, after, summary)
+    return summary
 
 
-def _open(run_dir: RunDir, recipe: Recipe, data: Data, overwrite: bool) -> None:
+def _is_to_be_sharded(recipe: Recipe, processes: Processes) -> bool:
+    return recipe.train.parallel in ("fsdp", "deepspeed-zero3") and processes.size > 1
+
+
+def _open(
+    run_dir: RunDir, recipe: Recipe, data: Data, processes: Processes, *, overwrite: bool
+) -> None:
     """Make the run directory; the recipe is written last, as its presence means that there is a run."""
     run_dir.create(overwrite=overwrite)
-    write_json(run_dir.environment, describe_environment(data.fingerprints))
+    write_json(run_dir.environment, describe_environment(data.fingerprints, processes.size))
     if recipe.data.chat_template is not None:
         source = Path(recipe.data.chat_template).expanduser()
         write_atomically(run_dir.chat_template, source.read_bytes())
     write_atomically(run_dir.recipe, dump(recipe))
 
 
-def _fit(
-    arguments: SFTConfig,
+def _save_adapter(
     model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: Data,
     run_dir: RunDir,
-    resume: bool,
-    reporter: Reporter,
-) -> int:
-    """Train, from the newest checkpoint where there is one to resume; return the number of steps."""
-    stop = StopRequest()
-    checkpoint = latest_checkpoint(run_dir) if resume else None
-    if resume:
-        where = (
-            f"from {checkpoint.name}" if checkpoint else "from the start: it has no checkpoint yet"
-        )
-        reporter.notice(f"Resuming {run_dir.path} {where}.")
-        run_dir.truncate_metrics(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
-    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    epochs = math.ceil(arguments.num_train_epochs)
-    if arguments.max_steps == 1 or (arguments.max_steps < 0 and len(data.train) * epochs <= batch):
-        arguments.warmup_steps = 0  # else the only step would have a learning rate of zero
-    trainer = SafeTrainer(
-        run_dir=run_dir,
-        origin=data.origin,
-        model=model,
-        args=arguments,
-        train_dataset=data.train,
-        eval_dataset=data.held_out if arguments.eval_steps else None,
-        processing_class=tokenizer,
-        callbacks=[Journal(run_dir, reporter, stop), WeightWatch()],
-    )
-    trainer.remove_callback(PrinterCallback)  # the journal reports
-    _keep_adapter_in_fp32(model)
-    if checkpoint is not None and (last := trainer.finished_at(checkpoint)) is not None:
-        return last
-    with _signals(stop):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    draw_loss(run_dir)
-    if trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(
-            f"Stopped by {stop.signal_name} at step {trainer.state.global_step} of {trainer.state.max_steps}; a "
-            f"checkpoint is saved. To go on, type: {run_dir.resume_command}"
-        )
-    return int(trainer.state.global_step)
-
-
-def _keep_adapter_in_fp32(model: PeftModel | PreTrainedModel) -> None:
-    """TRL casts the adapter of a quantized base to bfloat16, in which small updates vanish."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
-@contextmanager
-def _signals(stop: StopRequest) -> Iterator[None]:
-    """Within the block SIGINT and SIGTERM ask for a stop; a second one acts at once."""
-    before: dict[int, Any] = {}
-
-    def request(number: int, frame: Any) -> None:
-        stop(signal.Signals(number).name)
-        signal.signal(number, before[number])
-
-    try:
-        for wanted in (signal.SIGINT, signal.SIGTERM):
-            before[wanted] = signal.signal(wanted, request)
-    except ValueError:  # not the main thread, where signals are somebody else's business
-        before = {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _save_adapter(
-    model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run_dir: RunDir
+    processes: Processes,
 ) -> None:
+    """Write the adapter folder, a plain one however the weights are spread."""
     part = run_dir.path / ".adapter.part"
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    if not isinstance(model, PeftModel):
-        tokenizer.save_pretrained(part)
-    shutil.rmtree(run_dir.adapter, ignore_errors=True)
-    os.replace(part, run_dir.adapter)
+    if processes.leads:
+        shutil.rmtree(part, ignore_errors=True)
+        model.save_pretrained(part)
+        if not isinstance(model, PeftModel):
+            tokenizer.save_pretrained(part)
+        shutil.rmtree(run_dir.adapter, ignore_errors=True)
+        os.replace(part, run_dir.adapter)
+    processes.wait()
 
 
-def _conclude(
+def _summary(
     run_dir: RunDir,
     model: PeftModel | PreTrainedModel,
     data: Data,
     base: tuple[Score, list[str]],
     adapter: tuple[Score, list[str]],
     steps: int,
+    processes: Processes,
 ) -> Summary:
     parameters = {id(p): p for p in model.parameters()}.values()
-    summary = Summary(
+    return Summary(
         run=str(run_dir.path),
         base=base[0],
         adapter=adapter[0],
@@ -246,7 +254,18 @@ def _conclude(
         adapter_bytes=sum(f.stat().st_size for f in run_dir.adapter.glob("*.safetensors")),
         steps=steps,
         held_out_rows=len(data.held_out),
+        peak_memory_gib=max(processes.gathered(peak_memory_gib())),
     )
+
+
+def _conclude(
+    run_dir: RunDir,
+    data: Data,
+    base: tuple[Score, list[str]],
+    adapter: tuple[Score, list[str]],
+    summary: Summary,
+) -> None:
+    """Write the answers, the scores and, last, the summary."""
     answers = (
         {"answer": q.answer, "base": b, "adapter": a}
         for q, b, a in zip(data.questions, base[1], adapter[1], strict=True)
@@ -254,11 +273,9 @@ def _conclude(
     write_atomically(
         run_dir.answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
     )
-    write_json(
-        run_dir.eval_result(HELD_OUT), {"base": base[0].to_json(), "adapter": adapter[0].to_json()}
-    )
-    write_json(run_dir.summary, summary.to_json())
-    return summary
+    found = summary.to_json()
+    write_json(run_dir.eval_result(HELD_OUT), {"base": found["base"], "adapter": found["adapter"]})
+    write_json(run_dir.summary, found)
 
 
 def _elements(parameter: Any) -> int:

@@ -1,43 +1,41 @@
-"""TRL's SFTTrainer, made safe: checkpoints appear whole or not at all, and a bad loss stops the run."""
+"""TRL's SFTTrainer, made safe: checkpoints appear whole or not at all, a bad loss or a signal stops the run."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
+import time
 from collections.abc import Callable
-from difflib import get_close_matches
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
-from transformers.training_args import OptimizerNames
+from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig, SFTTrainer
 
-from prefixtune_cli.errors import RecipeError, TrainingError
+from prefixtune_cli.errors import TrainingError
+from prefixtune_cli.parallel.devices import device
+from prefixtune_cli.parallel.processes import Processes
+from prefixtune_cli.parallel.sharding import deepspeed_settings, is_sharded
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.train.order import Order, blank_rows
+from prefixtune_cli.train.stop import StopRequest
 
 ROW = "row"
-_PART = ".checkpoint.part"
 
 
 def training_arguments(recipe: Recipe, run_dir: RunDir) -> SFTConfig:
-    """The recipe in the terms of TRL.
-
-    Raises:
-        RecipeError: transformers does not know the optimizer.
-    """
-    known = [str(name.value) for name in OptimizerNames]
-    if recipe.train.optimizer not in known:
-        near = get_close_matches(recipe.train.optimizer, known, n=3)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"They are {', '.join(known)}."
-        raise RecipeError(
-            f"train.optimizer must be one of transformers' optimizers, got {recipe.train.optimizer!r}. {hint}"
-        )
+    """The recipe in the terms of TRL; where there are several processes, their group is formed already."""
     section = recipe.train
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir.tracker_logs)
-    on_gpu = torch.cuda.is_available()
+    on_gpu = device(recipe.model.device).type == "cuda"
     # Flash attention takes the rows of a batch end to end, without padding; a prefix in the cache does not.
     flash = recipe.model.attention.startswith("flash_attention")
     padding_free = flash and recipe.adapter.method != "prefix-tuning"
@@ -73,6 +71,9 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> SFTConfig:
         save_strategy="steps",
         save_steps=section.save_steps or 0.1,  # a fraction is one of the run's steps
         save_total_limit=section.keep_checkpoints,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        deepspeed=deepspeed_settings(section.parallel),
         report_to=section.track,
         run_name=run_dir.path.name,
         disable_tqdm=True,
@@ -84,20 +85,55 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> SFTConfig:
     return arguments
 
 
+class StopTraining(Exception):
+    """A signal has come, and everything is saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 class SafeTrainer(SFTTrainer):
-    """SFTTrainer whose checkpoints are renamed into place, and which stops at a loss that is not finite.
+    """SFTTrainer whose checkpoints are sealed, and which stops at a signal or a loss that is not finite.
+
+    With several processes each sees its own rows of a batch, as one process would see them together; the last batch
+    of an epoch is filled up with blank rows, which have no loss. The leader alone writes.
 
     Args:
         run_dir: where checkpoints go.
         origin: file and line of a row, for the error.
+        processes: of the run.
+        stop: what the signals ask for.
+        save_minutes: between two checkpoints, beside those by steps; None is never.
         **arguments: those of SFTTrainer.
     """
 
-    def __init__(self, *, run_dir: RunDir, origin: Callable[[int], str], **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        run_dir: RunDir,
+        origin: Callable[[int], str],
+        processes: Processes,
+        stop: StopRequest,
+        save_minutes: float | None,
+        **arguments: Any,
+    ) -> None:
+        self.processes = processes
         self._run_dir = run_dir
         self._origin = origin
+        self._stop = stop
+        self._save_seconds = None if save_minutes is None else 60 * save_minutes
+        self._saved_at = time.monotonic()
+        self._begun: int | None = None  # the step that is being computed
+        self._random: Any = None  # the random states at its beginning
         self._saving = False
+        saving = arguments["args"].save_strategy
+        if is_sharded(arguments["model"]):
+            # transformers refuses to save these, as it would save one shard of the optimizer's state; but what is
+            # trained here is the adapter alone, which is whole.
+            arguments["args"].save_strategy = SaveStrategy.NO
         super().__init__(**arguments)
+        self.args.save_strategy = saving
         collate: Any = self.data_collator  # type: ignore[has-type]
 
         def collate_and_remember(examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -107,6 +143,16 @@ class SafeTrainer(SFTTrainer):
             return batch
 
         self.data_collator = collate_and_remember
+        rows: Any = self.train_dataset  # type: ignore[has-type]
+        self._order = Order(len(rows), self.args.seed)
+        if processes.size > 1:
+            self._order.blanks = -len(rows) % (self.args.train_batch_size * processes.size)
+            pad_id = self.processing_class.pad_token_id
+            self.train_dataset = blank_rows(rows, self._order.blanks, pad_id)
+        self.add_callback(_Epochs(self._order))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        return self._order
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -116,12 +162,13 @@ class SafeTrainer(SFTTrainer):
     def training_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
+        self._save_or_stop(model)
         rows = inputs.pop(ROW, None)
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        loss = self.plain_training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             origins = "packed, so that its rows are not known"
             if rows is not None:
-                origins = "; ".join(self._origin(row) for row in rows.tolist())
+                origins = "; ".join(self._origin(row) for row in rows.tolist() if row >= 0)
             raise TrainingError(
                 f"The loss became {loss.item()} at step {self.state.global_step + 1}. "
                 f"The batch was {origins}. Try a lower "
@@ -129,6 +176,35 @@ class SafeTrainer(SFTTrainer):
                 "look at those rows with `ptp inspect-data`."
             )
         return loss
+
+    def without_reducing(self, model: Any) -> Any:
+        """A context in which backward passes leave the gradients of other processes alone."""
+        if self.is_distributed_loading_by_transformers:
+            self.accelerator.gradient_state._set_sync_gradients(False)
+            return nullcontext()
+        return self.accelerator.no_sync(model)
+
+    def plain_training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward pass of one batch."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        return loss
+
+    def _save_or_stop(self, model: Any) -> None:
+        """Before each forward pass, all processes together: nothing of a step that is under way is kept."""
+        step, starting = self.state.global_step, self._begun != self.state.global_step
+        elapsed = time.monotonic() - self._saved_at
+        due = starting and self._save_seconds is not None and elapsed >= self._save_seconds
+        stop, save = self.processes.agree(self._stop.number, int(due))
+        if starting:
+            self._begun, self._random = step, _random_states()
+        if stop or save:
+            _set_random_states(self._random)
+            if step and self._run_dir.checkpoint(step) not in self._run_dir.checkpoints():
+                self._save_checkpoint(model, trial=None)
+                self.callback_handler.on_save(self.args, self.state, self.control)
+            self._saved_at = time.monotonic()
+        if stop:
+            raise StopTraining(stop)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs.pop(ROW, None)
@@ -149,26 +225,56 @@ class SafeTrainer(SFTTrainer):
         """No model card: the run directory describes itself."""
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self._run_dir.path / _PART) if self._saving else str(self._run_dir.path)
+        return str(self._run_dir.checkpoint_part if self._saving else self._run_dir.path)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        part = self._run_dir.path / _PART
-        shutil.rmtree(part, ignore_errors=True)
+        part, leads = self._run_dir.checkpoint_part, self.processes.leads
+        if leads:
+            shutil.rmtree(part, ignore_errors=True)
+        self.processes.wait()
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
-            for folder in part.iterdir():
-                final = self._run_dir.path / folder.name
-                shutil.rmtree(final, ignore_errors=True)
-                os.replace(folder, final)
+            self.processes.wait()
+            if leads:
+                for folder in part.iterdir():
+                    self._run_dir.seal(folder, self.state.global_step)
+                self._run_dir.drop_old_checkpoints(self.args.save_total_limit)
         finally:
             self._saving = False
-            shutil.rmtree(part, ignore_errors=True)
-        for old in self._run_dir.checkpoints()[: -self.args.save_total_limit]:
-            shutil.rmtree(old, ignore_errors=True)
+            if leads:
+                shutil.rmtree(part, ignore_errors=True)
+        self.processes.wait()
+        self._saved_at = time.monotonic()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with TemporaryDirectory() as own:
+            super()._save_rng_state(own)
+            files = {file.name: file.read_bytes() for file in Path(own).iterdir()}
+        for given in self.processes.gathered(files):
+            for name, content in given.items() if self.processes.leads else ():
+                (Path(output_dir) / name).write_bytes(content)
 
 
-def latest_checkpoint(run_dir: RunDir) -> Path | None:
-    """The newest complete checkpoint."""
-    found = run_dir.checkpoints()
-    return found[-1] if found else None
+class _Epochs(TrainerCallback):
+    """Tells the order which epoch begins."""
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.order.epoch = int(state.epoch or 0)
+
+
+def _random_states() -> tuple[Any, ...]:
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    on_gpu = torch.cuda.get_rng_state() if used else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpu
+
+
+def _set_random_states(states: tuple[Any, ...]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    if states[3] is not None:
+        torch.cuda.set_rng_state(states[3])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from prefixtune_cli.adapter import MemoryLayer, PrefixTuningPlusConfig
+from prefixtune_cli.quantization import keep_as_loaded
 
 from .architectures import LAYERS, attention, base_model, fill, logits, tokens
 
@@ -28,15 +31,38 @@ def bits(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def quantized(bits: str, tmp_path: object) -> PreTrainedModel:
+def folder(tmp_path: Path) -> Path:
     # bitsandbytes' 4-bit kernel for CPUs wants 64 inputs and 32 outputs at least.
-    base = base_model(hidden_size=64, intermediate_size=64, head_dim=16)
-    base.save_pretrained(tmp_path / "base")
+    base_model(hidden_size=64, intermediate_size=64, head_dim=16).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def quantized(bits: str, folder: Path) -> PreTrainedModel:
+    return load(folder, bits)
+
+
+def load(folder: Path, bits: str | None) -> PreTrainedModel:
+    settings = None if bits is None else BitsAndBytesConfig(**QUANTIZED[bits][0])
     return AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base",
-        quantization_config=BitsAndBytesConfig(**QUANTIZED[bits][0]),
-        device_map="cpu",
+        folder, quantization_config=settings, device_map="cpu"
     ).eval()
+
+
+def gradient(base: PreTrainedModel, *, training: bool = True) -> torch.Tensor:
+    """That of a filled adapter, all its parameters in one vector, float32."""
+    keep_as_loaded(base)
+    model = get_peft_model(base, PrefixTuningPlusConfig())
+    fill(model)
+    model.train(training)
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    found = [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+    assert {grad.dtype for grad in found} == {torch.float32}
+    return torch.cat(found)
+
+
+def distance(gradient: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((gradient - reference).norm() / reference.norm())
 
 
 def linear_layers(model: torch.nn.Module, bits: str) -> list[torch.nn.Module]:
@@ -83,3 +109,33 @@ def test_adapter_trains_on_a_quantized_base(quantized, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(model.unload(), tmp_path / "adapter")
     torch.testing.assert_close(logits(loaded, tokens()), expected)
+
+
+def test_the_gradient_is_that_on_the_dequantized_base(folder, bits):
+    """In float32, where only the order of sums is left to differ; the weights that were rounded away do not come back.
+
+    Measured: 0 at 4 bits, 1e-6 at 8; on the base before it was quantized 0.48 and 0.033.
+    """
+    found = gradient(load(folder, bits))
+    assert distance(found, gradient(load(folder, bits).dequantize())) < 1e-5
+    assert distance(found, gradient(load(folder, None))) > 1e-2
+
+
+def test_the_gradient_through_rounded_activations_is_right_within_their_rounding(folder):
+    """In evaluation mode 8-bit layers round their inputs to 1/127 of a row's largest value.
+
+    For a row whose largest value is three times its root mean square that is an error of 3 / (127·√12) = 0.7 % a
+    layer; over 21 layers in a row, at random, √21 times as much, 3 %. Measured: 3 %; a lost gradient would give 100 %.
+    """
+    reference = gradient(load(folder, "8-bit").dequantize())
+    assert 1e-3 < distance(gradient(load(folder, "8-bit"), training=False), reference) < 0.1
+
+
+def test_the_gradient_after_an_evaluation_is_the_one_before_and_no_weight_changes(folder, bits):
+    """bitsandbytes packs 4-bit weights for a CPU's inference kernel, through which no gradient flows."""
+    base = load(folder, bits)
+    keep_as_loaded(base)
+    before = [parameter.clone() for parameter in base.parameters()]
+    logits(base, tokens())
+    assert all(torch.equal(p, b) for p, b in zip(base.parameters(), before, strict=True))
+    assert torch.equal(gradient(base), gradient(load(folder, bits)))

@@ -11,7 +11,16 @@ from prefixtune_cli.recipe.explain import METHODS, keys
 from prefixtune_cli.recipe.schema import Recipe
 
 # The parameters of `ptp train` that are about this run of the command, not about the recipe.
-NO_SETTINGS = {"recipe", "sets", "resume", "overwrite", "as_json"}
+NO_SETTINGS = {
+    "recipe",
+    "sets",
+    "resume",
+    "overwrite",
+    "as_json",
+    "nodes",
+    "node_rank",
+    "rendezvous",
+}
 
 
 def test_every_flag_points_at_a_key_of_the_schema() -> None:
@@ -38,6 +47,8 @@ def test_no_flag_of_train_has_a_default_of_its_own() -> None:
         (options.OnLong, Recipe.model_fields["data"].annotation.model_fields["on_long"]),
         (options.FeatureMap, METHODS["prefix-tuning-plus"].model_fields["feature_map"]),
         (options.ShareHeads, METHODS["prefix-tuning-plus"].model_fields["share_heads"]),
+        (options.Device, Recipe.model_fields["model"].annotation.model_fields["device"]),
+        (options.Parallel, Recipe.model_fields["train"].annotation.model_fields["parallel"]),
         (options.Track, Recipe.model_fields["train"].annotation.model_fields["track"]),
     ],
 )
@@ -82,3 +93,24 @@ def test_a_map_without_both_sides_is_a_usage_error(given: str) -> None:
 )
 def test_layers_are_words_or_a_list(given: str, layers: object) -> None:
     assert options.parse_layers(given) == layers
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus"),
+    [("4", 4), ("auto", "auto"), ("0,2", [0, 2]), ("1,", [1]), ("[0, 1]", [0, 1]), ("all", "all")],
+)
+def test_gpus_are_a_number_a_word_or_a_list(given: str, gpus: object) -> None:
+    assert options.parse_gpus(given) == gpus
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (["--resume"], ["--resume=must"]),
+        (["--resume", "--out", "a"], ["--resume=must", "--out", "a"]),
+        (["--out", "a", "--resume", "auto"], ["--out", "a", "--resume", "auto"]),
+        (["--overwrite"], ["--overwrite"]),
+    ],
+)
+def test_resume_may_stand_alone(given: list[str], read: list[str]) -> None:
+    assert options.with_resume_value(given) == read

@@ -228,7 +228,7 @@ def test_a_dumped_recipe_is_read_back_as_an_equal_one(sets: list[str], write: An
 
 def test_a_dump_writes_every_default_out() -> None:
     text = dump(Recipe())
-    assert "keep_checkpoints: 2\n" in text
+    assert "keep_checkpoints: 3\n" in text
     assert "revision: null\n" in text
 
 

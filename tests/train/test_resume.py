@@ -7,12 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from prefixtune_cli.run_dir import RunDir
-from tests.train.test_run import recipe
+from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.run_dir import RunDir, step_of
+from tests.train.test_run import Listener, recipe
 
 STEPS = 40
 
@@ -88,9 +92,13 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert scores[0] == scores[1]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGUSR1, 0)],
+    ids=["Ctrl-C", "SIGTERM", "SIGUSR1"],
+)
 def test_a_stop_signal_saves_a_checkpoint_and_says_how_to_go_on(
-    how: signal.Signals, random_base: Path, colours: Path, tmp_path: Path
+    how: signal.Signals, code: int, random_base: Path, colours: Path, tmp_path: Path
 ) -> None:
     run_dir = RunDir(tmp_path / "run")
     run = start(command(random_base, colours, run_dir.path, "--set", "train.log_steps=1"))
@@ -101,7 +109,7 @@ def test_a_stop_signal_saves_a_checkpoint_and_says_how_to_go_on(
         time.sleep(0.01)
     run.send_signal(how)
     _, said = run.communicate(timeout=60)
-    assert run.returncode == 130, said
+    assert run.returncode == code, said
     assert f"Stopped by {how.name} at step" in said
     assert f"ptp train --recipe {run_dir.recipe} --resume" in said
     assert "Traceback" not in said
@@ -122,7 +130,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     before = files(run_dir)
     run_dir.summary.unlink()
     for checkpoint in run_dir.checkpoints():
-        (checkpoint / "trainer_state.json").unlink()  # as a crash in the middle of a copy leaves it
+        (checkpoint / "sha256.json").unlink()  # as a crash in the middle of a copy leaves it
     run_dir.recipe.write_text(dump(chosen), encoding="utf-8")
     train(chosen, resume=True)
     assert files(run_dir) == before
@@ -143,4 +151,125 @@ def test_a_run_killed_while_it_was_scored_trains_no_further_step(
     shutil.rmtree(run_dir.adapter)
     resumed = train(chosen, resume=True)
     assert files(run_dir) == before
-    assert resumed == whole
+    assert replace(resumed, peak_memory_gib=whole.peak_memory_gib) == whole
+
+
+@pytest.fixture
+def half_done(
+    random_base: Path, colours: Path, tmp_path: Path
+) -> tuple[Recipe, RunDir, dict[str, bytes]]:
+    """A run that stopped at step 6 of 8, with checkpoints at 2, 4 and 6, and the weights that it would end with."""
+    from prefixtune_cli.recipe.load import dump
+    from prefixtune_cli.train import train
+
+    chosen = recipe(
+        random_base, colours, tmp_path / "run", train={"save_steps": 2, "keep_checkpoints": 4}
+    )
+    train(chosen)
+    run_dir = RunDir(tmp_path / "run")
+    whole = files(run_dir)
+    run_dir.summary.unlink()
+    shutil.rmtree(run_dir.adapter)
+    shutil.rmtree(run_dir.checkpoint(8))
+    run_dir.recipe.write_text(dump(chosen), encoding="utf-8")
+    return chosen, run_dir, whole
+
+
+def test_a_truncated_newest_checkpoint_is_skipped_with_a_warning(
+    half_done: tuple[Recipe, RunDir, dict[str, bytes]],
+) -> None:
+    from prefixtune_cli.train import train
+
+    chosen, run_dir, whole = half_done
+    optimizer = run_dir.checkpoint(6) / "optimizer.pt"
+    os.truncate(optimizer, optimizer.stat().st_size // 2)
+    listener = Listener()
+    train(chosen, resume=True, reporter=listener)
+    assert [w for w in listener.warnings if "checkpoint-6 is left out" in w and "optimizer.pt" in w]
+    assert f"Resuming {run_dir.path} from checkpoint-4." in listener.notices
+    assert files(run_dir) == whole
+    assert run_dir.newest_whole_checkpoint()[0] == run_dir.checkpoint(8)
+
+
+def test_resume_auto_starts_goes_on_and_is_content_with_a_finished_run(
+    half_done: tuple[Recipe, RunDir, dict[str, bytes]], tmp_path: Path
+) -> None:
+    from prefixtune_cli.train import train
+
+    chosen, run_dir, whole = half_done
+    listener = Listener()
+    summary = train(chosen, resume="auto", reporter=listener)
+    assert f"Resuming {run_dir.path} from checkpoint-6." in listener.notices
+    assert files(run_dir) == whole
+    changed = run_dir.summary.stat().st_mtime_ns
+    assert train(chosen, resume="auto") == summary
+    assert run_dir.summary.stat().st_mtime_ns == changed
+    fresh = chosen.model_copy(update={"out": str(tmp_path / "fresh")})
+    train(fresh, resume="auto")
+    assert files(RunDir(tmp_path / "fresh")) == whole
+
+
+def test_a_signal_in_the_middle_of_a_step_loses_that_step_alone(
+    random_base: Path, colours: Path, tmp_path: Path
+) -> None:
+    """With dropout and several forward passes a step, of which the first ones have drawn random numbers already."""
+    from prefixtune_cli.errors import Preempted
+    from prefixtune_cli.train import train
+    from prefixtune_cli.train.trainer import SafeTrainer
+
+    changes: dict[str, Any] = {
+        "adapter": {"method": "lora", "dropout": 0.3},
+        "train": {"batch_size": 2, "gradient_accumulation": 4, "save_steps": 100},
+    }
+    train(recipe(random_base, colours, tmp_path / "whole", **changes))
+    passes = iter(range(100))
+    plain = SafeTrainer.plain_training_step
+
+    def interrupted(self: SafeTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = plain(self, *args, **kwargs)
+        if (
+            next(passes) == 1 + 4 * 5 + 2
+        ):  # one of the trial; five steps; the second pass of the sixth
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return loss
+
+    chosen = recipe(random_base, colours, tmp_path / "run", **changes)
+    SafeTrainer.plain_training_step = interrupted  # type: ignore[method-assign]
+    try:
+        with pytest.raises(
+            Preempted, match=r"Stopped by SIGUSR1 at step 5 of 8; a checkpoint is saved"
+        ):
+            train(chosen)
+    finally:
+        SafeTrainer.plain_training_step = plain  # type: ignore[method-assign]
+    train(chosen, resume=True)
+    assert files(RunDir(tmp_path / "run")) == files(RunDir(tmp_path / "whole")) != {}
+
+
+def test_minutes_make_checkpoints_beside_the_steps_and_change_nothing_else(
+    random_base: Path, colours: Path, tmp_path: Path
+) -> None:
+    from prefixtune_cli.train import train
+
+    settings = {"save_steps": 100, "keep_checkpoints": 20}
+    train(recipe(random_base, colours, tmp_path / "whole", train=settings))
+    often = {**settings, "save_minutes": 1e-9}
+    train(recipe(random_base, colours, tmp_path / "run", train=often))
+    whole, run = RunDir(tmp_path / "whole"), RunDir(tmp_path / "run")
+    assert [step_of(c) for c in whole.checkpoints()] == [8]
+    assert [step_of(c) for c in run.checkpoints()] == list(range(1, 9))
+    assert files(run) == files(whole)
+
+
+def test_a_run_is_not_resumed_with_another_number_of_processes(
+    half_done: tuple[Recipe, RunDir, dict[str, bytes]],
+) -> None:
+    from prefixtune_cli.errors import RunDirError
+    from prefixtune_cli.train import train
+
+    chosen, run_dir, _ = half_done
+    environment = json.loads(run_dir.environment.read_text())
+    assert environment["processes"] == 1
+    run_dir.environment.write_text(json.dumps({**environment, "processes": 2}))
+    with pytest.raises(RunDirError, match=r"started with 2 processes.*resumed with 1"):
+        train(chosen, resume=True)

@@ -1,0 +1,212 @@
+"""The processes of a run: who they are, what one of them does for all, and how they agree.
+
+A process is started by `ptp train --gpus N` (see `launch`), by torchrun or accelerate launch, or by Slurm's srun; it
+finds out which by its environment. Work that needs no others, such as tokenizing, is done before the process group
+exists, so that no collective waits on it: until then the processes talk through the group's key-value store.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from prefixtune_cli.errors import LostWorker, ResourceError, UsageError
+
+Value = TypeVar("Value")
+
+# A collective waits so long for the slowest process, which may be writing a checkpoint of a whole model.
+PATIENCE = timedelta(hours=1)
+SECONDS_BETWEEN_LOOKS = 0.1
+
+
+@dataclass
+class Processes:
+    """This process among those of its run; by itself where there is only one.
+
+    Attributes:
+        rank, size: of all processes, on all nodes.
+        local_rank: of those on this node.
+        store: through which they talk before the process group exists.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    store: Any = None
+    _asked: int = field(default=0, repr=False)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this one reports and writes."""
+        return self.rank == 0
+
+    def first_on_each_node(self, make: Callable[[], Value]) -> Value:
+        """What `make` gives: the first process of each node calls it, and the others there wait for a copy.
+
+        Raises:
+            LostWorker: on the processes that wait, where it failed.
+        """
+        if self.size == 1:
+            return make()
+        self._asked += 1
+        key = f"ptp/{self._asked}/{self.rank - self.local_rank}"
+        if self.local_rank == 0:
+            try:
+                value = make()
+            except BaseException:
+                self.store.set(key, b"")
+                raise
+            self.store.set(key, pickle.dumps(value))
+            return value
+        while not self.store.check([key]):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        if not (copied := self.store.get(key)):
+            raise LostWorker("The first process of this node has failed; it says why.")
+        given: Value = pickle.loads(copied)
+        return given
+
+    def form_group(self, device: torch.device) -> None:
+        """Make the process group: NCCL between GPUs, gloo between CPUs."""
+        if self.size == 1:
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=self.store,
+            rank=self.rank,
+            world_size=self.size,
+            timeout=PATIENCE,
+        )
+
+    def agree(self, *mine: int) -> tuple[int, ...]:
+        """The largest of each number over all processes."""
+        if self.size == 1:
+            return mine
+        numbers = torch.tensor(mine)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        return tuple(numbers.tolist())
+
+    def told(self, value: Value) -> Value:
+        """The value that the leader has."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def gathered(self, value: Value) -> list[Value]:
+        """The values of all processes, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def share(self, count: int) -> range:
+        """Which of `count` pieces of work are this process's."""
+        return range(self.rank, count, self.size)
+
+    def joined(self, mine: Mapping[int, Value]) -> dict[int, Value]:
+        """The shares of all processes together."""
+        return {key: value for share in self.gathered(dict(mine)) for key, value in share.items()}
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.agree(0)
+
+
+@contextmanager
+def joined(wanted: int | None) -> Iterator[Processes]:
+    """Within the block this process is one of its run's; the process group, where one was formed, ends with it.
+
+    Args:
+        wanted: how many processes the recipe asks for on this machine; None takes what is there.
+
+    Raises:
+        UsageError: another number of processes was started.
+    """
+    _take_over_from_slurm()
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if wanted is not None and wanted != here:
+        raise UsageError(
+            f"train.gpus asks for {wanted} processes on this machine, and {here} were started. Have torchrun, "
+            f"accelerate launch or srun start {wanted}, or leave --gpus out. By itself, `ptp train --gpus {wanted}` "
+            "starts them."
+        )
+    if size == 1:
+        yield Processes()
+        return
+    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    try:
+        yield Processes(rank, size, int(os.environ.get("LOCAL_RANK", rank)), store)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def leads() -> bool:
+    """Whether this process is the one that reports."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def says_that_one_is_lost(error: BaseException) -> bool:
+    """Whether `error` is what gloo and NCCL say when a process at the other end is gone."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text.lower() or "NCCL" in text
+
+
+def inside_a_launcher() -> bool:
+    """Whether torchrun, accelerate launch, srun or `ptp` has started this process as one of several."""
+    return "WORLD_SIZE" in os.environ or _slurm_step_size() > 1
+
+
+def _slurm_step_size() -> int:
+    # Of the step, not of the allocation: in the shell of `salloc` nobody has started anything yet.
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+
+
+def _take_over_from_slurm() -> None:
+    """Say in torchrun's terms what srun says in its own."""
+    if "WORLD_SIZE" in os.environ or _slurm_step_size() == 1:
+        return
+    given = os.environ
+    nodes = given.get("SLURM_STEP_NODELIST", given.get("SLURM_JOB_NODELIST", ""))
+    given.setdefault("MASTER_ADDR", _first_host(nodes))
+    # Jobs that share a node have different numbers; ports below 20000 are often taken.
+    given.setdefault("MASTER_PORT", str(20000 + int(given.get("SLURM_JOB_ID", "0")) % 20000))
+    given["RANK"], given["LOCAL_RANK"] = given["SLURM_PROCID"], given["SLURM_LOCALID"]
+    given["WORLD_SIZE"] = given["SLURM_STEP_NUM_TASKS"]
+    # The tasks of each node, as in 4(x2) or 4,2; those of another node do not matter here.
+    each = re.findall(r"(\d+)(?:\(x(\d+)\))?", given.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    counts = [int(tasks) for tasks, times in each for _ in range(int(times or 1))]
+    given["LOCAL_WORLD_SIZE"] = str(counts[int(given.get("SLURM_NODEID", "0")) % len(counts)])
+
+
+def _first_host(nodes: str) -> str:
+    """The first of Slurm's list of nodes, such as `gpu[01-04,07]`."""
+    if not nodes or not set(nodes) & set("[,"):
+        return nodes or "127.0.0.1"
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ResourceError(
+            f"Slurm's list of nodes, {nodes}, cannot be read without `scontrol` ({error}). Set MASTER_ADDR to the "
+            "name of the first node."
+        ) from error
+    return done.stdout.split()[0]

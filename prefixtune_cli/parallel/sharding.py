@@ -1,0 +1,71 @@
+"""A base whose weights are spread over the processes (FSDP2), and what becomes of its trained state.
+
+The frozen weights are sharded by decoder layer, which torch gathers layer by layer as the forward and the backward
+pass come by; there is no gradient to reduce. The adapter is small, and is not sharded: each process has a copy, whose
+gradients transformers' Trainer averages. So checkpoints are those of an unsharded run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from prefixtune_cli.errors import ModelError
+
+
+def shard(model: PeftModel, processes: int, device: torch.device) -> None:
+    """Spread the weights of the base over the processes, in place; the adapter stays whole.
+
+    Args:
+        model: on the CPU, the same on all processes.
+        processes: of the group, which exists.
+        device: this process's own.
+
+    Raises:
+        ModelError: the model does not say which of its modules are the decoder layers.
+    """
+    base: Any = model.get_base_model()
+    kinds = set(base._no_split_modules or ())
+    layers = [module for module in base.modules() if type(module).__name__ in kinds]
+    if not layers:
+        raise ModelError(
+            f"{type(base).__name__} cannot be sharded: it does not name its decoder layers. Use --parallel ddp."
+        )
+    adapter = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for parameter in adapter:
+        parameter.data = parameter.data.to(device)
+    mesh = init_device_mesh(device.type, (processes,))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, ignored_params=adapter)
+    fully_shard(base, mesh=mesh, ignored_params=adapter)
+    # What transformers' own sharded loading leaves behind, by which its Trainer and `generate` go.
+    base.config.distributed_config = DistributedConfig(fsdp_size=processes)
+    base._is_fsdp_managed_module = base._is_distributed_loading_by_transformers = True
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether every forward pass needs all processes, as each holds but a part of the weights."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return isinstance(base, FSDPModule) or any(hasattr(p, "ds_id") for p in base.parameters())
+
+
+def deepspeed_settings(parallel: str) -> dict[str, Any] | None:
+    """The settings of DeepSpeed for `deepspeed-zero2` and `deepspeed-zero3`; transformers fills in `auto`."""
+    if not parallel.startswith("deepspeed-zero"):
+        return None
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {
+            "stage": int(parallel[-1]),
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+    }

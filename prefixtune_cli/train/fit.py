@@ -1,0 +1,158 @@
+"""The training itself: from the newest whole checkpoint, with a batch that fits, until the last step or a signal."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from trl import SFTConfig
+
+from prefixtune_cli.errors import ResourceError
+from prefixtune_cli.parallel.processes import Processes
+from prefixtune_cli.progress import Reporter
+from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.run_dir import RunDir, step_of
+from prefixtune_cli.train.callbacks import Journal, WeightWatch
+from prefixtune_cli.train.checks import does_not_fit
+from prefixtune_cli.train.loss_plot import draw_loss
+from prefixtune_cli.train.prepare import Data
+from prefixtune_cli.train.stop import StopRequest
+from prefixtune_cli.train.trainer import SafeTrainer, StopTraining, training_arguments
+from prefixtune_cli.train.trial import OutOfMemory, Trial
+
+
+def fit(
+    recipe: Recipe,
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    run_dir: RunDir,
+    resume: bool,
+    processes: Processes,
+    stop: StopRequest,
+    reporter: Reporter,
+) -> tuple[PeftModel | PreTrainedModel, int]:
+    """Train the model.
+
+    Returns:
+        the model, which is sharded where the recipe says so, and the number of steps behind it.
+
+    Raises:
+        ResourceError: the longest batch does not fit the memory; the message says what helps most.
+        Interrupted: a signal came, and a checkpoint is saved.
+        TrainingError: the loss is not finite, or the wrong weights moved.
+    """
+    checkpoint = processes.told(_checkpoint(run_dir, resume, reporter) if processes.leads else None)
+    if checkpoint is not None and not all(processes.gathered(checkpoint.exists())):
+        raise ResourceError(
+            f"{checkpoint} is not seen by all nodes. Give an --out on a file system that they share."
+        )
+    while True:
+        trainer = _trainer(recipe, model, tokenizer, data, run_dir, processes, stop, reporter)
+        try:
+            return trainer.model, _run(trainer, checkpoint, run_dir, stop)
+        except OutOfMemory:
+            recipe = _smaller(recipe, reporter)
+            model = trainer.model
+        del trainer
+
+
+def _checkpoint(run_dir: RunDir, resume: bool, reporter: Reporter) -> Path | None:
+    """Where to go on from, None for the start; forgets what was logged after it."""
+    if not resume:
+        return None
+    checkpoint, damaged = run_dir.newest_whole_checkpoint()
+    for sentence in damaged:
+        reporter.warning(sentence)
+    where = f"from {checkpoint.name}" if checkpoint else "from the start: it has no checkpoint yet"
+    reporter.notice(f"Resuming {run_dir.path} {where}.")
+    run_dir.truncate_metrics(step_of(checkpoint) if checkpoint else 0)
+    return checkpoint
+
+
+def _trainer(
+    recipe: Recipe,
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    run_dir: RunDir,
+    processes: Processes,
+    stop: StopRequest,
+    reporter: Reporter,
+) -> SafeTrainer:
+    arguments = training_arguments(recipe, run_dir)
+    _warm_up_more_than_one_step(arguments, len(data.train), processes.size)
+    trainer = SafeTrainer(
+        run_dir=run_dir,
+        origin=data.origin,
+        processes=processes,
+        stop=stop,
+        save_minutes=recipe.train.save_minutes,
+        model=model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.held_out if arguments.eval_steps else None,
+        processing_class=tokenizer,
+    )
+    for callback in (
+        Trial(trainer),
+        Journal(run_dir, reporter, writes=processes.leads),
+        WeightWatch(),
+    ):
+        trainer.add_callback(callback)
+    trainer.remove_callback(PrinterCallback)  # the journal reports
+    _keep_adapter_in_fp32(model)
+    if processes.size > 1:  # each process draws its own dropout
+        torch.manual_seed(recipe.train.seed + processes.rank)
+    return trainer
+
+
+def _warm_up_more_than_one_step(arguments: SFTConfig, rows: int, processes: int) -> None:
+    """Where there is but one step, it would have a learning rate of zero."""
+    batch = (
+        arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes
+    )
+    in_one = arguments.max_steps < 0 and rows * math.ceil(arguments.num_train_epochs) <= batch
+    if arguments.max_steps == 1 or in_one:
+        arguments.warmup_steps = 0
+
+
+def _run(trainer: SafeTrainer, checkpoint: Path | None, run_dir: RunDir, stop: StopRequest) -> int:
+    if checkpoint is not None and (last := trainer.finished_at(checkpoint)) is not None:
+        return last
+    try:
+        with stop.put_off():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except StopTraining as request:
+        step, steps = trainer.state.global_step, trainer.state.max_steps
+        saved = "a checkpoint is saved" if step else "nothing is lost"
+        raise stop.stopped(request.number, f"at step {step} of {steps}; {saved}") from None
+    if trainer.processes.leads:
+        draw_loss(run_dir)
+    return int(trainer.state.global_step)
+
+
+def _smaller(recipe: Recipe, reporter: Reporter) -> Recipe:
+    """The recipe with half the rows a forward pass, and as many an optimizer step."""
+    section = recipe.train
+    if not section.auto_batch or section.batch_size % 2:
+        raise does_not_fit(recipe)
+    halved = {
+        "batch_size": section.batch_size // 2,
+        "gradient_accumulation": section.gradient_accumulation * 2,
+    }
+    reporter.warning(
+        f"The longest batch of {section.batch_size} rows does not fit the memory. Training with --batch-size "
+        f"{halved['batch_size']} --gradient-accumulation {halved['gradient_accumulation']} instead: as many a step."
+    )
+    return recipe.model_copy(update={"train": section.model_copy(update=halved)})
+
+
+def _keep_adapter_in_fp32(model: PeftModel | PreTrainedModel) -> None:
+    """TRL casts the adapter of a quantized base to bfloat16, in which small updates vanish."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

@@ -1,0 +1,97 @@
+"""One step with the longest batch before the first real one, so that memory runs out at once or never."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import heapq
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from datasets import Dataset
+from transformers import TrainerCallback
+
+ROWS_AT_ONCE = 10_000
+
+
+class OutOfMemory(Exception):
+    """The longest batch does not fit."""
+
+
+class Trial(TrainerCallback):
+    """Tries the longest batch when everything is in place, and leaves no trace of it.
+
+    Args:
+        trainer: the one that will train.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Raise OutOfMemory, on all processes, where one of them has too little."""
+        trainer = self.trainer
+        if trainer.is_deepspeed_enabled:
+            return  # whose engine counts every backward pass as a part of a step
+        fits = self._fits()
+        trainer.model_wrapped.zero_grad(set_to_none=True)
+        gc.collect()
+        clear_device_cache()
+        if trainer.processes.agree(int(not fits))[0]:
+            raise OutOfMemory
+
+    def _fits(self) -> bool:
+        try:
+            with self._without_a_trace():
+                held = self._optimizer_state()
+                self._step()
+                del held
+        except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+            if not should_reduce_batch_size(error):
+                raise
+            return False
+        return True
+
+    def _step(self) -> None:
+        trainer, model = self.trainer, self.trainer.model_wrapped
+        rows = longest_rows(trainer.train_dataset, trainer.args.per_device_train_batch_size)
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in rows])
+        batch = {key: value for key, value in batch.items() if key != "row"}
+        # The weights of a sharded base are gathered by all processes, which have the same batch.
+        with trainer.without_reducing(model):
+            trainer.plain_training_step(model, batch, (batch["labels"] != -100).sum())
+
+    def _optimizer_state(self) -> list[torch.Tensor]:
+        """Room for AdamW's two moments, which the optimizer takes after the first step."""
+        if self.trainer.optimizer.state:
+            return []
+        trained = [p for p in self.trainer.model.parameters() if p.requires_grad]
+        return [torch.empty_like(p, dtype=torch.float32) for p in trained for _ in range(2)]
+
+    @contextlib.contextmanager
+    def _without_a_trace(self) -> Iterator[None]:
+        trainer = self.trainer
+        device = trainer.args.device
+        tokens, metrics = trainer._total_train_tokens, trainer._metrics["train"].copy()
+        gather = trainer.accelerator.gather_for_metrics
+        # A process that runs out of memory would leave the others waiting for its metrics.
+        trainer.accelerator.gather_for_metrics = lambda value: value
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                yield
+        finally:
+            trainer.accelerator.gather_for_metrics = gather
+            trainer._total_train_tokens, trainer._metrics["train"] = tokens, metrics
+
+
+def longest_rows(dataset: Dataset, count: int) -> list[int]:
+    """The numbers of the `count` longest rows."""
+    lengths: Iterator[tuple[int, int]] = (
+        (length, start * ROWS_AT_ONCE + i)
+        for start, table in enumerate(dataset.with_format("arrow").iter(ROWS_AT_ONCE))
+        for i, length in enumerate(pc.list_value_length(table["input_ids"]).to_pylist())
+    )
+    return [i for _, i in heapq.nlargest(count, lengths)]
