@@ -18,6 +18,7 @@ from prefixtune_cli.cli import (
     inspect_data,
     models,
     options,
+    plan,
     recipe_schema,
     recipes,
     train,
@@ -26,6 +27,7 @@ from prefixtune_cli.errors import LAUNCHER_PID, Interrupted, LostWorker, PtpErro
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
+    "plan": plan.plan,
     "eval": eval.eval,
     "inspect-data": inspect_data.inspect_data,
     "generate": generate.generate,

@@ -7,6 +7,8 @@ gradients transformers' Trainer averages. So checkpoints are those of an unshard
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +55,19 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether every forward pass needs all processes, as each holds but a part of the weights."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return isinstance(base, FSDPModule) or any(hasattr(p, "ds_id") for p in base.parameters())
+
+
+@contextmanager
+def adapter_at_hand(model: nn.Module) -> Iterator[None]:
+    """Within the block the adapter is whole on each process, as it always is but for DeepSpeed's ZeRO-3."""
+    trained = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
+    if not trained:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(trained):
+        yield
 
 
 def deepspeed_settings(parallel: str) -> dict[str, Any] | None:

@@ -26,6 +26,17 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+# The methods that do not go with a way of spreading a run over GPUs, and why.
+NOT_SPREAD = {
+    ("fsdp", "prefix-tuning"): "whose prefix peft computes outside of the sharded modules",
+    ("fsdp", "full"): "which trains the base that fsdp shards as frozen",
+    (
+        "deepspeed-zero3",
+        "prefix-tuning",
+    ): "whose prefix peft computes outside of the sharded modules",
+}
+
+
 class Section(BaseModel):
     # Strict, so that `batch_size: true` is an error instead of 1, and `"8"` is told from 8.
     model_config = ConfigDict(
@@ -265,6 +276,16 @@ class Recipe(Section):
                     f"train.{key} does not go with method prefix-tuning, whose prefix lies in the key/value cache. "
                     f"Type --no-{key.replace('_', '-')}, or use another method."
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _the_method_can_be_spread(self) -> Recipe:
+        if why := NOT_SPREAD.get((self.train.parallel, self.adapter.method)):
+            instead = " or deepspeed-zero3" if self.adapter.method == "full" else ""
+            raise ValueError(
+                f"train.parallel {self.train.parallel} does not go with method {self.adapter.method}, {why}. "
+                f"Use --parallel ddp{instead}, or another method."
+            )
         return self
 
     @model_validator(mode="after")

@@ -154,7 +154,9 @@ class WeightWatch(TrainerCallback):
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    here = parameter.to_local() if isinstance(parameter, DTensor) else parameter  # this one's shard
+    # Of a sharded weight, this process's part: FSDP2's, or DeepSpeed's.
+    here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    here = getattr(parameter, "ds_tensor", here)
     flat = here.detach().reshape(-1)
     # As bytes: quantized weights that are stored as floats may be no numbers.
     return flat[:: max(1, flat.numel() // 1024)].clone().view(torch.uint8)

@@ -57,25 +57,14 @@ def check_optimizer(name: str) -> None:
         )
 
 
-def check_parallel(recipe: Recipe, processes: int) -> None:
-    """Raise where the way of spreading a run over several processes does not fit the rest of it."""
-    how = recipe.train.parallel
+def check_parallel(how: str, processes: int) -> None:
+    """Raise where a run is to be spread over several processes and is one, or DeepSpeed is not installed."""
     if how == "ddp":
         return
     if processes == 1:
         raise UsageError(
             f"train.parallel {how} spreads a model over several processes, and this run has one. Give --gpus N (with "
             "--device cpu, N processes on the CPU), or leave --parallel out."
-        )
-    if recipe.adapter.method == "prefix-tuning":
-        raise UsageError(
-            f"train.parallel {how} does not go with method prefix-tuning, whose prefix peft computes outside of the "
-            "sharded modules. Use --parallel ddp, or another method."
-        )
-    if recipe.adapter.method == "full" and how == "fsdp":
-        raise UsageError(
-            "train.parallel fsdp shards a frozen base, and method full trains all of it. Use deepspeed-zero3, "
-            "or an adapter method."
         )
     if how.startswith("deepspeed") and find_spec("deepspeed") is None:
         raise ResourceError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from prefixtune_cli.evaluate.held_out import EXACT_MATCH_RULE, Score, score
 from prefixtune_cli.parallel.devices import device, processes_here
 from prefixtune_cli.parallel.launch import end_with_the_launcher
 from prefixtune_cli.parallel.processes import Processes, joined
-from prefixtune_cli.parallel.sharding import is_sharded, shard
+from prefixtune_cli.parallel.sharding import adapter_at_hand, is_sharded, shard
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import dump
 from prefixtune_cli.recipe.schema import Recipe
@@ -132,7 +131,7 @@ def _prepare(
     """Check everything, and read the data; the run directory is the leader's affair."""
     check_optimizer(recipe.train.optimizer)
     check_tracker(recipe.train.track)
-    check_parallel(recipe, processes.size)
+    check_parallel(recipe.train.parallel, processes.size)
     resuming = run_dir.recipe.exists() if resume == "auto" else bool(resume)
     if processes.leads and resuming:
         check_resumable(run_dir, recipe)
@@ -166,13 +165,15 @@ def _train(
     sharded = _is_to_be_sharded(recipe, processes)
     base = models.load_base(recipe.model, trainable=whole, sharded=sharded)
     model = models.attach(base, recipe.adapter)
+    trained, total = _counted(model)
     if isinstance(model, PeftModel) and recipe.train.parallel == "fsdp":
         shard(model, processes.size, device(recipe.model.device))
     if processes.leads:
         if not resume:
             _open(run_dir, recipe, data, processes, overwrite=overwrite)
         kept = recipe.train.keep_checkpoints + 2 - len(run_dir.checkpoints())
-        check_disk(run_dir.path, _checkpoint_bytes(model) * max(kept, 1))
+        # The trained weights and AdamW's two moments, in float32.
+        check_disk(run_dir.path, 3 * 4 * trained * max(kept, 1))
 
     def judge(who: str) -> tuple[Score, list[str]]:
         return score(
@@ -195,7 +196,17 @@ def _train(
         with models.without_adapter(model):
             before = judge("base")
     after = judge("adapter")
-    summary = _summary(run_dir, model, data, before, after, steps, processes)
+    summary = Summary(
+        run=str(run_dir.path),
+        base=before[0],
+        adapter=after[0],
+        trainable_parameters=trained,
+        total_parameters=total,
+        adapter_bytes=sum(f.stat().st_size for f in run_dir.adapter.glob("*.safetensors")),
+        steps=steps,
+        held_out_rows=len(data.held_out),
+        peak_memory_gib=max(processes.gathered(peak_memory_gib())),
+    )
     if processes.leads:
         _conclude(run_dir, data, before, after, summary)
     return summary
@@ -225,37 +236,15 @@ def _save_adapter(
 ) -> None:
     """Write the adapter folder, a plain one however the weights are spread."""
     part = run_dir.path / ".adapter.part"
+    with adapter_at_hand(model):
+        if processes.leads:
+            shutil.rmtree(part, ignore_errors=True)
+            model.save_pretrained(part)
     if processes.leads:
-        shutil.rmtree(part, ignore_errors=True)
-        model.save_pretrained(part)
         if not isinstance(model, PeftModel):
             tokenizer.save_pretrained(part)
-        shutil.rmtree(run_dir.adapter, ignore_errors=True)
-        os.replace(part, run_dir.adapter)
+        run_dir.place(part, run_dir.adapter)
     processes.wait()
-
-
-def _summary(
-    run_dir: RunDir,
-    model: PeftModel | PreTrainedModel,
-    data: Data,
-    base: tuple[Score, list[str]],
-    adapter: tuple[Score, list[str]],
-    steps: int,
-    processes: Processes,
-) -> Summary:
-    parameters = {id(p): p for p in model.parameters()}.values()
-    return Summary(
-        run=str(run_dir.path),
-        base=base[0],
-        adapter=adapter[0],
-        trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-        total_parameters=sum(_elements(p) for p in parameters),
-        adapter_bytes=sum(f.stat().st_size for f in run_dir.adapter.glob("*.safetensors")),
-        steps=steps,
-        held_out_rows=len(data.held_out),
-        peak_memory_gib=max(processes.gathered(peak_memory_gib())),
-    )
 
 
 def _conclude(
@@ -278,12 +267,13 @@ def _conclude(
     write_json(run_dir.summary, found)
 
 
+def _counted(model: PeftModel | PreTrainedModel) -> tuple[int, int]:
+    """How many weights are trained, and how many there are, before they are sharded."""
+    weights = {id(p): p for p in model.parameters()}.values()
+    return sum(int(p.numel()) for p in weights if p.requires_grad), sum(map(_elements, weights))
+
+
 def _elements(parameter: Any) -> int:
     """The number of weights; bitsandbytes packs two 4-bit ones into a byte."""
     state = getattr(parameter, "quant_state", None)
     return int(state.shape.numel()) if state is not None else int(parameter.numel())
-
-
-def _checkpoint_bytes(model: PeftModel | PreTrainedModel) -> int:
-    """The trained weights and AdamW's two moments, in float32."""
-    return 3 * 4 * sum(int(p.numel()) for p in model.parameters() if p.requires_grad)

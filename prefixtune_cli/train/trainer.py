@@ -25,6 +25,7 @@ from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.parallel.sharding import deepspeed_settings, is_sharded
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.train.checks import told_in_words
 from prefixtune_cli.train.order import Order, blank_rows
 from prefixtune_cli.train.stop import StopRequest
 
@@ -224,6 +225,10 @@ class SafeTrainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No model card: the run directory describes itself."""
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.processes.leads or self.is_deepspeed_enabled:  # whose weights are gathered from all
+            super().save_model(output_dir, _internal_call)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._run_dir.checkpoint_part if self._saving else self._run_dir.path)
 
@@ -234,12 +239,15 @@ class SafeTrainer(SFTTrainer):
         self.processes.wait()
         self._saving = True
         try:
-            super()._save_checkpoint(model, trial)
-            self.processes.wait()
-            if leads:
-                for folder in part.iterdir():
-                    self._run_dir.seal(folder, self.state.global_step)
-                self._run_dir.drop_old_checkpoints(self.args.save_total_limit)
+            with told_in_words(
+                self._run_dir, self.processes
+            ):  # while a full disk can be seen to be full
+                super()._save_checkpoint(model, trial)
+                self.processes.wait()
+                if leads:
+                    for folder in part.iterdir():
+                        self._run_dir.seal(folder, self.state.global_step)
+                    self._run_dir.drop_old_checkpoints(self.args.save_total_limit)
         finally:
             self._saving = False
             if leads:

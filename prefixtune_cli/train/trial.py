@@ -60,6 +60,8 @@ class Trial(TrainerCallback):
         rows = longest_rows(trainer.train_dataset, trainer.args.per_device_train_batch_size)
         batch = trainer.data_collator([trainer.train_dataset[i] for i in rows])
         batch = {key: value for key, value in batch.items() if key != "row"}
+        # What the Trainer counts before each step, and TRL asks for.
+        trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
         # The weights of a sharded base are gathered by all processes, which have the same batch.
         with trainer.without_reducing(model):
             trainer.plain_training_step(model, batch, (batch["labels"] != -100).sum())

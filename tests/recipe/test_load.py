@@ -268,3 +268,33 @@ def test_other_data_leaves_the_recipes_held_out_data_and_columns_behind(write: A
     )
     assert resolve(file, [], {"train": {"epochs": 2.0}}).train.max_steps is None
     assert resolve(file).train.max_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("parallel", "method", "why"),
+    [
+        ("fsdp", "prefix-tuning", "outside of the sharded modules. Use --parallel ddp, or another"),
+        ("fsdp", "full", "shards as frozen. Use --parallel ddp or deepspeed-zero3, or another"),
+        ("deepspeed-zero3", "prefix-tuning", "outside of the sharded modules. Use --parallel ddp"),
+    ],
+)
+def test_a_method_that_cannot_be_spread_over_gpus_is_refused(
+    parallel: str, method: str, why: str
+) -> None:
+    flags = {"adapter": {"method": method}, "train": {"parallel": parallel}}
+    with pytest.raises(RecipeError) as told:
+        resolve(flags=flags)
+    assert f"train.parallel {parallel} does not go with method {method}, " in str(told.value)
+    assert why in str(told.value)
+    resolve(flags={**flags, "train": {"parallel": "ddp"}})
+
+
+@pytest.mark.parametrize("gpus", [1, 4, "auto", [0], [3, 1]])
+def test_gpus_are_a_number_auto_or_a_list(gpus: object) -> None:
+    assert resolve(flags={"train": {"gpus": gpus}}).train.gpus == gpus
+
+
+@pytest.mark.parametrize("gpus", [0, -1, True, "all", [], [1, 1], ["0"], [-1], 1.5])
+def test_other_gpus_are_refused(gpus: object) -> None:
+    with pytest.raises(RecipeError, match=r"train.gpus must be a number of GPUs, auto, or a list"):
+        resolve(flags={"train": {"gpus": gpus}})

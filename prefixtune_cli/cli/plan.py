@@ -1,0 +1,241 @@
+"""`ptp plan`: the memory that a recipe takes, and whether it fits, before any weight is loaded."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+from prefixtune_cli.cli import options
+from prefixtune_cli.errors import ModelError, RecipeError, UsageError
+
+if TYPE_CHECKING:
+    from prefixtune_cli.plan import MethodPlan, Remedy
+    from prefixtune_cli.recipe.schema import Recipe
+
+GIB = 2**30
+SHOWN_REMEDIES = 4
+PARTS = {
+    "weights": "base weights",
+    "adapter": "adapter",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "logits": "logits",
+    "reserve": "framework reserve",
+}
+
+
+def plan(
+    recipe: options.RecipeName = None,
+    model: options.Model = None,
+    gpu_memory: Annotated[
+        float | None,
+        options.option(
+            "--gpu-memory",
+            panel=options.RUN,
+            metavar="GIB",
+            help="Memory of each GPU, where it is not one of this machine's.",
+        ),
+    ] = None,
+    data: options.Data = None,
+    out: options.Out = None,
+    resume: options.Resume = None,
+    overwrite: Annotated[
+        bool, options.option("--overwrite", panel=options.RUN, help="As for ptp train.")
+    ] = False,
+    as_json: options.Json = False,
+    sets: options.Sets = None,
+    revision: options.Revision = None,
+    bits: options.Bits = None,
+    device: options.Device = None,
+    attention: options.Attention = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    eval_data: options.EvalData = None,
+    eval_split: options.EvalSplit = None,
+    format: options.Format = None,
+    map: options.Map = None,
+    train_on: options.TrainOn = None,
+    max_length: options.MaxLength = None,
+    on_long: options.OnLong = None,
+    chat_template: options.ChatTemplate = None,
+    method: options.Method = None,
+    feature_map: options.FeatureMap = None,
+    feature_dim: options.FeatureDim = None,
+    normalize_query: options.NormalizeQuery = None,
+    share_heads: options.ShareHeads = None,
+    layers: options.Layers = None,
+    lora_r: options.LoraR = None,
+    lora_alpha: options.LoraAlpha = None,
+    num_virtual_tokens: options.NumVirtualTokens = None,
+    epochs: options.Epochs = None,
+    steps: options.Steps = None,
+    learning_rate: options.LearningRate = None,
+    batch_size: options.BatchSize = None,
+    gradient_accumulation: options.GradientAccumulation = None,
+    packing: options.Packing = None,
+    gradient_checkpointing: options.GradientCheckpointing = None,
+    auto_batch: options.AutoBatch = None,
+    seed: options.Seed = None,
+    gpus: options.Gpus = None,
+    parallel: options.Parallel = None,
+    nodes: options.Nodes = 1,
+    node_rank: options.NodeRank = None,
+    rendezvous: options.Rendezvous = None,
+    keep: options.Keep = None,
+    save_steps: options.SaveSteps = None,
+    save_minutes: options.SaveMinutes = None,
+    track: options.Track = None,
+) -> None:
+    """Tell how much memory `ptp train` with the same flags takes, by part and by method, and what fits.
+
+    No weights are loaded and no data is read: rows are taken to be as long as --max-length.
+    """
+    if gpu_memory is not None and gpu_memory <= 0:
+        raise UsageError(f"--gpu-memory must be above 0, in GiB, got {gpu_memory:g}.")
+    flags = options.overrides(locals())
+    from prefixtune_cli.recipe import load
+
+    settings = load.resolve(recipe, sets or (), flags)
+    if gpu_memory is not None:
+        on_gpu = settings.model.model_copy(update={"device": "cuda"})
+        settings = settings.model_copy(update={"model": on_gpu})
+
+    from prefixtune_cli.cli import console
+
+    console.quiet_libraries()
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="peft")
+    found = _found(settings, gpu_memory)
+    if as_json:
+        console.print_json(found)
+    else:
+        _print(settings, found)
+
+
+def _found(recipe: Recipe, gpu_memory_gib: float | None) -> dict[str, Any]:
+    """Everything that is printed, as JSON has it."""
+    from prefixtune_cli.plan import METHODS, Planner, gpu_bytes, remedies, with_method
+    from prefixtune_cli.plan.processes import processes
+
+    available = gpu_bytes(recipe) if gpu_memory_gib is None else int(gpu_memory_gib * GIB)
+    plans: list[dict[str, Any]] = []
+    problems: dict[str, str] = {}
+    for method in METHODS:
+        try:
+            planner = Planner(with_method(recipe, method))
+            row = _row(planner.plan())
+            if available is not None:
+                row["fits"] = row["total_bytes"] <= available
+                row["largest_batch"] = planner.largest_batch(available)
+            plans.append(row)
+        except (ModelError, RecipeError) as error:
+            if method == recipe.adapter.method:
+                raise
+            problems[method] = str(error)
+    chosen = next(row for row in plans if row["method"] == recipe.adapter.method)
+    advice: list[Remedy] = []
+    if available is not None and not chosen["fits"]:
+        advice = remedies(recipe, available_bytes=available)
+    return {
+        "model": recipe.model.name,
+        "method": recipe.adapter.method,
+        "batch_size": recipe.train.batch_size,
+        "max_length": recipe.data.max_length,
+        "gpus": processes(recipe.train),
+        "parallel": recipe.train.parallel,
+        "available_bytes": available,
+        "plans": plans,
+        "problems": problems,
+        "remedies": [asdict(remedy) for remedy in advice],
+    }
+
+
+def _row(plan: MethodPlan) -> dict[str, Any]:
+    """One method's plan, with its totals."""
+    checkpointed = plan.checkpointed
+    return {
+        "method": plan.method,
+        "bits": plan.bits,
+        "bytes": asdict(plan.parts),
+        "total_bytes": plan.total,
+        "without_checkpointing": {**asdict(plan.plain), "total": plan.plain.total},
+        "with_checkpointing": None
+        if checkpointed is None
+        else {**asdict(checkpointed), "total": checkpointed.total},
+    }
+
+
+def _print(recipe: Recipe, found: dict[str, Any]) -> None:
+    from prefixtune_cli.cli import console
+
+    plans = found["plans"]
+    rows = [
+        [name, *(_gib(plan["bytes"][part]) for plan in plans)]
+        for part, name in PARTS.items()
+        if any(plan["bytes"][part] for plan in plans)
+    ]
+    rows.append(["total", *(_gib(plan["total_bytes"]) for plan in plans)])
+    for setting in ("without", "with"):
+        for part in ("activations", "total"):
+            cells = (_cell(plan[f"{setting}_checkpointing"], part) for plan in plans)
+            rows.append([f"{part} {setting} checkpointing", *cells])
+    if found["available_bytes"] is not None:
+        rows.append(["fits", *("yes" if plan["fits"] else "no" for plan in plans)])
+        rows.append(["largest batch", *(str(plan["largest_batch"]) for plan in plans)])
+    per = f" on each of {found['gpus']} GPUs ({found['parallel']})" if found["gpus"] > 1 else ""
+    out = console.stdout()
+    out.print(
+        f"GiB{per} for {recipe.model.name} with {found['batch_size']} rows of {found['max_length']} tokens a forward "
+        "pass, at the fullest moment of a step:\n",
+        markup=False,
+    )
+    console.print_table(["", *(plan["method"] for plan in plans)], rows, whole=True)
+    out.print("\nShorter rows take less.", markup=False)
+    for method, problem in found["problems"].items():
+        console.notice(f"Without {method}: {problem}")
+    for line in _verdict(recipe, found):
+        out.print(line, markup=False)
+
+
+def _verdict(recipe: Recipe, found: dict[str, Any]) -> list[str]:
+    """Whether the recipe fits, and what to change where it does not."""
+    available = found["available_bytes"]
+    if available is None:
+        where = "for a CPU" if recipe.model.device != "cuda" else "for a GPU"
+        return [
+            f"No GPU is named, and none is here: this is {where}. For one, type --gpu-memory GIB."
+        ]
+    chosen = next(plan for plan in found["plans"] if plan["method"] == found["method"])
+    fits = "fits" if chosen["fits"] else "does not fit"
+    rows = chosen["largest_batch"]
+    from prefixtune_cli.plan import MOST_ROWS
+
+    largest = f"{rows} or more" if rows == MOST_ROWS else str(rows)
+    lines = [
+        f"{found['method']} {fits} a GPU of {_gib(available)} GiB: it takes {_gib(chosen['total_bytes'])} GiB. "
+        + (
+            f"The largest batch is {largest} row{'s' * (rows > 1)}."
+            if rows
+            else "Not even one row fits."
+        )
+    ]
+    if not chosen["fits"]:
+        advice = found["remedies"][:SHOWN_REMEDIES]
+        lines.append("What to change:" if advice else "No flag helps: take a smaller base.")
+        lines += [f"  {_told(remedy)}" for remedy in advice]
+    return lines
+
+
+def _told(remedy: dict[str, Any]) -> str:
+    if remedy["total_bytes"] is None:
+        return str(remedy["flag"])
+    verdict = "fits" if remedy["fits"] else "does not fit yet"
+    return f"{remedy['flag']}   {_gib(remedy['total_bytes'])} GiB, {verdict}"
+
+
+def _cell(parts: dict[str, int] | None, part: str) -> str:
+    return "-" if parts is None else _gib(parts[part])
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / GIB:.2f}"

@@ -1,0 +1,29 @@
+"""The memory plan: what a recipe takes on each GPU, and what to change where it does not fit."""
+
+from prefixtune_cli.plan.planner import (
+    FRAMEWORK_RESERVE_BYTES,
+    METHODS,
+    MOST_ROWS,
+    MethodPlan,
+    Parts,
+    Planner,
+    largest_batch,
+    plan,
+    with_method,
+)
+from prefixtune_cli.plan.remedy import Remedy, gpu_bytes, remedies
+
+__all__ = [
+    "FRAMEWORK_RESERVE_BYTES",
+    "METHODS",
+    "MOST_ROWS",
+    "MethodPlan",
+    "Parts",
+    "Planner",
+    "Remedy",
+    "gpu_bytes",
+    "largest_batch",
+    "plan",
+    "remedies",
+    "with_method",
+]

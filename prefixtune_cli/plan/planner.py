@@ -1,0 +1,282 @@
+"""The memory plan: bytes by part on each GPU, for each method, before any weight is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from typing import Any, get_args
+
+import torch
+from torch import nn
+from transformers.training_args import OptimizerNames
+
+from prefixtune_cli.errors import ModelError, PtpError, RecipeError
+from prefixtune_cli.plan.base import base_config
+from prefixtune_cli.plan.processes import Weights, on_each
+from prefixtune_cli.plan.skeleton import Skeleton
+from prefixtune_cli.plan.step import Batch, Peaks, peaks
+from prefixtune_cli.recipe.schema import (
+    NOT_SPREAD,
+    Full,
+    Lora,
+    Method,
+    PrefixTuning,
+    PrefixTuningPlus,
+    Recipe,
+)
+
+METHODS: tuple[Method, ...] = get_args(Method)
+MOST_ROWS = 4096  # a batch larger than this is of no use, and not looked for
+# What a GPU holds besides tensors: about half a GiB for the CUDA context with the libraries' kernels and workspaces,
+# and as much for what the allocator has reserved and cannot use. An estimate that no GPU has been asked about.
+FRAMEWORK_RESERVE_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes at the fullest moment of a training step, on each GPU; they add up to the total.
+
+    Gradients, say, are 0 where that moment comes before there are any. `logits` is what has the vocabulary's size:
+    the tiles in which the head is computed. What an operator needs beside its results counts as activations.
+    """
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    reserve: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """What a recipe takes with one of the methods.
+
+    Attributes:
+        method: the adapter's method.
+        bits: precision of the base; `full` keeps it in float32, whatever this says.
+        parts: with checkpointing or without, as the recipe has it.
+        plain: without checkpointing.
+        checkpointed: with it; None where the method does not go with it.
+    """
+
+    method: str
+    bits: int
+    parts: Parts
+    plain: Parts
+    checkpointed: Parts | None
+
+    @property
+    def total(self) -> int:
+        return self.parts.total
+
+
+def plan(recipe: Recipe, *, methods: Sequence[str] | None = None) -> list[MethodPlan]:
+    """The memory that a recipe takes, for several methods side by side.
+
+    Args:
+        recipe: `model.device` decides whose kernels are meant: `auto` is a GPU where there is one here.
+        methods: None is all of them, with their defaults beside the recipe's own.
+
+    Raises:
+        ModelError: the base is not known here, or cannot be run by one of the methods.
+        RecipeError: the optimizer is unknown.
+    """
+    return [Planner(with_method(recipe, method)).plan() for method in methods or METHODS]
+
+
+def largest_batch(recipe: Recipe, available_bytes: int) -> int:
+    """The most rows a forward pass that fit; 0 where not even one does, at most `MOST_ROWS`.
+
+    Raises:
+        PtpError: as `plan`.
+    """
+    return Planner(recipe).largest_batch(available_bytes)
+
+
+def with_method(recipe: Recipe, method: str) -> Recipe:
+    """The recipe with another method, and without what that method does not go with.
+
+    Raises:
+        RecipeError: the method does not go with the recipe's `train.parallel`.
+    """
+    if method == recipe.adapter.method:
+        return recipe
+    if why := NOT_SPREAD.get((recipe.train.parallel, method)):
+        raise RecipeError(f"--parallel {recipe.train.parallel} does not go with it, {why}.")
+    sections: dict[str, Any] = {
+        "prefix-tuning-plus": PrefixTuningPlus,
+        "lora": Lora,
+        "prefix-tuning": PrefixTuning,
+        "full": Full,
+    }
+    changes: dict[str, Any] = {"adapter": sections[method]()}
+    if method == "prefix-tuning":
+        off = {"gradient_checkpointing": False, "packing": False}
+        changes["train"] = recipe.train.model_copy(update=off)
+    if method == "full" and recipe.model.bits in (4, 8):
+        changes["model"] = recipe.model.model_copy(update={"bits": 16})
+    return recipe.model_copy(update=changes)
+
+
+class Planner:
+    """Plans one recipe; what was found out once is kept.
+
+    Args:
+        recipe: as for `plan`.
+
+    Raises:
+        PtpError: as `plan`.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        # What fails is told in words, without PyTorch's own account of it.
+        logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+        self.recipe = recipe
+        self.on_gpu = is_for_gpu(recipe)
+        self._optimizer = _optimizer(recipe.train.optimizer, on_gpu=self.on_gpu)
+        try:
+            config = base_config(recipe.model)
+            self._skeleton = Skeleton(recipe.model, recipe.adapter, config, on_gpu=self.on_gpu)
+        except PtpError:
+            raise
+        except Exception as error:  # whatever a model's own code makes of tensors without data
+            raise _cannot_be_planned(recipe, error) from error
+        self._weights = Weights.of(self._skeleton)
+        self._known: dict[Batch, Peaks] = {}
+
+    def of(self, recipe: Recipe) -> Planner:
+        """A planner for a changed recipe, which shares what the change does not concern."""
+        same = (recipe.model, recipe.adapter, recipe.train.optimizer) == (
+            self.recipe.model,
+            self.recipe.adapter,
+            self.recipe.train.optimizer,
+        )
+        if not same:
+            return Planner(recipe)
+        planner = copy(self)
+        planner.recipe, planner._known = recipe, dict(self._known)
+        return planner
+
+    def plan(self) -> MethodPlan:
+        """With checkpointing and without."""
+        recipe = self.recipe
+        plain = self.parts(checkpointing=False)
+        takes_no_checkpoints = recipe.adapter.method == "prefix-tuning"
+        checkpointed = None if takes_no_checkpoints else self.parts(checkpointing=True)
+        chosen = checkpointed if recipe.train.gradient_checkpointing else plain
+        return MethodPlan(
+            recipe.adapter.method, recipe.model.bits, chosen or plain, plain, checkpointed
+        )
+
+    def parts(self, rows: int | None = None, *, checkpointing: bool | None = None) -> Parts:
+        """The parts at the fullest moment.
+
+        Args:
+            rows: a forward pass; None is the recipe's.
+            checkpointing: None is the recipe's.
+        """
+        section = self.recipe.train
+        rows = section.batch_size if rows is None else rows
+        batch = Batch(
+            rows=rows,
+            tokens=self.recipe.data.max_length,
+            padded=rows > 1 and not section.packing and not self._padding_free,
+            accumulated=section.gradient_accumulation > 1,
+            checkpointing=section.gradient_checkpointing
+            if checkpointing is None
+            else checkpointing,
+            max_grad_norm=section.max_grad_norm,
+        )
+        if batch not in self._known:
+            self._known[batch] = self._peaks(batch)
+        return self._highest(self._known[batch])
+
+    def largest_batch(self, available_bytes: int) -> int:
+        """See `largest_batch`.
+
+        Memory grows with the rows, the faster the more there are: from two batches that fit, a straight line gives one
+        that is about the largest.
+        """
+
+        def total(rows: int) -> int:
+            return self.parts(rows).total
+
+        if total(1) > available_bytes:
+            return 0
+        fits, too_many = 1, MOST_ROWS + 1
+        guess = self.recipe.train.batch_size  # whose memory is known already
+        while too_many - fits > 1:
+            guess = min(max(guess, fits + 1), too_many - 1)
+            slope = (total(guess) - total(fits)) / (guess - fits)
+            if total(guess) <= available_bytes:
+                fits = guess
+            else:
+                too_many = guess
+            left = available_bytes - total(fits)
+            guess = fits + int(left / slope) if slope > 0 else (fits + too_many) // 2
+        return fits
+
+    @property
+    def _padding_free(self) -> bool:
+        return self.recipe.model.attention.startswith("flash_attention")
+
+    def _peaks(self, batch: Batch) -> Peaks:
+        try:
+            return peaks(self._skeleton, batch, self._optimizer)
+        except Exception as error:  # see above
+            raise _cannot_be_planned(self.recipe, error) from error
+
+    def _highest(self, found: Peaks) -> Parts:
+        parts = max(
+            on_each(found, self.recipe.train, self._weights).values(),
+            key=lambda parts: sum(parts.values()),
+        )
+        names = ("weights", "adapter", "gradients", "optimizer", "activations", "logits")
+        return Parts(
+            **{name: parts.get(name, 0) for name in names},
+            reserve=FRAMEWORK_RESERVE_BYTES if self.on_gpu else 0,
+        )
+
+
+def is_for_gpu(recipe: Recipe) -> bool:
+    """Whether the recipe computes on a GPU: it says so, or leaves it open and there is one."""
+    wanted = recipe.model.device
+    return wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+
+
+def _optimizer(name: str, *, on_gpu: bool) -> Callable[[list[nn.Parameter]], Any]:
+    """What makes the optimizer of this name, as transformers' trainer would."""
+    if name == "adamw_torch":  # which computes on all weights at once on a GPU
+        return lambda trained: torch.optim.AdamW(trained, foreach=on_gpu)
+    known = [str(known.value) for known in OptimizerNames]
+    if name not in known:
+        near = get_close_matches(name, known, n=3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"They are {', '.join(known)}."
+        raise RecipeError(
+            f"train.optimizer must be one of transformers' optimizers, got {name!r}. {hint}"
+        )
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(optim=name, use_cpu=True)
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except (ValueError, ImportError) as error:
+        raise RecipeError(f"train.optimizer {name} cannot be used here: {error}") from error
+    return lambda trained: kind(trained, **settings)
+
+
+def _cannot_be_planned(recipe: Recipe, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelError(
+        f"{recipe.model.name} with method {recipe.adapter.method} cannot be planned: without weights it does not run "
+        f"({reason}). Measure it by a short run: ptp train --steps 2, which prints the peak memory."
+    )

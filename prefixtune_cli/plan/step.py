@@ -1,0 +1,261 @@
+"""One training step on a model without weights, and the memory at the fullest moment of each of its phases.
+
+The step is the one that `train` takes through TRL: forward under autocast with the fused head, backward, clipping and
+the optimizer, with the optimizer's state there from the start, as it is from the second step on.
+
+A deep decoder is not run whole. Memory grows by the same amount with each of a run of equal layers, at each moment of
+the step; so a run is cut to two layers and to three, and what the third adds is added for every further one. Phases
+are kept apart for that: the fullest moment of a deep model need not be that of a shallow one. Within a run of layers
+memory rises or falls evenly, so that its first and last layer are the only ones to look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from prefixtune_cli.plan.accounting import (
+    ADAPTER,
+    GRADIENTS,
+    OPTIMIZER,
+    WEIGHTS,
+    Accountant,
+    Parts,
+    Phase,
+)
+from prefixtune_cli.plan.kernels import FusedHead
+from prefixtune_cli.plan.skeleton import Run, Skeleton
+
+Peaks = dict[Phase, Parts]
+MOST_RUNS = 3  # of different layers; a model that alternates is run whole
+MIDDLE = "middle"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step works on, and how.
+
+    Args:
+        rows: examples a forward pass.
+        tokens: of each, padding included.
+        padded: rows differ in length, so that attention is given a mask.
+        accumulated: gradients of an earlier forward pass are there already.
+    """
+
+    rows: int
+    tokens: int
+    padded: bool
+    accumulated: bool
+    checkpointing: bool
+    max_grad_norm: float
+
+
+def peaks(
+    skeleton: Skeleton, batch: Batch, optimizer: Callable[[list[nn.Parameter]], Any]
+) -> Peaks:
+    """The parts at the fullest moment of each phase, in bytes, for the whole decoder."""
+    long = [run for run in skeleton.runs if run.count > 3]
+    if not long or len(skeleton.runs) > MOST_RUNS:
+        return step(skeleton, batch, optimizer, None)
+    kept = {run: _kept(run, 2 if run in long else run.count) for run in skeleton.runs}
+    base = step(skeleton, batch, optimizer, kept)
+    found = {phase: dict(parts) for phase, parts in base.items()}
+    for run in long:
+        deeper = step(skeleton, batch, optimizer, kept | {run: _kept(run, 3)})
+        for phase, parts in found.items():
+            for part in parts.keys() | deeper[phase].keys():
+                added = deeper[phase].get(part, 0) - base[phase].get(part, 0)
+                parts[part] = parts.get(part, 0) + (run.count - 2) * added
+    return found
+
+
+def _kept(run: Run, count: int) -> list[int]:
+    """The first `count` - 1 layers of a run and its last."""
+    return [*range(run.start, run.start + count - 1), run.start + run.count - 1]
+
+
+def step(
+    skeleton: Skeleton,
+    batch: Batch,
+    optimizer: Callable[[list[nn.Parameter]], Any],
+    kept: dict[Run, list[int]] | None,
+) -> Peaks:
+    """As `peaks`, of a decoder of the layers that are kept alone; None keeps all."""
+    accountant = Accountant(all_is_so=not batch.padded)
+    # Where no row is padded transformers finds that in the mask, and drops it; but it does not look into fake tensors.
+    real_mask = None if batch.padded else torch.ones(batch.rows, batch.tokens, dtype=torch.bool)
+    numbers = None if kept is None else [n for run in skeleton.runs for n in kept[run]]
+    names = _layer_names(kept)
+    with (
+        skeleton.only(numbers) as layers,
+        skeleton.checkpointed(batch.checkpointing),
+        skeleton.mode,
+        accountant,
+    ):
+        watch = _Watch(accountant)
+        for layer, name in zip(layers, names or [MIDDLE] * len(layers), strict=True):
+            watch.layer(layer, name)
+        try:
+            _step(skeleton, batch, real_mask, optimizer, accountant, watch)
+        finally:
+            watch.release()
+            skeleton.model.zero_grad(set_to_none=True)
+    return {p: parts for p, parts in accountant.peaks.items() if numbers is None or MIDDLE not in p}
+
+
+def _layer_names(kept: dict[Run, list[int]] | None) -> list[Hashable]:
+    """Of each layer that is kept: its number, or `MIDDLE` where it only stands for others."""
+    if kept is None:
+        return []
+    names: list[Hashable] = []
+    for run, numbers in kept.items():
+        ends = {run.start, run.start + run.count - 1}
+        names += [n if n in ends or len(numbers) == run.count else MIDDLE for n in numbers]
+    return names
+
+
+def _step(
+    skeleton: Skeleton,
+    batch: Batch,
+    real_mask: Tensor | None,
+    make_optimizer: Callable[[list[nn.Parameter]], Any],
+    accountant: Accountant,
+    watch: _Watch,
+) -> None:
+    model = skeleton.model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    accountant.phase = ("start",)
+    accountant.add(model.buffers(), WEIGHTS)
+    accountant.add((p for p in model.parameters() if not p.requires_grad), WEIGHTS)
+    accountant.add(trained, ADAPTER if skeleton.has_adapter else WEIGHTS)
+    optimizer = make_optimizer(trained)
+    _first_step(optimizer, trained, accountant)
+    accountant.start_over()
+    if batch.accumulated:
+        with accountant.counting_as(GRADIENTS):
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+    for parameter in trained:
+        watch.gradient(parameter)
+
+    accountant.phase = ("forward",)
+    loss = _forward(skeleton, batch, real_mask, accountant)
+    watch.backward = True
+    accountant.phase = ("backward",)
+    loss.backward()  # type: ignore[no-untyped-call]
+    accountant.phase = ("optimizer",)
+    with accountant.counting_as(OPTIMIZER):
+        if batch.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(trained, batch.max_grad_norm)
+        optimizer.step()
+
+
+def _first_step(optimizer: Any, trained: list[nn.Parameter], accountant: Accountant) -> None:
+    """Have the optimizer make its state."""
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    state = (value for value in tree_iter(list(optimizer.state.values())))
+    accountant.add((value for value in state if isinstance(value, Tensor)), OPTIMIZER)
+    for parameter in trained:
+        parameter.grad = None
+
+
+def _forward(
+    skeleton: Skeleton, batch: Batch, real_mask: Tensor | None, accountant: Accountant
+) -> Tensor:
+    """The loss, as TRL computes it: without logits, and with the load-balancing loss of a mixture of experts."""
+    base = skeleton.base
+    original = base.forward
+    base.forward = MethodType(_with_fused_head(skeleton, accountant), base)
+    shape = (batch.rows, batch.tokens)
+    ids, labels = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    mask = torch.ones(shape, dtype=torch.long) if real_mask is None else real_mask
+    try:
+        with (
+            skeleton.attention(),
+            torch.autocast("cpu", torch.bfloat16, enabled=not skeleton.in_float32),
+        ):
+            loss: Tensor = skeleton.model(
+                input_ids=ids, attention_mask=mask, labels=labels, use_cache=False
+            )
+    finally:
+        base.forward = original
+    return loss
+
+
+def _with_fused_head(skeleton: Skeleton, accountant: Accountant) -> Callable[..., Tensor]:
+    config = skeleton.base.config.get_text_config()
+    weight_of_balance = getattr(config, "router_aux_loss_coef", 0.0)
+    balanced = hasattr(config, "output_router_logits") and weight_of_balance != 0.0
+
+    def forward(self: Any, *args: Any, labels: Tensor, **kwargs: Any) -> Tensor:
+        if balanced:
+            kwargs["output_router_logits"] = True
+        outputs = self.base_model(*args, **kwargs | {"use_cache": False})
+        accountant.phase = ("head",)
+        hidden = outputs.last_hidden_state[:, :-1]
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        if (
+            skeleton.on_gpu
+        ):  # only tokens with a loss are projected there; here all of them have one
+            flat = flat.index_select(0, torch.arange(len(flat)))
+        head = self.get_output_embeddings()
+        log_p = FusedHead.apply(flat, head.weight, accountant, skeleton.on_gpu)  # type: ignore[no-untyped-call]
+        loss: Tensor = -log_p.sum()
+        if balanced:
+            loss = loss + weight_of_balance * load_balancing_loss_func(
+                outputs.router_logits,
+                config.num_experts,
+                config.num_experts_per_tok,
+                kwargs.get("attention_mask"),
+            )
+        return loss
+
+    return forward
+
+
+class _Watch:
+    """The hooks by which a step tells the accountant where it is."""
+
+    def __init__(self, accountant: Accountant) -> None:
+        self.backward = False
+        self._accountant = accountant
+        self._handles: list[Any] = []
+
+    def layer(self, layer: nn.Module, name: Hashable) -> None:
+        """Phases for the forward and the backward pass of a layer."""
+        accountant = self._accountant
+
+        def enter(*_: Any) -> None:
+            if not self.backward:  # else activations are recomputed
+                accountant.phase = ("forward", name)
+
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+            hidden = output if isinstance(output, Tensor) else output[0]
+            if not self.backward and hidden.requires_grad:
+                hidden.register_hook(lambda _: setattr(accountant, "phase", ("backward", name)))
+
+        self._handles += [
+            layer.register_forward_pre_hook(enter),
+            layer.register_forward_hook(leave),
+        ]
+
+    def gradient(self, parameter: nn.Parameter) -> None:
+        """Count the parameter's gradient as one."""
+        self._handles.append(
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda p: self._accountant.add([p.grad], GRADIENTS)
+            )
+        )
+
+    def release(self) -> None:
+        for handle in self._handles:
+            handle.remove()

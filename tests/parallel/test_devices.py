@@ -1,0 +1,64 @@
+"""Which GPUs, and how many processes, a recipe asks for."""
+
+import os
+
+import pytest
+import torch
+
+from prefixtune_cli.errors import ResourceError, UsageError
+from prefixtune_cli.parallel.devices import device, processes_here, show_only
+
+HERE = torch.cuda.device_count()
+
+
+@pytest.mark.parametrize(("gpus", "count"), [(None, 1), (3, 3), ("auto", 1), (1, 1)])
+def test_on_the_cpu_gpus_are_processes(gpus: int | str | None, count: int) -> None:
+    assert processes_here(gpus, "cpu") == count
+
+
+def test_all_gpus_are_as_many_processes_and_one_without_any() -> None:
+    assert processes_here("auto", "auto") == max(1, HERE)
+    assert processes_here(None, "auto") == 1
+
+
+@pytest.mark.parametrize("gpus", [HERE + 1, [HERE], [0, HERE + 3]])
+def test_gpus_that_are_not_there_are_refused_with_what_to_type(gpus: int | list[int]) -> None:
+    with pytest.raises(ResourceError, match=f"this machine has {HERE} CUDA GPUs.*--") as told:
+        processes_here(gpus, "auto")
+    assert ("--device cpu" in str(told.value)) == (HERE == 0)
+
+
+def test_a_list_of_gpus_does_not_go_with_the_cpu() -> None:
+    with pytest.raises(UsageError, match=r"names GPUs.*Type --gpus 2"):
+        processes_here([0, 1], "cpu")
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "shown"),
+    [
+        (None, [2, 0], "2,0"),
+        ("4,5,6", [2, 0], "6,4"),
+        ("4,5,6", 2, "4,5,6"),
+        ("4,5,6", "auto", "4,5,6"),
+        ("4,5,6", None, "4,5,6"),
+    ],
+)
+def test_a_list_counts_the_gpus_that_are_visible(
+    visible: str | None, gpus: object, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    show_only(gpus)  # type: ignore[arg-type]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == shown
+
+
+@pytest.mark.gpu
+def test_each_local_rank_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in range(HERE):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert device() == torch.device("cuda", rank)
+    # A scheduler that shows each process one GPU.
+    monkeypatch.setenv("LOCAL_RANK", str(HERE))
+    assert device() == torch.device("cuda", 0)
+    assert device("cpu") == torch.device("cpu")

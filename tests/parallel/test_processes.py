@@ -1,0 +1,151 @@
+"""The processes of a run: joining what has started them, and talking before and after the group exists."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from torch.distributed import HashStore
+
+from prefixtune_cli.errors import LostWorker, ResourceError, UsageError
+from prefixtune_cli.parallel import processes
+from prefixtune_cli.parallel.processes import Processes, inside_a_launcher, joined
+
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """None of a launcher's variables, before and after."""
+    for name in (*NAMES, *(name for name in os.environ if name.startswith("SLURM_"))):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    for name in NAMES:
+        os.environ.pop(name, None)
+
+
+def test_alone_a_process_is_all_of_them() -> None:
+    with joined(None) as alone:
+        assert (alone.rank, alone.size, alone.leads) == (0, 1, True)
+        assert alone.first_on_each_node(lambda: "made") == "made"
+        assert alone.agree(3, 0) == (3, 0)
+        assert alone.gathered("mine") == ["mine"]
+        assert alone.joined({1: "a"}) == {1: "a"}
+        assert list(alone.share(3)) == [0, 1, 2]
+        assert alone.told("said") == "said"
+    assert not inside_a_launcher()
+
+
+def test_shares_are_disjoint_and_together_everything() -> None:
+    shares = [list(Processes(rank, 3).share(8)) for rank in range(3)]
+    assert sorted(piece for share in shares for piece in share) == list(range(8))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def in_threads(count: int, work: Callable[[Processes], object]) -> list[object]:
+    """What `work` gives in each of `count` threads, which share a store as processes do."""
+    store, given = HashStore(), dict[int, object]()
+
+    def run(rank: int) -> None:
+        try:
+            given[rank] = work(Processes(rank, count, rank % 2, store))
+        except Exception as error:
+            given[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    return [given[rank] for rank in range(count)]
+
+
+def test_the_first_process_of_each_node_works_for_the_others_there() -> None:
+    made: list[int] = []
+
+    def work(one: Processes) -> list[object]:
+        def make() -> dict[str, int]:
+            made.append(one.rank)
+            return {"by": one.rank}
+
+        return [one.first_on_each_node(make), one.first_on_each_node(make)]
+
+    found = in_threads(4, work)
+    assert found == [[{"by": rank}] * 2 for rank in (0, 0, 2, 2)]
+    assert sorted(made) == [0, 0, 2, 2]
+
+
+def test_where_the_first_process_fails_the_others_know_that_it_says_why() -> None:
+    def fail() -> None:
+        raise ValueError("broken")
+
+    first, second = in_threads(2, lambda one: one.first_on_each_node(fail))
+    assert isinstance(first, ValueError)
+    assert isinstance(second, LostWorker)
+
+
+def test_a_number_of_processes_that_was_not_asked_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(
+            UsageError, match=r"asks for 4 processes on this machine, and 2 were started"
+        ),
+        joined(4),
+    ):
+        pass
+    with pytest.raises(UsageError, match="asks for 1 processes"), joined(1):
+        pass
+
+
+SLURM = {
+    "SLURM_JOB_ID": "4242",
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_STEP_TASKS_PER_NODE": "4,2",
+    "SLURM_STEP_NODELIST": "gpu-a",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+}
+
+
+def test_under_srun_the_place_is_read_from_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert inside_a_launcher()
+    processes._take_over_from_slurm()
+    assert {name: os.environ[name] for name in NAMES} == {
+        "RANK": "5",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "6",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "gpu-a",
+        "MASTER_PORT": "24242",
+    }
+
+
+def test_in_the_shell_of_an_allocation_nobody_has_started_anything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert not inside_a_launcher()
+    with joined(None) as alone:
+        assert alone.size == 1
+
+
+def test_slurms_list_of_nodes_is_read_by_its_own_tool(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert processes._first_host("") == "127.0.0.1"
+    assert processes._first_host("login-1") == "login-1"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ResourceError, match="Set MASTER_ADDR"):
+        processes._first_host("gpu[03-04]")
+    tool = tmp_path / "scontrol"
+    tool.write_text('#!/bin/sh\n[ "$3" = "gpu[03-04]" ] && printf "gpu03\\ngpu04\\n"\n')
+    tool.chmod(0o755)
+    assert processes._first_host("gpu[03-04]") == "gpu03"

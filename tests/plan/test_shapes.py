@@ -1,0 +1,32 @@
+"""The shapes of well-known models: each builds a model of as many parameters as its page says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prefixtune_cli.recipe.aliases import MODELS
+from prefixtune_cli.recipe.shapes import known_shapes, shape
+
+FIRST_OF_EACH = {str(shape(hub_id)): hub_id for hub_id in reversed(known_shapes())}
+
+
+def test_every_alias_has_a_shape_of_the_parameters_that_ptp_models_tells() -> None:
+    known = known_shapes()
+    assert {model.hub_id: model.parameters for model in MODELS}.items() <= known.items()
+
+
+@pytest.mark.parametrize("hub_id", FIRST_OF_EACH.values())
+def test_a_shape_builds_a_model_of_its_parameters(hub_id: str) -> None:
+    said = known_shapes()[hub_id]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(shape(hub_id) or {})))
+    billions = sum(parameter.numel() for parameter in model.parameters()) / 1e9
+    decimals = len(said.removesuffix("B").split(".")[1])
+    assert f"{billions:.{decimals}f}B" == said
+
+
+def test_shapes_are_found_whatever_the_case_and_unknown_ones_are_none() -> None:
+    assert shape("QWEN/qwen3-8b") == shape("Qwen/Qwen3-8B")
+    assert shape("some-org/some-model") is None

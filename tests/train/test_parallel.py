@@ -1,0 +1,222 @@
+"""Two processes on the CPU, started by torchrun: they give what one process gives with the same global batch."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prefixtune_cli.errors import UsageError
+from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.train import train
+from tests.train.test_run import recipe
+
+# 56 rows and 6 a step: the tenth step of an epoch has 2 rows, so that one process gets none of them.
+ROWS, STEPS = 56, 14
+ONE = {"max_steps": STEPS, "batch_size": 6, "log_steps": 1, "save_steps": 5, "learning_rate": 3e-3}
+TWO = {**ONE, "batch_size": 3}
+LORA = {"adapter": {"method": "lora"}}
+BITS = {"model": {"bits": 4}}
+JOBS: dict[str, dict[str, Any]] = {
+    "ddp": {"train": TWO},
+    "fsdp": {"train": {**TWO, "parallel": "fsdp"}},
+    "lora-ddp": {"train": TWO, **LORA},
+    "lora-fsdp": {"train": {**TWO, "parallel": "fsdp"}, **LORA},
+    "accumulated": {"train": {**TWO, "batch_size": 1, "gradient_accumulation": 3}},
+    "4-bit-ddp": {"train": TWO, **BITS},
+    "4-bit-fsdp": {"train": {**TWO, "parallel": "fsdp"}, **BITS},
+    "checkpointing": {"train": {**TWO, "parallel": "fsdp", "gradient_checkpointing": True}},
+}
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parallel")
+
+
+@pytest.fixture(scope="module")
+def one(random_base: Path, colours: Path, folder: Path) -> dict[str, RunDir]:
+    """What one process makes of the same rows a step."""
+    recipes = {
+        "ddp": recipe(random_base, colours, folder / "one", train=ONE),
+        "lora-ddp": recipe(random_base, colours, folder / "one-lora", train=ONE, **LORA),
+    }
+    for chosen in recipes.values():
+        train(chosen)
+    return {name: RunDir(chosen.folder) for name, chosen in recipes.items()}
+
+
+@pytest.fixture(scope="module")
+def two(random_base: Path, colours: Path, folder: Path) -> dict[str, RunDir]:
+    """The runs of JOBS, each by two processes."""
+    recipes = {
+        name: recipe(random_base, colours, folder / name, **changes)
+        for name, changes in JOBS.items()
+    }
+    jobs = [
+        {"recipe": chosen.model_dump(), "port": port, "seen": str(folder / f"seen-{name}")}
+        for (name, chosen), port in zip(recipes.items(), free_ports(len(recipes)), strict=True)
+    ]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"),
+            *("2", "-m", "tests.train.two_ranks", str(folder / "jobs.json")),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {name: RunDir(chosen.folder) for name, chosen in recipes.items()}
+
+
+def adapter(run: RunDir) -> dict[str, torch.Tensor]:
+    (file,) = run.adapter.glob("*.safetensors")
+    return load_file(file)
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest difference of two weights, against the largest weight of their tensor."""
+    assert one.keys() == other.keys()
+    return max(float((one[k] - other[k]).abs().max() / one[k].abs().max()) for k in one)
+
+
+def seen(run: RunDir) -> list[dict[str, Any]]:
+    files = [run.path.parent / f"seen-{run.path.name}-{rank}.json" for rank in (0, 1)]
+    return [json.loads(file.read_text()) for file in files]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "accumulated", "checkpointing"])
+def test_two_processes_give_the_adapter_of_one(
+    how: str, one: dict[str, RunDir], two: dict[str, RunDir]
+) -> None:
+    assert 0 < distance(adapter(one["ddp"]), adapter(two[how])) < 1e-4
+
+
+@pytest.mark.parametrize("how", ["lora-ddp", "lora-fsdp"])
+def test_two_processes_give_the_lora_of_one(
+    how: str, one: dict[str, RunDir], two: dict[str, RunDir]
+) -> None:
+    assert 0 < distance(adapter(one["lora-ddp"]), adapter(two[how])) < 1e-3
+
+
+def test_sharding_a_4_bit_base_changes_no_bit(two: dict[str, RunDir]) -> None:
+    assert distance(adapter(two["4-bit-ddp"]), adapter(two["4-bit-fsdp"])) == 0
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "accumulated"])
+def test_the_logged_loss_and_gradient_norm_are_those_of_the_global_batch(
+    how: str, one: dict[str, RunDir], two: dict[str, RunDir]
+) -> None:
+    alone, together = one["ddp"].read_metrics(), two[how].read_metrics()
+    assert [row["step"] for row in together] == list(range(1, STEPS + 1))
+    for name in ("loss", "grad_norm", "learning_rate"):
+        expected = [row[name] for row in alone]
+        assert [row[name] for row in together] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_each_row_is_seen_once_an_epoch_also_where_the_last_batch_is_uneven(
+    how: str, two: dict[str, RunDir]
+) -> None:
+    first, second = (found["rows"] for found in seen(two[how]))
+    # One forward pass of each process more than steps: none; the trial is no training step.
+    assert len(first) == len(second) == STEPS
+    epoch = [row for batch in first[:10] + second[:10] for row in batch]
+    assert sorted(row for row in epoch if row >= 0) == sorted(set(epoch) - {-1})
+    assert len(set(epoch) - {-1}) == ROWS
+    assert [sum(row >= 0 for row in pair[0] + pair[1]) for pair in zip(first, second, strict=True)][
+        :10
+    ] == [6] * 9 + [2]
+
+
+def test_rows_are_tokenized_once_and_before_the_process_group_exists(
+    two: dict[str, RunDir],
+) -> None:
+    first, second = (found["tokenized"] for found in seen(two["ddp"]))
+    assert first == [False, False]  # the rows to train on, and those held out
+    assert second == []
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_only_the_first_process_writes(how: str, two: dict[str, RunDir]) -> None:
+    first, second = (found["written"] for found in seen(two[how]))
+    assert any("adapter" in line for line in first)
+    assert second == []
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "lora-fsdp", "4-bit-fsdp"])
+def test_checkpoints_and_the_result_are_plain_peft_adapters(
+    how: str, random_base: Path, two: dict[str, RunDir]
+) -> None:
+    from prefixtune_cli import model as models
+    from prefixtune_cli.recipe.schema import ModelSection
+
+    for folder in (two[how].adapter, two[how].checkpoint(STEPS)):
+        models.check_fits(ModelSection(name=str(random_base)), folder)
+    last = load_file(two[how].checkpoint(STEPS) / "adapter_model.safetensors")
+    assert distance(adapter(two[how]), last) == 0
+    states = sorted(path.name for path in two[how].checkpoint(STEPS).glob("rng_state*"))
+    assert states == ["rng_state_0.pth", "rng_state_1.pth"]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_the_scores_are_those_of_all_held_out_rows(
+    how: str, one: dict[str, RunDir], two: dict[str, RunDir]
+) -> None:
+    alone, together = (json.loads(run.summary.read_text()) for run in (one["ddp"], two[how]))
+    assert together["held_out_rows"] == alone["held_out_rows"] == 8
+    for who in ("base", "adapter"):
+        assert together[who]["loss"] == pytest.approx(alone[who]["loss"], rel=1e-4)
+        assert together[who]["exact_match"] == alone[who]["exact_match"]
+    assert len(two[how].answers.read_text().splitlines()) == 8
+    for name in ("trainable_parameters", "total_parameters"):
+        assert together[name] == alone[name]
+
+
+def test_the_number_of_processes_is_part_of_the_environment(two: dict[str, RunDir]) -> None:
+    assert json.loads(two["ddp"].environment.read_text())["processes"] == 2
+
+
+def test_a_run_for_two_processes_is_not_trained_by_one(
+    random_base: Path, colours: Path, tmp_path: Path
+) -> None:
+    two = {"gpus": 2}
+    chosen = recipe(random_base, colours, tmp_path / "run", train=two, model={"device": "cpu"})
+    with pytest.raises(UsageError, match=r"asks for 2 processes on this machine, and 1 were"):
+        train(chosen)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train": {"parallel": "fsdp"}}, "train.parallel fsdp spreads a model over several"),
+        ({"train": {"parallel": "deepspeed-zero3"}}, "train.parallel deepspeed-zero3 spreads"),
+    ],
+)
+def test_sharding_needs_several_processes(
+    changes: dict[str, Any], said: str, random_base: Path, colours: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        train(recipe(random_base, colours, tmp_path / "run", **changes))

@@ -1,0 +1,72 @@
+"""What torchrun starts twice for test_parallel.py: several runs, one after the other, and what each process saw.
+
+Usage: torchrun … -m tests.train.two_ranks JOBS.json, a list of {"recipe", "port", "seen"}; each process writes
+`<seen>-<rank>.json`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
+
+from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.train import prepare, train
+from prefixtune_cli.train.trainer import SafeTrainer
+
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+class Witness:
+    """Notes which rows a process trains on, what it tokenizes, and what it writes into the run directory."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
+        self.tokenized: list[bool] = []  # whether the process group existed
+        self.written: list[str] = []
+        self.folder = "/nowhere"
+        plain_step, plain_tokenize = SafeTrainer.training_step, prepare.tokenize
+
+        def training_step(
+            trainer: SafeTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            self.rows.append(inputs["row"].tolist())
+            return plain_step(trainer, model, inputs, *args, **kwargs)
+
+        def tokenize(*args: Any) -> Any:
+            self.tokenized.append(dist.is_initialized())
+            return plain_tokenize(*args)
+
+        SafeTrainer.training_step, prepare.tokenize = training_step, tokenize
+        sys.addaudithook(self.hear)
+
+    def hear(self, event: str, args: tuple[Any, ...]) -> None:
+        writes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
+        writes = writes or (event == "open" and bool((args[2] or 0) & WRITING))
+        if writes and str(args[0]).startswith(self.folder):
+            self.written.append(f"{event} {args[0]}")
+
+    def report(self) -> dict[str, Any]:
+        found = {"rows": self.rows, "tokenized": self.tokenized, "written": self.written}
+        self.rows, self.tokenized, self.written = [], [], []
+        return found
+
+
+def main() -> None:
+    witness = Witness()
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # a store for each run
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        os.environ["MASTER_PORT"] = str(job["port"])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        recipe = Recipe.model_validate(job["recipe"])
+        witness.folder = str(recipe.out)
+        train(recipe)
+        Path(f"{job['seen']}-{os.environ['RANK']}.json").write_text(json.dumps(witness.report()))
+
+
+if __name__ == "__main__":
+    main()
