@@ -427,7 +427,9 @@ Parallel = Annotated[
         help="Over several GPUs: ddp, fsdp, deepspeed-zero2 or deepspeed-zero3.",
     ),
 ]
-Nodes = Annotated[int, option("--nodes", panel=TRAINING, metavar="N", help="Machines of the run.")]
+Nodes = Annotated[
+    int | None, option("--nodes", panel=TRAINING, metavar="N", help="Machines of the run.")
+]
 NodeRank = Annotated[
     int | None,
     option("--node-rank", panel=TRAINING, metavar="N", help="Which of them this one is, from 0."),

@@ -79,7 +79,7 @@ def plan(
     seed: options.Seed = None,
     gpus: options.Gpus = None,
     parallel: options.Parallel = None,
-    nodes: options.Nodes = 1,
+    nodes: options.Nodes = None,
     node_rank: options.NodeRank = None,
     rendezvous: options.Rendezvous = None,
     keep: options.Keep = None,

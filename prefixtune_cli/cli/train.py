@@ -62,7 +62,7 @@ def train(
     seed: options.Seed = None,
     gpus: options.Gpus = None,
     parallel: options.Parallel = None,
-    nodes: options.Nodes = 1,
+    nodes: options.Nodes = None,
     node_rank: options.NodeRank = None,
     rendezvous: options.Rendezvous = None,
     keep: options.Keep = None,
@@ -106,15 +106,17 @@ def train(
         _print_summary(summary, "--bench quickstart" if on_samples else "--data FILE")
 
 
-def _launches(settings: Recipe, count: int, rank: int | None, rendezvous: str | None) -> bool:
+def _launches(
+    settings: Recipe, count: int | None, rank: int | None, rendezvous: str | None
+) -> bool:
     """Start the run's processes where it has several and nobody has started them; whether that was the case."""
     train, wanted = settings.train, settings.model.device
-    if count == 1 and train.gpus is None and (rank, rendezvous) == (None, None):
+    if (train.gpus, count, rank, rendezvous) == (None, None, None, None):
         return False
     from prefixtune_cli.parallel.devices import device, processes_here, show_only
     from prefixtune_cli.parallel.processes import inside_a_launcher
 
-    if inside_a_launcher():
+    if inside_a_launcher(of_nodes=count is not None):
         return False
     from prefixtune_cli.parallel import launch
     from prefixtune_cli.run_dir import RunDir

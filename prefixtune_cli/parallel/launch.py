@@ -53,15 +53,15 @@ class Nodes:
     port: int = 0
 
 
-def nodes(count: int, rank: int | None, rendezvous: str | None) -> Nodes:
-    """What `--nodes`, `--node-rank` and `--rendezvous` say.
+def nodes(count: int | None, rank: int | None, rendezvous: str | None) -> Nodes:
+    """What `--nodes`, `--node-rank` and `--rendezvous` say; a script for any number of nodes may say it of one.
 
     Raises:
         UsageError: one of them is missing, or out of range.
     """
-    if count == 1:
-        if rank is not None or rendezvous is not None:
-            raise UsageError("--node-rank and --rendezvous belong to --nodes N, with N above 1.")
+    if count is None and (rank, rendezvous) != (None, None):
+        raise UsageError("--node-rank and --rendezvous belong to --nodes N.")
+    if count is None or (count == 1 and rank in (None, 0)):
         return Nodes()
     example = "as in --nodes 2 --node-rank 0 --rendezvous first-node:29500"
     if count < 1:

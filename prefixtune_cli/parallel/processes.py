@@ -169,9 +169,13 @@ def says_that_one_is_lost(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in text.lower() or "NCCL" in text
 
 
-def inside_a_launcher() -> bool:
-    """Whether torchrun, accelerate launch, srun or `ptp` has started this process as one of several."""
-    return "WORLD_SIZE" in os.environ or _slurm_step_size() > 1
+def inside_a_launcher(*, of_nodes: bool = False) -> bool:
+    """Whether torchrun, accelerate launch, srun or `ptp` has started this process as one of several.
+
+    Args:
+        of_nodes: `--nodes` is given: then srun has started a launcher on each node, and no processes of the run.
+    """
+    return "WORLD_SIZE" in os.environ or (not of_nodes and _slurm_step_size() > 1)
 
 
 def _slurm_step_size() -> int:

@@ -77,7 +77,7 @@ def shipped() -> dict[str, Path]:
     package = Path(prefixtune_cli.__file__).parent
     in_wheel, in_source = package / "recipes", package.parent / "recipes"
     folder = in_wheel if in_wheel.is_dir() or not _is_source_tree(package.parent) else in_source
-    found = sorted(folder.rglob("*.yaml"))
+    found = sorted(folder.glob("*.yaml"))
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
 
 

@@ -16,7 +16,7 @@ ptp = CliRunner()
 
 def test_every_file_in_recipes_is_listed_with_a_description() -> None:
     files = {
-        path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml")
+        path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.glob("*.yaml")
     }
     rows = json.loads(ptp.invoke(app, ["recipes", "--json"]).stdout)
     assert {row["name"] for row in rows} == files

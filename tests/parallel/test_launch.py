@@ -19,7 +19,9 @@ from tests.cli.conftest import Ptp, ptp  # noqa: F401
     ("count", "rank", "rendezvous", "said"),
     [
         (0, None, None, "--nodes must be 1 or more, got 0"),
-        (1, 0, None, "--node-rank and --rendezvous belong to --nodes N"),
+        (None, 0, None, "--node-rank and --rendezvous belong to --nodes N"),
+        (None, None, "a:29500", "--node-rank and --rendezvous belong to --nodes N"),
+        (1, 1, "a:29500", "--node-rank must lie between 0 and 0, got 1"),
         (2, None, "a:29500", "--nodes 2 needs --node-rank and --rendezvous"),
         (2, 0, None, "--nodes 2 needs --node-rank and --rendezvous"),
         (2, 2, "a:29500", "--node-rank must lie between 0 and 1, got 2"),
@@ -28,14 +30,15 @@ from tests.cli.conftest import Ptp, ptp  # noqa: F401
     ],
 )
 def test_nodes_that_make_no_sense_are_refused(
-    count: int, rank: int | None, rendezvous: str | None, said: str
+    count: int | None, rank: int | None, rendezvous: str | None, said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
         nodes(count, rank, rendezvous)
 
 
 def test_nodes_are_one_or_as_typed() -> None:
-    assert nodes(1, None, None) == Nodes()
+    assert nodes(None, None, None) == nodes(1, None, None) == Nodes()
+    assert nodes(1, 0, "first:29500") == Nodes()
     assert nodes(3, 2, "first:29500") == Nodes(3, 2, "first", 29500)
 
 

@@ -116,6 +116,7 @@ def test_under_srun_the_place_is_read_from_slurm(monkeypatch: pytest.MonkeyPatch
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     assert inside_a_launcher()
+    assert not inside_a_launcher(of_nodes=True)
     processes._take_over_from_slurm()
     assert {name: os.environ[name] for name in NAMES} == {
         "RANK": "5",
