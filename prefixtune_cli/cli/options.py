@@ -6,6 +6,7 @@ recipe alone; the defaults stand in recipe/schema.py and nowhere else.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -148,6 +149,26 @@ def option(*flags: str, panel: str, help: str, metavar: str | None = None) -> An
     return typer.Option(
         *flags, help=help, metavar=metavar, rich_help_panel=panel, show_default=False
     )
+
+
+def with_flags_of(
+    command: Callable[..., None],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command that takes the flags of another one as well, as `**flags`, in the eyes of Typer."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        shared = inspect.signature(command, eval_str=True).parameters
+        own = inspect.signature(function, eval_str=True).parameters
+        function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [
+                parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+                for parameter in {**shared, **own}.values()
+                if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+            ]
+        )
+        return function
+
+    return decorate
 
 
 RECIPE, MODEL, DATA, ADAPTER, TRAINING, RUN = (

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from prefixtune_cli.cli import options
+from prefixtune_cli.cli.train import train
 from prefixtune_cli.errors import ModelError, RecipeError, UsageError
 
 if TYPE_CHECKING:
@@ -26,9 +27,8 @@ PARTS = {
 }
 
 
+@options.with_flags_of(train)
 def plan(
-    recipe: options.RecipeName = None,
-    model: options.Model = None,
     gpu_memory: Annotated[
         float | None,
         options.option(
@@ -38,54 +38,7 @@ def plan(
             help="Memory of each GPU, where it is not one of this machine's.",
         ),
     ] = None,
-    data: options.Data = None,
-    out: options.Out = None,
-    resume: options.Resume = None,
-    overwrite: Annotated[
-        bool, options.option("--overwrite", panel=options.RUN, help="As for ptp train.")
-    ] = False,
-    as_json: options.Json = False,
-    sets: options.Sets = None,
-    revision: options.Revision = None,
-    bits: options.Bits = None,
-    device: options.Device = None,
-    attention: options.Attention = None,
-    trust_remote_code: options.TrustRemoteCode = None,
-    eval_data: options.EvalData = None,
-    eval_split: options.EvalSplit = None,
-    format: options.Format = None,
-    map: options.Map = None,
-    train_on: options.TrainOn = None,
-    max_length: options.MaxLength = None,
-    on_long: options.OnLong = None,
-    chat_template: options.ChatTemplate = None,
-    method: options.Method = None,
-    feature_map: options.FeatureMap = None,
-    feature_dim: options.FeatureDim = None,
-    normalize_query: options.NormalizeQuery = None,
-    share_heads: options.ShareHeads = None,
-    layers: options.Layers = None,
-    lora_r: options.LoraR = None,
-    lora_alpha: options.LoraAlpha = None,
-    num_virtual_tokens: options.NumVirtualTokens = None,
-    epochs: options.Epochs = None,
-    steps: options.Steps = None,
-    learning_rate: options.LearningRate = None,
-    batch_size: options.BatchSize = None,
-    gradient_accumulation: options.GradientAccumulation = None,
-    packing: options.Packing = None,
-    gradient_checkpointing: options.GradientCheckpointing = None,
-    auto_batch: options.AutoBatch = None,
-    seed: options.Seed = None,
-    gpus: options.Gpus = None,
-    parallel: options.Parallel = None,
-    nodes: options.Nodes = None,
-    node_rank: options.NodeRank = None,
-    rendezvous: options.Rendezvous = None,
-    keep: options.Keep = None,
-    save_steps: options.SaveSteps = None,
-    save_minutes: options.SaveMinutes = None,
-    track: options.Track = None,
+    **flags: Any,
 ) -> None:
     """Tell how much memory `ptp train` with the same flags takes, by part and by method, and what fits.
 
@@ -93,10 +46,9 @@ def plan(
     """
     if gpu_memory is not None and gpu_memory <= 0:
         raise UsageError(f"--gpu-memory must be above 0, in GiB, got {gpu_memory:g}.")
-    flags = options.overrides(locals())
     from prefixtune_cli.recipe import load
 
-    settings = load.resolve(recipe, sets or (), flags)
+    settings = load.resolve(flags["recipe"], flags["sets"] or (), options.overrides(flags))
     if gpu_memory is not None:
         on_gpu = settings.model.model_copy(update={"device": "cuda"})
         settings = settings.model_copy(update={"model": on_gpu})
@@ -106,7 +58,7 @@ def plan(
     console.quiet_libraries()
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="peft")
     found = _found(settings, gpu_memory)
-    if as_json:
+    if flags["as_json"]:
         console.print_json(found)
     else:
         _print(settings, found)
