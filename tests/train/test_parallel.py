@@ -220,3 +220,46 @@ def test_sharding_needs_several_processes(
 ) -> None:
     with pytest.raises(UsageError, match=said):
         train(recipe(random_base, colours, tmp_path / "run", **changes))
+
+
+def trained_by_ptp(base: Path, data: Path, out: Path, *flags: object) -> dict[str, torch.Tensor]:
+    """The adapter that `ptp train` makes in its own processes."""
+    typed = ["train", "--model", base, "--data", data, "--out", out, "--steps", STEPS]
+    typed += ["--max-length", 64, "--eval-split", 0.125, "--learning-rate", 3e-3, *flags]
+    done = subprocess.run(
+        [sys.executable, "-m", "prefixtune_cli", *map(str, typed)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return adapter(RunDir(out))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["deepspeed-zero2", "deepspeed-zero3"])
+def test_deepspeed_gives_the_adapter_of_one_process(
+    how: str, random_base: Path, colours: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed", reason="pip install 'prefixtune-cli[deepspeed]'")
+    on_cpu = ["--device", "cpu", "--bits", 32]
+    one = trained_by_ptp(random_base, colours, tmp_path / "one", *on_cpu, "--batch-size", 6)
+    flags = [*on_cpu, "--batch-size", 3, "--gpus", 2, "--parallel", how]
+    two = trained_by_ptp(random_base, colours, tmp_path / "two", *flags)
+    assert distance(one, two) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_gpus_give_the_adapter_of_one(
+    how: str, bits: int, random_base: Path, colours: Path, tmp_path: Path
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    precision = ["--bits", bits, "--gpus"]
+    one = trained_by_ptp(random_base, colours, tmp_path / "one", *precision, 1, "--batch-size", 6)
+    flags = [*precision, 2, "--batch-size", 3, "--parallel", how]
+    two = trained_by_ptp(random_base, colours, tmp_path / "two", *flags)
+    assert distance(one, two) < (1e-2 if bits == 32 else 0.3)  # TF32, bfloat16
