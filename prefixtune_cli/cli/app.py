@@ -17,11 +17,11 @@ from prefixtune_cli.cli import (
     generate,
     inspect_data,
     models,
-    options,
     plan,
     recipe_schema,
     recipes,
     train,
+    typed,
 )
 from prefixtune_cli.errors import LAUNCHER_PID, Interrupted, LostWorker, PtpError
 
@@ -48,7 +48,7 @@ class PlainGroup(TyperGroup):
         super().__init__(**{**settings, "rich_markup_mode": None})
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, options.with_resume_value(args))
+        return super().parse_args(ctx, typed.with_resume_value(args))
 
 
 app = typer.Typer(

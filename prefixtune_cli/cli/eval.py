@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from prefixtune_cli.cli import options
+from prefixtune_cli.cli import options, typed
 from prefixtune_cli.errors import UsageError
 
 WHO, WHAT, HOW, RESULTS = "Who is evaluated", "On what", "How", "Results"
@@ -160,7 +160,7 @@ def eval(
     Benchmarks are lm-eval's, and its prompts, examples and metrics. Finished requests are kept on disk, so an
     interrupted evaluation goes on where it stopped.
     """
-    flags = options.overrides(
+    flags = typed.overrides(
         {
             "bits": bits,
             "device": device,
@@ -197,10 +197,10 @@ def eval(
         model_settings=flags.get("model", {}),
         data_settings=flags.get("data", {}),
         base=not no_base,
-        benches=options.names(bench or []),
+        benches=typed.names(bench or []),
         data=tuple(data or ()),
         text=text,
-        bench_data=options.parse_pairs("--bench-data", bench_data or []),
+        bench_data=typed.parse_pairs("--bench-data", bench_data or []),
         limit=limit,
         num_fewshot=num_fewshot,
         batch_size=size,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from prefixtune_cli.cli import options
+from prefixtune_cli.cli import options, typed
 from prefixtune_cli.errors import UsageError
 
 
@@ -51,7 +51,7 @@ def generate(
     from prefixtune_cli.cli.reporter import reporter
     from prefixtune_cli.data.question import questions
 
-    asked = list(questions(data, options.parse_map(map or []))) if data is not None else []
+    asked = list(questions(data, typed.parse_map(map or []))) if data is not None else []
     console.quiet_libraries()
     from prefixtune_cli import generate as generation
 

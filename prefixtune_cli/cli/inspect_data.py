@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefixtune_cli.cli import options
+from prefixtune_cli.cli import options, typed
 from prefixtune_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def inspect_data(
     if source is not None and data is not None and source != data:
         raise UsageError(f"DATA is given twice, {source!r} and --data {data!r}. Give one.")
     data = data or source
-    flags = options.overrides(locals())
+    flags = typed.overrides(locals())
     from prefixtune_cli.cli import console
 
     console.quiet_libraries()

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
-from prefixtune_cli.cli import options
+from prefixtune_cli.cli import options, typed
 from prefixtune_cli.cli.train import train
 from prefixtune_cli.errors import ModelError, RecipeError, UsageError
 
@@ -48,7 +48,7 @@ def plan(
         raise UsageError(f"--gpu-memory must be above 0, in GiB, got {gpu_memory:g}.")
     from prefixtune_cli.recipe import load
 
-    settings = load.resolve(flags["recipe"], flags["sets"] or (), options.overrides(flags))
+    settings = load.resolve(flags["recipe"], flags["sets"] or (), typed.overrides(flags))
     if gpu_memory is not None:
         on_gpu = settings.model.model_copy(update={"device": "cuda"})
         settings = settings.model_copy(update={"model": on_gpu})

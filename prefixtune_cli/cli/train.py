@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefixtune_cli.cli import options
+from prefixtune_cli.cli import options, typed
 from prefixtune_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def train(
 
     A flag wins over --set, which wins over the recipe, which wins over the default.
     """
-    flags = options.overrides(locals())
+    flags = typed.overrides(locals())
     from prefixtune_cli.recipe import load
 
     settings = load.resolve(recipe, sets or (), flags)

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from prefixtune_cli.cli import options
+from prefixtune_cli.cli import options, typed
 from prefixtune_cli.cli.train import train
 from prefixtune_cli.errors import UsageError
 from prefixtune_cli.recipe.explain import METHODS, keys
@@ -25,16 +25,16 @@ NO_SETTINGS = {
 
 def test_every_flag_points_at_a_key_of_the_schema() -> None:
     known = {key for method in METHODS for key in keys(method)}
-    assert set(options.KEYS.values()) <= known
+    assert set(typed.KEYS.values()) <= known
 
 
 def test_every_flag_of_train_is_in_the_table_and_the_other_way_round() -> None:
-    assert set(inspect.signature(train).parameters) - NO_SETTINGS == set(options.KEYS)
+    assert set(inspect.signature(train).parameters) - NO_SETTINGS == set(typed.KEYS)
 
 
 def test_no_flag_of_train_has_a_default_of_its_own() -> None:
     parameters = inspect.signature(train).parameters
-    assert all(parameters[name].default is None for name in options.KEYS)
+    assert all(parameters[name].default is None for name in typed.KEYS)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_the_help_of_method_names_every_method() -> None:
 
 def test_overrides_hold_what_was_given_and_nothing_else() -> None:
     given = {"model": "tiny", "bits": None, "packing": False, "lora_r": 4, "resume": True}
-    assert options.overrides(given) == {
+    assert typed.overrides(given) == {
         "model": {"name": "tiny"},
         "train": {"packing": False},
         "adapter": {"r": 4},
@@ -74,7 +74,7 @@ def test_overrides_hold_what_was_given_and_nothing_else() -> None:
 
 
 def test_map_is_given_at_once_or_several_times() -> None:
-    assert options.parse_map(["prompt=q, completion=a", "messages=m"]) == {
+    assert typed.parse_map(["prompt=q, completion=a", "messages=m"]) == {
         "prompt": "q",
         "completion": "a",
         "messages": "m",
@@ -84,7 +84,7 @@ def test_map_is_given_at_once_or_several_times() -> None:
 @pytest.mark.parametrize("given", ["prompt", "=a", "prompt=", "a=b,", ""])
 def test_a_map_without_both_sides_is_a_usage_error(given: str) -> None:
     with pytest.raises(UsageError, match="--map takes FIELD=COLUMN"):
-        options.parse_map([given])
+        typed.parse_map([given])
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_map_without_both_sides_is_a_usage_error(given: str) -> None:
     [("all", "all"), ("last:4", "last:4"), ("3", [3]), ("0,1, 5", [0, 1, 5]), ("[0,1]", [0, 1])],
 )
 def test_layers_are_words_or_a_list(given: str, layers: object) -> None:
-    assert options.parse_layers(given) == layers
+    assert typed.parse_layers(given) == layers
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_layers_are_words_or_a_list(given: str, layers: object) -> None:
     [("4", 4), ("auto", "auto"), ("0,2", [0, 2]), ("1,", [1]), ("[0, 1]", [0, 1]), ("all", "all")],
 )
 def test_gpus_are_a_number_a_word_or_a_list(given: str, gpus: object) -> None:
-    assert options.parse_gpus(given) == gpus
+    assert typed.parse_gpus(given) == gpus
 
 
 @pytest.mark.parametrize(
@@ -113,4 +113,4 @@ def test_gpus_are_a_number_a_word_or_a_list(given: str, gpus: object) -> None:
     ],
 )
 def test_resume_may_stand_alone(given: list[str], read: list[str]) -> None:
-    assert options.with_resume_value(given) == read
+    assert typed.with_resume_value(given) == read

@@ -1,0 +1,138 @@
+"""What was typed, as a recipe holds it: which flag sets which key, and flags whose values have a form of their own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from prefixtune_cli.errors import UsageError
+
+# A parameter of a command → the recipe key that it sets. What a recipe has no key for, such as
+# --resume, is not in here.
+KEYS = {
+    "model": "model.name",
+    "revision": "model.revision",
+    "bits": "model.bits",
+    "device": "model.device",
+    "attention": "model.attention",
+    "trust_remote_code": "model.trust_remote_code",
+    "data": "data.train",
+    "eval_data": "data.eval",
+    "eval_split": "data.eval_split",
+    "format": "data.format",
+    "map": "data.map",
+    "train_on": "data.train_on",
+    "max_length": "data.max_length",
+    "on_long": "data.on_long",
+    "chat_template": "data.chat_template",
+    "method": "adapter.method",
+    "feature_map": "adapter.feature_map",
+    "feature_dim": "adapter.feature_dim",
+    "normalize_query": "adapter.normalize_query",
+    "share_heads": "adapter.share_heads",
+    "layers": "adapter.layers",
+    "lora_r": "adapter.r",
+    "lora_alpha": "adapter.alpha",
+    "num_virtual_tokens": "adapter.num_virtual_tokens",
+    "epochs": "train.epochs",
+    "steps": "train.max_steps",
+    "learning_rate": "train.learning_rate",
+    "batch_size": "train.batch_size",
+    "gradient_accumulation": "train.gradient_accumulation",
+    "packing": "train.packing",
+    "gradient_checkpointing": "train.gradient_checkpointing",
+    "seed": "train.seed",
+    "gpus": "train.gpus",
+    "parallel": "train.parallel",
+    "auto_batch": "train.auto_batch",
+    "keep": "train.keep_checkpoints",
+    "save_steps": "train.save_steps",
+    "save_minutes": "train.save_minutes",
+    "track": "train.track",
+    "out": "out",
+}
+
+
+def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe settings that a command's flags ask for, nested as a recipe is.
+
+    Args:
+        given: a command's parameters by name (its `locals()`); those that are None or have no
+            recipe key are passed over.
+
+    Raises:
+        UsageError: `--map` is not of the form column=column.
+    """
+    nested: dict[str, Any] = {}
+    for name, key in KEYS.items():
+        value = given.get(name)
+        if value is None:
+            continue
+        if name in PARSERS:
+            value = PARSERS[name](value)
+        *sections, last = key.split(".")
+        inner = nested
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[last] = value
+    return nested
+
+
+def parse_map(given: list[str]) -> dict[str, str]:
+    """`--map prompt=question,completion=answer`, once or several times, as a mapping."""
+    pairs = [pair.partition("=") for text in given for pair in text.split(",")]
+    for left, equals, right in pairs:
+        if not (left.strip() and equals and right.strip()):
+            raise UsageError(
+                f"--map takes FIELD=COLUMN,…, as in prompt=question,completion=answer, got {','.join(given)!r}"
+            )
+    return {left.strip(): right.strip() for left, _, right in pairs}
+
+
+def names(given: list[str]) -> tuple[str, ...]:
+    """`--bench a,b --bench c` as names, each once."""
+    found = [name.strip() for text in given for name in text.split(",")]
+    return tuple(dict.fromkeys(name for name in found if name))
+
+
+def parse_pairs(flag: str, given: list[str]) -> dict[str, str]:
+    """`--bench-data mmlu=PATH`, once or several times, as a mapping; a path may hold commas and equal signs."""
+    pairs = [text.partition("=") for text in given]
+    for (name, equals, path), text in zip(pairs, given, strict=True):
+        if not (name.strip() and equals and path.strip()):
+            raise UsageError(f"{flag} takes NAME=PATH, as in mmlu=/data/mmlu, got {text!r}")
+    return {name.strip(): path.strip() for name, _, path in pairs}
+
+
+def parse_layers(given: str) -> str | list[int]:
+    """`--layers 0,1,5` as a list; `all` and `last:4` stay as they are."""
+    numbers = given.strip("[] ").split(",")
+    return [int(n) for n in numbers] if all(n.strip().isdecimal() for n in numbers) else given
+
+
+def parse_gpus(given: str) -> int | str | list[int]:
+    """`--gpus 4` as a number, `--gpus 0,2` or `--gpus 1,` as a list; `auto` stays as it is."""
+    if given.strip().isdecimal():
+        return int(given)
+    numbers = [part for part in given.strip("[] ").split(",") if part.strip()]
+    return (
+        [int(n) for n in numbers]
+        if numbers and all(n.strip().isdecimal() for n in numbers)
+        else given
+    )
+
+
+def with_resume_value(given: list[str]) -> list[str]:
+    """The arguments, `--resume` by itself being `--resume must`: Typer knows no option whose value may be left out."""
+    return [
+        "--resume=must" if text == "--resume" and after not in ("auto", "must") else text
+        for text, after in itertools.zip_longest(given, given[1:])
+    ]
+
+
+PARSERS: dict[str, Callable[[Any], Any]] = {
+    "map": parse_map,
+    "layers": parse_layers,
+    "gpus": parse_gpus,
+}
