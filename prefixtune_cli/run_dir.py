@@ -67,6 +67,13 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
+def _aside(folder: Path) -> Path:
+    """A free place for a folder that is to be deleted."""
+    aside = folder.with_name(f".{folder.name}.old.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    return aside
+
+
 def _sha256(file: Path, *, to_disk: bool = False) -> str:
     with open(file, "rb") as opened:
         if to_disk:
@@ -177,10 +184,15 @@ class RunDir:
             if file.is_file()
         }
         write_json(part / HASHES, hashes)
-        final = self.checkpoint(step)
+        self.place(part, self.checkpoint(step))
+
+    def place(self, part: Path, final: Path) -> None:
+        """Give a finished folder its place; what stood there is deleted under another name, so never seen in part."""
+        aside = _aside(final)
         if final.exists():
-            shutil.rmtree(final)
+            os.replace(final, aside)
         os.replace(part, final)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def newest_whole_checkpoint(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint whose files are what was written.
@@ -249,9 +261,12 @@ class RunDir:
                 inside.unlink()
 
     def drop_old_checkpoints(self, kept: int) -> None:
-        """Delete all but the newest `kept` checkpoints."""
+        """Delete all but the newest `kept` checkpoints, and what a killed run has left of those that it deleted."""
         for old in self.checkpoints()[:-kept]:
-            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                os.replace(old, _aside(old))
+        for aside in self.path.glob(".checkpoint-*.part"):
+            shutil.rmtree(aside, ignore_errors=True)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl (one write call, so that a crash leaves whole lines)."""

@@ -239,9 +239,8 @@ class SafeTrainer(SFTTrainer):
         self.processes.wait()
         self._saving = True
         try:
-            with told_in_words(
-                self._run_dir, self.processes
-            ):  # while a full disk can be seen to be full
+            # In here, as a full disk is seen to be one while the half-written checkpoint is still on it.
+            with told_in_words(self._run_dir, self.processes):
                 super()._save_checkpoint(model, trial)
                 self.processes.wait()
                 if leads:

@@ -1,0 +1,192 @@
+"""Runs of `train` that start at once: a process that has imported everything forks each of them.
+
+Python takes ten seconds to import torch, trl and peft; a fork of a process that has done so takes a hundredth. The
+process itself (`main`) computes nothing, as threads do not survive a fork. `Zygote` is the test's end of the line.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.run_dir import RunDir, write_json
+
+# What `train` imports as late as possible: each child would do so anew.
+IMPORTED_LATE = (
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "prefixtune_cli.train",
+    "torch.distributed.tensor",
+    "torch.nn.parallel.distributed",
+    "torch.optim.adamw",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.llama.tokenization_llama",
+)
+# What a saved folder has in it.
+NAMES = {"weights.safetensors", "optimizer.pt", "trainer_state.json"}
+# What a process does to a folder, in the words of Python's audit events.
+CHANGES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
+
+
+class Zygote:
+    """The process that forks, and its children by their process ids."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.train.zygote"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        self._ask(does="poll", pid=0)  # answered when all is imported
+
+    def _ask(self, **order: Any) -> Any:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(order) + "\n")
+        answer = self._process.stdout.readline()
+        assert answer, "the zygote has died"
+        return json.loads(answer)
+
+    def train(self, recipe: Recipe, diary: Path, environment: Mapping[str, str]) -> int:
+        """Fork a child that trains with `resume="auto"`; gives its process id.
+
+        Args:
+            recipe: of the run.
+            diary: gets what the run reports, one line each; what it writes to stderr goes beside it.
+            environment: which of several processes it is.
+        """
+        return int(
+            self._ask(
+                does="train",
+                recipe=recipe.model_dump(mode="json"),
+                diary=str(diary),
+                environment=dict(environment),
+            )
+        )
+
+    def save(self, run_dir: RunDir, step: int, dies_before: int) -> int:
+        """Fork a child that does `save`, and kills itself before a change to a file, counted from 0; gives its id."""
+        order = {"run_dir": str(run_dir.path), "step": step, "dies_before": dies_before}
+        return int(self._ask(does="save", **order))
+
+    def ended(self, pid: int, within: float) -> int | None:
+        """The exit code of a child, negative for a signal; None where it still runs after `within` seconds."""
+        deadline = time.monotonic() + within
+        while (code := self._ask(does="poll", pid=pid)) is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return None if code is None else int(code)
+
+    def close(self) -> None:
+        """End the process, which ends its children."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._process.stdout.close()
+
+
+class Diary:
+    """A reporter that writes each report to a file at once."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def notice(self, text: str) -> None:
+        os.write(self._file, f"{text}\n".encode())
+
+    warning = notice
+
+    def progress(self, task: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        self.notice(f"{task} {done}/{total}")
+
+
+def main() -> None:
+    """Fork the children that stdin asks for, until it ends."""
+    import importlib
+
+    for name in IMPORTED_LATE:
+        importlib.import_module(name)
+    children: set[int] = set()
+    for line in sys.stdin:
+        order = json.loads(line)
+        does = order.pop("does")
+        if does == "poll":
+            ended, status = os.waitpid(order["pid"], os.WNOHANG) if children else (0, 0)
+            children -= {ended}
+            answer = os.waitstatus_to_exitcode(status) if ended else None
+        else:
+            if not (answer := os.fork()):
+                _live(_train if does == "train" else _save, order)
+            children.add(answer)
+        print(json.dumps(answer), flush=True)
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _live(what: Any, order: dict[str, Any]) -> None:
+    """Do it, and end without going back."""
+    code = 1
+    try:
+        with open(os.devnull) as nothing:
+            os.dup2(nothing.fileno(), 0)
+        os.dup2(2, 1)
+        what(**order)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _train(recipe: dict[str, Any], diary: str, environment: dict[str, str]) -> None:
+    from prefixtune_cli.train import train
+
+    errors = os.open(Path(diary).with_suffix(".stderr"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(errors, 1)
+    os.dup2(errors, 2)
+    os.environ.update(environment)
+    train(Recipe.model_validate(recipe), resume="auto", reporter=Diary(Path(diary)))
+
+
+def _save(run_dir: str, step: int, dies_before: int) -> None:
+    changes = count()
+
+    def die_in_time(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in CHANGES and next(changes) == dies_before:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(die_in_time)
+    save(RunDir(run_dir), step, kept=1)
+
+
+def save(run_dir: RunDir, step: int, kept: int) -> None:
+    """Write what a run does at a step: a file, a checkpoint in place of the older ones, and the adapter."""
+    write_json(run_dir.environment, {"step": step})
+    checkpoint = run_dir.checkpoint_part / f"checkpoint-{step}"
+    adapter = run_dir.path / ".adapter.part"
+    for old, new in ((run_dir.checkpoint_part, checkpoint), (adapter, adapter)):
+        shutil.rmtree(old, ignore_errors=True)
+        new.mkdir(parents=True)
+        for name in sorted(NAMES):
+            (new / name).write_text(f"{name} of step {step}")
+    run_dir.seal(checkpoint, step)
+    run_dir.drop_old_checkpoints(kept)
+    run_dir.place(adapter, run_dir.adapter)
+
+
+if __name__ == "__main__":
+    main()
