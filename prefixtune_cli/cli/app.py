@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -87,6 +88,8 @@ def _ptp(
 
 def main() -> None:
     """Run `ptp`: a `PtpError` is told in one line, without a traceback, and sets the exit code."""
+    if LAUNCHER_PID in os.environ:
+        _end_quietly_while_starting()
     try:
         app(prog_name="ptp")
     except PtpError as error:
@@ -97,9 +100,16 @@ def main() -> None:
 
 def _tell(error: PtpError) -> int:
     """Say why the command ends, once for all processes of a run; return the exit code."""
-    follows = os.environ.get("RANK", "0") != "0"
+    follows, launched = os.environ.get("RANK", "0") != "0", LAUNCHER_PID in os.environ
     if isinstance(error, Interrupted) and follows:
         return 0  # the first process says it
-    if not (isinstance(error, LostWorker) and LAUNCHER_PID in os.environ):
-        (console.error if error.exit_code else console.notice)(str(error))
+    # Why a process of `ptp`'s own has lost the others, the launcher knows better.
+    is_error = error.exit_code and (follows or not (launched and isinstance(error, LostWorker)))
+    (console.error if is_error else console.notice)(str(error))
     return error.exit_code
+
+
+def _end_quietly_while_starting() -> None:
+    """A process that `ptp` has started and that has not begun ends at a signal, with the code that it has later."""
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGUSR1, 0)):
+        signal.signal(number, lambda *_, code=code: os._exit(code))

@@ -119,9 +119,10 @@ def _launches(
     if inside_a_launcher(of_nodes=count is not None):
         return False
     from prefixtune_cli.parallel import launch
+    from prefixtune_cli.parallel.nodes import nodes
     from prefixtune_cli.run_dir import RunDir
 
-    machines = launch.nodes(count, rank, rendezvous)
+    machines = nodes(count, rank, rendezvous)
     workers = processes_here(train.gpus, wanted)
     show_only(train.gpus)
     if workers * machines.count == 1:

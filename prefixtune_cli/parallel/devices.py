@@ -64,6 +64,13 @@ def processes_here(gpus: Gpus, wanted: str) -> int:
     raise ResourceError(f"train.gpus is {gpus}, but this machine has {there} CUDA GPUs. {instead}")
 
 
+def count_of(gpus: Gpus) -> int | None:
+    """How many processes a machine is to have by `train.gpus`, whatever it has; None where that is left open."""
+    if gpus is None or isinstance(gpus, str):
+        return None
+    return gpus if isinstance(gpus, int) else len(gpus)
+
+
 def show_only(gpus: Gpus) -> None:
     """Let this process, and those that it starts, see the GPUs of a list alone, in its order.
 

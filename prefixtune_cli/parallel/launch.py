@@ -17,63 +17,28 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
-from prefixtune_cli.errors import LAUNCHER_PID, LostWorker, ResourceError, UsageError
+from prefixtune_cli.errors import (
+    LAUNCHER_PID,
+    Interrupted,
+    LostWorker,
+    Preempted,
+    ResourceError,
+)
+from prefixtune_cli.parallel.nodes import SECONDS_BETWEEN_LOOKS, Meeting, Nodes
 
-SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_SPEAK = 3  # what the others get where one process has failed
 SECONDS_TO_END = 10  # what the survivors of a failure get before they are killed
-SECONDS_BETWEEN_BEATS = 2
-SECONDS_OF_SILENCE = 15  # after which another node counts as lost
-SECONDS_TO_JOIN = 900  # until all nodes have started
+SECONDS_TO_SAVE = 25  # what a process gets whose launcher is no more
+SECONDS_TO_HEAR = 5  # until another node has said why the processes of this one were lost
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """The machines of a run.
-
-    Attributes:
-        count: of all machines.
-        rank: this machine's number; 0 is the one that the others come to.
-        host, port: where node 0 is reached; a port of 0 takes a free one.
-    """
-
-    count: int = 1
-    rank: int = 0
-    host: str = "127.0.0.1"
-    port: int = 0
-
-
-def nodes(count: int | None, rank: int | None, rendezvous: str | None) -> Nodes:
-    """What `--nodes`, `--node-rank` and `--rendezvous` say; a script for any number of nodes may say it of one.
-
-    Raises:
-        UsageError: one of them is missing, or out of range.
-    """
-    if count is None and (rank, rendezvous) != (None, None):
-        raise UsageError("--node-rank and --rendezvous belong to --nodes N.")
-    if count is None or (count == 1 and rank in (None, 0)):
-        return Nodes()
-    example = "as in --nodes 2 --node-rank 0 --rendezvous first-node:29500"
-    if count < 1:
-        raise UsageError(f"--nodes must be 1 or more, got {count}.")
-    if rank is None or rendezvous is None:
-        raise UsageError(f"--nodes {count} needs --node-rank and --rendezvous, {example}.")
-    if not 0 <= rank < count:
-        raise UsageError(f"--node-rank must lie between 0 and {count - 1}, got {rank}.")
-    host, colon, port = rendezvous.rpartition(":")
-    if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
-        raise UsageError(f"--rendezvous must be HOST:PORT, {example}, got {rendezvous!r}.")
-    return Nodes(count, rank, host, int(port))
 
 
 def launch(
@@ -92,24 +57,35 @@ def launch(
 
     Raises:
         ResourceError: a process was killed, failed on its own account, or went with another node.
+        Interrupted: a signal ended the processes.
         SystemExit: the first process failed, and has said why itself; with its exit code.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="ptp-workers-") as logs:
-        meeting = _Meeting(nodes)
+        meeting = Meeting(nodes)
         group = _Workers(typed, workers, nodes, meeting.store.port, logs, _threads(workers, on_gpu))
         with group.running():
-            while (ended := group.ended()) is None:
-                if (elsewhere := meeting.failure()) is not None:
-                    raise ResourceError(f"{elsewhere} {advice()}")
+            elsewhere, ended = None, None
+            while elsewhere is None and (ended := group.ended()) is None:
+                elsewhere = meeting.failure()
                 time.sleep(SECONDS_BETWEEN_LOOKS)
-            told = ended[0].told() if ended else None
-            meeting.leave(told)
-        if told is None:
+            first = ended[0] if ended else None
+            if first is not None and first.followed:
+                elsewhere = meeting.failure(SECONDS_TO_HEAR)
+            meeting.leave(elsewhere or (first.told() if first else None))
+        if elsewhere is None and first is None:
             return
-        if ended[0].rank == 0 and ended[0].killed_by is None:
-            raise SystemExit(ended[0].exitcode)
-        raise ResourceError(f"{told} {advice()}")
+        if elsewhere is None and first is not None and first.speaks_for_itself:
+            raise SystemExit(first.exitcode)
+        if group.signals and (first is None or first.followed or first.exitcode in group.codes):
+            # The processes have ended by it, some of them perhaps before they could save.
+            raise _stopped(group.signals[0], advice())
+        raise ResourceError(f"{elsewhere or (first.told() if first else None)} {advice()}")
+
+
+def _stopped(number: int, advice: str) -> Interrupted:
+    kind = Interrupted if number == signal.SIGINT else Preempted
+    return kind(f"Stopped by {signal.Signals(number).name}. {advice}")
 
 
 def end_with_the_launcher() -> None:
@@ -122,7 +98,7 @@ def end_with_the_launcher() -> None:
         while os.getppid() == launcher:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(SECONDS_TO_END)
+        time.sleep(SECONDS_TO_SAVE)
         os._exit(LostWorker.exit_code)  # stuck in a collective that the others have left
 
     threading.Thread(target=look, daemon=True).start()
@@ -136,88 +112,20 @@ def _threads(workers: int, on_gpu: bool) -> int | None:
     return min(8, share) if on_gpu else share
 
 
-class _Meeting:
-    """The key-value store through which launchers and processes talk, and what the other launchers say there."""
-
-    def __init__(self, nodes: Nodes) -> None:
-        self.nodes = nodes
-        self.store = self._open()
-        self._beaten = 0.0
-        self._heard: dict[int, tuple[bytes, float]] = {}
-
-    def _open(self) -> TCPStore:
-        nodes = self.nodes
-        try:
-            return TCPStore(
-                nodes.host,
-                nodes.port,
-                is_master=nodes.rank == 0,
-                timeout=timedelta(seconds=SECONDS_TO_JOIN),
-                wait_for_workers=False,
-            )
-        except (DistError, RuntimeError) as error:
-            said = str(error).splitlines()[0]
-            reason = (
-                f"cannot be opened on this node ({said}). Give the name of this node, and a free port, on all nodes."
-                if nodes.rank == 0
-                else f"cannot be reached ({said}). Is node 0 running, under this name, and the port open?"
-            )
-            raise ResourceError(f"--rendezvous {nodes.host}:{nodes.port} {reason}") from error
-
-    def failure(self) -> str | None:
-        """Why the run cannot go on, where another node has failed or fallen silent."""
-        now = time.monotonic()
-        if self.nodes.count == 1 or now - self._beaten < SECONDS_BETWEEN_BEATS:
-            return None
-        self._beaten = now
-        try:
-            self.store.set(f"ptp/beat/{self.nodes.rank}", repr(now))
-            for node in set(range(self.nodes.count)) - {self.nodes.rank}:
-                if (reason := self._of(node, now)) is not None:
-                    return reason
-        except (DistError, RuntimeError):
-            return "Node 0 was lost: its launcher no longer answers."
-        return None
-
-    def _of(self, node: int, now: float) -> str | None:
-        if self.store.check([f"ptp/end/{node}"]):
-            told = self.store.get(f"ptp/end/{node}").decode()
-            return f"On node {node}: {told}" if told else None
-        if not self.store.check([f"ptp/beat/{node}"]):
-            return None  # not started yet
-        beat = self.store.get(f"ptp/beat/{node}")
-        if node not in self._heard or self._heard[node][0] != beat:
-            self._heard[node] = (beat, now)
-        if now - self._heard[node][1] > SECONDS_OF_SILENCE:
-            return f"Node {node} was lost: it has been silent for {SECONDS_OF_SILENCE} seconds."
-        return None
-
-    def leave(self, told: str | None) -> None:
-        """Say how this node ended; node 0, which hosts the store, leaves last."""
-        if self.nodes.count == 1:
-            return
-        with contextlib.suppress(DistError, RuntimeError):
-            self.store.set(f"ptp/end/{self.nodes.rank}", told or "")
-            deadline = time.monotonic() + SECONDS_OF_SILENCE
-            others = [f"ptp/end/{node}" for node in range(1, self.nodes.count)]
-            while self.nodes.rank == 0 and time.monotonic() < deadline:
-                if self.store.check(others):
-                    return
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-
-
 class _Context(SubprocessContext):
     """torchrun's processes; the survivors of a failure get less time, so that a run ends within 30 seconds of it."""
 
     _failed_at: float | None = None
+    by_themselves: AbstractSet[int] = frozenset()  # the processes that this one did not end
 
     def _poll(self) -> Any:
         # Where one has failed the others may be about to say why: they get a moment before they are ended.
         codes = [handler.proc.poll() for handler in self.subprocess_handlers.values()]
-        if None in codes and any(codes):
+        if any(codes):
             self._failed_at = self._failed_at or time.monotonic()
-            if time.monotonic() - self._failed_at < SECONDS_TO_SPEAK:
+            if None in codes and time.monotonic() - self._failed_at < SECONDS_TO_SPEAK:
                 return None
+            self.by_themselves = {i for i, code in enumerate(codes) if code is not None}
         return super()._poll()
 
     def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
@@ -232,18 +140,32 @@ class _Ended:
     pid: int
     exitcode: int
     said: str
+    by_itself: bool
 
     @property
     def killed_by(self) -> str | None:
-        return signal.Signals(-self.exitcode).name if self.exitcode < 0 else None
+        if self.exitcode >= 0:
+            return None
+        named = {-number.value: number.name for number in signal.Signals}
+        return named.get(self.exitcode, f"signal {-self.exitcode}")
 
     @property
     def followed(self) -> bool:
         """Whether it only ended because another one had."""
-        return self.exitcode in (LostWorker.exit_code, -signal.SIGTERM)
+        return self.exitcode == LostWorker.exit_code or not self.by_itself
+
+    @property
+    def speaks_for_itself(self) -> bool:
+        """Whether the user has read why: the first process says so, unless it was killed, or lost the others."""
+        return self.rank == 0 and self.killed_by is None and not self.followed
 
     def told(self) -> str:
         who = f"Rank {self.rank} (process {self.pid})"
+        if self.followed:
+            return (
+                f"{who} has lost the other processes, and none of them says why{self.said and f': {self.said}'}. Over "
+                "several machines, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface to use."
+            )
         if self.killed_by == "SIGKILL":
             return f"{who} was killed by SIGKILL, as the kernel does where the machine's memory runs out."
         if self.killed_by:
@@ -263,6 +185,7 @@ class _Workers:
         logs: str,
         threads: int | None,
     ) -> None:
+        self.signals: list[int] = []  # that were forwarded
         self._first = nodes.rank * count
         shared: dict[str, Any] = {
             "WORLD_SIZE": nodes.count * count,
@@ -270,6 +193,7 @@ class _Workers:
             "MASTER_ADDR": nodes.host,
             "MASTER_PORT": port,
             "TORCHELASTIC_USE_AGENT_STORE": True,  # the launcher's, which outlives every process
+            "GROUP_RANK": nodes.rank,
             LAUNCHER_PID: os.getpid(),
             **({} if threads is None else {"OMP_NUM_THREADS": threads}),
         }
@@ -300,7 +224,13 @@ class _Workers:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @property
+    def codes(self) -> set[int]:
+        """The exit codes of processes that a forwarded signal has ended, one way or the other."""
+        return {Interrupted.exit_code, *(-number for number in self.signals)}
+
     def _forward(self, number: int, frame: object) -> None:
+        self.signals.append(number)
         for pid in self._context.pids().values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -311,7 +241,13 @@ class _Workers:
         if result is None:
             return None
         found = [
-            _Ended(self._first + i, failure.pid, failure.exitcode, self._said(i))
+            _Ended(
+                self._first + i,
+                failure.pid,
+                failure.exitcode,
+                self._said(i),
+                i in self._context.by_themselves,
+            )
             for i, failure in result.failures.items()
         ]
         return sorted(found, key=lambda one: (one.followed, one.killed_by is None, one.rank))

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +31,7 @@ Value = TypeVar("Value")
 # A collective waits so long for the slowest process, which may be writing a checkpoint of a whole model.
 PATIENCE = timedelta(hours=1)
 SECONDS_BETWEEN_LOOKS = 0.1
+SECONDS_TO_MEET = 900  # until all processes have started
 
 
 @dataclass
@@ -38,13 +41,17 @@ class Processes:
     Attributes:
         rank, size: of all processes, on all nodes.
         local_rank: of those on this node.
+        node: which one that is.
         store: through which they talk before the process group exists.
+        folder: of this process, for what it gives the others of its node.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    node: str = "0"
     store: Any = None
+    folder: Path = Path()
     _asked: int = field(default=0, repr=False)
 
     @property
@@ -61,21 +68,47 @@ class Processes:
         if self.size == 1:
             return make()
         self._asked += 1
-        key = f"ptp/{self._asked}/{self.rank - self.local_rank}"
+        key = f"ptp/{self._asked}/{self.node}"
         if self.local_rank == 0:
+            file = self.folder / str(self._asked)
             try:
                 value = make()
+                file.write_bytes(pickle.dumps(value))
             except BaseException:
-                self.store.set(key, b"")
+                self.store.set(key, "")
                 raise
-            self.store.set(key, pickle.dumps(value))
+            self.store.set(key, str(file))
             return value
         while not self.store.check([key]):
             time.sleep(SECONDS_BETWEEN_LOOKS)
-        if not (copied := self.store.get(key)):
+        copy = Path(self.store.get(key).decode())
+        # The store is open to all who reach its port; what is unpickled has to be of this user.
+        if copy == Path() or copy.stat().st_uid != os.getuid():
             raise LostWorker("The first process of this node has failed; it says why.")
-        given: Value = pickle.loads(copied)
+        given: Value = pickle.loads(copy.read_bytes())
         return given
+
+    def heard(self, mine: int, seconds: float) -> list[int]:
+        """The numbers of all processes, without a collective.
+
+        Raises:
+            LostWorker: not all of them have said theirs within so many seconds.
+        """
+        if self.size == 1:
+            return [mine]
+        self._asked += 1
+        keys = [f"ptp/{self._asked}/heard/{rank}" for rank in range(self.size)]
+        self.store.set(keys[self.rank], str(mine))
+        deadline = time.monotonic() + seconds
+        while not self.store.check(keys):
+            if time.monotonic() > deadline:
+                silent = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+                raise LostWorker(
+                    f"Rank {silent[0]} did not answer for {seconds:g} seconds: where only one process runs out of "
+                    "memory, the others wait for it. Take a smaller --batch-size."
+                )
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        return [int(self.store.get(key)) for key in keys]
 
     def form_group(self, device: torch.device) -> None:
         """Make the process group: NCCL between GPUs, gloo between CPUs."""
@@ -83,6 +116,9 @@ class Processes:
             return
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            if device.index != self.local_rank:
+                # A scheduler shows each process one GPU; accelerate would look for the one of the local rank.
+                os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=self.store,
@@ -150,12 +186,35 @@ def joined(wanted: int | None) -> Iterator[Processes]:
     if size == 1:
         yield Processes()
         return
-    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
-    try:
-        yield Processes(rank, size, int(os.environ.get("LOCAL_RANK", rank)), store)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    store, rank = _store(), int(os.environ["RANK"])
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    node = os.environ.get("GROUP_RANK", os.environ.get("SLURM_NODEID", str(rank - local_rank)))
+    with TemporaryDirectory(prefix="ptp-") as folder:
+        try:
+            yield Processes(rank, size, local_rank, node, store, Path(folder))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def _store() -> Any:
+    """The key-value store of the run; the first process opens it where no launcher has."""
+    opens = os.environ["RANK"] == "0" and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
+    deadline = time.monotonic() + SECONDS_TO_MEET
+    while True:
+        try:
+            # In short attempts, between which signals are heard.
+            seconds = SECONDS_TO_MEET if opens else 5
+            store = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))[0]
+            store.set_timeout(PATIENCE)
+            return store
+        except (dist.DistError, RuntimeError) as error:
+            if opens or time.monotonic() > deadline:
+                where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                raise ResourceError(
+                    f"The processes of the run cannot meet at {where}: {str(error).splitlines()[0]} Set MASTER_ADDR "
+                    "and MASTER_PORT to the name of the first node, and a free port of it."
+                ) from error
 
 
 def leads() -> bool:

@@ -21,11 +21,12 @@ from prefixtune_cli.errors import (
     RunDirError,
     UsageError,
 )
-from prefixtune_cli.parallel.processes import Processes, says_that_one_is_lost
+from prefixtune_cli.parallel.processes import inside_a_launcher, says_that_one_is_lost
 from prefixtune_cli.recipe.load import difference, resolve
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.prepare import Data
+from prefixtune_cli.train.stop import StopRequest
 
 
 def check_tracker(name: str) -> None:
@@ -73,7 +74,7 @@ def check_parallel(how: str, processes: int) -> None:
 
 
 @contextmanager
-def told_in_words(run_dir: RunDir, processes: Processes) -> Iterator[None]:
+def told_in_words(run_dir: RunDir, stop: StopRequest) -> Iterator[None]:
     """Within the block a full memory, a full disk and a lost process are told as such, whatever a library says."""
     try:
         yield
@@ -85,10 +86,11 @@ def told_in_words(run_dir: RunDir, processes: Processes) -> Iterator[None]:
             "--batch-size with more --gradient-accumulation, a smaller --max-length, --bits 4."
         ) from error
     except Exception as error:
-        if processes.size > 1 and says_that_one_is_lost(error):
+        if inside_a_launcher() and says_that_one_is_lost(error):
+            if stop.number:  # by which the other one has ended before this one came to it
+                raise stop.stopped(stop.number, "together with another process") from error
             raise LostWorker(
-                "Another process of the run has ended, so this one cannot go on. Whole checkpoints are kept: "
-                f"type {run_dir.resume_command}"
+                f"This process has lost the others, or could not reach them: {str(error).strip().splitlines()[0]}"
             ) from error
         said = "No space left" in str(error) or "Disk quota" in str(error)
         if run_dir.path.exists() and (said or shutil.disk_usage(run_dir.path).free < 2**16):
@@ -138,10 +140,10 @@ def check_resumable(run_dir: RunDir, recipe: Recipe) -> None:
 def check_same_run(run_dir: RunDir, data: Data, processes: int) -> None:
     """Raise RunDirError where the run was started with other data, or another number of processes."""
     started = json.loads(run_dir.environment.read_text(encoding="utf-8"))
-    if started["processes"] != processes:
+    if (before := started.get("processes", 1)) != processes:
         raise RunDirError(
-            f"The run in {run_dir.path} was started with {started['processes']} processes, and is now resumed with "
-            f"{processes}: its batches would be others. Resume it with {started['processes']} (--gpus, and --nodes "
+            f"The run in {run_dir.path} was started with {before} processes, and is now resumed with "
+            f"{processes}: its batches would be others. Resume it with {before} (--gpus, and --nodes "
             "where there are several), or start anew with another --out."
         )
     then = started["data"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from pathlib import Path
 
@@ -55,9 +56,9 @@ def fit(
         try:
             return trainer.model, _run(trainer, checkpoint, run_dir, stop)
         except OutOfMemory:
-            recipe = _smaller(recipe, reporter)
-            model = trainer.model
+            recipe, model = _smaller(recipe, reporter), trainer.model
         del trainer
+        gc.collect()  # which has cycles, and the buckets of DDP
 
 
 def _checkpoint(run_dir: RunDir, resume: bool, reporter: Reporter) -> Path | None:
@@ -132,6 +133,8 @@ def _run(trainer: SafeTrainer, checkpoint: Path | None, run_dir: RunDir, stop: S
         raise stop.stopped(request.number, f"at step {step} of {steps}; {saved}") from None
     if trainer.processes.leads:
         draw_loss(run_dir)
+    if number := trainer.processes.agree(stop.number)[0]:  # in the last step, or while it was saved
+        raise stop.stopped(number, "after the last step; the weights are saved")
     return int(trainer.state.global_step)
 
 

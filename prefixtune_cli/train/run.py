@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from prefixtune_cli import model as models
 from prefixtune_cli.evaluate.held_out import EXACT_MATCH_RULE, Score, score
-from prefixtune_cli.parallel.devices import device, processes_here
+from prefixtune_cli.parallel.devices import count_of, device, processes_here
 from prefixtune_cli.parallel.launch import end_with_the_launcher
-from prefixtune_cli.parallel.processes import Processes, joined
+from prefixtune_cli.parallel.processes import Processes, inside_a_launcher, joined
 from prefixtune_cli.parallel.sharding import adapter_at_hand, is_sharded, shard
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import dump
@@ -93,9 +93,14 @@ def train(
     run_dir = RunDir(recipe.folder)
     recipe = recipe.model_copy(update={"out": str(run_dir.path)})
     gpus = recipe.train.gpus
-    wanted = None if gpus in (None, "auto") else processes_here(gpus, recipe.model.device)
+    if isinstance(gpus, int) and not inside_a_launcher():
+        processes_here(gpus, recipe.model.device)
     stop = StopRequest(run_dir)
-    with stop.listening(), joined(wanted) as processes:
+    with (
+        stop.listening(),
+        told_in_words(run_dir, stop),
+        joined(count_of(gpus)) as processes,
+    ):
         end_with_the_launcher()
         reporter = reporter if reporter and processes.leads else Silent()
         if resume == "auto" and run_dir.finished:
@@ -104,12 +109,9 @@ def train(
         ready = processes.first_on_each_node(
             lambda: _prepare(recipe, run_dir, resume, overwrite, processes, reporter)
         )
-        with told_in_words(run_dir, processes):
-            processes.form_group(device(recipe.model.device))
-            resuming = processes.told(ready.resume)
-            return _train(
-                recipe, run_dir, ready.data, resuming, overwrite, processes, stop, reporter
-            )
+        processes.form_group(device(recipe.model.device))
+        resuming = processes.told(ready.resume)
+        return _train(recipe, run_dir, ready.data, resuming, overwrite, processes, stop, reporter)
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,8 @@ class SafeTrainer(SFTTrainer):
         self._begun: int | None = None  # the step that is being computed
         self._random: Any = None  # the random states at its beginning
         self._saving = False
+        # The step of the last checkpoint. Not looked up in the folder, which other nodes may see later.
+        self._saved_step: int | None = None
         saving = arguments["args"].save_strategy
         if is_sharded(arguments["model"]):
             # transformers refuses to save these, as it would save one shard of the optimizer's state; but what is
@@ -150,7 +152,7 @@ class SafeTrainer(SFTTrainer):
             self._order.blanks = -len(rows) % (self.args.train_batch_size * processes.size)
             pad_id = self.processing_class.pad_token_id
             self.train_dataset = blank_rows(rows, self._order.blanks, pad_id)
-        self.add_callback(_Epochs(self._order))
+        self.add_callback(_Beginnings(self))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         return self._order
@@ -200,7 +202,7 @@ class SafeTrainer(SFTTrainer):
             self._begun, self._random = step, _random_states()
         if stop or save:
             _set_random_states(self._random)
-            if step and self._run_dir.checkpoint(step) not in self._run_dir.checkpoints():
+            if step and step != self._saved_step:
                 self._save_checkpoint(model, trial=None)
                 self.callback_handler.on_save(self.args, self.state, self.control)
             self._saved_at = time.monotonic()
@@ -208,6 +210,7 @@ class SafeTrainer(SFTTrainer):
             raise StopTraining(stop)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self._save_or_stop(model)
         inputs.pop(ROW, None)
         return super().prediction_step(model, inputs, *args, **kwargs)
 
@@ -240,7 +243,7 @@ class SafeTrainer(SFTTrainer):
         self._saving = True
         try:
             # In here, as a full disk is seen to be one while the half-written checkpoint is still on it.
-            with told_in_words(self._run_dir, self.processes):
+            with told_in_words(self._run_dir, self._stop):
                 super()._save_checkpoint(model, trial)
                 self.processes.wait()
                 if leads:
@@ -252,7 +255,7 @@ class SafeTrainer(SFTTrainer):
             if leads:
                 shutil.rmtree(part, ignore_errors=True)
         self.processes.wait()
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), self.state.global_step
 
     def _save_rng_state(self, output_dir: str) -> None:
         with TemporaryDirectory() as own:
@@ -263,14 +266,17 @@ class SafeTrainer(SFTTrainer):
                 (Path(output_dir) / name).write_bytes(content)
 
 
-class _Epochs(TrainerCallback):
-    """Tells the order which epoch begins."""
+class _Beginnings(TrainerCallback):
+    """Tells the trainer from which checkpoint it goes on, and which epoch begins."""
 
-    def __init__(self, order: Order) -> None:
-        self.order = order
+    def __init__(self, trainer: SafeTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._saved_step = state.global_step
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.order.epoch = int(state.epoch or 0)
+        self.trainer._order.epoch = int(state.epoch or 0)
 
 
 def _random_states() -> tuple[Any, ...]:

@@ -14,7 +14,10 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from prefixtune_cli.parallel.sharding import is_sharded
+
 ROWS_AT_ONCE = 10_000
+SECONDS_TO_TRY = 120  # what the others get for the longest batch, once one process is done with it
 
 
 class OutOfMemory(Exception):
@@ -38,9 +41,12 @@ class Trial(TrainerCallback):
             return  # whose engine counts every backward pass as a part of a step
         fits = self._fits()
         trainer.model_wrapped.zero_grad(set_to_none=True)
+        if not fits and is_sharded(trainer.model):
+            trainer.model.get_base_model().reset_iter_state()  # of the pass that broke off
         gc.collect()
         clear_device_cache()
-        if trainer.processes.agree(int(not fits))[0]:
+        # Not by a collective: a process that has run out of memory has left the others in one, if it was alone.
+        if not all(trainer.processes.heard(int(fits), SECONDS_TO_TRY)):
             raise OutOfMemory
 
     def _fits(self) -> bool:

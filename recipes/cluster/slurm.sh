@@ -16,16 +16,19 @@
 #SBATCH --open-mode=append
 
 out=
-for ((i = 1; i < $#; i++)); do
+for ((i = 1; i <= $#; i++)); do
     next=$((i + 1))
-    [[ ${!i} == --out || ${!i} == -o ]] && out=${!next}
+    case ${!i} in
+        --out | -o) out=${!next} ;;
+        --out=*) out=${!i#--out=} ;;
+    esac
 done
 if [[ -z $out ]]; then
     echo "error: slurm.sh needs --out FOLDER among the arguments of ptp train." >&2
     exit 2
 fi
 
-srun --kill-on-bad-exit=1 ptp train "$@" --resume auto || exit
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" ptp train "$@" --resume auto || exit
 
 # Ended well, and yet without a summary: it was stopped by the signal above, and goes on in the next slot.
 if [[ ! -e $out/summary.json ]]; then

@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file
 
 from prefixtune_cli.errors import ResourceError, UsageError
-from prefixtune_cli.parallel import launch
-from prefixtune_cli.parallel.launch import Nodes, nodes
+from prefixtune_cli.parallel import nodes as meeting
+from prefixtune_cli.parallel.nodes import Meeting, Nodes, nodes
 from tests.cli.conftest import Ptp, ptp  # noqa: F401
 
 
@@ -43,15 +43,15 @@ def test_nodes_are_one_or_as_typed() -> None:
 
 
 def test_a_first_node_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "SECONDS_TO_JOIN", 1)
+    monkeypatch.setattr(meeting, "SECONDS_TO_JOIN", 1)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         with pytest.raises(ResourceError, match=rf"--rendezvous 127.0.0.1:{port} cannot be reach"):
-            launch._Meeting(Nodes(2, 1, "127.0.0.1", port))
+            Meeting(Nodes(2, 1, "127.0.0.1", port))
         taken.listen()
         with pytest.raises(ResourceError, match=rf"--rendezvous 127.0.0.1:{port} cannot be open"):
-            launch._Meeting(Nodes(2, 0, "127.0.0.1", port))
+            Meeting(Nodes(2, 0, "127.0.0.1", port))
 
 
 def test_the_command_line_reaches_the_launcher_with_a_clear_error(

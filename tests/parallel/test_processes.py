@@ -43,13 +43,18 @@ def test_shares_are_disjoint_and_together_everything() -> None:
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def in_threads(count: int, work: Callable[[Processes], object]) -> list[object]:
-    """What `work` gives in each of `count` threads, which share a store as processes do."""
+def in_threads(
+    count: int, work: Callable[[Processes], object], folder: Path, *, cyclic: bool = False
+) -> list[object]:
+    """What `work` gives in each of `count` threads, which share a store as processes do; two on each node."""
     store, given = HashStore(), dict[int, object]()
 
     def run(rank: int) -> None:
         try:
-            given[rank] = work(Processes(rank, count, rank % 2, store))
+            local, node = (rank // 2, rank % 2) if cyclic else (rank % 2, rank // 2)
+            own = folder / str(rank)
+            own.mkdir(exist_ok=True)
+            given[rank] = work(Processes(rank, count, local, str(node), store, own))
         except Exception as error:
             given[rank] = error
 
@@ -61,7 +66,10 @@ def in_threads(count: int, work: Callable[[Processes], object]) -> list[object]:
     return [given[rank] for rank in range(count)]
 
 
-def test_the_first_process_of_each_node_works_for_the_others_there() -> None:
+@pytest.mark.parametrize("cyclic", [False, True], ids=["by block", "cyclic"])
+def test_the_first_process_of_each_node_works_for_the_others_there(
+    cyclic: bool, tmp_path: Path
+) -> None:
     made: list[int] = []
 
     def work(one: Processes) -> list[object]:
@@ -71,16 +79,35 @@ def test_the_first_process_of_each_node_works_for_the_others_there() -> None:
 
         return [one.first_on_each_node(make), one.first_on_each_node(make)]
 
-    found = in_threads(4, work)
-    assert found == [[{"by": rank}] * 2 for rank in (0, 0, 2, 2)]
-    assert sorted(made) == [0, 0, 2, 2]
+    found = in_threads(4, work, tmp_path, cyclic=cyclic)
+    leaders = (0, 1, 0, 1) if cyclic else (0, 0, 2, 2)
+    assert found == [[{"by": rank}] * 2 for rank in leaders]
+    assert sorted(made) == sorted([*set(leaders)] * 2)
 
 
-def test_where_the_first_process_fails_the_others_know_that_it_says_why() -> None:
+def test_what_is_given_may_be_large(tmp_path: Path) -> None:
+    large = bytes(10 * 2**20)  # the store itself takes 8 MiB
+    assert in_threads(2, lambda one: one.first_on_each_node(lambda: large), tmp_path) == [large] * 2
+
+
+def test_numbers_are_heard_without_a_collective(tmp_path: Path) -> None:
+    assert in_threads(2, lambda one: one.heard(one.rank + 5, 10), tmp_path) == [[5, 6]] * 2
+
+
+def test_a_process_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    def work(one: Processes) -> object:
+        return one.heard(1, 0.5) if one.rank == 0 else None
+
+    lost = in_threads(2, work, tmp_path)[0]
+    assert isinstance(lost, LostWorker)
+    assert "Rank 1 did not answer" in str(lost)
+
+
+def test_where_the_first_process_fails_the_others_know_that_it_says_why(tmp_path: Path) -> None:
     def fail() -> None:
         raise ValueError("broken")
 
-    first, second = in_threads(2, lambda one: one.first_on_each_node(fail))
+    first, second = in_threads(2, lambda one: one.first_on_each_node(fail), tmp_path)
     assert isinstance(first, ValueError)
     assert isinstance(second, LostWorker)
 
@@ -110,6 +137,13 @@ SLURM = {
     "SLURM_LOCALID": "1",
     "SLURM_NODEID": "1",
 }
+
+
+def test_a_list_of_gpus_or_one_gpu_a_process_needs_no_look_at_the_machine_again() -> None:
+    """The launcher has looked, and each process sees the chosen ones alone."""
+    from prefixtune_cli.parallel.devices import count_of
+
+    assert [count_of(gpus) for gpus in (None, "auto", 8, [0, 2], [7])] == [None, None, 8, 2, 1]
 
 
 def test_under_srun_the_place_is_read_from_slurm(monkeypatch: pytest.MonkeyPatch) -> None:

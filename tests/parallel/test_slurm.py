@@ -11,7 +11,8 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "recipes" / "cluster" / "slurm.sh"
 # Two tasks on one node, each told its place as Slurm tells it; the worst exit code is srun's own.
 SRUN = """#!/bin/bash
-[[ $1 == --kill-on-bad-exit=1 ]] && shift
+[[ $1 == --kill-on-bad-exit=1 && $2 == --cpus-per-task=1 ]] || exit 9
+shift 2
 export SLURM_STEP_NUM_TASKS=2 SLURM_STEP_TASKS_PER_NODE=2 SLURM_STEP_NODELIST=localhost SLURM_NODEID=0
 SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!
 SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & second=$!
@@ -44,6 +45,7 @@ def sbatch(folder: Path, *flags: object, **environment: object) -> subprocess.Co
             **os.environ,
             "PATH": f"{tools}:{os.environ['PATH']}",
             "SLURM_JOB_ID": str(os.getpid()),
+            "SLURM_CPUS_PER_TASK": "1",
             "OMP_NUM_THREADS": "1",
             "REQUEUED": str(folder / "requeued"),
             "CUDA_VISIBLE_DEVICES": "",
@@ -57,7 +59,7 @@ def test_a_job_saves_at_slurms_signal_queues_again_and_ends_in_the_next_slot(
     random_base: Path, colours: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    flags = ["--model", random_base, "--data", colours, "--out", out, "--bits", 32]
+    flags = ["--model", random_base, "--data", colours, f"--out={out}", "--bits", 32]
     flags += ["--max-length", 64, "--steps", 120, "--batch-size", 4, "--save-steps", 5]
     first = sbatch(tmp_path, *flags, SIGNAL_AFTER=out / "checkpoint-5")
     assert first.returncode == 0, first.stderr

@@ -246,6 +246,42 @@ def test_a_signal_in_the_middle_of_a_step_loses_that_step_alone(
     assert files(RunDir(tmp_path / "run")) == files(RunDir(tmp_path / "whole")) != {}
 
 
+@pytest.mark.parametrize("moment", ["in the last step", "in an evaluation", "while it is scored"])
+def test_a_signal_at_an_odd_moment_is_heard_and_loses_nothing(
+    moment: str, random_base: Path, colours: Path, tmp_path: Path
+) -> None:
+    from prefixtune_cli.errors import Preempted
+    from prefixtune_cli.train import run as training
+    from prefixtune_cli.train import train
+    from prefixtune_cli.train.trainer import SafeTrainer
+
+    settings = {"save_steps": 100, "eval_steps": 3}
+    train(recipe(random_base, colours, tmp_path / "whole", train=settings))
+    chosen = recipe(random_base, colours, tmp_path / "run", train=settings)
+    owner, name, when, step = {
+        "in the last step": (SafeTrainer, "plain_training_step", 1 + 8, 8),
+        "in an evaluation": (SafeTrainer, "prediction_step", 1, 3),
+        "while it is scored": (training, "score", 1, 8),
+    }[moment]
+    plain, calls = getattr(owner, name), iter(range(1, 100))
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == when:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args, **kwargs)
+
+    setattr(owner, name, interrupted)
+    try:
+        with pytest.raises(Preempted, match="Stopped by SIGTERM"):
+            train(chosen)
+    finally:
+        setattr(owner, name, plain)
+    run_dir = RunDir(tmp_path / "run")
+    assert [step_of(checkpoint) for checkpoint in run_dir.checkpoints()] == [step]
+    train(chosen, resume=True)
+    assert files(run_dir) == files(RunDir(tmp_path / "whole")) != {}
+
+
 def test_minutes_make_checkpoints_beside_the_steps_and_change_nothing_else(
     random_base: Path, colours: Path, tmp_path: Path
 ) -> None:
