@@ -57,6 +57,16 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(base, FSDPModule) or any(hasattr(p, "ds_id") for p in base.parameters())
 
 
+def reshard(model: nn.Module) -> None:
+    """Have each process hold but its part again, on all processes: some weights stay whole after a forward pass.
+
+    `state_dict` does so by itself, on the one process that saves, which would then be alone in gathering them.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @contextmanager
 def adapter_at_hand(model: nn.Module) -> Iterator[None]:
     """Within the block the adapter is whole on each process, as it always is but for DeepSpeed's ZeRO-3."""

@@ -16,7 +16,7 @@ from prefixtune_cli.evaluate.held_out import EXACT_MATCH_RULE, Score, score
 from prefixtune_cli.parallel.devices import count_of, device, processes_here
 from prefixtune_cli.parallel.launch import end_with_the_launcher
 from prefixtune_cli.parallel.processes import Processes, inside_a_launcher, joined
-from prefixtune_cli.parallel.sharding import adapter_at_hand, is_sharded, shard
+from prefixtune_cli.parallel.sharding import adapter_at_hand, is_sharded, reshard, shard
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import dump
 from prefixtune_cli.recipe.schema import Recipe
@@ -238,6 +238,7 @@ def _save_adapter(
 ) -> None:
     """Write the adapter folder, a plain one however the weights are spread."""
     part = run_dir.path / ".adapter.part"
+    reshard(model)
     with adapter_at_hand(model):
         if processes.leads:
             shutil.rmtree(part, ignore_errors=True)

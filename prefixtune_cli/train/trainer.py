@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from prefixtune_cli.errors import TrainingError
 from prefixtune_cli.parallel.devices import device
 from prefixtune_cli.parallel.processes import Processes
-from prefixtune_cli.parallel.sharding import deepspeed_settings, is_sharded
+from prefixtune_cli.parallel.sharding import deepspeed_settings, is_sharded, reshard
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.checks import told_in_words
@@ -229,6 +229,7 @@ class SafeTrainer(SFTTrainer):
         """No model card: the run directory describes itself."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        reshard(self.model)
         if self.processes.leads or self.is_deepspeed_enabled:  # whose weights are gathered from all
             super().save_model(output_dir, _internal_call)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prefixtune_cli.cli.options import KEYS, parse_layers
+from prefixtune_cli.cli.typed import KEYS, parse_layers
 from prefixtune_cli.plan import Planner, remedies, with_method
 from prefixtune_cli.recipe.schema import Recipe
 from tests.plan.conftest import MakeRecipe

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from prefixtune_cli.errors import UsageError
-from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.run_dir import RunDir, step_of
 from prefixtune_cli.train import train
 from tests.train.test_run import recipe
 
@@ -32,6 +32,20 @@ JOBS: dict[str, dict[str, Any]] = {
     "4-bit-ddp": {"train": TWO, **BITS},
     "4-bit-fsdp": {"train": {**TWO, "parallel": "fsdp"}, **BITS},
     "checkpointing": {"train": {**TWO, "parallel": "fsdp", "gradient_checkpointing": True}},
+    "evaluated-ddp": {"train": {**TWO, "eval_steps": 4}},
+    "evaluated-fsdp": {"train": {**TWO, "eval_steps": 4, "parallel": "fsdp"}},
+    "packed": {"train": {**TWO, "packing": True}},
+    "often": {"train": {**TWO, "save_steps": 4}},
+    "continued": {"train": {**TWO, "save_steps": 4}},
+    "small": {"train": {**TWO, "batch_size": 2, "gradient_accumulation": 2}},
+    "halved-ddp": {"train": {**TWO, "batch_size": 4, "auto_batch": True}},
+    "halved-fsdp": {"train": {**TWO, "batch_size": 4, "auto_batch": True, "parallel": "fsdp"}},
+}
+# In DDP one process alone may run out of memory; sharded, they do it together.
+BESIDES: dict[str, dict[str, Any]] = {
+    "continued": {"continue": "often"},
+    "halved-ddp": {"fits": 2, "poor": [1]},
+    "halved-fsdp": {"fits": 2, "poor": [0, 1]},
 }
 
 
@@ -56,6 +70,12 @@ def one(random_base: Path, colours: Path, folder: Path) -> dict[str, RunDir]:
     recipes = {
         "ddp": recipe(random_base, colours, folder / "one", train=ONE),
         "lora-ddp": recipe(random_base, colours, folder / "one-lora", train=ONE, **LORA),
+        "packed": recipe(
+            random_base, colours, folder / "one-packed", train={**ONE, "packing": True}
+        ),
+        "evaluated-ddp": recipe(
+            random_base, colours, folder / "one-evaluated", train={**ONE, "eval_steps": 4}
+        ),
     }
     for chosen in recipes.values():
         train(chosen)
@@ -70,9 +90,17 @@ def two(random_base: Path, colours: Path, folder: Path) -> dict[str, RunDir]:
         for name, changes in JOBS.items()
     }
     jobs = [
-        {"recipe": chosen.model_dump(), "port": port, "seen": str(folder / f"seen-{name}")}
+        {
+            "recipe": chosen.model_dump(),
+            "port": port,
+            "seen": str(folder / f"seen-{name}"),
+            **BESIDES.get(name, {}),
+        }
         for (name, chosen), port in zip(recipes.items(), free_ports(len(recipes)), strict=True)
     ]
+    for job in jobs:
+        if "continue" in job:
+            job["continue"] = recipes[job["continue"]].folder
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run(
         [
@@ -82,7 +110,7 @@ def two(random_base: Path, colours: Path, folder: Path) -> dict[str, RunDir]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=400,
         cwd=Path(__file__).parents[2],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
@@ -118,6 +146,44 @@ def test_two_processes_give_the_lora_of_one(
     how: str, one: dict[str, RunDir], two: dict[str, RunDir]
 ) -> None:
     assert 0 < distance(adapter(one["lora-ddp"]), adapter(two[how])) < 1e-3
+
+
+@pytest.mark.parametrize("how", ["evaluated-ddp", "evaluated-fsdp"])
+def test_evaluations_on_the_way_are_those_of_one_process_and_change_nothing(
+    how: str, one: dict[str, RunDir], two: dict[str, RunDir]
+) -> None:
+    assert distance(adapter(two["ddp"]), adapter(two[how])) < 1e-6
+    losses = [
+        [row["eval_loss"] for row in run.read_metrics() if "eval_loss" in row]
+        for run in (one["evaluated-ddp"], two[how])
+    ]
+    assert len(losses[0]) == 4  # at 4, 8, 12 and the end
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+def test_packed_rows_give_the_adapter_of_one_process(
+    one: dict[str, RunDir], two: dict[str, RunDir]
+) -> None:
+    assert distance(adapter(one["packed"]), adapter(two["packed"])) < 1e-4
+    assert distance(adapter(one["packed"]), adapter(one["ddp"])) > 1e-2
+
+
+def test_two_processes_go_on_in_the_second_epoch_to_the_same_bytes(two: dict[str, RunDir]) -> None:
+    whole, continued = two["often"], two["continued"]
+    assert [step_of(checkpoint) for checkpoint in whole.checkpoints()] == [8, 12, STEPS]
+    assert len(seen(continued)[0]["rows"]) == STEPS - 12
+    assert distance(adapter(whole), adapter(continued)) == 0
+    assert [row["loss"] for row in continued.read_metrics()] == pytest.approx(
+        [row["loss"] for row in whole.read_metrics()], abs=0
+    )
+
+
+@pytest.mark.parametrize("how", ["halved-ddp", "halved-fsdp"])
+def test_auto_batch_halves_the_batch_of_all_processes_also_in_the_middle_of_a_backward_pass(
+    how: str, two: dict[str, RunDir]
+) -> None:
+    assert distance(adapter(two["small"]), adapter(two[how])) < 1e-6
+    assert max(len(batch) for rank in seen(two[how]) for batch in rank["rows"]) == 2
 
 
 def test_sharding_a_4_bit_base_changes_no_bit(two: dict[str, RunDir]) -> None:

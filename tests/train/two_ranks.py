@@ -1,12 +1,16 @@
 """What torchrun starts twice for test_parallel.py: several runs, one after the other, and what each process saw.
 
 Usage: torchrun … -m tests.train.two_ranks JOBS.json, a list of {"recipe", "port", "seen"}; each process writes
-`<seen>-<rank>.json`.
+`<seen>-<rank>.json`. A job with "continue" goes on with a copy of that run without its last checkpoint; one with
+"fits" has memory for so many rows at once, on the ranks of "poor".
 """
 
+import contextlib
 import json
 import os
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 
 from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train import prepare, train
 from prefixtune_cli.train.trainer import SafeTrainer
 
@@ -33,7 +38,8 @@ class Witness:
         def training_step(
             trainer: SafeTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any
         ) -> Any:
-            self.rows.append(inputs["row"].tolist())
+            if "row" in inputs:  # packed rows have none
+                self.rows.append(inputs["row"].tolist())
             return plain_step(trainer, model, inputs, *args, **kwargs)
 
         def tokenize(*args: Any) -> Any:
@@ -55,6 +61,40 @@ class Witness:
         return found
 
 
+@contextlib.contextmanager
+def memory_for(rows: int, poor: list[int]) -> Iterator[None]:
+    """Within the block a backward pass of more rows breaks off in the lowest layer, on the ranks of `poor`."""
+    plain = SafeTrainer.plain_training_step
+
+    def run_out(*_: Any) -> None:
+        raise RuntimeError("CUDA out of memory. As it were.")
+
+    def step(trainer: SafeTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(inputs["input_ids"]) <= rows or int(os.environ["RANK"]) not in poor:
+            return plain(trainer, model, inputs, *args, **kwargs)
+        layer = trainer.model.get_base_model().model.layers[0]
+        hook = layer.register_full_backward_pre_hook(run_out)
+        try:
+            return plain(trainer, model, inputs, *args, **kwargs)
+        finally:
+            hook.remove()
+
+    SafeTrainer.plain_training_step = step
+    try:
+        yield
+    finally:
+        SafeTrainer.plain_training_step = plain
+
+
+def cut(whole: Path, out: Path) -> None:
+    """A copy of a run as it was before its last checkpoint."""
+    shutil.copytree(whole, out)
+    run_dir = RunDir(out)
+    shutil.rmtree(run_dir.checkpoints()[-1])
+    shutil.rmtree(run_dir.adapter)
+    run_dir.summary.unlink()
+
+
 def main() -> None:
     witness = Witness()
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # a store for each run
@@ -64,7 +104,11 @@ def main() -> None:
         GradientState._reset_state()
         recipe = Recipe.model_validate(job["recipe"])
         witness.folder = str(recipe.out)
-        train(recipe)
+        resume = "continue" in job
+        if resume and os.environ["RANK"] == "0":
+            cut(Path(job["continue"]), Path(recipe.folder))
+        with memory_for(job.get("fits", 1000), job.get("poor", [])):
+            train(recipe, resume=resume)
         Path(f"{job['seen']}-{os.environ['RANK']}.json").write_text(json.dumps(witness.report()))
 
 
