@@ -13,6 +13,7 @@ from prefixtune_cli.errors import ResourceError, UsageError
 from prefixtune_cli.parallel import nodes as meeting
 from prefixtune_cli.parallel.nodes import Meeting, Nodes, nodes
 from tests.cli.conftest import Ptp, ptp  # noqa: F401
+from tests.ports import free_port
 
 
 @pytest.mark.parametrize(
@@ -81,11 +82,9 @@ def start(base: Path, data: Path, out: Path, *flags: object) -> subprocess.Popen
 def test_two_nodes_train_what_one_machine_trains(
     random_base: Path, colours: Path, tmp_path: Path
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = ["--rendezvous", f"127.0.0.1:{free.getsockname()[1]}", "--nodes", 2]
+    where = ["--rendezvous", f"127.0.0.1:{free_port()}", "--nodes", 2]
     two = [
-        start(random_base, colours, tmp_path / "two", *meeting, "--node-rank", rank)
+        start(random_base, colours, tmp_path / "two", *where, "--node-rank", rank)
         for rank in (0, 1)
     ]
     (first, said), (second, said_second) = (node.communicate(timeout=240) for node in two)

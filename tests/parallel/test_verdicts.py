@@ -2,13 +2,14 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from tests.ports import free_port
 
 # Runs the launcher; its processes run sys.argv[2] in place of `ptp`.
 LAUNCHER = """
@@ -119,9 +120,7 @@ def test_a_signal_ends_all_processes_with_its_own_exit_code(
 
 
 def test_on_every_node_the_process_is_named_that_was_killed_on_one() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     worker = f"time.sleep(3)\nif rank == 1: {KILLED}\nstop(3)"  # gloo tells the others at once
     two = [start(worker, 1, f"Nodes(2, {rank}, '127.0.0.1', {port})") for rank in (0, 1)]
     said = [run.communicate(timeout=60)[1] for run in two]
@@ -133,9 +132,7 @@ def test_on_every_node_the_process_is_named_that_was_killed_on_one() -> None:
 
 
 def test_a_launcher_that_waits_for_the_first_node_hears_ctrl_c() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     run = start("", 1, f"Nodes(2, 1, '127.0.0.1', {port})")
     time.sleep(6)
     run.send_signal(signal.SIGINT)

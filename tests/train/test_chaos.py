@@ -11,7 +11,6 @@ import os
 import random
 import re
 import signal
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from safetensors import safe_open
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir, step_of
+from tests.ports import free_port
 from tests.train.test_resume import files
 from tests.train.test_run import recipe
 from tests.train.zygote import NAMES, Zygote, save
@@ -161,12 +161,6 @@ class Chaos:
             assert ended is not None, f"seed {SEED}: a process outlived the other: {attempt.said}"
         self.phases[attempt.phase(run_dir)] += 1
         return attempt, True
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def among_several(rank: int, size: int, port: int) -> dict[str, str]:

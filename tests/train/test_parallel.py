@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from prefixtune_cli.errors import UsageError
 from prefixtune_cli.run_dir import RunDir, step_of
 from prefixtune_cli.train import train
+from tests.ports import free_port
 from tests.train.test_run import recipe
 
 # 56 rows and 6 a step: the tenth step of an epoch has 2 rows, so that one process gets none of them.
@@ -47,16 +47,6 @@ BESIDES: dict[str, dict[str, Any]] = {
     "halved-ddp": {"fits": 2, "poor": [1]},
     "halved-fsdp": {"fits": 2, "poor": [0, 1]},
 }
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +82,11 @@ def two(random_base: Path, colours: Path, folder: Path) -> dict[str, RunDir]:
     jobs = [
         {
             "recipe": chosen.model_dump(),
-            "port": port,
+            "port": free_port(),
             "seen": str(folder / f"seen-{name}"),
             **BESIDES.get(name, {}),
         }
-        for (name, chosen), port in zip(recipes.items(), free_ports(len(recipes)), strict=True)
+        for name, chosen in recipes.items()
     ]
     for job in jobs:
         if "continue" in job:
@@ -184,6 +174,13 @@ def test_auto_batch_halves_the_batch_of_all_processes_also_in_the_middle_of_a_ba
 ) -> None:
     assert distance(adapter(two["small"]), adapter(two[how])) < 1e-6
     assert max(len(batch) for rank in seen(two[how]) for batch in rank["rows"]) == 2
+
+
+@pytest.mark.parametrize("how", ["fsdp", "4-bit-fsdp", "halved-fsdp"])
+def test_sharded_weights_are_given_back_after_every_step(how: str, two: dict[str, RunDir]) -> None:
+    for rank in seen(two[how]):
+        assert set(rank["whole"]) == {0}
+    assert min(seen(two["ddp"])[0]["whole"]) > 0
 
 
 def test_sharding_a_4_bit_base_changes_no_bit(two: dict[str, RunDir]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
+from torch.distributed.tensor import DTensor
 
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
@@ -30,6 +31,7 @@ class Witness:
 
     def __init__(self) -> None:
         self.rows: list[list[int]] = []
+        self.whole: list[int] = []  # frozen weights that are no shards, when a step begins
         self.tokenized: list[bool] = []  # whether the process group existed
         self.written: list[str] = []
         self.folder = "/nowhere"
@@ -38,6 +40,8 @@ class Witness:
         def training_step(
             trainer: SafeTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any
         ) -> Any:
+            frozen = (p for p in model.parameters() if not p.requires_grad)
+            self.whole.append(sum(not isinstance(p, DTensor) for p in frozen))
             if "row" in inputs:  # packed rows have none
                 self.rows.append(inputs["row"].tolist())
             return plain_step(trainer, model, inputs, *args, **kwargs)
@@ -56,8 +60,9 @@ class Witness:
             self.written.append(f"{event} {args[0]}")
 
     def report(self) -> dict[str, Any]:
-        found = {"rows": self.rows, "tokenized": self.tokenized, "written": self.written}
-        self.rows, self.tokenized, self.written = [], [], []
+        names = ("rows", "whole", "tokenized", "written")
+        found = {name: getattr(self, name) for name in names}
+        self.rows, self.whole, self.tokenized, self.written = [], [], [], []
         return found
 
 
