@@ -41,12 +41,17 @@ class Trial(TrainerCallback):
             return  # whose engine counts every backward pass as a part of a step
         fits = self._fits()
         trainer.model_wrapped.zero_grad(set_to_none=True)
-        if not fits and is_sharded(trainer.model):
+        sharded = is_sharded(trainer.model)
+        if not fits and sharded:
             trainer.model.get_base_model().reset_iter_state()  # of the pass that broke off
         gc.collect()
         clear_device_cache()
-        # Not by a collective: a process that has run out of memory has left the others in one, if it was alone.
-        if not all(trainer.processes.heard(int(fits), SECONDS_TO_TRY)):
+        if sharded:
+            # A process that alone has run out of memory has left the others in a collective: not by another one.
+            all_fit = all(trainer.processes.heard(int(fits), SECONDS_TO_TRY))
+        else:
+            all_fit = not trainer.processes.agree(int(not fits))[0]
+        if not all_fit:
             raise OutOfMemory
 
     def _fits(self) -> bool:
