@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers.training_args import OptimizerNames
 
 from prefixtune_cli.errors import (
@@ -80,12 +80,12 @@ def told_in_words(run_dir: RunDir, stop: StopRequest) -> Iterator[None]:
         yield
     except PtpError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            "The GPU's memory does not suffice. What helps most comes first: --gradient-checkpointing, a smaller "
-            "--batch-size with more --gradient-accumulation, a smaller --max-length, --bits 4."
-        ) from error
     except Exception as error:
+        if should_reduce_batch_size(error):  # a GPU's memory, or this machine's
+            raise ResourceError(
+                "The memory does not suffice. What helps most comes first: --gradient-checkpointing, a smaller "
+                "--batch-size with more --gradient-accumulation, a smaller --max-length, --bits 4."
+            ) from error
         if inside_a_launcher() and says_that_one_is_lost(error):
             if stop.number:  # by which the other one has ended before this one came to it
                 raise stop.stopped(stop.number, "together with another process") from error

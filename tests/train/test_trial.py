@@ -132,7 +132,7 @@ def test_too_little_memory_is_one_error_before_the_first_step_that_names_what_he
 def test_auto_batch_halves_the_batch_keeps_the_step_and_says_so(
     wide_base: Path, long_rows: Path, tmp_path: Path
 ) -> None:
-    done = limited(wide_base, long_rows, tmp_path / "run", 700, "--auto-batch")
+    done = limited(wide_base, long_rows, tmp_path / "run", 1000, "--auto-batch")
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if "does not fit the memory" in line]
     assert said
