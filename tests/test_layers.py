@@ -22,7 +22,7 @@ LAYERS = {
     "errors": 1, "run_dir": 1, "progress": 1,
     "recipe": 2,
     "adapter": 3, "data": 3, "parallel": 3,
-    "tokenizer": 4, "quantization": 4, "model": 4,
+    "tokenizer": 4, "quantization": 4, "optimizer": 4, "model": 4,
     "train": 5, "evaluate": 5, "generate": 5, "export": 5, "plan": 5,
     "compare": 6, "report": 6, "doctor": 6,
     "cli": 7,

@@ -6,14 +6,13 @@ import logging
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from typing import Any, get_args
 
 import torch
 from torch import nn
-from transformers.training_args import OptimizerNames
 
 from prefixtune_cli.errors import ModelError, PtpError, RecipeError
+from prefixtune_cli.optimizer import check_optimizer
 from prefixtune_cli.plan.base import base_config
 from prefixtune_cli.plan.processes import Weights, on_each
 from prefixtune_cli.plan.skeleton import Skeleton
@@ -257,13 +256,7 @@ def _optimizer(name: str, *, on_gpu: bool) -> Callable[[list[nn.Parameter]], Any
     """What makes the optimizer of this name, as transformers' trainer would."""
     if name == "adamw_torch":  # which computes on all weights at once on a GPU
         return lambda trained: torch.optim.AdamW(trained, foreach=on_gpu)
-    known = [str(known.value) for known in OptimizerNames]
-    if name not in known:
-        near = get_close_matches(name, known, n=3)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"They are {', '.join(known)}."
-        raise RecipeError(
-            f"train.optimizer must be one of transformers' optimizers, got {name!r}. {hint}"
-        )
+    check_optimizer(name)
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(optim=name, use_cpu=True)

@@ -6,17 +6,14 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
 from accelerate.utils.memory import should_reduce_batch_size
-from transformers.training_args import OptimizerNames
 
 from prefixtune_cli.errors import (
     LostWorker,
     PtpError,
-    RecipeError,
     ResourceError,
     RunDirError,
     UsageError,
@@ -43,18 +40,7 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         raise ResourceError(
             f"The run needs {needed_bytes / 2**20:,.1f} MiB for checkpoints and the adapter, and {folder} has "
-            f"{free / 2**20:,.1f} MiB free. Free some, give --out on another disk, or --set train.keep_checkpoints=1."
-        )
-
-
-def check_optimizer(name: str) -> None:
-    """Raise RecipeError where transformers does not know the optimizer."""
-    known = [str(known.value) for known in OptimizerNames]
-    if name not in known:
-        near = get_close_matches(name, known, n=3)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"They are {', '.join(known)}."
-        raise RecipeError(
-            f"train.optimizer must be one of transformers' optimizers, got {name!r}. {hint}"
+            f"{free / 2**20:,.1f} MiB free. Free some, give --out on another disk, or --keep 1."
         )
 
 

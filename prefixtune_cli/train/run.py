@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from prefixtune_cli import model as models
 from prefixtune_cli.evaluate.held_out import EXACT_MATCH_RULE, Score, score
+from prefixtune_cli.optimizer import check_optimizer
 from prefixtune_cli.parallel.devices import count_of, device, processes_here
 from prefixtune_cli.parallel.launch import end_with_the_launcher
 from prefixtune_cli.parallel.processes import Processes, inside_a_launcher, joined
@@ -25,7 +26,6 @@ from prefixtune_cli.tokenizer import check_base, load_tokenizer
 from prefixtune_cli.train.callbacks import peak_memory_gib
 from prefixtune_cli.train.checks import (
     check_disk,
-    check_optimizer,
     check_parallel,
     check_resumable,
     check_same_run,
