@@ -200,3 +200,51 @@ def test_the_recipes_adapter_reaches_peft_in_every_field(random_base: Path) -> N
         f"base_model.model.model.layers.1.self_attn.prefix_tuning_plus_memory.default.{part}": shape
         for part, shape in {"M": (2, 5, 16), "W_phi": (2, 5, 16), "b_phi": (2, 5)}.items()
     }
+
+
+def test_the_recipes_sites_reach_peft_in_every_field(random_base: Path) -> None:
+    chosen = PrefixTuningPlus(sites="attention+ffn", block_size=32, rank=3, layers=[1])
+    config = models.peft_config(chosen)
+    assert isinstance(config, PrefixTuningPlusConfig)
+    assert (config.sites, config.block_size, config.rank) == ("attention+ffn", 32, 3)
+    attached = get_peft_model(models.load_base(section(random_base)), config)
+    assert {name: tuple(p.shape) for name, p in attached.named_parameters() if p.requires_grad} == {
+        f"base_model.model.model.layers.1.{module}.prefix_tuning_plus_memory.default.{part}": shape
+        for module, parts in {
+            "self_attn": {"M_down": (4, 16, 3), "M_up": (4, 3, 16)},
+            "mlp": {"M_down": (2, 32, 3), "M_up": (2, 3, 32)},
+        }.items()
+        for part, shape in parts.items()
+    }
+
+
+@pytest.mark.parametrize("check", ["load", "fits"])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 2}, "trained for 2 layers with 4 heads of width 16, and this base has 2 layers"),
+        (
+            {"sites": "ffn", "feature_map": "elu"},
+            r"size mismatch for .*layers\.0\.mlp\.prefix_tuning_plus_memory\.",
+        ),
+    ],
+    ids=["low-rank", "ffn"],
+)
+def test_an_adapter_of_other_heads_is_refused_in_every_form(
+    random_base: Path, tmp_path: Path, options: dict[str, object], said: str, check: str
+) -> None:
+    adapter = models.attach(
+        models.load_base(section(random_base)), PrefixTuningPlus.model_validate(options)
+    )
+    adapter.save_pretrained(tmp_path / "adapter")
+    other = section(other_base(tmp_path / "other", num_attention_heads=8))
+    fits = models.load_base(other) if check == "load" else other
+    give = models.load_adapter if check == "load" else models.check_fits
+    with pytest.raises(AdapterError, match=said):
+        give(fits, tmp_path / "adapter")
+
+
+def test_a_block_size_that_does_not_fit_the_base_is_one_error(random_base: Path) -> None:
+    base = models.load_base(section(random_base))
+    with pytest.raises(ModelError, match=r"block_size must divide .*, 64, got 24\. Near it are"):
+        models.attach(base, PrefixTuningPlus(sites="ffn", block_size=24))

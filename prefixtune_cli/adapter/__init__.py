@@ -6,6 +6,8 @@ output it adds what the query reads from a trained matrix (eq. 7):
 
     o_i = softmax-attention(q_i, K, V) + φ(q_i)ᵀ M_h
 
+The same equation can be read beside the FFN (`sites`), with the blocks of its input in place of the queries.
+
 The package imports nothing else of ours, so that it could be lifted into PEFT as it stands.
 """
 
@@ -15,7 +17,8 @@ from prefixtune_cli.adapter.attention import (
     attention_modules,
 )
 from prefixtune_cli.adapter.config import PrefixTuningPlusConfig
-from prefixtune_cli.adapter.layer import MemoryLayer
+from prefixtune_cli.adapter.feed_forward import FeedForwardShape, feed_forward_modules
+from prefixtune_cli.adapter.layer import FeedForwardMemoryLayer, MemoryLayer
 from prefixtune_cli.adapter.memory import Memory
 from prefixtune_cli.adapter.model import PrefixTuningPlusModel
 from prefixtune_cli.adapter.register import register
@@ -24,10 +27,13 @@ register(PrefixTuningPlusConfig, PrefixTuningPlusModel)
 
 __all__ = [
     "AttentionShape",
+    "FeedForwardMemoryLayer",
+    "FeedForwardShape",
     "Memory",
     "MemoryLayer",
     "PrefixTuningPlusConfig",
     "PrefixTuningPlusModel",
     "UnsupportedModelError",
     "attention_modules",
+    "feed_forward_modules",
 ]

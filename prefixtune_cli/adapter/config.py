@@ -10,7 +10,8 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 FEATURE_MAPS = ("elu", "gelu", "mlp")
-FORMAT_VERSION = 1
+SITES = ("attention", "ffn", "attention+ffn")
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -21,12 +22,21 @@ class PrefixTuningPlusConfig(PeftConfig):
         feature_map: φ: `elu` (the paper's default), `gelu`, or `mlp`, φ_W(q) = ReLU(Wq + b) with trained W and b.
         feature_dim: features a head of `mlp`; None is the query's width. The other maps have the query's width.
         normalize_query: φ sees the query divided by its root mean square over the head. Off is the paper's form.
-        share_heads: `query` trains one M a query head, `kv` one a key/value head, shared by its query heads.
+        sites: where M is read: `attention` (the paper's form), `ffn`, or `attention+ffn`. The FFN's queries are the
+            blocks of its input: feature_map, feature_dim, normalize_query and rank mean the same there. Only layers
+            that have attention are adapted at either site.
+        block_size: width of a block of the FFN's input and output, a divisor of it; None is the width of a query
+            head, or the largest divisor below it.
+        rank: of each M, trained as the product M_down·M_up; None trains M whole.
+        share_heads: `query` trains one M a query head, `kv` one a key/value head, shared by its query heads;
+            attention alone has them.
         layers: `all`, a list of decoder layer numbers, or `last:k`.
-        target_modules: attention modules to adapt, by name as elsewhere in PEFT; None is all that `layers` allows.
+        target_modules: attention modules and FFNs to adapt, by name as elsewhere in PEFT; None is all that `sites`
+            and `layers` allow.
         modules_to_save: modules trained and saved besides, as elsewhere in PEFT.
         init_weights: M starts at zero, so a fresh adapter changes nothing. False draws it at random, for tests.
-        format_version: of the adapter's file format; a higher one than this code knows is refused.
+        format_version: of the adapter's file format; a higher one than this code knows is refused. It follows from
+            the settings: the lowest version that knows them (`sites` and `rank` are of version 2).
 
     Raises:
         ValueError: a value is out of its range; the message gives the rule and the value received.
@@ -40,19 +50,24 @@ class PrefixTuningPlusConfig(PeftConfig):
     share_heads: str = field(
         default="query", metadata={"help": "One M a query head, or one a kv head."}
     )
+    sites: str = field(
+        default="attention", metadata={"help": "Where M is read: attention, ffn or attention+ffn."}
+    )
+    block_size: int | None = field(
+        default=None, metadata={"help": "Width of a block of the FFN's input."}
+    )
+    rank: int | None = field(default=None, metadata={"help": "Rank of each M."})
     layers: str | list[int] = field(
         default="all", metadata={"help": "all, a list of layer numbers, or last:k."}
     )
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Attention modules, by name."}
+        default=None, metadata={"help": "Attention modules and FFNs, by name."}
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved besides."}
     )
     init_weights: bool = field(default=True, metadata={"help": "Start M at zero."})
-    format_version: int = field(
-        default=FORMAT_VERSION, metadata={"help": "Version of the adapter's format."}
-    )
+    format_version: int = field(default=1, metadata={"help": "Version of the adapter's format."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,19 +79,34 @@ class PrefixTuningPlusConfig(PeftConfig):
             )
         if self.feature_map not in FEATURE_MAPS:
             raise ValueError(f"feature_map must be elu, gelu or mlp, got {self.feature_map!r}.")
-        if self.feature_dim is not None:
-            if self.feature_map != "mlp":
-                raise ValueError(
-                    f"feature_dim belongs to feature_map 'mlp', got feature_dim={self.feature_dim} with "
-                    f"{self.feature_map!r}, whose features have the query's width."
-                )
-            if type(self.feature_dim) is not int or self.feature_dim < 1:
-                raise ValueError(
-                    f"feature_dim must be a whole number above 0, got {self.feature_dim!r}."
-                )
+        if self.feature_dim is not None and self.feature_map != "mlp":
+            raise ValueError(
+                f"feature_dim belongs to feature_map 'mlp', got feature_dim={self.feature_dim} with "
+                f"{self.feature_map!r}, whose features have the query's width."
+            )
         if self.share_heads not in ("query", "kv"):
             raise ValueError(f"share_heads must be query or kv, got {self.share_heads!r}.")
+        for name in ("feature_dim", "block_size", "rank"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a whole number above 0, got {value!r}.")
+        self._check_sites()
         self._check_layers()
+        self.format_version = 2 if self.sites != "attention" or self.rank is not None else 1
+
+    def _check_sites(self) -> None:
+        if self.sites not in SITES:
+            raise ValueError(f"sites must be attention, ffn or attention+ffn, got {self.sites!r}.")
+        if self.block_size is not None and self.sites == "attention":
+            raise ValueError(
+                f"block_size belongs to sites 'ffn' and 'attention+ffn', got block_size={self.block_size} with "
+                "'attention', whose M have the heads' widths."
+            )
+        if self.share_heads == "kv" and self.sites == "ffn":
+            raise ValueError(
+                "share_heads belongs to sites 'attention' and 'attention+ffn', got share_heads='kv' with 'ffn', "
+                "which has no heads."
+            )
 
     def _check_layers(self) -> None:
         if isinstance(self.layers, str):

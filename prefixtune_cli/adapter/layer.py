@@ -1,4 +1,4 @@
-"""The tuner layer: wraps an attention module and keeps its memories, one an adapter."""
+"""The tuner layers: one wraps an attention module, one an FFN, and keeps its memories, one an adapter."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import nn
 
 from prefixtune_cli.adapter.attention import LAYER_ATTRIBUTE, AttentionShape
 from prefixtune_cli.adapter.config import PrefixTuningPlusConfig
+from prefixtune_cli.adapter.feed_forward import FeedForwardShape, add_read
 from prefixtune_cli.adapter.memory import Memory
 
 WHY_NOT_MERGED = (
-    "A Prefix-Tuning+ adapter cannot be merged into the base weights: φ is not linear and the query depends on the "
-    "token's position, so no weight matrix gives φ(q)ᵀM. Keep the adapter beside the base (it costs about 3 % of one "
-    "projection and no KV cache), or call unload() for the base without it."
+    "A Prefix-Tuning+ adapter cannot be merged into the base weights: φ is not linear, and at attention the query "
+    "depends on the token's position besides, so no weight matrix gives φ(q)ᵀM. Keep the adapter beside the base (it "
+    "costs about 3 % of one projection and no KV cache), or call unload() for the base without it."
 )
 
 
@@ -32,30 +33,40 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("prefix_tuning_plus_memory",)
 
-    def __init__(self, base_layer: nn.Module, shape: AttentionShape) -> None:
+    def __init__(self, base_layer: nn.Module, shape: AttentionShape | FeedForwardShape) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.shape = shape
         self.prefix_tuning_plus_memory = nn.ModuleDict({})
         self.merged_adapters: list[str] = []
-        object.__setattr__(base_layer, LAYER_ATTRIBUTE, self)
+        if isinstance(shape, AttentionShape):
+            object.__setattr__(base_layer, LAYER_ATTRIBUTE, self)
 
     def update_layer(self, adapter_name: str, config: PrefixTuningPlusConfig) -> None:
         """Add a memory for the adapter, on the base's device and in its dtype (PEFT makes it float32 by default)."""
+        heads, d_query, d_value = self._memory_shape(config)
         memory = Memory(
-            self.shape.kv_heads if config.share_heads == "kv" else self.shape.heads,
-            self.shape.d_query,
-            self.shape.d_value,
+            heads,
+            d_query,
+            d_value,
             feature_map=config.feature_map,
             feature_dim=config.feature_dim,
             normalize_query=config.normalize_query,
+            rank=config.rank,
             init_weights=config.init_weights,
         )
-        # A quantized attention module may have no floating-point weight at all.
+        # A quantized module may have no floating-point weight at all.
         floating = (p.dtype for p in self.base_layer.parameters() if p.is_floating_point())
         self.prefix_tuning_plus_memory[adapter_name] = memory.to(next(floating, torch.float32))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _memory_shape(self, config: PrefixTuningPlusConfig) -> tuple[int, int, int]:
+        """How many M an adapter has here, d_query and d_value."""
+        shape = self.shape
+        assert isinstance(shape, AttentionShape)
+        heads = shape.kv_heads if config.share_heads == "kv" else shape.heads
+        return heads, shape.d_query, shape.d_value
 
     def active_memories(self) -> list[Memory]:
         """The memories that are read now: none while adapters are disabled."""
@@ -68,7 +79,7 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         return self.base_layer(*args, **kwargs)
 
     def release(self) -> None:
-        """Give the attention module back as it was."""
+        """Give the module back as it was."""
         if getattr(self.base_layer, LAYER_ATTRIBUTE, None) is self:
             object.__delattr__(self.base_layer, LAYER_ATTRIBUTE)
 
@@ -85,9 +96,9 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         return next((p.device for p in base_layer.parameters()), None), None
 
     def __getattr__(self, name: str) -> Any:
-        """Attributes that the layer lacks are the attention module's, for models that ask it for them.
+        """Attributes that the layer lacks are the wrapped module's, for models that ask it for them.
 
-        But not private ones: accelerate would take the attention module's hook for the layer's own.
+        But not private ones: accelerate would take the wrapped module's hook for the layer's own.
         """
         try:
             return super().__getattr__(name)
@@ -98,3 +109,26 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "prefix_tuning_plus." + super().__repr__()
+
+
+class FeedForwardMemoryLayer(MemoryLayer):
+    """An FFN, or a whole mixture of experts, with its memories, which read the blocks of its input.
+
+    Args:
+        base_layer: the FFN.
+        shape: its width.
+    """
+
+    def _memory_shape(self, config: PrefixTuningPlusConfig) -> tuple[int, int, int]:
+        shape = self.shape
+        assert isinstance(shape, FeedForwardShape)
+        block_size = shape.block_size(config.block_size)
+        return shape.width // block_size, block_size, block_size
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the FFN, whose first argument is its input, and add what the memories give."""
+        output = self.base_layer(*args, **kwargs)
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        for memory in self.active_memories():
+            output = add_read(output, hidden, memory)
+        return output

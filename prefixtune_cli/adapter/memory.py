@@ -1,6 +1,6 @@
-"""The memory M of one attention module, and how a query reads it; it knows nothing of the model around it.
+"""The memory M of one module, and how a query reads it; it knows nothing of the model around it.
 
-Legend: h heads of M, g query heads that share one of them, s positions, d d_query, f d_φ, v d_value.
+Legend: h heads of M, g query heads that share one of them, s positions, d d_query, f d_φ, v d_value, r rank.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ class Memory(nn.Module):
 
     M is [heads, d_φ, d_value] and starts at zero, in float32; it is cast to the query's dtype where it is read.
     The trained map has W_phi, [heads, d_φ, d_query], and b_phi, [heads, d_φ], which start as those of a linear layer.
+    With a rank, M is the product of M_down, [heads, d_φ, rank], which starts as a linear layer, and M_up,
+    [heads, rank, d_value], which starts at zero; there is no parameter M then.
 
     Args:
-        heads: how many M there are: the query heads, or the key/value heads where these share one.
+        heads: how many M there are: the query heads, or the key/value heads where these share one; at an FFN, the
+            blocks of its input, which are its queries.
         d_query: width of a query head.
         d_value: width of a head's output.
         feature_map: `elu`, `gelu` or `mlp`.
         feature_dim: d_φ of `mlp`; None is d_query.
         normalize_query: divide the query by its root mean square first.
-        init_weights: False draws M at random, so that the memory changes something from the start.
+        rank: of each M; None is a whole M.
+        init_weights: False draws M (M_up) at random, so that the memory changes something from the start.
     """
 
-    parameter_names = ("M", "W_phi", "b_phi")
+    parameter_names = ("M", "M_down", "M_up", "W_phi", "b_phi")
 
     def __init__(
         self,
@@ -40,6 +44,7 @@ class Memory(nn.Module):
         feature_map: str = "elu",
         feature_dim: int | None = None,
         normalize_query: bool = False,
+        rank: int | None = None,
         init_weights: bool = True,
     ) -> None:
         super().__init__()
@@ -47,8 +52,16 @@ class Memory(nn.Module):
         self.d_query = d_query
         self.feature_map = feature_map
         self.normalize_query = normalize_query
+        self.rank = rank
         d_phi = feature_dim or d_query
-        self.M = nn.Parameter(torch.zeros(heads, d_phi, d_value, dtype=torch.float32))
+        rows = d_phi if rank is None else rank
+        starts_at_zero = nn.Parameter(torch.zeros(heads, rows, d_value, dtype=torch.float32))
+        if rank is None:
+            self.M = starts_at_zero
+        else:
+            self.M_down = nn.Parameter(torch.empty(heads, d_phi, rank, dtype=torch.float32))
+            nn.init.uniform_(self.M_down, -1 / math.sqrt(d_phi), 1 / math.sqrt(d_phi))
+            self.M_up = starts_at_zero
         if feature_map == "mlp":
             self.W_phi = nn.Parameter(torch.empty(heads, d_phi, d_query, dtype=torch.float32))
             self.b_phi = nn.Parameter(torch.empty(heads, d_phi, dtype=torch.float32))
@@ -56,7 +69,7 @@ class Memory(nn.Module):
             nn.init.uniform_(self.W_phi, -bound, bound)
             nn.init.uniform_(self.b_phi, -bound, bound)
         if not init_weights:
-            nn.init.normal_(self.M, std=0.1)
+            nn.init.normal_(starts_at_zero, std=0.1)
 
     def forward(self, query: Tensor) -> Tensor:
         """φ(q)ᵀM for every query head.
@@ -77,7 +90,12 @@ class Memory(nn.Module):
                 f"{query_heads} heads of width {d_query}"
             )
         grouped = query.unflatten(1, (self.heads, -1))  # type: ignore[no-untyped-call]
-        read = torch.einsum("bhgsf,hfv->bshgv", self.features(grouped), self.M.to(query.dtype))
+        phi = self.features(grouped)
+        if self.rank is None:
+            M = self.M
+        else:
+            phi, M = torch.einsum("bhgsf,hfr->bhgsr", phi, self.M_down.to(query.dtype)), self.M_up
+        read = torch.einsum("bhgsf,hfv->bshgv", phi, M.to(query.dtype))
         return read.reshape(batch, positions, query_heads, -1)
 
     def features(self, query: Tensor) -> Tensor:
@@ -88,5 +106,10 @@ class Memory(nn.Module):
             return mlp(query, self.W_phi.to(query.dtype), self.b_phi.to(query.dtype))
         return ELEMENTWISE[self.feature_map](query)
 
+    def matrix(self) -> Tensor:
+        """M, [heads, d_φ, d_value] in float32, whether it is trained whole or as a product."""
+        return self.M.float() if self.rank is None else self.M_down.float() @ self.M_up.float()
+
     def extra_repr(self) -> str:
-        return f"M={tuple(self.M.shape)}, feature_map={self.feature_map}"
+        shapes = [f"{name}={tuple(value.shape)}" for name, value in self.named_parameters()]
+        return ", ".join([*shapes, f"feature_map={self.feature_map}"])

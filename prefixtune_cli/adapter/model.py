@@ -1,15 +1,18 @@
-"""The tuner: puts a memory layer around the attention modules of the chosen layers."""
+"""The tuner: puts a memory layer around the attention modules, the FFNs, or both, of the chosen layers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
+from prefixtune_cli.adapter import arithmetic
 from prefixtune_cli.adapter.attention import AttentionShape, attention_modules, install_hook
 from prefixtune_cli.adapter.config import PrefixTuningPlusConfig
-from prefixtune_cli.adapter.layer import WHY_NOT_MERGED, MemoryLayer
+from prefixtune_cli.adapter.feed_forward import FeedForwardShape, feed_forward_modules
+from prefixtune_cli.adapter.layer import WHY_NOT_MERGED, FeedForwardMemoryLayer, MemoryLayer
 from prefixtune_cli.adapter.memory import Memory
 from prefixtune_cli.adapter.register import PREFIX
 
@@ -24,8 +27,10 @@ class PrefixTuningPlusModel(BaseTuner):
         low_cpu_mem_usage: create the memories on the meta device, to be loaded into.
 
     Raises:
-        UnsupportedModelError: the base does not call attention through transformers' interface.
-        ValueError: `layers` names one that the base does not have, or the adapter's name is one of the memory's.
+        UnsupportedModelError: the base does not call attention through transformers' interface, or has no FFN that
+            could be adapted, and `sites` asks for it.
+        ValueError: `layers` names one that the base does not have, `block_size` does not divide its width, or the
+            adapter's name is one of the memory's.
     """
 
     prefix: str = PREFIX
@@ -39,9 +44,17 @@ class PrefixTuningPlusModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PrefixTuningPlusConfig, model: nn.Module) -> None:
         install_hook()
-        shapes = attention_modules(model)
-        chosen = set(chosen_layers(peft_config.layers, shapes))
-        self._shapes = {name: shape for name, shape in shapes.items() if shape.layer in chosen}
+        attention = attention_modules(model)
+        chosen = set(chosen_layers(peft_config.layers, attention))
+        attention = {name: shape for name, shape in attention.items() if shape.layer in chosen}
+        self._shapes: dict[str, AttentionShape | FeedForwardShape] = {}
+        if "attention" in peft_config.sites:
+            self._shapes.update(attention)
+        if "ffn" in peft_config.sites:
+            feed_forward = feed_forward_modules(model, attention)
+            for shape in feed_forward.values():
+                shape.block_size(peft_config.block_size)  # refused before any module is replaced
+            self._shapes.update(feed_forward)
 
     def _check_target_module_exists(self, peft_config: PrefixTuningPlusConfig, key: str) -> Any:
         if key not in self._shapes:
@@ -63,11 +76,9 @@ class PrefixTuningPlusModel(BaseTuner):
                 f"An adapter cannot be named {adapter_name!r}: PEFT tells adapters apart by the names in a parameter's "
                 f"path, and {', '.join(Memory.parameter_names)} are the memory's own. Choose another name."
             )
-        layer = (
-            target
-            if isinstance(target, MemoryLayer)
-            else MemoryLayer(target, self._shapes[current_key])
-        )
+        shape = self._shapes[current_key]
+        kind = FeedForwardMemoryLayer if isinstance(shape, FeedForwardShape) else MemoryLayer
+        layer = target if isinstance(target, MemoryLayer) else kind(target, shape)
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.prefix_tuning_plus_memory[adapter_name].requires_grad_(False)
@@ -81,6 +92,19 @@ class PrefixTuningPlusModel(BaseTuner):
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> NoReturn:
         raise NotImplementedError(WHY_NOT_MERGED)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+    ) -> None:
+        """Add an adapter that is a combination of others; see `arithmetic.add_weighted_adapter`."""
+        arithmetic.add_weighted_adapter(
+            self, adapters, weights, adapter_name, combination_type, density
+        )
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module

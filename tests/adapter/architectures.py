@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -78,6 +79,7 @@ class Architecture:
 
     config: Callable[[], PreTrainedConfig]
     attention: str = "model.layers.{}.self_attn"
+    feed_forward: str = "model.layers.{}.mlp"
     output_projection: str = "o_proj"
     heads: int = 4
     kv_heads: int = 2
@@ -109,12 +111,14 @@ ARCHITECTURES = {
     "gpt2": Architecture(
         lambda: GPT2Config(**GPT2),
         attention="transformer.h.{}.attn",
+        feed_forward="transformer.h.{}.mlp",
         output_projection="c_proj",
         kv_heads=4,
     ),
     "gpt_neox": Architecture(
         lambda: GPTNeoXConfig(**COMMON),
         attention="gpt_neox.layers.{}.attention",
+        feed_forward="gpt_neox.layers.{}.mlp",
         output_projection="dense",
         kv_heads=4,
     ),
@@ -124,6 +128,7 @@ ARCHITECTURES = {
 }
 NAMES = list(ARCHITECTURES)
 LAYERS = 3
+SITES = pytest.mark.parametrize("sites", ["attention", "ffn", "attention+ffn"])
 
 
 def base_model(
@@ -165,6 +170,19 @@ def attention(model: torch.nn.Module, name: str, layer: int) -> torch.nn.Module:
     """The attention module of a layer, or the memory layer around it."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base.get_submodule(ARCHITECTURES[name].attention.format(layer))
+
+
+def feed_forward(model: torch.nn.Module, name: str, layer: int) -> torch.nn.Module:
+    """The FFN of a layer, or the memory layer around it."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.get_submodule(ARCHITECTURES[name].feed_forward.format(layer))
+
+
+def adapted_modules(name: str, sites: str, layers: Iterable[int] = range(LAYERS)) -> list[str]:
+    """The names of the modules that an adapter of these sites wraps, in the order of the model."""
+    architecture = ARCHITECTURES[name]
+    places = {"attention": architecture.attention, "ffn": architecture.feed_forward}
+    return [place.format(n) for n in layers for site, place in places.items() if site in sites]
 
 
 def fill(model: torch.nn.Module, adapter: str = "default", seed: int = 0, std: float = 0.3) -> None:

@@ -28,12 +28,38 @@ def features(memory: Memory, head: int, query: list[float]) -> list[float]:
     ]
 
 
+def matrix(memory: Memory) -> list[list[list[float]]]:
+    """M, or the product that stands for it."""
+    if memory.rank is None:
+        return memory.M.tolist()
+    factors = zip(memory.M_down.tolist(), memory.M_up.tolist(), strict=True)
+    return [
+        [
+            [sum(a * row[v] for a, row in zip(down, ups, strict=True)) for v in range(len(ups[0]))]
+            for down in downs
+        ]
+        for downs, ups in factors
+    ]
+
+
+def read_of_blocks(memory: Memory, hidden: torch.Tensor) -> torch.Tensor:
+    """concat_b φ(x_b)ᵀ M_b: [..., hidden] to [..., hidden], block after block."""
+    rows = []
+    for x in hidden.reshape(-1, hidden.shape[-1]).tolist():
+        out = []
+        for block, M in enumerate(matrix(memory)):
+            width = len(x) // len(matrix(memory))
+            phi = features(memory, block, x[block * width : (block + 1) * width])
+            out += [sum(p * M[f][v] for f, p in enumerate(phi)) for v in range(len(M[0]))]
+        rows.append(out)
+    return torch.tensor(rows, dtype=torch.float64).reshape(hidden.shape)
+
+
 def read(memory: Memory, query: torch.Tensor) -> torch.Tensor:
     """Σ_f φ(q)_f M[h, f, :]: [batch, query heads, positions, d_query] to [batch, positions, query heads, d_value]."""
     batch, query_heads, positions, _ = query.shape
-    group = query_heads // memory.M.shape[0]
-    M, q = memory.M.tolist(), query.tolist()
-    d_value = memory.M.shape[2]
+    M, q = matrix(memory), query.tolist()
+    group, d_value = query_heads // len(M), len(M[0][0])
     out = torch.zeros(batch, positions, query_heads, d_value, dtype=torch.float64)
     for n in range(batch):
         for i in range(positions):

@@ -26,16 +26,20 @@ def adapted(name: str = "llama", implementation: str | None = None, **options: o
     return model
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_model_compiles_to_one_graph_with_the_same_values(name):
-    model = adapted(name, share_heads="kv")
+@pytest.mark.parametrize(
+    ("name", "sites"),
+    [(name, "attention") for name in NAMES]
+    + [(name, "attention+ffn") for name in ("llama", "gpt2", "mixtral")],
+)
+def test_model_compiles_to_one_graph_with_the_same_values(name, sites):
+    model = adapted(name, sites=sites, share_heads="kv")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     actual = logits(compiled, tokens(), use_cache=False)
     torch.testing.assert_close(actual, logits(model, tokens()), rtol=1e-4, atol=1e-4)
 
 
 def test_compiled_model_gives_the_same_gradients():
-    model = adapted(feature_map="mlp", layers=[0, 2])
+    model = adapted(feature_map="mlp", layers=[0, 2], sites="attention+ffn")
     parameters = [p for p in model.parameters() if p.requires_grad]
     results = []
     for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
@@ -45,9 +49,10 @@ def test_compiled_model_gives_the_same_gradients():
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_compiled_model_follows_a_switch_of_adapters():
-    model = adapted()
-    model.add_adapter("other", PrefixTuningPlusConfig(feature_map="gelu"))
+@pytest.mark.parametrize("sites", ["attention", "attention+ffn"])
+def test_compiled_model_follows_a_switch_of_adapters(sites):
+    model = adapted(sites=sites)
+    model.add_adapter("other", PrefixTuningPlusConfig(sites=sites, feature_map="gelu"))
     fill(model, "other", seed=1)
     compiled = torch.compile(model, backend="eager")
     results = []

@@ -14,6 +14,9 @@ FULL = {
     "feature_map": "mlp",
     "feature_dim": 5,
     "normalize_query": True,
+    "sites": "attention+ffn",
+    "block_size": 16,
+    "rank": 2,
     "share_heads": "kv",
     "layers": [0, 2],
     "target_modules": ["self_attn"],
@@ -28,6 +31,7 @@ def test_defaults_are_the_papers_form():
     assert config.peft_type is PeftType.PREFIX_TUNING_PLUS
     assert (config.feature_map, config.feature_dim, config.normalize_query) == ("elu", None, False)
     assert (config.share_heads, config.layers, config.target_modules) == ("query", "all", None)
+    assert (config.sites, config.block_size, config.rank) == ("attention", None, None)
     assert config.init_weights is True
     assert config.format_version == 1
 
@@ -62,6 +66,21 @@ def test_layers_may_be_any_sequence_and_is_kept_as_a_list(layers):
         ({"feature_map": "mlp", "feature_dim": True}, "whole number above 0", "True"),
         ({"feature_map": "mlp", "feature_dim": 3.5}, "whole number above 0", "3.5"),
         ({"feature_map": "mlp", "feature_dim": "8"}, "whole number above 0", "'8'"),
+        ({"sites": "mlp"}, "sites must be attention, ffn or attention+ffn", "'mlp'"),
+        ({"sites": None}, "sites must be attention, ffn or attention+ffn", "None"),
+        ({"sites": "ffn+attention"}, "sites must be attention, ffn", "'ffn+attention'"),
+        ({"block_size": 8}, "block_size belongs to sites 'ffn'", "block_size=8 with 'attention'"),
+        ({"sites": "ffn", "block_size": 0}, "block_size must be a whole number above 0", "0"),
+        ({"sites": "ffn", "block_size": True}, "block_size must be a whole number", "True"),
+        ({"sites": "ffn", "block_size": "8"}, "block_size must be a whole number", "'8'"),
+        ({"rank": 0}, "rank must be a whole number above 0", "0"),
+        ({"rank": -2}, "rank must be a whole number above 0", "-2"),
+        ({"rank": 1.5}, "rank must be a whole number above 0", "1.5"),
+        (
+            {"sites": "ffn", "share_heads": "kv"},
+            "share_heads belongs to sites 'attention'",
+            "share_heads='kv' with 'ffn'",
+        ),
         ({"share_heads": "key"}, "share_heads must be query or kv", "'key'"),
         ({"layers": "top"}, "layers must be all, a list of layer numbers", "'top'"),
         ({"layers": "last:0"}, "last:k with k above 0", "'last:0'"),
@@ -85,10 +104,10 @@ def test_error_states_the_rule_and_the_value_received(values, rule, received):
 
 
 def test_adapter_of_a_newer_format_is_refused_whatever_else_it_says(tmp_path):
-    newer = PrefixTuningPlusConfig().to_dict() | {"format_version": 2, "feature_map": "cosine"}
+    newer = PrefixTuningPlusConfig().to_dict() | {"format_version": 3, "feature_map": "cosine"}
     newer["peft_type"] = "PREFIX_TUNING_PLUS"
     (tmp_path / "adapter_config.json").write_text(json.dumps(newer))
-    with pytest.raises(ValueError, match=r"format version 2.*reads up to 1.*pip install"):
+    with pytest.raises(ValueError, match=r"format version 3.*reads up to 2.*pip install"):
         PeftConfig.from_pretrained(tmp_path)
 
 
@@ -107,7 +126,7 @@ def test_file_holds_every_value_as_plain_json_and_reads_back_the_same(tmp_path):
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert {key: written[key] for key in FULL} == FULL
     assert written["peft_type"] == "PREFIX_TUNING_PLUS"
-    assert written["format_version"] == 1
+    assert written["format_version"] == 2
     for read in (PeftConfig, PrefixTuningPlusConfig):
         loaded = read.from_pretrained(tmp_path)
         assert type(loaded) is PrefixTuningPlusConfig

@@ -9,7 +9,7 @@ import torch
 
 from prefixtune_cli.adapter import Memory
 
-from .equation import features, read
+from .equation import features, matrix, read
 
 
 def random_memory(heads: int, d_query: int, d_value: int, **options: object) -> Memory:
@@ -25,7 +25,8 @@ def random_memory(heads: int, d_query: int, d_value: int, **options: object) -> 
     ("feature_map", "feature_dim"), [("elu", None), ("gelu", None), ("mlp", None), ("mlp", 7)]
 )
 @pytest.mark.parametrize("heads", [4, 2, 1])
-def test_read_is_the_equation(heads, feature_map, feature_dim, normalize_query):
+@pytest.mark.parametrize("rank", [None, 2])
+def test_read_is_the_equation(rank, heads, feature_map, feature_dim, normalize_query):
     memory = random_memory(
         heads,
         3,
@@ -33,6 +34,7 @@ def test_read_is_the_equation(heads, feature_map, feature_dim, normalize_query):
         feature_map=feature_map,
         feature_dim=feature_dim,
         normalize_query=normalize_query,
+        rank=rank,
     )
     query = 2 * torch.randn(2, 4, 6, 3, dtype=torch.float64)
     torch.testing.assert_close(memory(query), read(memory, query), rtol=1e-10, atol=1e-12)
@@ -74,9 +76,10 @@ def test_normalization_of_a_half_precision_query_is_computed_in_float32():
     torch.testing.assert_close(memory(query), torch.ones(1, 1, 1, 4, dtype=torch.float16))
 
 
+@pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("feature_map", ["elu", "gelu", "mlp"])
-def test_fresh_memory_reads_exact_zero(feature_map):
-    memory = Memory(2, 3, 5, feature_map=feature_map)
+def test_fresh_memory_reads_exact_zero(feature_map, rank):
+    memory = Memory(2, 3, 5, feature_map=feature_map, rank=rank)
     assert torch.count_nonzero(memory(torch.randn(2, 4, 6, 3))) == 0
 
 
@@ -96,12 +99,36 @@ def test_fresh_trained_map_has_features_and_so_gives_m_a_gradient():
             {"feature_map": "mlp", "feature_dim": 7},
             {"M": (2, 7, 5), "W_phi": (2, 7, 3), "b_phi": (2, 7)},
         ),
+        ({"rank": 4}, {"M_down": (2, 3, 4), "M_up": (2, 4, 5)}),
+        (
+            {"feature_map": "mlp", "feature_dim": 7, "rank": 4},
+            {"M_down": (2, 7, 4), "M_up": (2, 4, 5), "W_phi": (2, 7, 3), "b_phi": (2, 7)},
+        ),
     ],
 )
 def test_parameters_have_the_papers_shapes_in_float32(options, shapes):
     memory = Memory(2, 3, 5, **options)
     assert {name: tuple(value.shape) for name, value in memory.named_parameters()} == shapes
     assert {value.dtype for value in memory.parameters()} == {torch.float32}
+
+
+def test_fresh_low_rank_memory_gives_m_up_a_gradient_and_starts_m_down_as_a_linear_layer():
+    memory = Memory(2, 64, 8, rank=3)
+    bound = 1 / math.sqrt(64)
+    assert 0.9 * bound < memory.M_down.abs().max() <= bound
+    memory(torch.randn(1, 2, 5, 64)).sum().backward()
+    assert torch.count_nonzero(memory.M_up.grad) > 0
+    assert torch.count_nonzero(memory.M_down.grad) == 0  # it goes through M_up
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_matrix_is_m_in_float32_in_either_form(rank):
+    memory = random_memory(2, 3, 5, rank=rank)
+    expected = torch.tensor(matrix(memory), dtype=torch.float64)
+    assert memory.matrix().dtype == torch.float32
+    assert memory.matrix().shape == (2, 3, 5)
+    torch.testing.assert_close(memory.matrix().double(), expected, rtol=1e-5, atol=1e-6)
+    assert memory.bfloat16().matrix().dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -11,7 +11,19 @@ from peft import PeftModel, get_peft_model
 
 from prefixtune_cli.adapter import MemoryLayer, PrefixTuningPlusConfig
 
-from .architectures import ARCHITECTURES, LAYERS, NAMES, attention, base_model, fill, logits, tokens
+from .architectures import (
+    ARCHITECTURES,
+    LAYERS,
+    NAMES,
+    SITES,
+    adapted_modules,
+    attention,
+    base_model,
+    feed_forward,
+    fill,
+    logits,
+    tokens,
+)
 
 ELU_AND_MLP = pytest.mark.parametrize("feature_map", ["elu", "mlp"])
 
@@ -34,15 +46,20 @@ def loss(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def adapted_layers(model: torch.nn.Module, name: str) -> list[int]:
-    return [n for n in range(LAYERS) if isinstance(attention(model, name, n), MemoryLayer)]
+    """Those with a memory, at either site."""
+    layers = (attention(model, name, n) for n in range(LAYERS))
+    beside = (feed_forward(model, name, n) for n in range(LAYERS))
+    pairs = enumerate(zip(layers, beside, strict=True))
+    return [n for n, pair in pairs if any(isinstance(module, MemoryLayer) for module in pair)]
 
 
 # Decoding and padding
 
 
+@SITES
 @pytest.mark.parametrize("name", NAMES)
-def test_cached_decoding_equals_the_full_forward(name):
-    model = adapted(name)
+def test_cached_decoding_equals_the_full_forward(name, sites):
+    model = adapted(name, sites=sites)
     input_ids = tokens(positions=9)
     full = logits(model, input_ids)
     assert not torch.allclose(full, logits(base_model(name), input_ids), atol=0.1)
@@ -72,9 +89,10 @@ def test_generate_takes_the_argmax_of_full_forwards(name):
     assert torch.equal(generated, expected)
 
 
+@SITES
 @pytest.mark.parametrize("name", NAMES)
-def test_left_padding_changes_no_real_token(name):
-    model = adapted(name)
+def test_left_padding_changes_no_real_token(name, sites):
+    model = adapted(name, sites=sites)
     input_ids = tokens(batch=1, positions=6)
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), input_ids], 1)
     mask = (padded != 0).long()
@@ -86,12 +104,16 @@ def test_left_padding_changes_no_real_token(name):
 # Training
 
 
+@SITES
 @ELU_AND_MLP
 @pytest.mark.parametrize("name", NAMES)
-def test_gradient_reaches_every_adapter_parameter_and_no_other(name, feature_map):
-    model = get_peft_model(base_model(name), PrefixTuningPlusConfig(feature_map=feature_map))
+def test_gradient_reaches_every_adapter_parameter_and_no_other(name, feature_map, sites):
+    model = get_peft_model(
+        base_model(name), PrefixTuningPlusConfig(sites=sites, feature_map=feature_map)
+    )
     parameters = adapter_parameters(model)
-    assert len(parameters) == LAYERS * (3 if feature_map == "mlp" else 1)
+    each = 3 if feature_map == "mlp" else 1
+    assert len(parameters) == each * len(adapted_modules(name, sites))
     base = {n: p for n, p in model.named_parameters() if n not in parameters}
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     assert all(p.requires_grad for p in parameters.values())
@@ -114,10 +136,11 @@ def test_gradient_reaches_every_adapter_parameter_and_no_other(name, feature_map
         assert torch.equal(parameter, before[key]) == (key in base), key
 
 
+@SITES
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 @pytest.mark.parametrize("name", NAMES)
-def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant):
-    model = adapted(name, feature_map="mlp").train()
+def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant, sites):
+    model = adapted(name, feature_map="mlp", sites=sites).train()
     forwards = []
     attention(model, name, 1).register_forward_hook(lambda *args: forwards.append(1))
 
@@ -141,8 +164,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant):
         )
 
 
-def test_training_lowers_the_loss_and_leaves_the_base_where_it_was():
-    model = get_peft_model(base_model(), PrefixTuningPlusConfig())
+@SITES
+def test_training_lowers_the_loss_and_leaves_the_base_where_it_was(sites):
+    model = get_peft_model(base_model(), PrefixTuningPlusConfig(sites=sites))
     input_ids = tokens(batch=8, positions=6)
     start = loss(model, input_ids).item()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.0)
@@ -198,6 +222,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 # Layers
 
 
+@SITES
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
@@ -211,11 +236,12 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     ids=str,
 )
 @pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3"])
-def test_layers_chooses_whom_to_adapt(name, layers, expected):
-    model = get_peft_model(base_model(name), PrefixTuningPlusConfig(layers=layers))
+def test_layers_chooses_whom_to_adapt(name, layers, expected, sites):
+    model = get_peft_model(base_model(name), PrefixTuningPlusConfig(sites=sites, layers=layers))
     assert adapted_layers(model, name) == expected
 
 
+@SITES
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
@@ -225,15 +251,15 @@ def test_layers_chooses_whom_to_adapt(name, layers, expected):
     ],
     ids=str,
 )
-def test_layer_that_the_model_lacks_is_refused(layers, message):
+def test_layer_that_the_model_lacks_is_refused(layers, message, sites):
     model = base_model()
     with pytest.raises(ValueError, match=message):
-        get_peft_model(model, PrefixTuningPlusConfig(layers=layers))
+        get_peft_model(model, PrefixTuningPlusConfig(sites=sites, layers=layers))
     assert adapted_layers(model, "llama") == []
 
-    with_another = adapted()
+    with_another = adapted(sites=sites)
     with pytest.raises(ValueError, match=message):
-        with_another.add_adapter("other", PrefixTuningPlusConfig(layers=layers))
+        with_another.add_adapter("other", PrefixTuningPlusConfig(sites=sites, layers=layers))
     assert list(with_another.peft_config) == ["default"]
 
 
@@ -256,12 +282,14 @@ def test_target_modules_that_are_no_attention_are_refused():
         get_peft_model(base_model(), PrefixTuningPlusConfig(target_modules=["mlp"]))
 
 
+@SITES
 @pytest.mark.parametrize("name", NAMES)
-def test_no_backward_pass_runs_below_the_lowest_adapted_layer(name):
+def test_no_backward_pass_runs_below_the_lowest_adapted_layer(name, sites):
     """Below it no tensor is saved for a backward pass, no output asks for a gradient, and no gradient arrives."""
 
     def saved_and_required(layers: str) -> tuple[list[int], list[bool]]:
-        model = get_peft_model(base_model(name), PrefixTuningPlusConfig(layers=layers)).train()
+        config = PrefixTuningPlusConfig(layers=layers, sites=sites)
+        model = get_peft_model(base_model(name), config).train()
         prefix = ARCHITECTURES[name].attention.rpartition(".")[0]
         saved, required, inside = [0] * LAYERS, [False] * LAYERS, []
 
@@ -298,12 +326,19 @@ def test_no_backward_pass_runs_below_the_lowest_adapted_layer(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_active_adapters_add(name):
-    model = adapted(name, dtype=torch.float64)
-    model.add_adapter("other", PrefixTuningPlusConfig(feature_map="mlp", share_heads="kv"))
+@SITES
+def test_active_adapters_add(name, sites):
+    model = adapted(name, dtype=torch.float64, sites=sites)
+    share_heads = "query" if sites == "ffn" else "kv"
+    other = PrefixTuningPlusConfig(feature_map="mlp", share_heads=share_heads, sites=sites)
+    model.add_adapter("other", other)
     fill(model, "other", seed=1)
     outputs = []
-    attention(model, name, 0).register_forward_hook(lambda m, args, out: outputs.append(out[0]))
+    # Where no adapter has changed the input yet.
+    first = (feed_forward if sites == "ffn" else attention)(model, name, 0)
+    first.register_forward_hook(
+        lambda m, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)
+    )
     with model.disable_adapter():
         logits(model, tokens())
     for active in (["default"], ["other"], ["default", "other"]):
@@ -346,8 +381,9 @@ def test_adapters_on_different_layers_keep_to_their_own():
     assert torch.equal(logits(model, tokens()), expected["top"])
 
 
-def test_deepcopy_is_independent_of_the_original():
-    model = adapted()
+@SITES
+def test_deepcopy_is_independent_of_the_original(sites):
+    model = adapted(sites=sites)
     before = logits(model, tokens())
     twin = copy.deepcopy(model)
     assert torch.equal(logits(twin, tokens()), before)

@@ -13,9 +13,18 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 
-from prefixtune_cli.adapter import MemoryLayer, PrefixTuningPlusConfig
+from prefixtune_cli.adapter import Memory, MemoryLayer, PrefixTuningPlusConfig
 
-from .architectures import LAYERS, NAMES, attention, base_model, fill, logits, tokens
+from .architectures import (
+    NAMES,
+    SITES,
+    adapted_modules,
+    attention,
+    base_model,
+    fill,
+    logits,
+    tokens,
+)
 
 
 def with_adapters(*names: str, dtype: torch.dtype = torch.float32, **options: object) -> PeftModel:
@@ -53,16 +62,18 @@ def trainable(model: torch.nn.Module) -> set[str]:
 # Names
 
 
-def test_adapters_whose_names_contain_each_other_keep_apart(tmp_path):
+@SITES
+def test_adapters_whose_names_contain_each_other_keep_apart(tmp_path, sites):
     names = ("a", "adapter", "adapter_1", "adapter_10", "prefix")
-    model = with_adapters(*names)
+    model = with_adapters(*names, sites=sites)
     expected = outputs(model, *names)
     for name in names:
         state = get_peft_model_state_dict(model, adapter_name=name)
-        assert len(state) == LAYERS
-        for layer in range(LAYERS):
-            key = f"base_model.model.model.layers.{layer}.self_attn.prefix_tuning_plus_memory.M"
-            memories = attention(model, "llama", layer).prefix_tuning_plus_memory
+        modules = adapted_modules("llama", sites)
+        assert len(state) == len(modules)
+        for module in modules:
+            memories = model.get_base_model().get_submodule(module).prefix_tuning_plus_memory
+            key = f"base_model.model.{module}.prefix_tuning_plus_memory.M"
             assert torch.equal(state[key], memories[name].M)
     model.save_pretrained(tmp_path)
 
@@ -79,7 +90,7 @@ def test_adapters_whose_names_contain_each_other_keep_apart(tmp_path):
         assert torch.equal(value, expected[name])
 
 
-@pytest.mark.parametrize("name", ["M", "W_phi", "b_phi"])
+@pytest.mark.parametrize("name", ["M", "M_down", "M_up", "W_phi", "b_phi"])
 def test_adapter_named_like_a_parameter_is_refused(name):
     """PEFT would drop the parameter of this name from every other adapter's file."""
     model = base_model()
@@ -93,17 +104,21 @@ def test_adapter_named_like_a_parameter_is_refused(name):
 
 
 def test_names_refused_are_those_of_the_memorys_parameters():
-    model = with_adapters("one", feature_map="mlp")
-    memory = attention(model, "llama", 0).prefix_tuning_plus_memory["one"]
-    assert {name for name, _ in memory.named_parameters()} == {"M", "W_phi", "b_phi"}
+    found = set()
+    for rank in (None, 2):
+        model = with_adapters("one", feature_map="mlp", rank=rank)
+        memory = attention(model, "llama", 0).prefix_tuning_plus_memory["one"]
+        found |= {name for name, _ in memory.named_parameters()}
+    assert found == {"M", "M_down", "M_up", "W_phi", "b_phi"} == set(Memory.parameter_names)
 
 
 # Switching and deleting
 
 
-def test_disable_adapter_gives_the_base_and_then_the_adapter_back():
+@SITES
+def test_disable_adapter_gives_the_base_and_then_the_adapter_back(sites):
     base = logits(base_model(), tokens())
-    model = with_adapters("default")
+    model = with_adapters("default", sites=sites)
     adapted = logits(model, tokens())
     with model.disable_adapter():
         assert torch.equal(logits(model, tokens()), base)
@@ -112,11 +127,12 @@ def test_disable_adapter_gives_the_base_and_then_the_adapter_back():
     assert trainable(model) == {"default"}
 
 
-def test_set_adapter_switches_whom_the_model_reads():
-    model = with_adapters("one", "two")
+@SITES
+def test_set_adapter_switches_whom_the_model_reads(sites):
+    model = with_adapters("one", "two", sites=sites)
     results = outputs(model, "one", "two")
     for name in ("one", "two"):
-        alone = with_adapters("one", "two")
+        alone = with_adapters("one", "two", sites=sites)
         alone.set_adapter(name)
         assert torch.equal(logits(alone, tokens()), results[name])
         assert alone.active_adapters == [name]
@@ -125,8 +141,9 @@ def test_set_adapter_switches_whom_the_model_reads():
         model.set_adapter("three")
 
 
-def test_deleting_the_active_adapter_activates_another():
-    model = with_adapters("one", "two")
+@SITES
+def test_deleting_the_active_adapter_activates_another(sites):
+    model = with_adapters("one", "two", sites=sites)
     expected = outputs(model, "one", "two")
     model.set_adapter("one")
     with pytest.warns(UserWarning, match="Setting active adapter to two"):
@@ -137,8 +154,9 @@ def test_deleting_the_active_adapter_activates_another():
     assert not [key for key in model.state_dict() if ".one." in key]
 
 
-def test_deleting_an_inactive_adapter_leaves_the_active_one():
-    model = with_adapters("one", "two")
+@SITES
+def test_deleting_an_inactive_adapter_leaves_the_active_one(sites):
+    model = with_adapters("one", "two", sites=sites)
     expected = outputs(model, "two", "one")
     model.delete_adapter("two")
     assert list(model.peft_config) == ["one"]
@@ -155,8 +173,9 @@ def test_deleting_an_unknown_adapter_is_refused_and_changes_nothing():
     assert torch.equal(logits(model, tokens()), expected)
 
 
-def test_deleting_the_last_adapter_leaves_the_base():
-    model = with_adapters("one")
+@SITES
+def test_deleting_the_last_adapter_leaves_the_base(sites):
+    model = with_adapters("one", sites=sites)
     model.delete_adapter("one")
     assert model.active_adapters == []
     # PeftModel itself cannot run without an adapter; what it wraps can.
@@ -174,12 +193,13 @@ def test_deleted_name_can_be_used_again():
 # requires_grad
 
 
-def test_only_the_active_adapter_asks_for_gradients():
-    model = with_adapters("one")
+@SITES
+def test_only_the_active_adapter_asks_for_gradients(sites):
+    model = with_adapters("one", sites=sites)
     assert trainable(model) == {"one"}
-    model.add_adapter("two", PrefixTuningPlusConfig())
+    model.add_adapter("two", PrefixTuningPlusConfig(sites=sites))
     assert trainable(model) == {"one"}
-    model.add_adapter("three", PrefixTuningPlusConfig(layers=[1]))
+    model.add_adapter("three", PrefixTuningPlusConfig(sites=sites, layers=[1]))
     assert trainable(model) == {"one"}
     for name in ("two", "three", "one"):
         model.set_adapter(name)
@@ -194,18 +214,20 @@ def test_only_the_active_adapter_asks_for_gradients():
     assert trainable(model) == set()
 
 
-def test_adapter_named_default_on_new_layers_stays_frozen_while_inactive():
+@SITES
+def test_adapter_named_default_on_new_layers_stays_frozen_while_inactive(sites):
     # A layer's own default name of the active adapter is `default` too.
-    model = with_adapters("one", layers=[0])
-    model.add_adapter("default", PrefixTuningPlusConfig(layers=[2]))
+    model = with_adapters("one", layers=[0], sites=sites)
+    model.add_adapter("default", PrefixTuningPlusConfig(sites=sites, layers=[2]))
     assert trainable(model) == {"one"}
     fill(model, "default")
-    before = with_adapters("one", layers=[0])
+    before = with_adapters("one", layers=[0], sites=sites)
     assert torch.equal(logits(model, tokens()), logits(before, tokens()))
 
 
-def test_only_adapter_parameters_change_in_three_optimizer_steps():
-    model = with_adapters("one", "two", feature_map="mlp").train()
+@SITES
+def test_only_adapter_parameters_change_in_three_optimizer_steps(sites):
+    model = with_adapters("one", "two", feature_map="mlp", sites=sites).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     for step in range(3):
@@ -220,14 +242,16 @@ def test_only_adapter_parameters_change_in_three_optimizer_steps():
 # Status, counts
 
 
-def test_layer_and_model_status_tell_what_is_there():
-    model = with_adapters("one", "two")
+@SITES
+def test_layer_and_model_status_tell_what_is_there(sites):
+    model = with_adapters("one", "two", sites=sites)
     layers = model.get_layer_status()
     assert [layer.name for layer in layers] == [
-        f"model.model.layers.{n}.self_attn" for n in range(LAYERS)
+        f"model.{module}" for module in adapted_modules("llama", sites)
     ]
     for layer in layers:
-        assert layer.module_type == "prefix_tuning_plus.MemoryLayer"
+        kind = "MemoryLayer" if layer.name.endswith("self_attn") else "FeedForwardMemoryLayer"
+        assert layer.module_type == f"prefix_tuning_plus.{kind}"
         assert layer.enabled is True
         assert layer.active_adapters == ["one"]
         assert layer.merged_adapters == []
@@ -239,8 +263,8 @@ def test_layer_and_model_status_tell_what_is_there():
     assert status.base_model_type == "LlamaForCausalLM"
     assert status.adapter_model_type == "PrefixTuningPlusModel"
     assert status.peft_types == {"one": "PREFIX_TUNING_PLUS", "two": "PREFIX_TUNING_PLUS"}
-    assert status.trainable_params == LAYERS * 4 * 8 * 8
-    assert status.num_adapter_layers == LAYERS
+    assert status.trainable_params == len(layers) * 4 * 8 * 8
+    assert status.num_adapter_layers == len(layers)
     assert status.enabled is True
     assert status.active_adapters == ["one"]
     assert status.merged_adapters == []
@@ -256,29 +280,31 @@ def test_trainable_parameters_are_h_times_dphi_times_dhead_a_layer():
     assert model.get_nb_trainable_parameters() == (3 * 4 * 8 * 8, base + 3 * 4 * 8 * 8)
 
 
-def test_tuner_lists_the_modules_it_adapted():
-    model = with_adapters("one", layers=[0])
-    model.add_adapter("two", PrefixTuningPlusConfig(layers="last:1"))
-    expected = ["model.layers.0.self_attn", "model.layers.2.self_attn"]
+@SITES
+def test_tuner_lists_the_modules_it_adapted(sites):
+    model = with_adapters("one", layers=[0], sites=sites)
+    model.add_adapter("two", PrefixTuningPlusConfig(sites=sites, layers="last:1"))
+    expected = adapted_modules("llama", sites, [0, 2])
     assert model.targeted_module_names == expected
 
 
 # dtypes and initial values
 
 
+@SITES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_adapter_is_float32_or_in_the_bases_dtype_by_autocast_adapter_dtype(
-    dtype, autocast_adapter_dtype, tmp_path
+    dtype, autocast_adapter_dtype, tmp_path, sites
 ):
     def dtypes(model: PeftModel, adapter: str) -> set[torch.dtype]:
         return {p.dtype for n, p in model.named_parameters() if f"memory.{adapter}." in n}
 
     expected = {torch.float32 if autocast_adapter_dtype else dtype}
     how = {"autocast_adapter_dtype": autocast_adapter_dtype}
-    config = PrefixTuningPlusConfig(feature_map="mlp")
+    config = PrefixTuningPlusConfig(sites=sites, feature_map="mlp")
     model = get_peft_model(base_model(dtype=dtype), config, **how)
-    model.add_adapter("added", PrefixTuningPlusConfig(feature_map="mlp"), **how)
+    model.add_adapter("added", PrefixTuningPlusConfig(sites=sites, feature_map="mlp"), **how)
     model.save_pretrained(tmp_path)
     model.load_adapter(tmp_path, "loaded", **how)
     for name in ("default", "added", "loaded"):
@@ -298,19 +324,23 @@ def test_adapters_live_on_the_bases_device(tmp_path, low_cpu_mem_usage):
     assert {p.device.type for p in model.parameters()} == {"cuda"}
 
 
+@SITES
 @pytest.mark.parametrize("name", NAMES)
-def test_init_weights_false_changes_the_output_from_the_start(name):
+def test_init_weights_false_changes_the_output_from_the_start(name, sites):
     base = logits(base_model(name), tokens())
-    model = get_peft_model(base_model(name), PrefixTuningPlusConfig(init_weights=False))
+    model = get_peft_model(
+        base_model(name), PrefixTuningPlusConfig(sites=sites, init_weights=False)
+    )
     assert not torch.allclose(logits(model, tokens()), base, atol=1e-2)
 
 
 # Merging and unloading
 
 
+@SITES
 @pytest.mark.parametrize("method", ["merge_and_unload", "merge_adapter", "unmerge_adapter"])
-def test_merging_is_refused_with_the_reason_and_changes_nothing(method):
-    model = with_adapters("default")
+def test_merging_is_refused_with_the_reason_and_changes_nothing(method, sites):
+    model = with_adapters("default", sites=sites)
     expected = logits(model, tokens())
     with pytest.raises(NotImplementedError, match="φ is not linear") as error:
         getattr(model, method)()
@@ -318,16 +348,17 @@ def test_merging_is_refused_with_the_reason_and_changes_nothing(method):
     assert torch.equal(logits(model, tokens()), expected)
 
 
+@SITES
 @pytest.mark.parametrize("name", NAMES)
-def test_unload_gives_the_base_back_without_a_trace(name):
+def test_unload_gives_the_base_back_without_a_trace(name, sites):
     base = base_model(name)
     expected = logits(base, tokens())
     modules = {key: id(module) for key, module in base.named_modules()}
     attributes = {key: set(vars(module)) for key, module in base.named_modules()}
     state = {key: value.clone() for key, value in base.state_dict().items()}
 
-    model = get_peft_model(base, PrefixTuningPlusConfig(feature_map="mlp"))
-    model.add_adapter("other", PrefixTuningPlusConfig(layers=[0]))
+    model = get_peft_model(base, PrefixTuningPlusConfig(sites=sites, feature_map="mlp"))
+    model.add_adapter("other", PrefixTuningPlusConfig(sites=sites, layers=[0]))
     fill(model)
     fill(model, "other")
     changed = logits(model, tokens())
@@ -342,14 +373,15 @@ def test_unload_gives_the_base_back_without_a_trace(name):
     assert all(torch.equal(value, state[key]) for key, value in base.state_dict().items())
     assert torch.equal(logits(base, tokens()), expected)
 
-    again = get_peft_model(base, PrefixTuningPlusConfig(feature_map="mlp"))
+    again = get_peft_model(base, PrefixTuningPlusConfig(sites=sites, feature_map="mlp"))
     assert torch.equal(logits(again, tokens()), expected)
     fill(again)
     assert not torch.allclose(logits(again, tokens()), expected, atol=0.1)
 
 
-def test_base_can_take_lora_after_unload_and_lora_cannot_be_added_beside():
-    model = with_adapters("default")
+@SITES
+def test_base_can_take_lora_after_unload_and_lora_cannot_be_added_beside(sites):
+    model = with_adapters("default", sites=sites)
     with pytest.raises(ValueError, match="different peft types"):
         model.add_adapter("lora", LoraConfig(target_modules=["q_proj"]))
     lora = get_peft_model(model.unload(), LoraConfig(target_modules=["q_proj"]))
@@ -357,22 +389,24 @@ def test_base_can_take_lora_after_unload_and_lora_cannot_be_added_beside():
     assert not any(isinstance(module, MemoryLayer) for module in lora.modules())
 
 
-def test_hooks_of_accelerate_stay_with_the_module_that_they_are_on():
+@SITES
+def test_hooks_of_accelerate_stay_with_the_module_that_they_are_on(sites):
     """A base spread over devices carries one on every module, and they can be taken off again."""
     base = base_model()
     for module in base.modules():
         add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
-    model = get_peft_model(base, PrefixTuningPlusConfig())
+    model = get_peft_model(base, PrefixTuningPlusConfig(sites=sites))
     fill(model)
     hooked = logits(model, tokens())
-    assert torch.equal(hooked, logits(with_adapters("default"), tokens()))
+    assert torch.equal(hooked, logits(with_adapters("default", sites=sites), tokens()))
     remove_hook_from_submodules(base)
     assert not any(hasattr(module, "_hf_hook") for module in base.modules())
     assert torch.equal(logits(model, tokens()), hooked)
 
 
-def test_inference_mode_freezes_the_adapter():
-    model = get_peft_model(base_model(), PrefixTuningPlusConfig(inference_mode=True))
+@SITES
+def test_inference_mode_freezes_the_adapter(sites):
+    model = get_peft_model(base_model(), PrefixTuningPlusConfig(sites=sites, inference_mode=True))
     assert trainable(model) == set()
 
 

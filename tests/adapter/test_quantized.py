@@ -12,7 +12,17 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from prefixtune_cli.adapter import MemoryLayer, PrefixTuningPlusConfig
 from prefixtune_cli.quantization import keep_as_loaded
 
-from .architectures import LAYERS, attention, base_model, fill, logits, tokens
+from .architectures import (
+    LAYERS,
+    SITES,
+    adapted_modules,
+    attention,
+    base_model,
+    feed_forward,
+    fill,
+    logits,
+    tokens,
+)
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -49,10 +59,12 @@ def load(folder: Path, bits: str | None) -> PreTrainedModel:
     ).eval()
 
 
-def gradient(base: PreTrainedModel, *, training: bool = True) -> torch.Tensor:
+def gradient(
+    base: PreTrainedModel, *, sites: str = "attention", training: bool = True
+) -> torch.Tensor:
     """That of a filled adapter, all its parameters in one vector, float32."""
     keep_as_loaded(base)
-    model = get_peft_model(base, PrefixTuningPlusConfig())
+    model = get_peft_model(base, PrefixTuningPlusConfig(sites=sites))
     fill(model)
     model.train(training)
     model(input_ids=tokens(), labels=tokens()).loss.backward()
@@ -69,19 +81,21 @@ def linear_layers(model: torch.nn.Module, bits: str) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(module, QUANTIZED[bits][1])]
 
 
-def test_adapter_leaves_quantized_modules_as_they_are(quantized, bits):
+@SITES
+def test_adapter_leaves_quantized_modules_as_they_are(quantized, bits, sites):
     before = linear_layers(quantized, bits)
     assert len(before) == 7 * LAYERS
     expected = logits(quantized, tokens())
     # After that pass, in which bitsandbytes packs 4-bit weights anew for a CPU.
     weights = [module.weight.detach().clone() for module in before]
 
-    model = get_peft_model(quantized, PrefixTuningPlusConfig())
+    model = get_peft_model(quantized, PrefixTuningPlusConfig(sites=sites))
     assert torch.equal(logits(model, tokens()), expected)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     after = linear_layers(model, bits)
     assert all(one is other for one, other in zip(before, after, strict=True))
-    assert isinstance(attention(model, "llama", 0), MemoryLayer)
+    assert isinstance(attention(model, "llama", 0), MemoryLayer) == ("attention" in sites)
+    assert isinstance(feed_forward(model, "llama", 0), MemoryLayer) == ("ffn" in sites)
     for module, weight in zip(after, weights, strict=True):
         assert torch.equal(module.weight, weight)
     fill(model)
@@ -89,11 +103,12 @@ def test_adapter_leaves_quantized_modules_as_they_are(quantized, bits):
     assert torch.equal(logits(model.unload(), tokens()), expected)
 
 
-def test_adapter_trains_on_a_quantized_base(quantized, tmp_path):
+@SITES
+def test_adapter_trains_on_a_quantized_base(quantized, tmp_path, sites):
     quantized = prepare_model_for_kbit_training(quantized, use_gradient_checkpointing=False)
-    model = get_peft_model(quantized, PrefixTuningPlusConfig(feature_map="mlp"))
+    model = get_peft_model(quantized, PrefixTuningPlusConfig(sites=sites, feature_map="mlp"))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    assert len(parameters) == 3 * LAYERS
+    assert len(parameters) == 3 * len(adapted_modules("llama", sites))
     optimizer = torch.optim.AdamW(parameters, lr=0.05)
     losses = []
     for _ in range(10):
@@ -111,14 +126,15 @@ def test_adapter_trains_on_a_quantized_base(quantized, tmp_path):
     torch.testing.assert_close(logits(loaded, tokens()), expected)
 
 
-def test_the_gradient_is_that_on_the_dequantized_base(folder, bits):
+@SITES
+def test_the_gradient_is_that_on_the_dequantized_base(folder, bits, sites):
     """In float32, where only the order of sums is left to differ; the weights that were rounded away do not come back.
 
     Measured: 0 at 4 bits, 1e-6 at 8; on the base before it was quantized 0.48 and 0.033.
     """
-    found = gradient(load(folder, bits))
-    assert distance(found, gradient(load(folder, bits).dequantize())) < 1e-5
-    assert distance(found, gradient(load(folder, None))) > 1e-2
+    found = gradient(load(folder, bits), sites=sites)
+    assert distance(found, gradient(load(folder, bits).dequantize(), sites=sites)) < 1e-5
+    assert distance(found, gradient(load(folder, None), sites=sites)) > 1e-2
 
 
 def test_the_gradient_through_rounded_activations_is_right_within_their_rounding(folder):

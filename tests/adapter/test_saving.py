@@ -20,7 +20,17 @@ from safetensors.torch import load_file
 
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
 
-from .architectures import ARCHITECTURES, LAYERS, NAMES, base_model, fill, logits, tokens
+from .architectures import (
+    ARCHITECTURES,
+    LAYERS,
+    NAMES,
+    SITES,
+    adapted_modules,
+    base_model,
+    fill,
+    logits,
+    tokens,
+)
 
 PREFIX = "base_model.model.model.layers.{}.self_attn.prefix_tuning_plus_memory."
 
@@ -82,13 +92,50 @@ def test_saved_shapes_are_the_architectures_own(tmp_path, name, share_heads):
     assert shapes(tmp_path) == expected
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("options", "of_each_ffn"),
+    [
+        ({}, {"M": ("blocks", "block", "block")}),
+        ({"block_size": 16}, {"M": (2, 16, 16)}),
+        (
+            {"block_size": 32, "rank": 3, "feature_map": "mlp", "feature_dim": 5},
+            {"M_down": (1, 5, 3), "M_up": (1, 3, 32), "W_phi": (1, 5, 32), "b_phi": (1, 5)},
+        ),
+    ],
+    ids=["default", "16", "low-rank"],
+)
+def test_saved_keys_and_shapes_of_an_ffn_are_those_of_its_blocks(
+    tmp_path, name, options, of_each_ffn
+):
+    adapted(name, sites="ffn", **options).save_pretrained(tmp_path)
+    # The widest divisor of 32 that is no wider than a query head.
+    block = 8 if ARCHITECTURES[name].d_query < 16 else 16
+    widths = {"blocks": 32 // block, "block": block}
+    expected = {
+        f"base_model.model.{module}.prefix_tuning_plus_memory.{key}": tuple(
+            widths.get(size, size) for size in shape
+        )
+        for module in adapted_modules(name, "ffn")
+        for key, shape in of_each_ffn.items()
+    }
+    assert shapes(tmp_path) == expected
+
+
 def test_only_the_chosen_layers_are_saved(tmp_path):
     adapted(layers="last:1").save_pretrained(tmp_path)
     assert list(shapes(tmp_path)) == [PREFIX.format(2) + "M"]
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"feature_map": "mlp", "feature_dim": 5, "share_heads": "kv"}], ids=str
+    "options",
+    [
+        {},
+        {"feature_map": "mlp", "feature_dim": 5, "share_heads": "kv"},
+        {"sites": "ffn", "block_size": 16},
+        {"sites": "attention+ffn", "feature_map": "mlp", "feature_dim": 5, "rank": 3},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_loaded_adapter_gives_the_saved_ones_logits(tmp_path, name, options):
@@ -100,10 +147,13 @@ def test_loaded_adapter_gives_the_saved_ones_logits(tmp_path, name, options):
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
+@SITES
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_loading_keeps_every_bit_of_m_whatever_the_bases_dtype(tmp_path, dtype, low_cpu_mem_usage):
-    model = adapted(dtype=dtype, feature_map="mlp")
+def test_loading_keeps_every_bit_of_m_whatever_the_bases_dtype(
+    tmp_path, dtype, low_cpu_mem_usage, sites
+):
+    model = adapted(dtype=dtype, feature_map="mlp", sites=sites)
     saved = get_peft_model_state_dict(model)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(
@@ -119,18 +169,21 @@ def test_loading_keeps_every_bit_of_m_whatever_the_bases_dtype(tmp_path, dtype, 
             assert torch.equal(value, saved[key]), (name, key)
 
 
-def test_low_cpu_mem_usage_leaves_nothing_on_the_meta_device(tmp_path):
-    model = adapted(feature_map="mlp")
+@SITES
+def test_low_cpu_mem_usage_leaves_nothing_on_the_meta_device(tmp_path, sites):
+    model = adapted(feature_map="mlp", sites=sites)
     expected = logits(model, tokens())
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base_model(), tmp_path, low_cpu_mem_usage=True)
     assert {p.device.type for p in loaded.parameters()} == {"cpu"}
     assert torch.equal(logits(loaded, tokens()), expected)
 
-    empty = get_peft_model(base_model(), PrefixTuningPlusConfig(), low_cpu_mem_usage=True)
+    empty = get_peft_model(
+        base_model(), PrefixTuningPlusConfig(sites=sites), low_cpu_mem_usage=True
+    )
     trainable = [p for p in empty.parameters() if p.requires_grad]
     assert {p.device.type for p in trainable} == {"meta"}
-    assert len(trainable) == LAYERS
+    assert len(trainable) == len(adapted_modules("llama", sites))
 
 
 def test_auto_class_finds_base_and_adapter_from_the_folder(tmp_path):
@@ -142,15 +195,20 @@ def test_auto_class_finds_base_and_adapter_from_the_folder(tmp_path):
     assert torch.equal(logits(loaded, tokens()), logits(model, tokens()))
 
 
-def test_loaded_adapter_can_be_trained_on(tmp_path):
-    adapted().save_pretrained(tmp_path)
+@SITES
+def test_loaded_adapter_can_be_trained_on(tmp_path, sites):
+    adapted(sites=sites).save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base_model(), tmp_path, is_trainable=True)
     trainable = {n for n, p in loaded.named_parameters() if p.requires_grad}
-    assert trainable == {PREFIX.format(layer) + "default.M" for layer in range(LAYERS)}
+    assert trainable == {
+        f"base_model.model.{module}.prefix_tuning_plus_memory.default.M"
+        for module in adapted_modules("llama", sites)
+    }
 
 
-def test_adapter_loaded_under_another_name_is_the_same_adapter(tmp_path):
-    model = adapted()
+@SITES
+def test_adapter_loaded_under_another_name_is_the_same_adapter(tmp_path, sites):
+    model = adapted(sites=sites)
     expected = logits(model, tokens())
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base_model(), tmp_path, adapter_name="first")
@@ -207,6 +265,34 @@ def test_adapter_config_on_disk_names_the_method_and_its_format(tmp_path):
     assert type(PeftConfig.from_pretrained(tmp_path)) is PrefixTuningPlusConfig
 
 
+@pytest.mark.parametrize(
+    ("options", "version"),
+    [
+        ({"feature_map": "mlp", "feature_dim": 5, "normalize_query": True, "share_heads": "kv"}, 1),
+        ({"rank": 2}, 2),
+        ({"sites": "ffn"}, 2),
+        ({"sites": "attention+ffn", "block_size": 16}, 2),
+    ],
+    ids=str,
+)
+def test_format_is_the_lowest_that_knows_the_settings(tmp_path, options, version):
+    adapted(**options).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["format_version"] == version
+    assert PeftConfig.from_pretrained(tmp_path).format_version == version
+
+
+def test_file_of_before_sites_is_read_as_attention(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    written = json.loads(file.read_text())
+    for key in ("sites", "block_size", "rank"):
+        del written[key]
+    file.write_text(json.dumps(written))
+    loaded = PeftModel.from_pretrained(base_model(), tmp_path)
+    assert torch.equal(logits(loaded, tokens()), logits(model, tokens()))
+
+
 def test_adapter_of_another_shape_is_refused_when_it_is_loaded(tmp_path):
     adapted(share_heads="kv").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -225,9 +311,10 @@ def test_adapter_for_more_layers_than_the_base_has_is_refused(tmp_path):
         PeftModel.from_pretrained(base_model(), tmp_path)
 
 
-def test_transformers_own_loader_takes_the_adapter(tmp_path, caplog):
+@SITES
+def test_transformers_own_loader_takes_the_adapter(tmp_path, caplog, sites):
     """`model.load_adapter` of transformers, which injects without a PeftModel."""
-    model = adapted()
+    model = adapted(sites=sites)
     expected = logits(model, tokens())
     model.save_pretrained(tmp_path)
     base = base_model()

@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
 
-from .architectures import LAYERS, VOCAB, base_model, logits, tokens
+from .architectures import SITES, VOCAB, adapted_modules, base_model, logits, tokens
 
 ARGUMENTS = {
     "max_steps": 3,
@@ -55,12 +55,15 @@ def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_that_only_the_adapter_was_trained(
-    trainer: SFTTrainer | DPOTrainer, before: dict[str, torch.Tensor], folder: Path
+    trainer: SFTTrainer | DPOTrainer,
+    before: dict[str, torch.Tensor],
+    folder: Path,
+    sites: str = "attention",
 ) -> None:
     assert isinstance(trainer.model, PeftModel)
     after = parameters(trainer.model)
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
-    assert len(changed) == LAYERS
+    assert len(changed) == len(adapted_modules("llama", sites))
     assert changed == {name for name in after if "prefix_tuning_plus_memory.default." in name}
 
     trainer.save_model(folder)
@@ -71,8 +74,9 @@ def check_that_only_the_adapter_was_trained(
     assert not torch.allclose(expected, logits(base_model(), tokens()), atol=1e-3)
 
 
+@SITES
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_sft_trainer_trains_the_adapter_alone(tmp_path, tokenizer, gradient_checkpointing):
+def test_sft_trainer_trains_the_adapter_alone(tmp_path, tokenizer, gradient_checkpointing, sites):
     trainer = SFTTrainer(
         model=base_model(),
         args=SFTConfig(
@@ -82,14 +86,14 @@ def test_sft_trainer_trains_the_adapter_alone(tmp_path, tokenizer, gradient_chec
         ),
         train_dataset=Dataset.from_dict({"text": sentences(8, seed=0)}),
         processing_class=tokenizer,
-        peft_config=PrefixTuningPlusConfig(task_type="CAUSAL_LM"),
+        peft_config=PrefixTuningPlusConfig(sites=sites, task_type="CAUSAL_LM"),
     )
     before = parameters(trainer.model)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 3
     assert all(math.isfinite(value) for value in losses)
-    check_that_only_the_adapter_was_trained(trainer, before, tmp_path / "adapter")
+    check_that_only_the_adapter_was_trained(trainer, before, tmp_path / "adapter", sites)
 
 
 def test_dpo_trainer_compares_the_adapter_with_the_base_under_it(tmp_path, tokenizer):
