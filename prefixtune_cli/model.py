@@ -14,10 +14,8 @@ from typing import cast
 
 import torch
 from peft import (
-    LoraConfig,
     PeftConfig,
     PeftModel,
-    PrefixTuningConfig,
     get_peft_model,
     get_peft_model_state_dict,
 )
@@ -30,16 +28,25 @@ from transformers import (
 )
 
 import prefixtune_cli.adapter as prefix_tuning_plus
-from prefixtune_cli import quantization
+from prefixtune_cli import peft_methods, quantization
 from prefixtune_cli.adapter import PrefixTuningPlusConfig, UnsupportedModelError
 from prefixtune_cli.errors import AdapterError, ModelError, ResourceError
 from prefixtune_cli.parallel.devices import check_device
 from prefixtune_cli.recipe.aliases import resolve
-from prefixtune_cli.recipe.schema import Full, Lora, ModelSection, PrefixTuning, PrefixTuningPlus
+from prefixtune_cli.recipe.schema import (
+    Full,
+    Lora,
+    ModelSection,
+    Peft,
+    PrefixTuning,
+    PrefixTuningPlus,
+)
 from prefixtune_cli.tokenizer import cannot_load
 
-AdapterSection = PrefixTuningPlus | Lora | PrefixTuning | Full
+AdapterSection = PrefixTuningPlus | Lora | PrefixTuning | Full | Peft
 _WEIGHTS = "adapter_model.safetensors"
+# What peft's methods raise where they do not fit a base.
+_FAILURES = (RuntimeError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
 
 
 def load_base(
@@ -104,6 +111,23 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
         raise ModelError(cannot_load("configuration", section, error)) from error
 
 
+def skeleton(section: ModelSection) -> PreTrainedModel:
+    """The base without its weights, on the meta device.
+
+    Raises:
+        ModelError: the model cannot be found, or transformers does not know it.
+    """
+    config = load_config(section)
+    try:
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=section.trust_remote_code
+            )
+    except (ValueError, ImportError) as error:
+        raise ModelError(cannot_load("model", section, error)) from error
+    return cast(PreTrainedModel, built)
+
+
 def check_precision(
     section: ModelSection, method: str | None = None, *, sharded: bool = False
 ) -> None:
@@ -115,6 +139,27 @@ def check_precision(
     quantization.check(section, load_config(section), method, sharded=sharded)
 
 
+def check_method(
+    section: ModelSection, adapter: AdapterSection, config: PreTrainedConfig | None = None
+) -> None:
+    """Refuse a method that peft does not have or that does not go with the base's precision, and its wrong settings.
+
+    Args:
+        section: the recipe's model.
+        adapter: the recipe's adapter.
+        config: the base's configuration, where it is known already.
+
+    Raises:
+        RecipeError: see `peft_methods.build_config`.
+        ModelError: see `peft_methods.check_base`.
+    """
+    peft_config(adapter)
+    if isinstance(adapter, Peft):
+        stored = quantization.stored_settings(config or load_config(section))
+        quantized = section.bits in (4, 8) or stored is not None
+        peft_methods.check_base(adapter.method, section.name, quantized=quantized)
+
+
 @contextlib.contextmanager
 def without_adapter(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Within the block the model is its base."""
@@ -123,7 +168,11 @@ def without_adapter(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 def peft_config(section: AdapterSection) -> PeftConfig | None:
-    """The peft configuration of a recipe's adapter; None for `full`, which has none."""
+    """The peft configuration of a recipe's adapter; None for `full`, which has none.
+
+    Raises:
+        RecipeError: peft does not have the method, or not this setting of it.
+    """
     match section:
         case PrefixTuningPlus():
             layers = section.layers if isinstance(section.layers, str) else list(section.layers)
@@ -132,23 +181,28 @@ def peft_config(section: AdapterSection) -> PeftConfig | None:
                 feature_map=section.feature_map,
                 feature_dim=section.feature_dim,
                 normalize_query=section.normalize_query,
+                sites=section.sites,
+                block_size=section.block_size,
+                rank=section.rank,
                 share_heads=section.share_heads,
                 layers=layers,
             )
         case Lora():
-            return LoraConfig(
-                task_type="CAUSAL_LM",
-                r=section.r,
-                lora_alpha=section.alpha,
-                lora_dropout=section.dropout,
-                target_modules=section.target_modules,
-            )
+            own = {
+                "r": section.r,
+                "lora_alpha": section.alpha,
+                "lora_dropout": section.dropout,
+                "target_modules": section.target_modules,
+            }
+            return peft_methods.build_config("lora", own, section.config)
         case PrefixTuning():
-            return PrefixTuningConfig(
-                task_type="CAUSAL_LM",
-                num_virtual_tokens=section.num_virtual_tokens,
-                prefix_projection=section.prefix_projection,
-            )
+            own = {
+                "num_virtual_tokens": section.num_virtual_tokens,
+                "prefix_projection": section.prefix_projection,
+            }
+            return peft_methods.build_config("prefix-tuning", own, section.config)
+        case Peft():
+            return peft_methods.build_config(section.method, {}, section.config)
         case Full():
             return None
 
@@ -162,10 +216,14 @@ def attach(base: PreTrainedModel, section: AdapterSection) -> PeftModel | PreTra
     config = peft_config(section)
     if config is None:
         return base.requires_grad_(True)
+    peft_methods.name_modules(config, base)
+    failures = _FAILURES if isinstance(section, Peft) or getattr(section, "config", None) else ()
     try:
-        return get_peft_model(base, config)
-    except (UnsupportedModelError, ValueError) as error:
+        model = get_peft_model(base, config)
+    except (UnsupportedModelError, ValueError, *failures) as error:
         raise ModelError(f"adapter: {error}") from error
+    peft_methods.compute_in_one_dtype(model)
+    return model
 
 
 def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
@@ -182,7 +240,7 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
     config = read_adapter_config(folder)
     try:
         model = PeftModel.from_pretrained(base, str(folder), config=config)
-    except (UnsupportedModelError, RuntimeError, ValueError) as error:
+    except (UnsupportedModelError, ValueError, *_FAILURES) as error:
         raise AdapterError(_does_not_fit(base, folder, config, error)) from error
     with safe_open(folder / _WEIGHTS, framework="pt") as file:
         stored = set(file.keys())
@@ -193,6 +251,7 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
             f"{len(missing)} of {len(expected)} places, first {missing[0]}. Its base was "
             f"{config.base_model_name_or_path}; give that one with --model."
         )
+    peft_methods.compute_in_one_dtype(model)
     return model
 
 
@@ -209,17 +268,18 @@ def check_fits(section: ModelSection, folder: str | Path) -> None:
     if config.is_prompt_learning:  # by its own account it would fit any base
         fresh.num_layers = fresh.token_dim = fresh.num_attention_heads = None
     with torch.device("meta"):
-        try:
-            base = AutoModelForCausalLM.from_config(
-                load_config(section), trust_remote_code=section.trust_remote_code
-            )
-        except (ValueError, ImportError) as error:
-            raise ModelError(cannot_load("model", section, error)) from error
+        base = skeleton(section)
         try:
             model = PeftModel(base, fresh)
-        except (UnsupportedModelError, RuntimeError, ValueError) as error:
+            expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+        except (NotImplementedError, RuntimeError) as error:
+            if (
+                "meta" in str(error).lower()
+            ):  # a method that looks at weights: told when it is loaded
+                return
             raise AdapterError(_does_not_fit(base, folder, config, error)) from error
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+        except (UnsupportedModelError, ValueError) as error:
+            raise AdapterError(_does_not_fit(base, folder, config, error)) from error
     with safe_open(folder / _WEIGHTS, framework="pt") as file:
         stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     shapes = {key: tuple(weight.shape) for key, weight in expected.items()}
@@ -232,7 +292,7 @@ def check_fits(section: ModelSection, folder: str | Path) -> None:
 def detach(model: PeftModel) -> None:
     """Take every adapter off the base again, which is as it was."""
     if not model.active_peft_config.is_prompt_learning:  # those leave the base alone
-        model.unload()
+        peft_methods.take_off(model)
 
 
 def read_adapter_config(folder: Path) -> PeftConfig:
@@ -269,9 +329,13 @@ def _does_not_fit(base: PreTrainedModel, folder: Path, config: PeftConfig, error
     said = next(
         (line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error)
     )
-    if isinstance(config, PrefixTuningPlusConfig) and isinstance(error, RuntimeError):
+    # At an FFN shapes tell of blocks, not of heads, and the first that differs says more.
+    of_heads = isinstance(config, PrefixTuningPlusConfig) and config.sites == "attention"
+    if of_heads and isinstance(error, RuntimeError):
+        matrices = (".M", ".M_up")  # whole, and of low rank: both [heads, _, d_value]
         with safe_open(folder / _WEIGHTS, framework="pt") as file:
-            shapes = [file.get_slice(key).get_shape() for key in file.keys() if key.endswith(".M")]  # noqa: SIM118
+            names = [key for key in file.keys() if key.endswith(matrices)]  # noqa: SIM118
+            shapes = [file.get_slice(name).get_shape() for name in names]
         heads, _, width = shapes[0]
         here = next(iter(prefix_tuning_plus.attention_modules(base).values()))
         said = (

@@ -135,6 +135,11 @@ class RunDir:
         return self.path / "eval" / "held-out.jsonl"
 
     @property
+    def merge_info(self) -> Path:
+        """The pictures of `ptp merge-info`."""
+        return self.path / "merge-info"
+
+    @property
     def tracker_logs(self) -> Path:
         return self.path / "tracker"
 

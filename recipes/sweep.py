@@ -45,7 +45,7 @@ def adapter_of(method: str) -> dict[str, Any]:
 def run(job: tuple[Path, str, int, dict[str, Any]]) -> dict[str, Any]:
     """Train one cell; gives both halves' exact match in per cent, the base's, and the trained parameters."""
     out, task, seed, changes = job
-    from prefixtune_cli.evaluate.held_out import exactly_matches
+    from prefixtune_cli.evaluate.matching import exactly_matches
     from prefixtune_cli.recipe.load import resolve
     from prefixtune_cli.run_dir import RunDir
     from prefixtune_cli.train import train

@@ -7,7 +7,7 @@ recipe alone; the defaults stand in recipe/schema.py and nowhere else.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any
 
 import typer
@@ -20,9 +20,14 @@ def option(*flags: str, panel: str, help: str, metavar: str | None = None) -> An
 
 
 def with_flags_of(
-    command: Callable[..., None],
+    command: Callable[..., None], without: Collection[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a command that takes the flags of another one as well, as `**flags`, in the eyes of Typer."""
+    """Decorate a command that takes the flags of another one as well, as `**flags`, in the eyes of Typer.
+
+    Args:
+        command: the other one.
+        without: parameters of it that are left out.
+    """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         shared = inspect.signature(command, eval_str=True).parameters
@@ -30,8 +35,9 @@ def with_flags_of(
         function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [
                 parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-                for parameter in {**shared, **own}.values()
+                for name, parameter in {**shared, **own}.items()
                 if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+                and (name in own or name not in without)
             ]
         )
         return function
@@ -191,7 +197,8 @@ Method = Annotated[
         "--method",
         panel=ADAPTER,
         metavar="NAME",
-        help="prefix-tuning-plus, lora, prefix-tuning or full.",
+        help="prefix-tuning-plus, lora, prefix-tuning, full, or another of peft's, such as ia3, adalora or vera; its "
+        "settings by --set adapter.config.KEY=VALUE.",
     ),
 ]
 FeatureMap = Annotated[
@@ -213,6 +220,28 @@ NormalizeQuery = Annotated[
         panel=ADAPTER,
         help="Prefix-Tuning+: divide the query by its root mean square.",
     ),
+]
+Sites = Annotated[
+    str | None,
+    option(
+        "--sites",
+        panel=ADAPTER,
+        metavar="WHERE",
+        help="Prefix-Tuning+: where M is read: attention, ffn or attention+ffn.",
+    ),
+]
+BlockSize = Annotated[
+    int | None,
+    option(
+        "--block-size",
+        panel=ADAPTER,
+        metavar="N",
+        help="Prefix-Tuning+ at the FFN: width of a block of its input.",
+    ),
+]
+Rank = Annotated[
+    int | None,
+    option("--rank", panel=ADAPTER, metavar="N", help="Prefix-Tuning+: rank of each M."),
 ]
 ShareHeads = Annotated[
     str | None,

@@ -66,13 +66,13 @@ def plan(
 
 def _found(recipe: Recipe, gpu_memory_gib: float | None) -> dict[str, Any]:
     """Everything that is printed, as JSON has it."""
-    from prefixtune_cli.plan import METHODS, Planner, gpu_bytes, remedies, with_method
+    from prefixtune_cli.plan import Planner, gpu_bytes, methods_beside, remedies, with_method
     from prefixtune_cli.plan.processes import processes
 
     available = gpu_bytes(recipe) if gpu_memory_gib is None else int(gpu_memory_gib * GIB)
     plans: list[dict[str, Any]] = []
     problems: dict[str, str] = {}
-    for method in METHODS:
+    for method in methods_beside(recipe):
         try:
             planner = Planner(with_method(recipe, method))
             row = _row(planner.plan())

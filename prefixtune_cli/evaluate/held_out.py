@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -24,14 +23,12 @@ from prefixtune_cli.data.encode import MASKED
 from prefixtune_cli.data.load import LoadedData
 from prefixtune_cli.data.tokenize import prompts_and_answers
 from prefixtune_cli.evaluate.batches import BatchLimit
+from prefixtune_cli.evaluate.matching import exactly_matches
 from prefixtune_cli.generate import Sampling, answer_batched
 from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.schema import DataSection, EvaluateSection
 
-EXACT_MATCH_RULE = (
-    "the answer equals the reference, but for white space around both and a <think> block before"
-)
 TOKENS_A_BATCH = 8192  # bounds the memory for the logits, whatever the length of the rows
 
 Answer = TypeVar("Answer")
@@ -123,16 +120,6 @@ def score(
     answers = [found[i] for i in range(len(questions))]
     hits = [exactly_matches(a, q.answer) for a, q in zip(answers, questions, strict=True)]
     return Score(loss, sum(hits) / len(hits)), answers
-
-
-def exactly_matches(answer: str, reference: str) -> bool:
-    """Whether `answer` counts as right: see EXACT_MATCH_RULE."""
-    return final_answer(answer) == reference.strip()
-
-
-def final_answer(answer: str) -> str:
-    """What of a generated answer is compared with the reference."""
-    return re.sub(r"^\s*<think>.*?</think>", "", answer, flags=re.DOTALL).strip()
 
 
 def held_out_loss(
@@ -276,13 +263,15 @@ def _losses(
     targets = _padded([row["labels"] for row in batch], width, MASKED, model.device)[:, 1:]
     chosen = targets != MASKED
     columns = chosen.any(dim=0).nonzero()[:, 0]
-    with torch.no_grad():
+    with torch.no_grad():  # columns are counted from the end, as trained tokens may stand in front
         if _chooses_logits(model):
             logits = model(
-                input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=columns
+                input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=columns - width
             ).logits
         else:
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, columns]
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[
+                :, columns - width
+            ]
         # Row by row: only one of them is held in float32.
         nats = [
             F.cross_entropy(row[picked].float(), wanted[picked], reduction="sum")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from prefixtune_cli.evaluate.held_out import Question, final_answer
+from prefixtune_cli.evaluate.held_out import Question
+from prefixtune_cli.evaluate.matching import final_answer
 
 
 def label_codes(

@@ -23,10 +23,8 @@ from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.confusion_plot import draw_confusion
 from prefixtune_cli.evaluate.finished import Finished
 from prefixtune_cli.evaluate.held_out import (
-    EXACT_MATCH_RULE,
     Question,
     evenly_spread,
-    exactly_matches,
     row_answers,
     short_questions,
 )
@@ -39,6 +37,7 @@ from prefixtune_cli.evaluate.losses import (
     loss_items,
     loss_lines,
 )
+from prefixtune_cli.evaluate.matching import EXACT_MATCH_RULE, exactly_matches
 from prefixtune_cli.evaluate.outcome import Line, Outcome
 from prefixtune_cli.evaluate.paired import (
     Floats,

@@ -25,6 +25,7 @@ from prefixtune_cli.evaluate.outcome import Outcome
 from prefixtune_cli.evaluate.subjects import Cast, assemble
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.run_dir import RunDir, write_atomically, write_json
+from prefixtune_cli.shared_base import SharedBase
 from prefixtune_cli.tokenizer import load_tokenizer
 
 PACKAGES = (
@@ -47,8 +48,10 @@ class Found:
     failures: dict[str, str]
 
 
-def evaluate(settings: Settings, reporter: Reporter | None = None) -> Found:
-    """Evaluate as `settings` say, and write the results.
+def evaluate(
+    settings: Settings, reporter: Reporter | None = None, *, bases: SharedBase | None = None
+) -> Found:
+    """Evaluate as `settings` say, and write the results; `bases` lends the base, where that is given.
 
     Raises:
         PtpError: see `errors`; everything that can be checked is checked before the base model loads.
@@ -77,24 +80,24 @@ def evaluate(settings: Settings, reporter: Reporter | None = None) -> Found:
         _check_writable(folder)
 
     reporter.notice(f"Loading {cast.recipe.model.name}.")
-    base = cast.load()
-    limit = (
-        BatchLimit.automatic(base.device, reporter)
-        if settings.batch_size is None
-        else BatchLimit.of_rows(settings.batch_size, reporter)
-    )
-    stage = Stage(tokenizer, limit, reporter)
-    if any(name not in OWN_BENCHMARKS for name in settings.benches):
-        from prefixtune_cli.evaluate.language_model import BenchmarkLM
+    with cast.loaded(bases) as base:
+        limit = (
+            BatchLimit.automatic(base.device, reporter)
+            if settings.batch_size is None
+            else BatchLimit.of_rows(settings.batch_size, reporter)
+        )
+        stage = Stage(tokenizer, limit, reporter)
+        if any(name not in OWN_BENCHMARKS for name in settings.benches):
+            from prefixtune_cli.evaluate.language_model import BenchmarkLM
 
-        stage.lm = BenchmarkLM(base, tokenizer, limit, reporter)
-    found = Found([], [], {})
-    for evaluation in evaluations:
-        with _kept_apart(evaluation.name, found, reporter, settings.cache is not None):
-            outcome = _carry_out(evaluation, settings, cast, stage)
-            found.outcomes.append(outcome)
-            for folder in folders:
-                found.written.append(_write(outcome, folder))
+            stage.lm = BenchmarkLM(base, tokenizer, limit, reporter)
+        found = Found([], [], {})
+        for evaluation in evaluations:
+            with _kept_apart(evaluation.name, found, reporter, settings.cache is not None):
+                outcome = _carry_out(evaluation, settings, cast, stage)
+                found.outcomes.append(outcome)
+                for folder in folders:
+                    found.written.append(_write(outcome, folder))
     return found
 
 

@@ -25,6 +25,7 @@ from prefixtune_cli.recipe.aliases import resolve as resolve_alias
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import ModelSection, Recipe
 from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.shared_base import SharedBase
 from prefixtune_cli.tokenizer import check_base
 
 ADAPTER = "adapter"
@@ -76,14 +77,16 @@ class Cast:
     _base: PreTrainedModel | None = field(default=None, repr=False)
     _attached: tuple[Subject, Any] | None = field(default=None, repr=False)
 
-    def load(self) -> PreTrainedModel:
-        """Load the base.
+    @contextlib.contextmanager
+    def loaded(self, bases: SharedBase | None = None) -> Iterator[PreTrainedModel]:
+        """Within the block there is a base, lent by `bases` where that is given.
 
         Raises:
             ModelError, ResourceError: see `model.load_base`.
         """
-        self._base = models.load_base(self.recipe.model).eval()
-        return self._base
+        with (bases or SharedBase()).lent(self.recipe.model) as self._base:
+            yield self._base.eval()
+            self._detach()
 
     @contextlib.contextmanager
     def on_stage(self, subject: Subject) -> Iterator[Any]:

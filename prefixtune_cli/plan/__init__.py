@@ -8,6 +8,7 @@ from prefixtune_cli.plan.planner import (
     Parts,
     Planner,
     largest_batch,
+    methods_beside,
     plan,
     with_method,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "Remedy",
     "gpu_bytes",
     "largest_batch",
+    "methods_beside",
     "plan",
     "remedies",
     "with_method",

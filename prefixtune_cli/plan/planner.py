@@ -12,12 +12,15 @@ import torch
 from torch import nn
 
 from prefixtune_cli.errors import ModelError, PtpError, RecipeError
+from prefixtune_cli.model import check_method
 from prefixtune_cli.optimizer import check_optimizer
 from prefixtune_cli.plan.base import base_config
 from prefixtune_cli.plan.processes import Weights, on_each
 from prefixtune_cli.plan.skeleton import Skeleton
 from prefixtune_cli.plan.step import Batch, Peaks, peaks
 from prefixtune_cli.recipe.schema import (
+    IN_FRONT,
+    IN_THE_CACHE,
     NOT_SPREAD,
     Full,
     Lora,
@@ -83,13 +86,21 @@ def plan(recipe: Recipe, *, methods: Sequence[str] | None = None) -> list[Method
 
     Args:
         recipe: `model.device` decides whose kernels are meant: `auto` is a GPU where there is one here.
-        methods: None is all of them, with their defaults beside the recipe's own.
+        methods: None is those of `methods_beside`, with their defaults beside the recipe's own.
 
     Raises:
         ModelError: the base is not known here, or cannot be run by one of the methods.
         RecipeError: the optimizer is unknown.
     """
-    return [Planner(with_method(recipe, method)).plan() for method in methods or METHODS]
+    return [
+        Planner(with_method(recipe, method)).plan() for method in methods or methods_beside(recipe)
+    ]
+
+
+def methods_beside(recipe: Recipe) -> tuple[str, ...]:
+    """The methods that a recipe is planned for side by side: its own first where it is another, and the four."""
+    own = recipe.adapter.method
+    return METHODS if own in METHODS else (own, *METHODS)
 
 
 def largest_batch(recipe: Recipe, available_bytes: int) -> int:
@@ -144,6 +155,7 @@ class Planner:
         self._optimizer = _optimizer(recipe.train.optimizer, on_gpu=self.on_gpu)
         try:
             config = base_config(recipe.model)
+            check_method(recipe.model, recipe.adapter, config)
             self._skeleton = Skeleton(recipe.model, recipe.adapter, config, on_gpu=self.on_gpu)
         except PtpError:
             raise
@@ -169,7 +181,7 @@ class Planner:
         """With checkpointing and without."""
         recipe = self.recipe
         plain = self.parts(checkpointing=False)
-        takes_no_checkpoints = recipe.adapter.method == "prefix-tuning"
+        takes_no_checkpoints = recipe.adapter.method in IN_THE_CACHE
         checkpointed = None if takes_no_checkpoints else self.parts(checkpointing=True)
         chosen = checkpointed if recipe.train.gradient_checkpointing else plain
         return MethodPlan(
@@ -226,7 +238,8 @@ class Planner:
 
     @property
     def _padding_free(self) -> bool:
-        return self.recipe.model.attention.startswith("flash_attention")
+        flash = self.recipe.model.attention.startswith("flash_attention")
+        return flash and self.recipe.adapter.method not in IN_THE_CACHE | IN_FRONT
 
     def _peaks(self, batch: Batch) -> Peaks:
         try:

@@ -10,7 +10,7 @@ import torch
 from prefixtune_cli.errors import PtpError
 from prefixtune_cli.plan.planner import Planner, is_for_gpu, with_method
 from prefixtune_cli.plan.processes import processes
-from prefixtune_cli.recipe.schema import PrefixTuningPlus, Recipe
+from prefixtune_cli.recipe.schema import IN_THE_CACHE, PrefixTuningPlus, Recipe
 
 SHORTEST_TOKENS = 128  # nobody is told to cut rows to less
 FEWER_LAYERS = (16, 8, 4)
@@ -107,7 +107,7 @@ def _kinds(recipe: Recipe) -> list[list[Change]]:
 
 
 def _checkpointing(recipe: Recipe) -> list[Change]:
-    if recipe.train.gradient_checkpointing or recipe.adapter.method == "prefix-tuning":
+    if recipe.train.gradient_checkpointing or recipe.adapter.method in IN_THE_CACHE:
         return []
     return [("--gradient-checkpointing", _train(recipe, gradient_checkpointing=True))]
 

@@ -14,12 +14,21 @@ from difflib import get_close_matches
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from prefixtune_cli.recipe.schema import Full, Lora, PrefixTuning, PrefixTuningPlus, Recipe
+from prefixtune_cli.recipe.schema import (
+    Full,
+    Lora,
+    Peft,
+    PrefixTuning,
+    PrefixTuningPlus,
+    Recipe,
+)
 
 METHODS: dict[str, type[BaseModel]] = {
     section.model_fields["method"].default: section
     for section in (PrefixTuningPlus, Lora, PrefixTuning, Full)
 }
+# What `adapter` is read as: one of these four, or as `peft`.
+SECTIONS: dict[str, type[BaseModel]] = {**METHODS, "peft": Peft}
 EXPECTED = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
@@ -67,6 +76,12 @@ def unknown_key(path: str, method: str) -> str:
     section, _, last = path.rpartition(".")
     if section == "adapter":
         owners = [name for name, model in METHODS.items() if last in model.model_fields]
+        if method == "peft" and owners != ["prefix-tuning-plus"]:
+            return (
+                f"{path} is not a setting. Those of a method of peft's stand under adapter.config"
+            )
+        if method == "peft":
+            method = "another one"
         if owners:
             return f"{path} belongs to {' and '.join(owners)}, but adapter.method is {method}"
     near = _nearest_key(path, method)
@@ -76,7 +91,7 @@ def unknown_key(path: str, method: str) -> str:
 
 def keys(method: str) -> list[str]:
     """Every dotted key of a recipe for this method, sections included."""
-    return list(_keys(Recipe, "", METHODS.get(method, PrefixTuningPlus)))
+    return list(_keys(Recipe, "", SECTIONS.get(method, PrefixTuningPlus)))
 
 
 def show(value: object) -> str:
@@ -108,14 +123,14 @@ def _nearest_key(path: str, method: str) -> str | None:
 
 def _without_the_tag(loc: tuple[int | str, ...]) -> tuple[str, tuple[int | str, ...]]:
     """Pydantic puts the chosen member of the union, adapter.method, into the location."""
-    if loc[:1] == ("adapter",) and len(loc) > 1 and loc[1] in METHODS:
+    if loc[:1] == ("adapter",) and len(loc) > 1 and loc[1] in SECTIONS:
         return str(loc[1]), ("adapter", *loc[2:])
     return "prefix-tuning-plus", loc
 
 
 def _field(loc: tuple[int | str, ...]) -> tuple[str, str | None]:
     """A location's dotted key and, where the field is a union of types, the member that is meant."""
-    if len(loc) > 2 and loc[:2] != ("data", "map"):
+    if len(loc) > 2 and loc[:2] not in (("data", "map"), ("adapter", "config")):
         return ".".join(map(str, loc[:2])), str(loc[2])
     return ".".join(map(str, loc)), None
 
@@ -132,7 +147,7 @@ def _sentence(found: ErrorDetails, path: str, method: str) -> tuple[str, str]:
     if kind == "union_tag_invalid":
         path, value = f"{path}.method", found["input"]["method"]
         choices = list(METHODS)
-        expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
+        expected = f"{', '.join(choices)} or another method of peft's, such as ia3"
     elif kind == "literal_error":
         value, choices = found["input"], re.findall(r"'([^']*)'", context["expected"])
         expected = context["expected"].replace("'", "")

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 import prefixtune_cli
 from prefixtune_cli.errors import RecipeError
 from prefixtune_cli.recipe import read
-from prefixtune_cli.recipe.explain import METHODS, explain, keys
-from prefixtune_cli.recipe.schema import METHOD_DEFAULTS, PrefixTuningPlus, Recipe
+from prefixtune_cli.recipe.explain import explain, keys
+from prefixtune_cli.recipe.schema import PrefixTuningPlus, Recipe, canonical, method_defaults
 
 DEFAULT_METHOD = PrefixTuningPlus().method
 
@@ -159,11 +159,11 @@ def _without_another_methods_settings(
     values: Mapping[str, Any], chosen: Mapping[str, Any]
 ) -> dict[str, Any]:
     old, new = _method(values) or DEFAULT_METHOD, _method(chosen)
-    if new is None or new == old or new not in METHODS or old not in METHODS:
+    if new is None or new == old:
         return dict(values)
     kept = {key: value for key, value in values.items() if key != "adapter"}
     if isinstance(train := kept.get("train"), Mapping):
-        defaults = METHOD_DEFAULTS[old]
+        defaults = method_defaults(old)
         kept["train"] = {k: v for k, v in train.items() if k not in defaults or v != defaults[k]}
     return kept
 
@@ -195,7 +195,7 @@ def _without_what_is_replaced(
 def _method(values: Mapping[str, Any]) -> str | None:
     adapter = values.get("adapter")
     method = adapter.get("method") if isinstance(adapter, Mapping) else None
-    return method if isinstance(method, str) else None
+    return canonical(method) if isinstance(method, str) else None
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,15 +2,27 @@
 
 A recipe is frozen once validated, and unknown keys are forbidden. `adapter` is a union told apart
 by `adapter.method`; the training defaults that depend on the method stand in `METHOD_DEFAULTS`.
+Whatever is not one of the four methods with a section of their own is one of peft's, which this
+layer does not import: `peft_methods` checks the name and its settings.
 """
 
 from __future__ import annotations
 
 import re
+from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 Method = Literal["prefix-tuning-plus", "lora", "prefix-tuning", "full"]
 DataFormat = Literal[
@@ -23,7 +35,17 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "lora": {"learning_rate": 3e-3},
     "prefix-tuning": {"learning_rate": 1e-1},
     "full": {"learning_rate": 3e-4, "save_minutes": None},  # a checkpoint is six times the base
+    # Not swept: the vectors of these are few and small, or the weights many.
+    "vera": {"learning_rate": 1e-2},  # Kopiczko et al. 2024: ten times LoRA's and more
+    "prompt-tuning": {"learning_rate": 3e-2},  # peft's example for causal language models
+    "osf": {"learning_rate": 3e-4},  # trains nearly every weight, as full does
 }
+OF_PEFT = {"learning_rate": 3e-3}  # LoRA's, for the methods that have no line above
+METHOD_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")  # after `_` became `-`
+
+# The methods with trained tokens in front of every row: as keys and values of each layer, or as embeddings.
+IN_THE_CACHE = frozenset({"prefix-tuning", "cartridge"})
+IN_FRONT = frozenset({"prompt-tuning", "p-tuning"})
 
 
 # The methods that do not go with a way of spreading a run over GPUs, and why.
@@ -96,7 +118,7 @@ class DataSection(Section):
 
 
 class PrefixTuningPlus(Section):
-    """Prefix-Tuning+: M is trained, and φ(q)ᵀM added to each head's output (paper, eq. 7)."""
+    """Prefix-Tuning+: M is trained, and φ(q)ᵀM added to each head's output (paper, eq. 7), or to the FFN's."""
 
     method: Literal["prefix-tuning-plus"] = "prefix-tuning-plus"
     feature_map: Literal["elu", "gelu", "mlp"] = Field(
@@ -107,6 +129,18 @@ class PrefixTuningPlus(Section):
     )
     normalize_query: bool = Field(
         False, description="φ sees the query divided by its root mean square."
+    )
+    sites: Literal["attention", "ffn", "attention+ffn"] = Field(
+        "attention",
+        description="Where M is read; at the FFN its input's blocks are the queries, with the same φ.",
+    )
+    block_size: int | None = Field(
+        None,
+        ge=1,
+        description="Width of a block of the FFN's input; null is about that of a query head.",
+    )
+    rank: int | None = Field(
+        None, ge=1, description="Rank of each M, as the product of two; null trains it whole."
     )
     share_heads: Literal["query", "kv"] = Field(
         "query", description="One M a query head, or one a key/value head."
@@ -136,9 +170,56 @@ class PrefixTuningPlus(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _the_sites_have_the_setting(self) -> PrefixTuningPlus:
+        if self.block_size is not None and self.sites == "attention":
+            raise ValueError(
+                "adapter.block_size belongs to sites ffn and attention+ffn; at attention an M has its head's width. "
+                "Leave it out, or type --sites ffn."
+            )
+        if self.share_heads == "kv" and self.sites == "ffn":
+            raise ValueError(
+                "adapter.share_heads kv belongs to sites attention and attention+ffn; an FFN has no heads. "
+                "Leave it out."
+            )
+        return self
 
-class Lora(Section):
+
+class WithConfig(Section):
+    """A section of one of peft's methods, with whatever else peft's configuration of it takes."""
+
+    OWN: ClassVar[dict[str, str]] = {}  # peft's names of settings that the section has itself
+    SET_BY_PTP: ClassVar[frozenset[str]] = frozenset(
+        {"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision"}
+        | {"auto_mapping", "peft_version"}
+    )
+
+    config: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="Further settings of peft's configuration of the method, as in {use_dora: true}.",
+    )
+
+    @model_validator(mode="after")
+    def _no_setting_stands_twice(self) -> WithConfig:
+        for key in self.config:
+            if key in self.OWN:
+                raise ValueError(
+                    f"adapter.config.{key} is a setting of its own here. Give it as adapter.{self.OWN[key]}."
+                )
+            if key in self.SET_BY_PTP:
+                raise ValueError(f"adapter.config.{key} is set by ptp itself. Leave it out.")
+        return self
+
+
+class Lora(WithConfig):
     """LoRA through peft (Hu et al. 2021)."""
+
+    OWN: ClassVar[dict[str, str]] = {
+        "r": "r",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "target_modules": "target_modules",
+    }
 
     method: Literal["lora"] = "lora"
     r: int = Field(16, ge=1, description="Rank.")
@@ -149,8 +230,13 @@ class Lora(Section):
     )
 
 
-class PrefixTuning(Section):
+class PrefixTuning(WithConfig):
     """Prefix-Tuning through peft (Li and Liang 2021)."""
+
+    OWN: ClassVar[dict[str, str]] = {
+        "num_virtual_tokens": "num_virtual_tokens",
+        "prefix_projection": "prefix_projection",
+    }
 
     method: Literal["prefix-tuning"] = "prefix-tuning"
     num_virtual_tokens: int = Field(32, ge=1, description="Trained key/value vectors a layer.")
@@ -163,6 +249,51 @@ class Full(Section):
     """Every weight of the base is trained."""
 
     method: Literal["full"] = "full"
+
+
+class Peft(WithConfig):
+    """Any other method of peft, by its name there, with its settings under `config`."""
+
+    method: str = Field(
+        description="As in peft's registry, in small letters, such as `ia3`.",
+        json_schema_extra={
+            "not": {"enum": ["prefix-tuning-plus", "lora", "prefix-tuning", "full"]}
+        },
+    )
+
+
+def canonical(method: str) -> str:
+    """A method's name with hyphens, which peft writes with underscores."""
+    return method.replace("_", "-")
+
+
+def method_defaults(method: str) -> dict[str, Any]:
+    """The training settings that a method has by default."""
+    return METHOD_DEFAULTS.get(method, OF_PEFT)
+
+
+def _tag(adapter: Any) -> str:
+    """Which section an adapter is read as: one of the four methods, `peft`, or what is none of them."""
+    if isinstance(adapter, Section):
+        method = getattr(adapter, "method", None)
+    elif isinstance(adapter, dict):
+        method = adapter.get("method", "prefix-tuning-plus")
+    else:
+        method = "prefix-tuning-plus"  # whose section then says that this is none
+    if method in ("prefix-tuning-plus", "lora", "prefix-tuning", "full"):
+        return str(method)
+    if not isinstance(method, str) or not METHOD_NAME.fullmatch(method) or _is_misspelled(method):
+        return "none"
+    return "peft"
+
+
+def _is_misspelled(method: str) -> bool:
+    """Whether a name is one of the four with a slip: letters swapped, or a letter of a long name."""
+    return any(
+        sorted(method) == sorted(name)
+        or (len(name) > 8 and SequenceMatcher(None, method, name).ratio() > 0.85)
+        for name in ("prefix-tuning-plus", "lora", "prefix-tuning", "full")
+    )
 
 
 class TrainSection(Section):
@@ -245,7 +376,12 @@ class Recipe(Section):
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
     adapter: Annotated[
-        PrefixTuningPlus | Lora | PrefixTuning | Full, Field(discriminator="method")
+        Annotated[PrefixTuningPlus, Tag("prefix-tuning-plus")]
+        | Annotated[Lora, Tag("lora")]
+        | Annotated[PrefixTuning, Tag("prefix-tuning")]
+        | Annotated[Full, Tag("full")]
+        | Annotated[Peft, Tag("peft")],
+        Discriminator(_tag),
     ] = Field(default_factory=PrefixTuningPlus)
     train: TrainSection = Field(default_factory=TrainSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
@@ -262,25 +398,40 @@ class Recipe(Section):
         adapter = raw.get("adapter")
         if isinstance(adapter, dict) and "method" not in adapter:
             raw["adapter"] = adapter = {"method": "prefix-tuning-plus", **adapter}
+        if isinstance(adapter, dict) and isinstance(adapter["method"], str):
+            raw["adapter"] = adapter = {**adapter, "method": canonical(adapter["method"])}
         method = adapter.get("method") if isinstance(adapter, dict) else "prefix-tuning-plus"
         train = raw.get("train", {})
-        if isinstance(train, dict) and isinstance(method, str) and method in METHOD_DEFAULTS:
-            raw["train"] = {**METHOD_DEFAULTS[method], **train}
+        if isinstance(train, dict) and isinstance(method, str):
+            raw["train"] = {**method_defaults(method), **train}
         return raw
 
     @model_validator(mode="after")
     def _prefix_tuning_takes_no_shortcuts(self) -> Recipe:
+        method = self.adapter.method
         for key in ("packing", "gradient_checkpointing"):
-            if self.adapter.method == "prefix-tuning" and getattr(self.train, key):
+            if method in IN_THE_CACHE:
+                why = "whose prefix lies in the key/value cache"
+            elif method in IN_FRONT and key == "packing":
+                why = "whose trained tokens stand in front of a row, not of each example"
+            else:
+                continue
+            if getattr(self.train, key):
                 raise ValueError(
-                    f"train.{key} does not go with method prefix-tuning, whose prefix lies in the key/value cache. "
+                    f"train.{key} does not go with method {method}, {why}. "
                     f"Type --no-{key.replace('_', '-')}, or use another method."
                 )
         return self
 
     @model_validator(mode="after")
     def _the_method_can_be_spread(self) -> Recipe:
-        if why := NOT_SPREAD.get((self.train.parallel, self.adapter.method)):
+        why = NOT_SPREAD.get((self.train.parallel, self.adapter.method))
+        if self.train.parallel in ("fsdp", "deepspeed-zero3") and (
+            isinstance(self.adapter, Peft)
+            or (isinstance(self.adapter, Lora) and self.adapter.config.get("use_dora"))
+        ):
+            why = "which may read the base's weights, of which each process has but a part"
+        if why:
             instead = " or deepspeed-zero3" if self.adapter.method == "full" else ""
             raise ValueError(
                 f"train.parallel {self.train.parallel} does not go with method {self.adapter.method}, {why}. "

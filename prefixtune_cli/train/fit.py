@@ -4,37 +4,46 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig
 
-from prefixtune_cli.errors import ResourceError
+from prefixtune_cli.errors import ModelError, ResourceError
 from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.progress import Reporter
-from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.recipe.schema import Peft, Recipe
 from prefixtune_cli.run_dir import RunDir, step_of
 from prefixtune_cli.train.callbacks import Journal, WeightWatch
 from prefixtune_cli.train.checks import does_not_fit
 from prefixtune_cli.train.loss_plot import draw_loss
 from prefixtune_cli.train.prepare import Data
+from prefixtune_cli.train.rank_pruning import RankPruning
 from prefixtune_cli.train.stop import StopRequest
 from prefixtune_cli.train.trainer import SafeTrainer, StopTraining, training_arguments
 from prefixtune_cli.train.trial import OutOfMemory, Trial
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a run is: its recipe, its folder and its data, and whom it works with."""
+
+    recipe: Recipe
+    run_dir: RunDir
+    data: Data
+    resume: bool
+    processes: Processes
+    stop: StopRequest
+    reporter: Reporter
+
+
 def fit(
-    recipe: Recipe,
-    model: PeftModel | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Data,
-    run_dir: RunDir,
-    resume: bool,
-    processes: Processes,
-    stop: StopRequest,
-    reporter: Reporter,
+    job: Job, model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PeftModel | PreTrainedModel, int]:
     """Train the model.
 
@@ -46,51 +55,57 @@ def fit(
         Interrupted: a signal came, and a checkpoint is saved.
         TrainingError: the loss is not finite, or the wrong weights moved.
     """
-    checkpoint = processes.told(_checkpoint(run_dir, resume, reporter) if processes.leads else None)
+    processes, recipe = job.processes, job.recipe
+    checkpoint = processes.told(_checkpoint(job) if processes.leads else None)
     if checkpoint is not None and not all(processes.gathered(checkpoint.exists())):
         raise ResourceError(
             f"{checkpoint} is not seen by all nodes. Give an --out on a file system that they share."
         )
     while True:
-        trainer = _trainer(recipe, model, tokenizer, data, run_dir, processes, stop, reporter)
         try:
-            return trainer.model, _run(trainer, checkpoint, run_dir, stop)
+            trainer = _trainer(job, recipe, model, tokenizer)
+        except ValueError as error:  # TRL's, of an adapter that its loss would pass over
+            raise ModelError(
+                f"Method {recipe.adapter.method} cannot be trained on this base: {error}"
+            ) from error
+        if isinstance(model, PeftModel) and RankPruning.is_for(model):
+            trainer.add_callback(RankPruning(model, _given(recipe), checkpoint))
+        try:
+            return trainer.model, _run(trainer, checkpoint, job)
         except OutOfMemory:
-            recipe, model = _smaller(recipe, reporter), trainer.model
+            recipe, model = _smaller(recipe, job.reporter), trainer.model
         del trainer
         gc.collect()  # which has cycles, and the buckets of DDP
 
 
-def _checkpoint(run_dir: RunDir, resume: bool, reporter: Reporter) -> Path | None:
+def _checkpoint(job: Job) -> Path | None:
     """Where to go on from, None for the start; forgets what was logged after it."""
-    if not resume:
+    if not job.resume:
         return None
-    checkpoint, damaged = run_dir.newest_whole_checkpoint()
+    checkpoint, damaged = job.run_dir.newest_whole_checkpoint()
     for sentence in damaged:
-        reporter.warning(sentence)
+        job.reporter.warning(sentence)
     where = f"from {checkpoint.name}" if checkpoint else "from the start: it has no checkpoint yet"
-    reporter.notice(f"Resuming {run_dir.path} {where}.")
-    run_dir.truncate_metrics(step_of(checkpoint) if checkpoint else 0)
+    job.reporter.notice(f"Resuming {job.run_dir.path} {where}.")
+    job.run_dir.truncate_metrics(step_of(checkpoint) if checkpoint else 0)
     return checkpoint
 
 
 def _trainer(
+    job: Job,
     recipe: Recipe,
     model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: Data,
-    run_dir: RunDir,
-    processes: Processes,
-    stop: StopRequest,
-    reporter: Reporter,
 ) -> SafeTrainer:
+    """The trainer for `recipe`, whose batches may be smaller than the job's."""
+    run_dir, data, processes = job.run_dir, job.data, job.processes
     arguments = training_arguments(recipe, run_dir)
     _warm_up_more_than_one_step(arguments, len(data.train), processes.size)
     trainer = SafeTrainer(
         run_dir=run_dir,
         origin=data.origin,
         processes=processes,
-        stop=stop,
+        stop=job.stop,
         save_minutes=recipe.train.save_minutes,
         model=model,
         args=arguments,
@@ -100,7 +115,7 @@ def _trainer(
     )
     for callback in (
         Trial(trainer),
-        Journal(run_dir, reporter, writes=processes.leads),
+        Journal(run_dir, job.reporter, writes=processes.leads),
         WeightWatch(),
     ):
         trainer.add_callback(callback)
@@ -109,6 +124,11 @@ def _trainer(
     if processes.size > 1:  # each process draws its own dropout
         torch.manual_seed(recipe.train.seed + processes.rank)
     return trainer
+
+
+def _given(recipe: Recipe) -> Mapping[str, Any]:
+    """The further settings of peft's that the recipe has."""
+    return recipe.adapter.config if isinstance(recipe.adapter, Peft) else {}
 
 
 def _warm_up_more_than_one_step(arguments: SFTConfig, rows: int, processes: int) -> None:
@@ -121,7 +141,8 @@ def _warm_up_more_than_one_step(arguments: SFTConfig, rows: int, processes: int)
         arguments.warmup_steps = 0
 
 
-def _run(trainer: SafeTrainer, checkpoint: Path | None, run_dir: RunDir, stop: StopRequest) -> int:
+def _run(trainer: SafeTrainer, checkpoint: Path | None, job: Job) -> int:
+    stop = job.stop
     if checkpoint is not None and (last := trainer.finished_at(checkpoint)) is not None:
         return last
     try:
@@ -132,7 +153,7 @@ def _run(trainer: SafeTrainer, checkpoint: Path | None, run_dir: RunDir, stop: S
         saved = "a checkpoint is saved" if step else "nothing is lost"
         raise stop.stopped(request.number, f"at step {step} of {steps}; {saved}") from None
     if trainer.processes.leads:
-        draw_loss(run_dir)
+        draw_loss(job.run_dir)
     if number := trainer.processes.agree(stop.number)[0]:  # in the last step, or while it was saved
         raise stop.stopped(number, "after the last step; the weights are saved")
     return int(trainer.state.global_step)

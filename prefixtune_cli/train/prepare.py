@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,14 @@ class Data:
     questions: list[Question]
     end_id: int | None
     fingerprints: dict[str, Any]
+
+    @property
+    def held_out_sha256(self) -> str:
+        """Of the token ids and labels that the run is judged by."""
+        columns = [self.held_out["input_ids"], self.held_out["labels"]]
+        return hashlib.sha256(
+            json.dumps([list(map(list, c)) for c in columns]).encode()
+        ).hexdigest()
 
 
 def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> Data:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from prefixtune_cli import model as models
-from prefixtune_cli.evaluate.held_out import EXACT_MATCH_RULE, Score, score
+from prefixtune_cli.evaluate.held_out import Score, score
+from prefixtune_cli.evaluate.matching import EXACT_MATCH_RULE
 from prefixtune_cli.optimizer import check_optimizer
 from prefixtune_cli.parallel.devices import count_of, device, processes_here
 from prefixtune_cli.parallel.launch import end_with_the_launcher
@@ -22,6 +25,7 @@ from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import dump
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir, write_atomically, write_json
+from prefixtune_cli.shared_base import SharedBase
 from prefixtune_cli.tokenizer import check_base, load_tokenizer
 from prefixtune_cli.train.callbacks import peak_memory_gib
 from prefixtune_cli.train.checks import (
@@ -33,7 +37,7 @@ from prefixtune_cli.train.checks import (
     told_in_words,
 )
 from prefixtune_cli.train.environment import describe_environment
-from prefixtune_cli.train.fit import fit
+from prefixtune_cli.train.fit import Job, fit
 from prefixtune_cli.train.prepare import Data, prepare_data
 from prefixtune_cli.train.stop import StopRequest
 
@@ -76,6 +80,7 @@ def train(
     *,
     resume: bool | str = False,
     overwrite: bool = False,
+    bases: SharedBase | None = None,
     reporter: Reporter | None = None,
 ) -> Summary:
     """Train as the recipe says; of several processes, each calls this with the same recipe.
@@ -85,6 +90,7 @@ def train(
         resume: go on with the run in that directory, from its newest checkpoint; `auto` does so where there is a run,
             and starts one where there is none.
         overwrite: delete a run that is in that directory already.
+        bases: lends the base, where one process has several runs after each other; the runs are the same without.
         reporter: is told what happens.
 
     Raises:
@@ -111,7 +117,9 @@ def train(
         )
         processes.form_group(device(recipe.model.device))
         resuming = processes.told(ready.resume)
-        return _train(recipe, run_dir, ready.data, resuming, overwrite, processes, stop, reporter)
+        with _base(recipe, processes, bases) as load:
+            job = Job(recipe, run_dir, ready.data, resuming, processes, stop, reporter)
+            return _train(job, load, bases, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -143,35 +151,48 @@ def _prepare(
     models.check_precision(
         recipe.model, recipe.adapter.method, sharded=_is_to_be_sharded(recipe, processes)
     )
+    models.check_method(recipe.model, recipe.adapter)
     data = prepare_data(recipe, load_tokenizer(recipe.model), reporter)
     if processes.leads and resuming:
         check_same_run(run_dir, data, processes.size)
     return _Ready(data, resuming)
 
 
+@contextlib.contextmanager
+def _base(
+    recipe: Recipe, processes: Processes, bases: SharedBase | None
+) -> Iterator[Callable[[], PreTrainedModel]]:
+    """Within the block the base can be loaded, or is lent."""
+    whole, sharded = recipe.adapter.method == "full", _is_to_be_sharded(recipe, processes)
+    with contextlib.ExitStack() as lent:
+
+        def load() -> PreTrainedModel:
+            if bases is not None and not sharded and not whole:
+                return lent.enter_context(bases.lent(recipe.model))
+            if bases is not None:
+                bases.release()
+            return models.load_base(recipe.model, trainable=whole, sharded=sharded)
+
+        yield load
+
+
 def _train(
-    recipe: Recipe,
-    run_dir: RunDir,
-    data: Data,
-    resume: bool,
-    overwrite: bool,
-    processes: Processes,
-    stop: StopRequest,
-    reporter: Reporter,
+    job: Job, load: Callable[[], PreTrainedModel], bases: SharedBase | None, *, overwrite: bool
 ) -> Summary:
     """Load, train and score; all processes do it together."""
+    recipe, run_dir, data = job.recipe, job.run_dir, job.data
+    processes, reporter = job.processes, job.reporter
     reporter.notice(f"Loading {recipe.model.name}.")
-    set_seed(recipe.train.seed)
     tokenizer = load_tokenizer(recipe.model)
     whole = recipe.adapter.method == "full"
-    sharded = _is_to_be_sharded(recipe, processes)
-    base = models.load_base(recipe.model, trainable=whole, sharded=sharded)
+    base = load()
+    set_seed(recipe.train.seed)  # after the base, which may be there already
     model = models.attach(base, recipe.adapter)
     trained, total = _counted(model)
     if isinstance(model, PeftModel) and recipe.train.parallel == "fsdp":
         shard(model, processes.size, device(recipe.model.device))
     if processes.leads:
-        if not resume:
+        if not job.resume:
             _open(run_dir, recipe, data, processes, overwrite=overwrite)
         kept = recipe.train.keep_checkpoints + 2 - len(run_dir.checkpoints())
         # The trained weights and AdamW's two moments, in float32.
@@ -190,13 +211,19 @@ def _train(
             reporter=reporter,
         )
 
-    # Full fine-tuning leaves no base to score afterwards.
-    before = judge("base") if whole else None
-    model, steps = fit(recipe, model, tokenizer, data, run_dir, resume, processes, stop, reporter)
-    _save_adapter(model, tokenizer, run_dir, processes)
-    if before is None:
+    def judge_base() -> tuple[Score, list[str]]:
         with models.without_adapter(model):
-            before = judge("base")
+            if bases is None:
+                return judge("base")
+            asked = (recipe.model, whole, recipe.evaluate.model_dump_json(), data.held_out_sha256)
+            found: tuple[Score, list[str]] = bases.once(asked, lambda: judge("base"))
+            return found
+
+    # Full fine-tuning leaves no base to score afterwards.
+    before = judge_base() if whole else None
+    model, steps = fit(job, model, tokenizer)
+    _save_adapter(model, tokenizer, run_dir, processes)
+    before = before or judge_base()
     after = judge("adapter")
     summary = Summary(
         run=str(run_dir.path),
@@ -211,6 +238,8 @@ def _train(
     )
     if processes.leads:
         _conclude(run_dir, data, before, after, summary)
+    if bases is not None and isinstance(model, PeftModel):
+        models.detach(model)
     return summary
 
 

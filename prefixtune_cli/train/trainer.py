@@ -23,10 +23,11 @@ from prefixtune_cli.errors import TrainingError
 from prefixtune_cli.parallel.devices import device
 from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.parallel.sharding import deepspeed_settings, is_sharded, reshard
-from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.recipe.schema import IN_FRONT, IN_THE_CACHE, Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.checks import told_in_words
 from prefixtune_cli.train.order import Order, blank_rows
+from prefixtune_cli.train.rank_pruning import RankPruning
 from prefixtune_cli.train.stop import StopRequest
 
 ROW = "row"
@@ -39,7 +40,7 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> SFTConfig:
     on_gpu = device(recipe.model.device).type == "cuda"
     # Flash attention takes the rows of a batch end to end, without padding; a prefix in the cache does not.
     flash = recipe.model.attention.startswith("flash_attention")
-    padding_free = flash and recipe.adapter.method != "prefix-tuning"
+    padding_free = flash and recipe.adapter.method not in IN_THE_CACHE | IN_FRONT
     arguments = SFTConfig(
         output_dir=str(run_dir.path),
         max_length=recipe.data.max_length if section.packing else None,  # rows are cut already
@@ -223,7 +224,15 @@ class SafeTrainer(SFTTrainer):
         if state["global_step"] < state["max_steps"]:
             return None
         self._load_from_checkpoint(str(checkpoint))
+        for pruning in self._prunings():
+            pruning.load(checkpoint)
+            pruning.finish()
         return int(state["global_step"])
+
+    def _prunings(self) -> list[RankPruning]:
+        return [
+            found for found in self.callback_handler.callbacks if isinstance(found, RankPruning)
+        ]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No model card: the run directory describes itself."""
@@ -249,6 +258,8 @@ class SafeTrainer(SFTTrainer):
                 self.processes.wait()
                 if leads:
                     for folder in part.iterdir():
+                        for pruning in self._prunings():
+                            pruning.save(folder)
                         self._run_dir.seal(folder, self.state.global_step)
                     self._run_dir.drop_old_checkpoints(self.args.save_total_limit)
         finally:

@@ -46,6 +46,7 @@ def test_no_flag_of_train_has_a_default_of_its_own() -> None:
         (options.TrainOn, Recipe.model_fields["data"].annotation.model_fields["train_on"]),
         (options.OnLong, Recipe.model_fields["data"].annotation.model_fields["on_long"]),
         (options.FeatureMap, METHODS["prefix-tuning-plus"].model_fields["feature_map"]),
+        (options.Sites, METHODS["prefix-tuning-plus"].model_fields["sites"]),
         (options.ShareHeads, METHODS["prefix-tuning-plus"].model_fields["share_heads"]),
         (options.Device, Recipe.model_fields["model"].annotation.model_fields["device"]),
         (options.Parallel, Recipe.model_fields["train"].annotation.model_fields["parallel"]),

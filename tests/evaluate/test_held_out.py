@@ -18,12 +18,12 @@ from prefixtune_cli.evaluate.held_out import (
     TOKENS_A_BATCH,
     Question,
     evenly_spread,
-    exactly_matches,
     held_out_loss,
     row_answers,
     row_losses,
     score,
 )
+from prefixtune_cli.evaluate.matching import exactly_matches
 from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.schema import EvaluateSection, ModelSection
 from prefixtune_cli.tokenizer import load_tokenizer

@@ -20,9 +20,10 @@ from prefixtune_cli.evaluate import own_data
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.confusion_plot import draw_confusion
 from prefixtune_cli.evaluate.finished import Finished
-from prefixtune_cli.evaluate.held_out import EXACT_MATCH_RULE, Question
+from prefixtune_cli.evaluate.held_out import Question
 from prefixtune_cli.evaluate.labels import macro_f1
 from prefixtune_cli.evaluate.losses import Judged
+from prefixtune_cli.evaluate.matching import EXACT_MATCH_RULE
 from prefixtune_cli.evaluate.outcome import Line, Outcome
 from prefixtune_cli.evaluate.own_data import OwnData, compare
 from prefixtune_cli.evaluate.paired import aggregate_difference

@@ -60,30 +60,30 @@ def test_every_subject_answers_as_if_it_were_alone_whatever_came_before(
     random_base: Path, adapters: dict[str, Path]
 ) -> None:
     cast = cast_of(random_base, *adapters.values())
-    cast.load()
     assert [subject.name for subject in cast.subjects] == [BASE, *SECTIONS]
     expected = {s.name: alone(random_base, s.adapter) for s in cast.subjects}
     assert len({tuple(e.flatten().tolist()) for e in expected.values()}) == 4
     turns = [*cast.subjects, *reversed(cast.subjects), cast.subjects[2], cast.subjects[0]]
-    for subject in turns:
-        with cast.on_stage(subject) as model:
-            assert torch.equal(logits(model), expected[subject.name]), subject.name
+    with cast.loaded():
+        for subject in turns:
+            with cast.on_stage(subject) as model:
+                assert torch.equal(logits(model), expected[subject.name]), subject.name
 
 
 def test_a_single_adapter_is_attached_once_and_switched_off_for_the_base(
     random_base: Path, adapters: dict[str, Path]
 ) -> None:
     cast = cast_of(random_base, adapters["plus"])
-    base = cast.load()
-    assert [subject.name for subject in cast.subjects] == [BASE, "adapter"]
-    with cast.on_stage(cast.subjects[1]) as first:
-        pass
-    with cast.on_stage(cast.subjects[0]) as model:
-        assert model is base
-        assert any("prefix_tuning_plus" in name for name, _ in base.named_parameters())
-        assert torch.equal(logits(model), alone(random_base, None))
-    with cast.on_stage(cast.subjects[1]) as again:
-        assert again is first
+    with cast.loaded() as base:
+        assert [subject.name for subject in cast.subjects] == [BASE, "adapter"]
+        with cast.on_stage(cast.subjects[1]) as first:
+            pass
+        with cast.on_stage(cast.subjects[0]) as model:
+            assert model is base
+            assert any("prefix_tuning_plus" in name for name, _ in base.named_parameters())
+            assert torch.equal(logits(model), alone(random_base, None))
+        with cast.on_stage(cast.subjects[1]) as again:
+            assert again is first
 
 
 def test_a_whole_model_stands_in_for_the_adapter_of_a_full_run(
@@ -98,11 +98,11 @@ def test_a_whole_model_stands_in_for_the_adapter_of_a_full_run(
         trained.get_input_embeddings().weight[5] += 1
     trained.save_pretrained(run.adapter)
     cast = assemble(runs=[str(run.path)], model=None, adapters=[], flags={}, base=True)
-    cast.load()
-    with cast.on_stage(cast.subjects[0]) as model:
-        assert torch.equal(logits(model), alone(random_base, None))
-    with cast.on_stage(cast.subjects[1]) as model:
-        assert torch.equal(logits(model), logits(trained))
+    with cast.loaded():
+        with cast.on_stage(cast.subjects[0]) as model:
+            assert torch.equal(logits(model), alone(random_base, None))
+        with cast.on_stage(cast.subjects[1]) as model:
+            assert torch.equal(logits(model), logits(trained))
 
 
 def test_the_key_changes_with_the_adapters_content_the_base_and_its_precision(

@@ -7,7 +7,7 @@ import pytest
 
 from prefixtune_cli.errors import RecipeError
 from prefixtune_cli.recipe.load import difference, dump, find, resolve, shipped, summary
-from prefixtune_cli.recipe.schema import METHOD_DEFAULTS, Lora, PrefixTuningPlus, Recipe
+from prefixtune_cli.recipe.schema import METHOD_DEFAULTS, Lora, Peft, PrefixTuningPlus, Recipe
 
 
 def problems(*given: Any) -> list[str]:
@@ -103,12 +103,14 @@ def test_a_flag_puts_a_recipes_wrong_value_right(write: Any) -> None:
         ),
         (
             ["adapter.method=loar"],
-            "adapter.method must be prefix-tuning-plus, lora, prefix-tuning or full, got 'loar'. "
+            "adapter.method must be prefix-tuning-plus, lora, prefix-tuning, full or another method of peft's, "
+            "such as ia3, got 'loar'. "
             "Did you mean 'lora'?",
         ),
         (
             ["adapter.method=[1]"],
-            "adapter.method must be prefix-tuning-plus, lora, prefix-tuning or full, got [1]",
+            "adapter.method must be prefix-tuning-plus, lora, prefix-tuning, full or another method of peft's, "
+            "such as ia3, got [1]",
         ),
         (["adapter=lora"], "adapter must be a section, with keys under it, got 'lora'"),
         (["train=3"], "train must be a section, with keys under it, got 3"),
@@ -139,6 +141,15 @@ def test_a_flag_puts_a_recipes_wrong_value_right(write: Any) -> None:
             "adapter.feature_dim belongs to feature_map mlp; gelu has the query's width. Leave it out.",
         ),
         (
+            ["adapter.block_size=32"],
+            "adapter.block_size belongs to sites ffn and attention+ffn; at attention an M has its head's width. "
+            "Leave it out, or type --sites ffn.",
+        ),
+        (
+            ["adapter.sites=ffn", "adapter.share_heads=kv"],
+            "adapter.share_heads kv belongs to sites attention and attention+ffn; an FFN has no heads. Leave it out.",
+        ),
+        (
             ["adapter.method=full", "model.bits=4"],
             "model.bits 4 cannot be trained by method full: quantized weights have no gradient. "
             "Use --bits 16, or another method.",
@@ -152,6 +163,36 @@ def test_a_flag_puts_a_recipes_wrong_value_right(write: Any) -> None:
             ["adapter.method=prefix-tuning", "train.gradient_checkpointing=true"],
             "train.gradient_checkpointing does not go with method prefix-tuning, whose prefix lies in the "
             "key/value cache. Type --no-gradient-checkpointing, or use another method.",
+        ),
+        (
+            ["adapter.method=prompt-tuning", "train.packing=true"],
+            "train.packing does not go with method prompt-tuning, whose trained tokens stand in front of a row, not "
+            "of each example. Type --no-packing, or use another method.",
+        ),
+        (
+            ["adapter.method=prefix-tunning"],
+            "adapter.method must be prefix-tuning-plus, lora, prefix-tuning, full or another method of peft's, "
+            "such as ia3, got 'prefix-tunning'. Did you mean 'prefix-tuning'?",
+        ),
+        (
+            ["adapter.method=lora", "adapter.config.lora_alpha=3"],
+            "adapter.config.lora_alpha is a setting of its own here. Give it as adapter.alpha.",
+        ),
+        (
+            ["adapter.method=vera", "adapter.config.task_type=CAUSAL_LM"],
+            "adapter.config.task_type is set by ptp itself. Leave it out.",
+        ),
+        (
+            ["adapter.method=vera", "adapter.r=3"],
+            "adapter.r is not a setting. Those of a method of peft's stand under adapter.config",
+        ),
+        (
+            ["adapter.method=vera", "adapter.feature_map=elu"],
+            "adapter.feature_map belongs to prefix-tuning-plus, but adapter.method is another one",
+        ),
+        (
+            ["adapter.method=vera", "adapter.config=3"],
+            "adapter.config must be a mapping such as {prompt: question}, got 3",
         ),
         (["train.batch_siz=3"], "train.batch_siz is not a setting. Did you mean train.batch_size?"),
         (["foo.bar=3"], "foo is not a setting. `ptp recipe-schema` lists all settings."),
@@ -219,6 +260,9 @@ def test_a_recipe_that_is_not_text_is_told(tmp_path: Path) -> None:
         ["train.learning_rate=1e-5", "data.map={a: 'no', b: '1e-4'}", "adapter.layers=last:2"],
         ["adapter.method=lora", "adapter.target_modules=[q_proj, v_proj]", "out='1e-4'"],
         ["adapter.method=full"],
+        ["adapter.method=lora", "adapter.config.use_dora=true"],
+        ["adapter.method=vera", "adapter.config={r: 8, d_initial: 1e-1, target_modules: [q_proj]}"],
+        ["adapter.method=ln_tuning"],
     ],
 )
 def test_a_dumped_recipe_is_read_back_as_an_equal_one(sets: list[str], write: Any) -> None:
@@ -252,6 +296,36 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_is(name: str) -> None:
 
 def test_recipes_of_more_than_one_method_are_shipped() -> None:
     assert {resolve(name).adapter.method for name in shipped()} >= {"prefix-tuning-plus", "lora"}
+
+
+def test_a_method_of_pefts_has_its_settings_under_config_and_its_own_learning_rate(
+    write: Any,
+) -> None:
+    file = write("adapter:\n  method: vera\n  config:\n    r: 8\n    save_projection: true\n")
+    found = resolve(file, ["adapter.config.save_projection=false"])
+    assert found.adapter == Peft(method="vera", config={"r": 8, "save_projection": False})
+    assert found.train.learning_rate == METHOD_DEFAULTS["vera"]["learning_rate"]
+    assert resolve(None, ["adapter.method=hra"]).train.learning_rate == 3e-3
+    assert resolve(None, ["adapter.method=ln_tuning"]).adapter.method == "ln-tuning"
+    assert resolve(file, ["adapter.method=lora"]).adapter == Lora()
+
+
+def test_a_wrong_setting_under_config_has_its_line(write: Any) -> None:
+    file = write("adapter:\n  method: lora\n  config:\n    use_dora: true\n    r: 8\n")
+    assert problems(file) == [
+        f"{file}:5: adapter.config.r is a setting of its own here. Give it as adapter.r."
+    ]
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", "deepspeed-zero3"])
+@pytest.mark.parametrize(
+    "sets", [["adapter.method=hra"], ["adapter.method=lora", "adapter.config.use_dora=true"]]
+)
+def test_what_may_read_the_bases_weights_is_not_sharded(parallel: str, sets: list[str]) -> None:
+    (told,) = problems(None, [*sets, f"train.parallel={parallel}"])
+    assert (
+        "which may read the base's weights, of which each process has but a part. Use --p" in told
+    )
 
 
 def test_other_data_leaves_the_recipes_held_out_data_and_columns_behind(write: Any) -> None:

@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from prefixtune_cli.data.read import Row
 from prefixtune_cli.errors import ModelError
-from prefixtune_cli.evaluate.held_out import exactly_matches
+from prefixtune_cli.evaluate.matching import exactly_matches
 from prefixtune_cli.evaluate.paired import mean_difference
 from prefixtune_cli.generate import Sampling, answer_file, conversation, load_speaker
 from prefixtune_cli.model import load_base

@@ -1,0 +1,206 @@
+"""The methods of peft by their names: which can be trained here, with which settings, on which bases.
+
+peft's registry is the list. What is written here is what it does not tell: methods that need more than a causal
+language model and its tokens, settings that would change the base itself, and methods that cannot read quantized
+weights. A test tries every method of the registry.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import typing
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig, PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
+from torch import nn
+
+from prefixtune_cli.errors import ModelError, RecipeError
+from prefixtune_cli.recipe.schema import canonical
+
+# Why a method of peft's cannot be trained here.
+REFUSED = {
+    "xlora": "it mixes adapters that are trained already, and ptp attaches fresh ones",
+    "poly": "it needs the number of a task with every row",
+    "multitask-prompt-tuning": "it needs the number of a task with every row",
+    "adaption-prompt": "peft cannot take it off a base again, nor compute it beside one in bfloat16",
+    "cpt": "it needs the tokens of a context with their roles, and has a loss of its own",
+}
+# What a method cannot do without, and an example.
+REQUIRED = {
+    "trainable-tokens": ("token_indices", "[5, 6]"),
+}
+# What ptp sets where the recipe does not, as peft demands a value.
+FILLED_IN: dict[str, dict[str, Any]] = {
+    "prompt-tuning": {"num_virtual_tokens": 32},
+    "p-tuning": {"num_virtual_tokens": 32, "encoder_hidden_size": 128},
+    "cartridge": {"num_virtual_tokens": 32},
+    # The real number of steps is known when training begins: see train/rank_pruning.py.
+    "adalora": {"total_step": 2**31},
+}
+SET_BY_TRAINING = {"adalora": {"total_step", "rank_pattern"}}
+# Methods that compute with the base's weights themselves, for which 4 or 8 bits are packed numbers.
+NOT_QUANTIZED = frozenset(
+    {"adamss", "deft", "delora", "frod", "glora", "hra", "loha", "lokr", "osf", "peanut", "psoft"}
+    | {"shira", "supertuning", "tinylora", "unilora"}
+)
+# Whose layers do not cast what they are given: outside of training they need autocast.
+_MIXES_DTYPES = frozenset({"ADALORA", "IA3", "LN_TUNING", "PVERA", "RANDLORA", "ROAD", "SHIRA"})
+# Whose default modules are no linear layers by nature.
+_NOT_ALL_LINEAR = frozenset({"IA3", "LN_TUNING"})
+# Ways to begin LoRA that leave the base as it is.
+_BEGINNINGS = (True, False, "gaussian", "orthogonal")
+
+
+def names() -> list[str]:
+    """The methods of peft's registry, as recipes spell them."""
+    return [canonical(kind.value.lower()) for kind in PEFT_TYPE_TO_CONFIG_MAPPING]
+
+
+def build_config(method: str, own: Mapping[str, Any], config: Mapping[str, Any]) -> PeftConfig:
+    """peft's configuration of a method.
+
+    Args:
+        method: a name of `names()`.
+        own: the settings that the recipe's section has itself, under peft's names.
+        config: the recipe's `adapter.config`.
+
+    Raises:
+        RecipeError: the method is unknown or cannot be trained here, or a setting is unknown or wrong.
+    """
+    kind = _registered(method)
+    problems = [
+        problem for key, value in config.items() if (problem := _wrong(method, kind, key, value))
+    ]
+    if problems:
+        raise RecipeError("\n  ".join([*problems]))
+    if method in REQUIRED and REQUIRED[method][0] not in config:
+        key, example = REQUIRED[method]
+        raise RecipeError(
+            f"Method {method} needs adapter.config.{key}, as in --set 'adapter.config.{key}={example}'."
+        )
+    given = {"task_type": "CAUSAL_LM", **FILLED_IN.get(method, {}), **own, **config}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            built = kind(**given)
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise RecipeError(f"adapter.config does not fit method {method}: {error}") from error
+    if isinstance(built, AdaLoraConfig) and built.target_r >= built.init_r:
+        raise RecipeError(
+            f"adapter.config.target_r must be less than init_r, from which ranks are pruned, got {built.target_r} and "
+            f"{built.init_r}."
+        )
+    return built
+
+
+def check_base(method: str, name: str, *, quantized: bool) -> None:
+    """Raise ModelError where the method cannot be trained on a base of this precision."""
+    if quantized and method in NOT_QUANTIZED:
+        raise ModelError(
+            f"Method {method} computes with the base's weights themselves, and those of {name} are quantized. "
+            "Type --bits 16, or use another method."
+        )
+
+
+def name_modules(config: PeftConfig, base: nn.Module) -> None:
+    """Have a method adapt all linear layers where peft has no choice of its own for the architecture."""
+    chosen = getattr(config, "target_modules", "none")
+    kind = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    known = getattr(kind, "target_module_mapping", None)
+    unknown = known and getattr(base.config, "model_type", None) not in known
+    if chosen is None and unknown and config.peft_type.value not in _NOT_ALL_LINEAR:
+        config.target_modules = "all-linear"
+
+
+def compute_in_one_dtype(model: PeftModel) -> None:
+    """Have a method whose layers mix float32 with the base's dtype compute under autocast, as it was trained.
+
+    Without the adapter the base computes as ever.
+    """
+    base = model.get_base_model()
+    dtype = base.dtype
+    kept = getattr(model.active_peft_config, "modules_to_save", None)  # trained copies, in float32
+    mixes = model.peft_type.value in _MIXES_DTYPES or bool(kept)
+    if not mixes or dtype == torch.float32:
+        return
+    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+    plain = base.forward
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        enabled = not all(layer.disable_adapters for layer in layers)
+        with torch.autocast(base.device.type, dtype=dtype, enabled=enabled):
+            return plain(*args, **kwargs)
+
+    base.__dict__["forward"] = base.__dict__["_forward_in_one_dtype"] = forward
+
+
+def take_off(model: PeftModel) -> None:
+    """Leave the base as it was before any adapter was attached."""
+    base = model.get_base_model()
+    ours = base.__dict__.pop("_forward_in_one_dtype", None)
+    if ours is not None and base.__dict__.get("forward") is ours:
+        del base.__dict__["forward"]
+    if model.peft_type.value != "IA3":
+        model.unload()
+        return
+    # peft's own refuses this for quantized layers, though nothing is merged.
+    for name, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            base.set_submodule(name, module.get_base_layer())
+
+
+def _registered(method: str) -> type[PeftConfig]:
+    if method in REFUSED:
+        raise RecipeError(f"Method {method} cannot be trained by ptp: {REFUSED[method]}.")
+    for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        if canonical(kind.value.lower()) == method:
+            found: type[PeftConfig] = config
+            return found
+    known = ["prefix-tuning-plus", "full", *(n for n in names() if n not in REFUSED)]
+    near = get_close_matches(method, known, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    raise RecipeError(
+        f"There is no method {method}. {hint}Known are {', '.join(dict.fromkeys(known))}."
+    )
+
+
+def _wrong(method: str, kind: type[PeftConfig], key: str, value: Any) -> str | None:
+    """The sentence about a setting that the method does not have, or of the wrong type; None where it is fine."""
+    path = f"adapter.config.{key}"
+    own = {field.name for field in fields(kind) if field.init}
+    if key not in own:
+        near = get_close_matches(key, own, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return f"{path} is not a setting of method {method}.{hint}"
+    if key in SET_BY_TRAINING.get(method, set()):
+        return f"{path} is set by the training. Leave it out."
+    if key == "bias" and value != "none":
+        return f"{path} {value!r} would train the base's own biases, so that there is no base to compare with."
+    if method == "lora" and key == "init_lora_weights" and value not in _BEGINNINGS:
+        return (
+            f"{path} {value!r} changes the base's weights, or needs data of its own, so that there is no base to "
+            "compare with. Use true, false, gaussian or orthogonal."
+        )
+    try:
+        hint_of = typing.get_type_hints(kind)[key]
+        checker: TypeAdapter[Any] = TypeAdapter(hint_of)
+    except (NameError, KeyError, TypeError, PydanticUserError):
+        return None  # a type that is known to peft alone: its own checks remain
+    try:
+        checker.validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        expected = dict.fromkeys(
+            found["msg"].removeprefix("Input should be ") for found in error.errors()
+        )
+        return f"{path} must be {' or '.join(expected)}, got {value!r}"
+    return None
