@@ -1,0 +1,124 @@
+"""`ptp merge`: one adapter from several, or one folded into its base."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from prefixtune_cli.cli import options
+from prefixtune_cli.errors import UsageError
+
+HOW, RESULT = "How", "Result"
+
+
+def merge(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER", help="Runs of `ptp train`, or adapter folders."),
+    ],
+    out: Annotated[
+        str,
+        options.option("--out", "-o", panel=RESULT, metavar="FOLDER", help="The folder to write."),
+    ],
+    method: Annotated[
+        str | None,
+        options.option(
+            "--method",
+            panel=HOW,
+            metavar="NAME",
+            help="linear (the default), ties, dare or task-arithmetic.",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        options.option(
+            "--weights",
+            panel=HOW,
+            metavar="W,…",
+            help="One number an adapter; else 1/n each for linear and dare, 1 each for ties and task-arithmetic.",
+        ),
+    ] = None,
+    density: Annotated[
+        float | None,
+        options.option(
+            "--density",
+            panel=HOW,
+            metavar="FRACTION",
+            help="Of an adapter's entries, what ties and dare keep; else 0.2.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int, options.option("--seed", panel=HOW, metavar="N", help="Of what dare drops.")
+    ] = 0,
+    into_base: Annotated[
+        bool,
+        options.option(
+            "--into-base",
+            panel=HOW,
+            help="Fold one adapter into its base, and write a plain model.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        options.option("--overwrite", panel=RESULT, help="Replace what an earlier merge wrote."),
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Make one adapter of several, or fold a LoRA into its base.
+
+    Of Prefix-Tuning+ and of LoRA, linear and task-arithmetic are exact: the result acts as all adapters together, each
+    with its weight. No weights of the base are loaded for it.
+    """
+    given = _numbers(weights) if weights is not None else None
+    if into_base:
+        _check_one(adapters, {"--method": method, "--weights": weights, "--density": density})
+    from prefixtune_cli.cli import console
+    from prefixtune_cli.cli.reporter import reporter
+
+    console.quiet_libraries()
+    from prefixtune_cli import merge as merging
+
+    with reporter() as shown:
+        if into_base:
+            found = merging.merge_into_base(
+                adapters[0], out=out, overwrite=overwrite, reporter=shown
+            )
+        else:
+            found = merging.merge(
+                adapters,
+                out=out,
+                method=method or "linear",
+                weights=given,
+                density=density,
+                seed=seed,
+                overwrite=overwrite,
+                reporter=shown,
+            )
+    if as_json:
+        console.print_json(found.to_json())
+        return
+    what = "model" if into_base else "adapter"
+    print(f"{what} written to {found.folder} ({found.weights_bytes / 2**20:.1f} MiB)")
+    print(f"next: {found.next_command}")
+
+
+def _numbers(text: str) -> list[float]:
+    found = []
+    for part in text.split(","):
+        try:
+            found.append(float(part))
+        except ValueError:
+            raise UsageError(
+                f"--weights must be numbers with commas between, as in 0.7,0.3, got {part.strip()!r}."
+            ) from None
+    return found
+
+
+def _check_one(adapters: list[str], others: dict[str, object]) -> None:
+    if len(adapters) != 1:
+        raise UsageError(
+            f"--into-base takes one adapter, got {len(adapters)}. Merge them first, and fold the result."
+        )
+    if typed := [flag for flag, value in others.items() if value is not None]:
+        raise UsageError(f"{typed[0]} belongs to a merge of several adapters. Leave it out.")

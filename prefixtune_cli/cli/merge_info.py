@@ -1,0 +1,169 @@
+"""`ptp merge-info`: everything to know of an adapter, or of several, before it is deployed or merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prefixtune_cli.cli import options
+from prefixtune_cli.errors import ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from prefixtune_cli.merge_info.facts import Facts
+    from prefixtune_cli.merge_info.on_data import OnData
+    from prefixtune_cli.recipe.schema import ModelSection
+
+BASE, QUERIES, RESULTS = "The base", "On real queries", "Results"
+
+
+def merge_info(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER…",
+            help="Runs of `ptp train`, or adapter folders. Several are held against each other.",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        options.option(
+            "--model",
+            "-m",
+            panel=BASE,
+            metavar="NAME",
+            help="The base, where it is not the one that the adapter names.",
+        ),
+    ] = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    data: Annotated[
+        str | None,
+        options.option(
+            "--data",
+            "-d",
+            panel=QUERIES,
+            metavar="DATA",
+            help="Measure what the adapter adds to the base on these rows; this loads the base's weights.",
+        ),
+    ] = None,
+    rows: Annotated[
+        int, options.option("--rows", panel=QUERIES, metavar="N", help="Rows of --data; 64.")
+    ] = 64,
+    bits: options.Bits = None,
+    device: options.Device = None,
+    out: Annotated[
+        str | None,
+        options.option(
+            "--out",
+            "-o",
+            panel=RESULTS,
+            metavar="FOLDER",
+            help="Where pictures go; else the run's merge-info/, or merge-info-NAME/.",
+        ),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Tell what an adapter is, what it costs, what it has learned, and whether several can be merged.
+
+    The base's weights are not loaded, but for --data. The exit code is 1 where an adapter is found to be damaged.
+    """
+    if rows < 1:
+        raise UsageError(f"--rows must be above 0, got {rows}.")
+    from prefixtune_cli.cli import console, merge_info_table
+
+    console.quiet_libraries()
+    from prefixtune_cli.merge_info.facts import gather
+    from prefixtune_cli.merge_info.together import pairs
+
+    asked: dict[str, Any] = {
+        "name": model,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    section = _section(asked) if model is not None else None
+    facts = [gather(adapter, section) for adapter in adapters]
+    found = pairs(facts)
+    folders = _folders(facts, out)
+    written = _drawn(facts, folders)
+    asked |= {"bits": bits, "device": device}
+    measured = None if data is None else _on_data(facts, asked, data, rows, Path(out or folders[0]))
+    written += [] if measured is None else measured.written
+    if as_json:
+        console.print_json(
+            {
+                "adapters": [one.to_json() for one in facts],
+                "pairs": [pair.to_json() for pair in found],
+                "on_data": None if measured is None else measured.to_json(),
+                "written": [str(path) for path in written],
+            }
+        )
+    else:
+        merge_info_table.print_facts(facts)
+        merge_info_table.print_pairs(found)
+        if measured is not None:
+            merge_info_table.print_tables(measured.tables)
+        for path in written:
+            console.notice(f"Written: {path}")
+    if any(one.findings for one in facts):
+        raise typer.Exit(1)
+
+
+def _section(asked: dict[str, Any], named: ModelSection | None = None) -> ModelSection:
+    """The base that the flags ask for, or the one `named`, with what they change."""
+    from prefixtune_cli.recipe import load
+
+    given = {key: value for key, value in asked.items() if value is not None}
+    typed = load.resolve(None, (), {"model": given}).model
+    if named is None or "name" in given:
+        return typed
+    return named.model_copy(update={key: getattr(typed, key) for key in given})
+
+
+def _on_data(facts: list[Facts], asked: dict[str, Any], data: str, rows: int, out: Path) -> OnData:
+    from prefixtune_cli.cli.reporter import reporter
+    from prefixtune_cli.merge_info.on_data import analyse
+
+    if facts[0].section is None and asked["name"] is None:
+        raise UsageError(
+            f"{facts[0].adapter.folder} names no base. Type --model NAME beside --data."
+        )
+    section = _section(asked, facts[0].section)
+    given = [
+        one.adapter.folder if one.adapter.run is None else one.adapter.run.path for one in facts
+    ]
+    with reporter() as shown:
+        return analyse(given, section, data, rows=rows, out=out, reporter=shown)
+
+
+def _folders(facts: list[Facts], out: str | None) -> list[Path]:
+    """Where each adapter's pictures go: below --out each has a folder of its own where there are several."""
+    from prefixtune_cli.merge_info.together import distinct_names
+
+    names = distinct_names(facts)
+    if out is not None:
+        return [Path(out) / name if len(names) > 1 else Path(out) for name in names]
+    return [
+        Path(f"merge-info-{name}") if one.adapter.run is None else one.adapter.run.merge_info
+        for name, one in zip(names, facts, strict=True)
+    ]
+
+
+def _drawn(facts: list[Facts], folders: list[Path]) -> list[Path]:
+    from prefixtune_cli.merge_info.heat_map import draw_heat_map
+
+    written = []
+    for one, folder in zip(facts, folders, strict=True):
+        if one.learned is None:
+            continue
+        path = folder / "heat-map.png"
+        try:
+            draw_heat_map(path, one)
+        except OSError as error:
+            raise ResourceError(
+                f"{path} cannot be written ({error}). Give another folder with --out."
+            ) from error
+        written.append(path)
+    return written

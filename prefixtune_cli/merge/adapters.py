@@ -1,0 +1,290 @@
+"""One adapter from several, computed on the base's skeleton, so that none of its weights are loaded.
+
+Prefix-Tuning+ adapters are merged by `adapter/arithmetic.py`, LoRA adapters by peft. A LoRA's update is the product
+BA, and the sum of several is the product of their factors laid end to end (peft's `cat`): exact, at the sum of
+the ranks. peft's own `linear` averages the As and the Bs apart, which is not the average of the updates, and is
+not used. TIES and DARE are defined on the updates, so they are taken of BA, and the result is brought back to the
+sum of the ranks by its singular value decomposition (peft's `ties_svd` and `dare_linear_svd`).
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from prefixtune_cli.adapter import PrefixTuningPlusConfig
+from prefixtune_cli.adapter.arithmetic import differing_setting
+from prefixtune_cli.errors import AdapterError, UsageError
+from prefixtune_cli.merge.folder import (
+    Merged,
+    check_free,
+    weights_bytes,
+    write_record,
+    written_whole,
+)
+from prefixtune_cli.merge.source import Source, read_source
+from prefixtune_cli.model import check_fits, load_config
+from prefixtune_cli.progress import Reporter
+from prefixtune_cli.recipe.aliases import resolve as resolve_alias
+from prefixtune_cli.recipe.schema import ModelSection
+from prefixtune_cli.tokenizer import check_base
+
+# Method → what it is to `add_weighted_adapter` of Prefix-Tuning+ and of LoRA.
+METHODS = {
+    "linear": ("linear", "cat"),
+    "task-arithmetic": ("linear", "cat"),
+    "ties": ("ties", "ties_svd"),
+    "dare": ("dare_linear", "dare_linear_svd"),
+}
+PRUNING = ("ties", "dare")
+DENSITY = 0.2  # what TIES keeps by default (Yadav et al. 2023)
+MERGED = "default"  # peft writes the adapter of this name into the folder itself
+
+# What a LoRA may have beside A and B, which `cat` and the rest leave out.
+_MORE_THAN_A_AND_B = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+)
+_KIND_INITIALISATIONS = ("gaussian", "eva", "orthogonal")  # others change the base's weights
+
+
+def merge(
+    adapters: Sequence[str],
+    *,
+    out: str | Path,
+    method: str = "linear",
+    weights: Sequence[float] | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    reporter: Reporter,
+) -> Merged:
+    """Write one adapter made of several.
+
+    Args:
+        adapters: run directories or adapter folders, of one base and one method.
+        out: the adapter folder to write.
+        method: one of METHODS.
+        weights: one an adapter; None is 1/n each for linear and dare, and 1 each for task-arithmetic, which adds, and
+            ties, which averages by itself.
+        density: the fraction of entries that ties and dare keep; None is DENSITY.
+        seed: of what dare drops.
+        overwrite: replace what an earlier merge wrote.
+        reporter: hears what is done.
+
+    Raises:
+        UsageError: the settings do not fit one another or the number of adapters.
+        RunDirError: `out` is taken, or a run has no adapter.
+        AdapterError: the adapters do not fit each other or their base, or their method cannot be merged.
+        ModelError: the base's configuration cannot be found.
+    """
+    out = Path(out)
+    scales = _checked_weights(adapters, method, weights, density)
+    sources = [read_source(given) for given in adapters]
+    check_free(out, sources, overwrite=overwrite)
+    _check_fit_each_other(sources)
+    section = sources[0].section
+    check_base(section)
+    for source in sources:
+        check_fits(section, source.folder)
+
+    is_lora = sources[0].method == "lora"
+    combination = METHODS[method][is_lora]
+    kept = (DENSITY if density is None else density) if method in PRUNING else None
+    if is_lora and method in PRUNING:
+        reporter.notice(
+            f"{method} is taken of each layer's update BA, and brought back to A and B by an SVD."
+        )
+    reporter.notice(f"Merging {len(sources)} adapters on the skeleton of {section.name}.")
+    model = _with_adapters(skeleton(section), sources)
+    names = _names(sources)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            if is_lora:
+                _merge_loras(model, names, scales, combination, kept)
+            else:
+                model.base_model.add_weighted_adapter(names, scales, MERGED, combination, kept)
+        except ValueError as error:
+            raise AdapterError(_with_folders(f"{error}", sources)) from error
+    with written_whole(out) as part:
+        model.save_pretrained(str(part), selected_adapters=[MERGED], save_embedding_layers=False)
+        (part / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        record = write_record(
+            part,
+            sources,
+            method=method,
+            combination_type=combination,
+            weights=scales,
+            density=kept,
+            seed=seed if method == "dare" else None,
+        )
+    base, folder = shlex.quote(section.name), shlex.quote(str(out))
+    following = f'ptp generate --model {base} --adapter {folder} --prompt "…"'
+    return Merged(out, record, weights_bytes(out), following)
+
+
+def _checked_weights(
+    adapters: Sequence[str],
+    method: str,
+    weights: Sequence[float] | None,
+    density: float | None,
+) -> list[float]:
+    if method not in METHODS:
+        raise UsageError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
+    if len(adapters) < 2:
+        raise UsageError(
+            f"A merge needs two adapters or more, got {len(adapters)}. To fold one into its base: "
+            "ptp merge ADAPTER --into-base --out FOLDER"
+        )
+    if density is not None and method not in PRUNING:
+        raise UsageError(f"--density belongs to --method ties and dare; {method} keeps everything.")
+    if density is not None and not 0 < density <= 1:
+        raise UsageError(f"--density must lie above 0 and up to 1, got {density}.")
+    if weights is None:
+        each = 1 / len(adapters) if method in ("linear", "dare") else 1.0
+        return [each] * len(adapters)
+    if len(weights) != len(adapters):
+        raise UsageError(
+            f"--weights must name one number for each of the {len(adapters)} adapters, got {len(weights)}."
+        )
+    if not all(map(math.isfinite, weights)):
+        raise UsageError(f"--weights must be finite numbers, got {', '.join(map(str, weights))}.")
+    return list(weights)
+
+
+def _check_fit_each_other(sources: Sequence[Source]) -> None:
+    """Raise AdapterError with the first thing in which the adapters differ, or that keeps one from being merged."""
+    first, *others = sources
+    if len({source.folder.resolve() for source in sources}) < len(sources):
+        raise AdapterError(
+            "An adapter is given twice. Give each once, and its weight with --weights."
+        )
+    for source in sources:
+        _check_mergeable(source)
+    for other in others:
+        if first.method != other.method:
+            raise AdapterError(_differ(first, other, "method", first.method, other.method))
+        if first.base != other.base:
+            raise AdapterError(_differ(first, other, "base", first.base, other.base))
+        if isinstance(first.config, PrefixTuningPlusConfig):
+            theirs = cast(PrefixTuningPlusConfig, other.config)
+            if found := differing_setting(first.config, theirs):
+                raise AdapterError(_differ(first, other, *found))
+
+
+def _differ(first: Source, other: Source, what: str, mine: object, theirs: object) -> str:
+    return (
+        f"{first.given} and {other.given} cannot be merged, as they differ in {what}: {mine} in the first, and "
+        f"{theirs} in the second."
+    )
+
+
+def _check_mergeable(source: Source) -> None:
+    config = source.config
+    if isinstance(config, PrefixTuningPlusConfig):
+        extra: dict[str, Any] = {"modules_to_save": config.modules_to_save}
+    elif isinstance(config, LoraConfig):
+        extra = {key: getattr(config, key, None) for key in _MORE_THAN_A_AND_B}
+        extra["bias"] = None if config.bias == "none" else config.bias
+        if (
+            isinstance(drawn := config.init_lora_weights, str)
+            and drawn not in _KIND_INITIALISATIONS
+        ):
+            raise AdapterError(
+                f"{source.given} cannot be merged: its initialisation, init_lora_weights {drawn!r}, has changed the "
+                "base's weights. Save it as a plain LoRA first (peft: save_pretrained with "
+                "path_initial_model_for_weight_conversion)."
+            )
+    elif source.method == "prefix-tuning":
+        raise AdapterError(
+            f"{source.given} cannot be merged: its method is prefix-tuning, whose prefixes share one softmax with the "
+            "input and with each other, so no prefix acts as the sum of several. Adapters of prefix-tuning-plus and "
+            "lora can be merged."
+        )
+    else:
+        raise AdapterError(
+            f"{source.given} cannot be merged: its method is {source.method}, and ptp merges adapters of "
+            "prefix-tuning-plus and lora."
+        )
+    for key, value in extra.items():
+        if value:
+            raise AdapterError(
+                f"{source.given} cannot be merged: with {key} {value!r} it has more than "
+                f"{'A and B' if source.method == 'lora' else 'its memories'}, which has no sum."
+            )
+
+
+def skeleton(section: ModelSection) -> PreTrainedModel:
+    """The base without its weights: each is one number that stands for all, and takes no memory.
+
+    The number is a float32, so that adapters are computed in that whatever the base's dtype.
+
+    Raises:
+        ModelError: the base's configuration cannot be found.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            load_config(section), trust_remote_code=section.trust_remote_code
+        )
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            hollow = torch.zeros((), dtype=torch.float32).expand(weight.shape)
+            module.register_parameter(name, nn.Parameter(hollow, requires_grad=False))
+    model.config.name_or_path = model.name_or_path = resolve_alias(section.name)
+    return cast(PreTrainedModel, model)
+
+
+def _names(sources: Sequence[Source]) -> list[str]:
+    return [f"source_{i}" for i in range(len(sources))]
+
+
+def _with_folders(message: str, sources: Sequence[Source]) -> str:
+    for name, source in zip(_names(sources), sources, strict=True):
+        message = message.replace(f"'{name}'", source.given)
+    return message
+
+
+def _with_adapters(base: PreTrainedModel, sources: Sequence[Source]) -> PeftModel:
+    first, *others = zip(_names(sources), sources, strict=True)
+    model = PeftModel.from_pretrained(
+        base, str(first[1].folder), adapter_name=first[0], config=first[1].config
+    )
+    for name, source in others:
+        model.load_adapter(str(source.folder), adapter_name=name, torch_device="cpu")
+    return cast(PeftModel, model)
+
+
+def _merge_loras(
+    model: PeftModel,
+    names: Sequence[str],
+    weights: Sequence[float],
+    combination: str,
+    density: float | None,
+) -> None:
+    """Add the merged LoRA; peft has its scale as 1, which rank-stabilised scaling would change."""
+    settings = cast(LoraConfig, model.peft_config[names[0]])
+    settings.use_rslora, settings.init_lora_weights = False, True
+    options: dict[str, Any] = {}
+    if density is not None:
+        layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+        most = min(min(layer.in_features, layer.out_features) for layer in layers)
+        ranks = max(sum(layer.r.get(name, 0) for name in names) for layer in layers)
+        options = {"svd_rank": min(ranks, most), "svd_full_matrices": False, "density": density}
+    model.base_model.add_weighted_adapter(
+        list(names), list(weights), MERGED, combination_type=combination, **options
+    )

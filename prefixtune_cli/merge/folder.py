@@ -1,0 +1,100 @@
+"""The folder that a merge writes: whole or not at all, with `merge.json` about where it comes from."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from prefixtune_cli.errors import ResourceError, RunDirError
+from prefixtune_cli.merge.source import Source
+from prefixtune_cli.run_dir import RunDir, write_json
+
+RECORD = "merge.json"
+_PACKAGES = ("prefixtune-cli", "peft", "transformers", "torch")
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge wrote: the folder, what stands in its merge.json, and the bytes of its weights."""
+
+    folder: Path
+    record: dict[str, Any]
+    weights_bytes: int
+    next_command: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "folder": str(self.folder),
+            "weights_bytes": self.weights_bytes,
+            "next": self.next_command,
+            **self.record,
+        }
+
+
+def check_free(out: Path, sources: Sequence[Source], *, overwrite: bool) -> None:
+    """Refuse a folder that is taken.
+
+    Raises:
+        RunDirError: it is a file, one of the sources, or holds something that is not to be overwritten.
+    """
+    if out.exists() and not out.is_dir():
+        raise RunDirError(f"--out {out} is a file. Give another name.")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if any(out.resolve() in (s.folder.resolve(), Path(s.given).resolve()) for s in sources):
+        raise RunDirError(f"--out {out} is one of the adapters that are merged. Give another name.")
+    if not (out / RECORD).exists():
+        raise RunDirError(
+            f"--out {out} is not empty and was not written by `ptp merge` (it has no {RECORD}), so it is not "
+            "overwritten. Give another name."
+        )
+    if not overwrite:
+        raise RunDirError(
+            f"--out {out} is not empty. Type --overwrite to replace it, or give another name."
+        )
+
+
+@contextlib.contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into, which takes its place when the block ends without an error.
+
+    Raises:
+        ResourceError: the disk is full, or cannot be written to.
+    """
+    part = out.with_name(f".{out.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        RunDir(out).place(part, out)
+    except OSError as error:
+        raise ResourceError(
+            f"{out} cannot be written: {error.strerror or error}. Free some disk, or give another --out."
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_record(folder: Path, sources: Sequence[Source], **settings: Any) -> dict[str, Any]:
+    """Write merge.json: the sources with the hashes of their weights, how they were merged, and by what versions."""
+    record = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "base": sources[0].section.name,
+        "revision": sources[0].section.revision,
+        **settings,
+        "sources": [source.to_json() for source in sources],
+        "versions": {name: metadata.version(name) for name in _PACKAGES},
+    }
+    write_json(folder / RECORD, record)
+    return record
+
+
+def weights_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files in `folder`."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -1,0 +1,132 @@
+"""An adapter folded into its base: a plain model, which needs neither peft nor ptp."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from prefixtune_cli.errors import AdapterError, ModelError, ResourceError
+from prefixtune_cli.merge.folder import (
+    Merged,
+    check_free,
+    weights_bytes,
+    write_record,
+    written_whole,
+)
+from prefixtune_cli.merge.source import Source, read_source
+from prefixtune_cli.model import check_fits, load_adapter, load_config
+from prefixtune_cli.progress import Reporter
+from prefixtune_cli.quantization import stored_settings
+from prefixtune_cli.recipe.aliases import resolve as resolve_alias
+from prefixtune_cli.recipe.schema import ModelSection
+from prefixtune_cli.tokenizer import cannot_load, check_base, load_tokenizer
+
+
+def merge_into_base(
+    adapter: str, *, out: str | Path, overwrite: bool = False, reporter: Reporter
+) -> Merged:
+    """Write the base with an adapter folded into its weights, in the base's own dtype, and the tokenizer.
+
+    Args:
+        adapter: a run directory or an adapter folder, of LoRA or any other method of peft whose layers can merge.
+        out: the model folder to write.
+        overwrite: replace what an earlier merge wrote.
+        reporter: hears what is done.
+
+    Raises:
+        RunDirError: `out` is taken, or the run has no adapter.
+        AdapterError: the adapter cannot be folded, or does not fit the base.
+        ModelError: the base cannot be found or read, or its weights are quantized.
+        ResourceError: the memory or the disk does not suffice.
+    """
+    out = Path(out)
+    source = read_source(adapter)
+    check_free(out, [source], overwrite=overwrite)
+    _check_foldable(source)
+    section = source.section
+    check_base(section)
+    if stored_settings(load_config(section)) is not None:
+        raise ModelError(
+            f"{section.name} is quantized, and quantized weights cannot take up an adapter without a loss. Fold it "
+            f"into the model that {section.name} was made from: name that one as base_model_name_or_path in "
+            f"{source.folder / 'adapter_config.json'}, and give the adapter folder."
+        )
+    check_fits(section, source.folder)
+    tokenizer = load_tokenizer(section)
+    if source.run is not None and source.run.chat_template.exists():
+        tokenizer.chat_template = source.run.chat_template.read_text(encoding="utf-8")
+    if section.bits in (4, 8):
+        reporter.notice(
+            f"The run trained on {section.name} at {section.bits} bits. The adapter is folded into the weights that "
+            "these were made from, so the model differs from the run's by their quantization."
+        )
+    reporter.notice(f"Loading {section.name}.")
+    model = _folded(source)
+    reporter.notice(f"Writing {out}.")
+    with written_whole(out) as part:
+        model.save_pretrained(str(part))
+        tokenizer.save_pretrained(str(part))
+        record = write_record(part, [source], method="into-base")
+    following = f'ptp generate --model {shlex.quote(str(out))} --prompt "…"'
+    return Merged(out, record, weights_bytes(out), following)
+
+
+def _check_foldable(source: Source) -> None:
+    if source.method == "prefix-tuning-plus":
+        raise AdapterError(
+            f"{source.given} cannot be folded into its base: its method is prefix-tuning-plus, where φ is not linear "
+            "and the query depends on the token's position, so no weight matrix gives φ(q)ᵀM. Keep the adapter beside "
+            "the base; to hand both out together is what `ptp export` (planned) is for."
+        )
+    if source.config.is_prompt_learning:
+        raise AdapterError(
+            f"{source.given} cannot be folded into its base: its method is {source.method}, whose trained vectors "
+            "stand before the input, and no weight of the base takes part. Keep the adapter beside the base."
+        )
+
+
+def _folded(source: Source) -> PreTrainedModel:
+    base = _load(source.section)
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    embeddings = {name for name, module in base.named_modules() if module in ends}
+    tied = bool(getattr(base.config.get_text_config(), "tie_word_embeddings", False))
+    model = load_adapter(base, source.folder)
+    if tied and (adapted := embeddings.intersection(getattr(model, "targeted_module_names", ()))):
+        raise AdapterError(
+            f"{source.given} cannot be folded into its base: it adapts {min(adapted)}, whose weights the base uses "
+            "both as its embedding and as its output layer. Keep the adapter beside the base."
+        )
+    try:
+        folded = cast(PeftModel, model).merge_and_unload(safe_merge=True)
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        raise AdapterError(
+            f"{source.given} cannot be folded into its base: its method is {source.method}, and peft says: {error}"
+        ) from error
+    return cast(PreTrainedModel, folded)
+
+
+def _load(section: ModelSection) -> PreTrainedModel:
+    """The base in its own dtype, in main memory."""
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            resolve_alias(section.name),
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            dtype="auto",
+            output_loading_info=True,
+        )
+    except MemoryError as error:
+        raise ResourceError(f"{section.name} does not fit into the memory.") from error
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(cannot_load("model", section, error)) from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise ModelError(
+            f"{section.name} lacks {len(missing)} of its weights, first {missing[0]}: they would be random."
+        )
+    return cast(PreTrainedModel, model.eval().requires_grad_(False).to(torch.device("cpu")))

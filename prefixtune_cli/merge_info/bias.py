@@ -1,0 +1,222 @@
+"""What an adapter adds to attention's output (or an FFN's) on real queries: a bias, streamed through.
+
+Of Prefix-Tuning+ the bias is φ(q)ᵀM. Of Prefix-Tuning it is what attention gives with the prefix, less what the same
+queries, keys and values give without it: o' − o of one call, so that what lower layers changed does not enter. Both are
+computed in float32 from the model's own queries. Nothing is kept but sums: of a layer's biases the mean and the
+covariance of each head, in float64, and their squared norms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from prefixtune_cli.adapter import FeedForwardMemoryLayer, MemoryLayer, attention_modules
+
+FIRST_BUCKET = 16  # positions; each further bucket ends at four times the last one's end
+
+
+def bucket(position: int) -> int:
+    """The number of the bucket that a position falls into: 0 to 15, 16 to 63, 64 to 255, …"""
+    return ((position // FIRST_BUCKET).bit_length() + 1) // 2
+
+
+def bucket_range(number: int) -> tuple[int, int]:
+    """The first and the last position of a bucket."""
+    return (0 if number == 0 else FIRST_BUCKET * 4 ** (number - 1)), FIRST_BUCKET * 4**number - 1
+
+
+@dataclass
+class Sums:
+    """The biases of one layer at one site, `attention` or `ffn`, summed up as they come."""
+
+    layer: int
+    site: str
+    count: int = 0
+    total: Tensor | None = None  # [heads, d]
+    outer: Tensor | None = None  # [heads, d, d]
+    squares: dict[int, list[float]] = field(default_factory=dict)  # bucket → of bias, of output
+
+    def add(self, bias: Tensor, output: Tensor) -> None:
+        """Add one sequence.
+
+        Args:
+            bias: [positions, heads, d]
+            output: what it is added to, in the same shape.
+        """
+        bias, output = bias.double(), output.double()
+        total, outer = bias.sum(0), torch.einsum("shd,she->hde", bias, bias)
+        self.total = total if self.total is None else self.total + total
+        self.outer = outer if self.outer is None else self.outer + outer
+        self.count += len(bias)
+        lengths = torch.stack([bias.square().sum((1, 2)), output.square().sum((1, 2))])
+        last = bucket(len(bias) - 1)
+        for number in range(last + 1):
+            start, end = bucket_range(number)
+            found = self.squares.setdefault(number, [0.0, 0.0])
+            for i, value in enumerate(lengths[:, start : end + 1].sum(1).tolist()):
+                found[i] += value
+
+    def covariance(self) -> Tensor:
+        """Of each head, [heads, d, d] in float64."""
+        assert self.total is not None
+        assert self.outer is not None
+        mean = self.total / self.count
+        return self.outer / self.count - mean[:, :, None] * mean[:, None, :]
+
+    def eigenvalues(self) -> list[float]:
+        """Of the heads' covariances, descending, as shares of their sum, and averaged over the heads that vary."""
+        found = torch.linalg.eigvalsh(self.covariance().cpu()).flip(-1).clamp(min=0)
+        sums = found.sum(-1, keepdim=True)
+        assert self.outer is not None
+        # What the subtraction of the mean leaves by rounding is no variance.
+        size = self.outer.diagonal(dim1=-2, dim2=-1).sum(-1).cpu() / self.count
+        varies = sums[:, 0] > 1e-12 * size
+        if not bool(varies.any()):
+            return []
+        shares: list[float] = (found[varies] / sums[varies]).mean(0).tolist()
+        return shares
+
+    def ratio(self, number: int | None = None) -> float:
+        """The root mean square of the biases' norms over that of the outputs', in one bucket or everywhere."""
+        chosen = self.squares.values() if number is None else [self.squares[number]]
+        bias, output = (sum(pair[i] for pair in chosen) for i in (0, 1))
+        return math.sqrt(bias / output) if output else math.nan
+
+
+def effective_rank(shares: Sequence[float]) -> float:
+    """exp of the entropy of the shares (Roy and Vetterli 2007): n where n are equal and the rest zero."""
+    return math.exp(-sum(p * math.log(p) for p in shares if p > 0)) if shares else 0.0
+
+
+def share_of_first(shares: Sequence[float], count: int) -> float:
+    """What the largest `count` make up of the whole."""
+    return sum(shares[:count])
+
+
+@contextlib.contextmanager
+def observed(model: nn.Module, virtual_tokens: int | None = None) -> Iterator[list[Sums]]:
+    """Within the block every forward pass of one unpadded sequence is summed up.
+
+    Args:
+        model: the adapted model.
+        virtual_tokens: of a Prefix-Tuning adapter; None for Prefix-Tuning+.
+
+    Returns:
+        A list that is filled: the sums of each adapted layer, in the order of the layers, attention first.
+    """
+    found: dict[tuple[int, str], Sums] = {}
+    filled: list[Sums] = []
+
+    def take(layer: int, site: str, bias: Tensor, output: Tensor) -> None:
+        sums = found.setdefault((layer, site), Sums(layer, site))
+        sums.add(bias.flatten(0, 1), output.flatten(0, 1))
+
+    with contextlib.ExitStack() as stack:
+        if virtual_tokens is not None:
+            numbers = {
+                id(model.get_submodule(name)): shape.layer
+                for name, shape in attention_modules(model).items()
+            }
+            stack.enter_context(_prefixes_observed(numbers, virtual_tokens, take))
+        else:
+            stack.enter_context(_memories_observed(model, take))
+        with torch.no_grad():
+            yield filled
+        filled.extend(found[key] for key in sorted(found))
+
+
+Take = Callable[[int, str, Tensor, Tensor], None]
+
+
+@contextlib.contextmanager
+def _memories_observed(model: nn.Module, take: Take) -> Iterator[None]:
+    layers = [layer for layer in model.modules() if isinstance(layer, MemoryLayer)]
+    attention = {id(layer.base_layer): layer for layer in layers}
+
+    def of_attention(
+        call: Callable[..., Any], module: nn.Module, query: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        output, weights = call(module, query, *args, **kwargs)
+        layer = attention.get(id(module))
+        if layer is not None and (memories := layer.active_memories()):
+            reads = [memory(query.float()) for memory in memories]
+            bias = torch.stack(reads).sum(0)
+            whole = output[..., : bias.shape[-1]].float()
+            take(layer.shape.layer, "attention", bias, whole - bias)
+        return output, weights
+
+    def of_ffn(layer: FeedForwardMemoryLayer) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            hidden = args[0] if args else next(iter(kwargs.values()))
+            whole = output[0] if isinstance(output, tuple) else output
+            for memory in layer.active_memories():
+                blocks = hidden.reshape(1, -1, memory.heads, memory.d_query)
+                bias = memory(blocks.transpose(1, 2).float())
+                take(layer.shape.layer, "ffn", bias, whole.reshape(bias.shape).float())
+
+        return hook
+
+    handles = [
+        layer.base_layer.register_forward_hook(of_ffn(layer), with_kwargs=True)
+        for layer in layers
+        if isinstance(layer, FeedForwardMemoryLayer)
+    ]
+    try:
+        with _attention_replaced(of_attention):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _prefixes_observed(layers: dict[int, int], virtual_tokens: int, take: Take) -> Iterator[None]:
+    """`layers` has the layer numbers by the attention modules' ids."""
+
+    def of_attention(
+        call: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if id(module) in layers and key.shape[2] == query.shape[2] + virtual_tokens:
+            # A small difference of large numbers: in float32, so that the spectrum's tail is not rounding.
+            q, k, v = query.float(), key.float(), value.float()
+            seen = mask.float() if mask is not None and mask.is_floating_point() else mask
+            whole, _ = call(module, q, k, v, seen, *args, **kwargs)
+            k, v = k[:, :, virtual_tokens:], v[:, :, virtual_tokens:]
+            seen = None if seen is None else seen[..., virtual_tokens:]
+            plain, _ = call(module, q, k, v, seen, *args, **kwargs)
+            take(layers[id(module)], "attention", whole - plain, plain)
+        return call(module, query, key, value, mask, *args, **kwargs)
+
+    with _attention_replaced(of_attention):
+        yield
+
+
+@contextlib.contextmanager
+def _attention_replaced(replacement: Callable[..., Any]) -> Iterator[None]:
+    """Within the block transformers' attention modules call `replacement(their function, module, query, …)`."""
+    original = AttentionInterface.get_interface
+
+    def get_interface(self: AttentionInterface, implementation: str, default: Any) -> Any:
+        call = original(self, implementation, default)
+        return lambda *args, **kwargs: replacement(call, *args, **kwargs)
+
+    AttentionInterface.get_interface = get_interface
+    try:
+        yield
+    finally:
+        AttentionInterface.get_interface = original

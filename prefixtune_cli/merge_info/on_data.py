@@ -1,0 +1,282 @@
+"""The paper's analysis on real queries: how rich the bias is that an adapter adds to attention, and how large.
+
+The spectrum of the bias's covariance tells how many directions it uses: the slower its eigenvalues fall, the more the
+adapter can say (arXiv 2506.13674, where Prefix-Tuning's fall at once). Its size against attention's own output,
+by position, tells whether a long input drowns it, as it does a prefix that shares one softmax with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from peft import PrefixTuningConfig
+
+from prefixtune_cli import model as models
+from prefixtune_cli.adapter import PrefixTuningPlusConfig
+from prefixtune_cli.data.load import load_rows
+from prefixtune_cli.data.tokenize import tokenize
+from prefixtune_cli.errors import ResourceError, UsageError
+from prefixtune_cli.merge_info.bias import (
+    Sums,
+    bucket_range,
+    effective_rank,
+    observed,
+    share_of_first,
+)
+from prefixtune_cli.merge_info.bias_plots import draw_by_position, draw_spectra
+from prefixtune_cli.progress import Reporter
+from prefixtune_cli.recipe.load import resolve
+from prefixtune_cli.recipe.schema import DataSection, ModelSection
+from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.tokenizer import check_base, load_tokenizer
+
+Table = tuple[str, list[str], list[list[str]]]
+FIRST = (1, 5, 10)
+DEFINITIONS = {
+    "bias": "prefix-tuning-plus: φ(q)ᵀM; prefix-tuning: attention's output with the prefix less its output "
+    "without it, of the same queries, keys and values",
+    "spectrum": "eigenvalues of each head's (at an FFN: block's) covariance as shares of their sum, averaged over the "
+    "heads",
+    "effective_rank": "exp of the entropy of the spectrum",
+    "ratio": "root mean square of the bias's norm over that of the output it is added to, all heads together",
+}
+
+
+@dataclass(frozen=True)
+class Biases:
+    """What one adapter adds, by layer and site."""
+
+    name: str
+    method: str
+    folder: Path
+    layers: list[Sums]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "method": self.method,
+            "folder": str(self.folder),
+            "layers": [_layer_json(sums) for sums in self.layers],
+        }
+
+
+@dataclass(frozen=True)
+class OnData:
+    """The analysis: what was measured on, each adapter's biases, and the pictures that were written."""
+
+    data: dict[str, Any]
+    adapters: list[Biases]
+    written: list[Path]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "data": self.data,
+            "definitions": DEFINITIONS,
+            "adapters": [biases.to_json() for biases in self.adapters],
+        }
+
+    @property
+    def tables(self) -> list[Table]:
+        """Title, columns and rows: the spectra, and the sizes by position."""
+        return [_spectra(self.adapters), _sizes(self.adapters)]
+
+
+def analyse(
+    adapters: Sequence[Path],
+    model: ModelSection,
+    data: str,
+    *,
+    rows: int,
+    out: Path,
+    reporter: Reporter,
+) -> OnData:
+    """Run the base with each adapter over the data, and sum up what the adapter adds.
+
+    Args:
+        adapters: run directories or adapter folders; Prefix-Tuning+ and Prefix-Tuning are analysed, others are left
+            out with a warning.
+        model: the base, in the precision that is analysed.
+        data: in any format of `ptp train`, read as the first run among the adapters reads its own.
+        rows: how many of it, evenly spread.
+        out: the folder for the pictures.
+        reporter: is told how far the work is.
+
+    Raises:
+        UsageError: none of the adapters is of a method that has such a bias.
+        AdapterError: a folder holds no adapter, or one that does not fit the base.
+        DataError: the data is missing or wrong.
+        ModelError, ResourceError: the base cannot be loaded, or the pictures cannot be written.
+    """
+    folders = [_adapter_folder(path) for path in adapters]
+    configs = [models.read_adapter_config(folder) for folder in folders]
+    names = _names(adapters)
+    chosen = [
+        (name, folder, config)
+        for name, folder, config in zip(names, folders, configs, strict=True)
+        if isinstance(config, PrefixTuningPlusConfig | PrefixTuningConfig)
+    ]
+    if not chosen:
+        raise UsageError(
+            "--data shows the bias that Prefix-Tuning+ or Prefix-Tuning adds to attention, and no adapter given is of "
+            f"these methods ({', '.join(names)}). Leave --data out."
+        )
+    for name in set(names) - {name for name, _, _ in chosen}:
+        reporter.warning(
+            f"{name} is left out of the analysis on data: its method adds no such bias."
+        )
+    check_base(model)
+    for _, folder, _ in chosen:
+        models.check_fits(model, folder)
+    examples, about = _examples(data, _reading(adapters), rows, model, reporter)
+
+    if model.attention not in ("auto", "sdpa", "eager"):  # masks that cannot be cut, or no float32
+        model = model.model_copy(update={"attention": "auto"})
+    reporter.notice(f"Loading {model.name}.")
+    base = models.load_base(model).eval()
+    found = []
+    for name, folder, config in chosen:
+        adapted = models.load_adapter(base, folder).eval()
+        prefix = config.num_virtual_tokens if isinstance(config, PrefixTuningConfig) else None
+        with observed(adapted, prefix) as layers:
+            for done, ids in enumerate(examples):
+                adapted(input_ids=torch.tensor([ids], device=base.device))
+                reporter.progress(f"biases of {name}", done + 1, len(examples), {})
+        models.detach(adapted)
+        method = "prefix-tuning-plus" if prefix is None else "prefix-tuning"
+        found.append(Biases(name, method, folder, layers))
+    return OnData(about, found, _draw(found, out))
+
+
+def _adapter_folder(path: Path) -> Path:
+    run = RunDir(path)
+    if not run.recipe.exists():
+        return Path(path)
+    run.check_adapter()
+    return run.adapter
+
+
+def _names(adapters: Sequence[Path]) -> list[str]:
+    """The runs' or folders' names, or their paths where those are the same."""
+    whole = [Path(path).resolve() for path in adapters]
+    names = [path.parent.name if path.name == "adapter" else path.name for path in whole]
+    return names if len(set(names)) == len(names) else [str(path) for path in adapters]
+
+
+def _reading(adapters: Sequence[Path]) -> DataSection:
+    """How data is read and rendered: as the first run does it, but with every token."""
+    changes: dict[str, Any] = {"train": None, "eval": None, "eval_split": None, "train_on": "all"}
+    runs = (run for run in map(RunDir, adapters) if run.recipe.exists())
+    run = next(runs, None)
+    if run is None:
+        return DataSection(train_on="all")
+    if run.chat_template.exists():
+        changes["chat_template"] = str(run.chat_template)
+    return resolve(str(run.recipe)).data.model_copy(update=changes)
+
+
+def _examples(
+    data: str, section: DataSection, limit: int, model: ModelSection, reporter: Reporter
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """Token ids of the chosen rows, and what stands about them in the result."""
+    loaded = load_rows(data, section)
+    total = len(loaded)
+    if limit < total:
+        loaded = loaded.select([int(i) for i in np.linspace(0, total - 1, limit)])
+    tokenized = tokenize(loaded, load_tokenizer(model), section)
+    for notice in (*loaded.notices, *tokenized.notices):
+        reporter.notice(notice)
+    examples = cast(list[list[int]], tokenized.dataset.with_format(None)["input_ids"][:])
+    about = {
+        "source": loaded.source,
+        "rows": total,
+        "analysed": len(examples),
+        "tokens": sum(map(len, examples)),
+        "longest": max(map(len, examples), default=0),
+    }
+    return examples, about
+
+
+def _layer_json(sums: Sums) -> dict[str, Any]:
+    shares = sums.eigenvalues()
+    return {
+        "layer": sums.layer,
+        "site": sums.site,
+        "eigenvalues": shares,
+        "effective_rank": effective_rank(shares),
+        "share_of_first": {str(count): share_of_first(shares, count) for count in FIRST},
+        "ratio": sums.ratio(),
+        "by_position": [
+            {"from": bucket_range(n)[0], "to": bucket_range(n)[1], "ratio": sums.ratio(n)}
+            for n in sorted(sums.squares)
+        ],
+    }
+
+
+def _spectra(adapters: Sequence[Biases]) -> Table:
+    rows = []
+    keys = sorted({(s.layer, s.site) for biases in adapters for s in biases.layers})
+    for layer, site in keys:
+        for biases in adapters:
+            for sums in biases.layers:
+                if (sums.layer, sums.site) == (layer, site):
+                    shares = sums.eigenvalues()
+                    firsts = [f"{100 * share_of_first(shares, n):.1f} %" for n in FIRST]
+                    rank = f"{effective_rank(shares):.1f} of {len(shares)}"
+                    rows.append([_place(sums), biases.name, *(_none(shares) or [rank, *firsts])])
+    heads = ["effective rank", "first eigenvalue", *(f"first {n}" for n in FIRST[1:])]
+    return "Spectrum of the bias's covariance", ["layer", "adapter", *heads], rows
+
+
+def _none(shares: Sequence[float]) -> list[str]:
+    """What stands for a bias that does not vary."""
+    return [] if shares else ["does not vary", *("" for _ in FIRST)]
+
+
+def _sizes(adapters: Sequence[Biases]) -> Table:
+    numbers = sorted({n for biases in adapters for sums in biases.layers for n in sums.squares})
+    ranges = [f"{start}–{end}" for start, end in map(bucket_range, numbers)]
+    rows = [
+        [
+            _place(sums),
+            biases.name,
+            f"{100 * sums.ratio():.1f} %",
+            *(f"{100 * sums.ratio(n):.1f} %" if n in sums.squares else "" for n in numbers),
+        ]
+        for biases in adapters
+        for sums in biases.layers
+    ]
+    title = "Size of the bias in per cent of the output it is added to, by position"
+    return title, ["layer", "adapter", "all", *ranges], rows
+
+
+def _place(sums: Sums) -> str:
+    return str(sums.layer) if sums.site == "attention" else f"{sums.layer} {sums.site}"
+
+
+def _draw(adapters: Sequence[Biases], out: Path) -> list[Path]:
+    spectra = {
+        biases.name: {(sums.layer, sums.site): sums.eigenvalues() for sums in biases.layers}
+        for biases in adapters
+    }
+    sizes = {
+        biases.name: {
+            (sums.layer, sums.site): {n: sums.ratio(n) for n in sums.squares}
+            for sums in biases.layers
+        }
+        for biases in adapters
+    }
+    numbers = sorted({n for layers in sizes.values() for by in layers.values() for n in by})
+    written = [out / "bias-spectrum.png", out / "bias-by-position.png"]
+    try:
+        draw_spectra(written[0], spectra)
+        draw_by_position(written[1], sizes, {n: bucket_range(n) for n in numbers})
+    except OSError as error:
+        raise ResourceError(
+            f"The pictures cannot be written to {out} ({error}). Give another folder with --out."
+        ) from error
+    return written

@@ -1,0 +1,328 @@
+"""Several adapters: whether they can be merged with each other, how alike they are, and what adding them will do.
+
+The prediction is a rule of thumb, not a measurement. That entries of opposite sign cancel in a merge is the finding of
+TIES (Yadav et al. 2023, arXiv 2306.01708); that updates of different tasks are often near orthogonal and then add, of
+task arithmetic (Ilharco et al. 2023, arXiv 2212.04089); that most entries can be spared, of DARE (Yu et al. 2023,
+arXiv 2311.03099).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from math import isnan, nan, sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixtune_cli.adapter import PrefixTuningPlusConfig
+from prefixtune_cli.adapter.arithmetic import differing_setting
+from prefixtune_cli.errors import ModelError
+from prefixtune_cli.merge_info.facts import Facts
+from prefixtune_cli.merge_info.saved import LORA
+from prefixtune_cli.merge_info.trained import Trained, memory_parts
+from prefixtune_cli.recipe.aliases import resolve
+
+NEAR_ORTHOGONAL, ALIKE, OPPOSED, CONFLICTING = 0.1, 0.5, -0.1, 0.6
+RULE = (
+    "Rule of thumb (after TIES, arXiv 2306.01708, and task arithmetic, arXiv 2212.04089), not a measurement: cosine "
+    f"below {OPPOSED} or sign conflict above {CONFLICTING}: they cancel; cosine within ±{NEAR_ORTHOGONAL}: they add "
+    f"with little interference; above {ALIKE}: they say the same; between: they share a part. Sign conflict is "
+    "Σ min(|a|, |b|) over entries of opposite sign, divided by that over all entries: 0.5 of independent matrices."
+)
+_ENTRIES_AT_ONCE = 2**22
+# Settings of how M is read.
+_READS = ("feature_map", "normalize_query", "share_heads", "block_size")
+# What a LoRA may have beside A and B, which has no sum.
+_MORE_THAN_A_AND_B = (
+    "use_dora",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "modules_to_save",
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What two adapters differ in.
+
+    Attributes:
+        what: the setting, the tensor, or the module; or a reason that concerns both alike, without the two values.
+        merged_by: how they can be merged nevertheless; empty where they cannot.
+    """
+
+    what: str
+    first: str
+    second: str
+    merged_by: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.first} against {self.second}" if self.first else self.what
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Of the trained matrices of one layer, or of all.
+
+    Attributes:
+        layer: None is outside of the layers.
+        cosine: of all entries as one vector; NaN where one side is zero.
+        sign_conflict: Σ min(|a|, |b|) over entries of opposite sign, divided by that over all entries.
+        norm_ratio: the second's norm divided by the first's.
+    """
+
+    layer: int | None
+    cosine: float
+    sign_conflict: float
+    norm_ratio: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two adapters held against each other.
+
+    Attributes:
+        difference: the first that keeps them from being merged; None where they can be.
+        bridged: the differences in spite of which they can.
+        incomparable: why their matrices cannot be compared; empty where they are.
+        by_layer: likewise `whole`, None where they are not compared.
+        prediction: what adding them will do, in words.
+    """
+
+    first: str
+    second: str
+    difference: Difference | None
+    bridged: tuple[Difference, ...] = ()
+    incomparable: str = ""
+    by_layer: tuple[Likeness, ...] = ()
+    whole: Likeness | None = None
+    prediction: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """For another program."""
+        return {**asdict(self), "can_be_merged": self.difference is None}
+
+
+def pairs(adapters: Sequence[Facts]) -> list[Pair]:
+    """Every two of the adapters, in the order given; their names are told apart by numbers where they are the same."""
+    names = distinct_names(adapters)
+    return [
+        _pair((names[i], adapters[i]), (names[j], adapters[j]))
+        for i, j in combinations(range(len(adapters)), 2)
+    ]
+
+
+def distinct_names(adapters: Sequence[Facts]) -> list[str]:
+    """The adapters' names; where some have the same one, all are numbered."""
+    names = [facts.adapter.name for facts in adapters]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{i}-{name}" for i, name in enumerate(names, 1)]
+
+
+def _pair(first: tuple[str, Facts], second: tuple[str, Facts]) -> Pair:
+    (a_name, a), (b_name, b) = first, second
+    found = list(differences(a, b))
+    stops = next((difference for difference in found if not difference.merged_by), None)
+    bridged = tuple(difference for difference in found if difference.merged_by)
+    if incomparable := _incomparable(a, b):
+        return Pair(a_name, b_name, stops, bridged, incomparable)
+    by_layer, whole = likeness(a.matrices, b.matrices)
+    return Pair(a_name, b_name, stops, bridged, "", by_layer, whole, predict(whole, by_layer))
+
+
+def differences(a: Facts, b: Facts) -> Iterator[Difference]:
+    """What two adapters differ in, the most telling first."""
+    one, other = _base_name(a), _base_name(b)
+    if one is not None and other is not None:
+        if one != other:
+            yield Difference("base", one, other)
+        if (mine := _revision(a)) != (theirs := _revision(b)):
+            yield Difference("revision of the base", mine, theirs)
+    if (mine := a.adapter.method) != (theirs := b.adapter.method):
+        yield Difference("method", mine, theirs)
+        return
+    if not a.matrices or not b.matrices:
+        yield Difference(f"adapters of {a.adapter.method} have no sum", "", "")
+        return
+    yield from _different_settings(a, b)
+    yield from _different_matrices(a, b)
+    if a.layers != b.layers:
+        yield Difference("layers", _listed(a), _listed(b), "what is zero where one has none")
+    if moved := _other_feature_map(a, b):
+        yield Difference(
+            moved,
+            "of one map",
+            "of another",
+            "linear alone, with the two maps side by side, at the cost of both",
+        )
+
+
+def _different_settings(a: Facts, b: Facts) -> Iterator[Difference]:
+    mine, theirs = a.adapter.config, b.adapter.config
+    if isinstance(mine, PrefixTuningPlusConfig) and isinstance(theirs, PrefixTuningPlusConfig):
+        if found := differing_setting(mine, theirs):
+            what, before, after = found
+            yield Difference(what, str(before), str(after))
+        beside: tuple[str, ...] = ("modules_to_save",)
+    else:
+        beside = _MORE_THAN_A_AND_B
+    for name in beside:
+        before, after = getattr(mine, name, None), getattr(theirs, name, None)
+        if before or after:
+            yield Difference(f"{name}, which has no sum", str(before), str(after))
+
+
+def _different_matrices(a: Facts, b: Facts) -> Iterator[Difference]:
+    lora, only = a.adapter.method == LORA, a.matrices.keys() ^ b.matrices.keys()
+    if lora and only:
+        place = min(only)
+        there = ["adapted" if place in facts.matrices else "not adapted" for facts in (a, b)]
+        yield Difference(place, there[0], there[1], "what is zero where one has none")
+    for place in a.matrices:
+        if place not in b.matrices:
+            continue
+        one, other = a.matrices[place], b.matrices[place]
+        if one.shape != other.shape:
+            maps = (
+                "linear alone, with the two maps side by side" if _is_mlp(a) and _is_mlp(b) else ""
+            )
+            yield Difference(
+                f"shape of {place}", str(list(one.shape)), str(list(other.shape)), maps
+            )
+            return
+        if lora and one.left.shape != other.left.shape:
+            ranks = str(one.left.shape[2]), str(other.left.shape[2])
+            yield Difference(f"rank of {place}", ranks[0], ranks[1], "the sum of the ranks")
+            return
+
+
+def _listed(facts: Facts) -> str:
+    return ", ".join(map(str, facts.layers))
+
+
+def _is_mlp(facts: Facts) -> bool:
+    return facts.settings.get("feature_map") == "mlp"
+
+
+def likeness(
+    a: Mapping[str, Trained], b: Mapping[str, Trained]
+) -> tuple[tuple[Likeness, ...], Likeness | None]:
+    """Cosine, sign conflict and ratio of norms of the matrices that both have, by layer and of all together."""
+    sums: dict[int | None, Tensor] = {}
+    for place in a.keys() & b.keys():
+        if a[place].shape == b[place].shape and a[place].finite and b[place].finite:
+            layer = a[place].layer
+            sums[layer] = sums.get(layer, torch.zeros(5).double()) + _sums(a[place], b[place])
+    order = sorted(sums, key=lambda layer: (layer is None, layer or 0))
+    whole = _likeness(None, torch.stack(list(sums.values())).sum(0)) if sums else None
+    return tuple(_likeness(layer, sums[layer]) for layer in order), whole
+
+
+def predict(whole: Likeness | None, by_layer: Sequence[Likeness] = ()) -> str:
+    """What adding two adapters will do, by RULE."""
+    if whole is None or isnan(whole.cosine):
+        return "Nothing can be said: one of them is zero."
+    opposed = [str(found.layer) for found in by_layer if _cancel(found) and found.layer is not None]
+    if _cancel(whole):
+        return "They cancel in part: expect interference; try ties, or keep them apart."
+    where = f" But they cancel in layers {', '.join(opposed)}." if opposed else ""
+    if whole.cosine > ALIKE:
+        return f"They say nearly the same: give weights that sum to one, or it counts twice.{where}"
+    if abs(whole.cosine) <= NEAR_ORTHOGONAL:
+        return f"They are near orthogonal: they add with little interference.{where}"
+    return f"They share a part: it adds up in a sum with weights of one.{where}"
+
+
+def _cancel(found: Likeness) -> bool:
+    return found.cosine < OPPOSED or found.sign_conflict > CONFLICTING
+
+
+def _sums(a: Trained, b: Trained) -> Tensor:
+    """[5]: Σab, Σa², Σb², and Σ min(|a|, |b|) where the signs differ and of all; some rows at a time."""
+    total = torch.zeros(5, dtype=torch.float64)
+    _, rows, columns = a.shape
+    step = max(1, _ENTRIES_AT_ONCE // columns)
+    for head in range(a.shape[0]):
+        for start in range(0, rows, step):
+            x, y = (_rows(matrix, head, slice(start, start + step)) for matrix in (a, b))
+            smaller = torch.minimum(x.abs(), y.abs()).double()
+            opposite = smaller[(x * y) < 0].sum()
+            products = (
+                (x.double() * y).sum(),
+                x.double().square().sum(),
+                y.double().square().sum(),
+            )
+            total += torch.stack([*products, opposite, smaller.sum()])
+    return total
+
+
+def _rows(matrix: Trained, head: int, rows: slice) -> Tensor:
+    left = matrix.left[head, rows]
+    return left if matrix.right is None else left @ matrix.right[head]
+
+
+def _likeness(layer: int | None, sums: Tensor) -> Likeness:
+    product, a, b, opposite, both = sums.tolist()
+    return Likeness(
+        layer,
+        cosine=product / sqrt(a * b) if a and b else nan,
+        sign_conflict=opposite / both if both else nan,
+        norm_ratio=sqrt(b / a) if a else nan,
+    )
+
+
+def _base_name(facts: Facts) -> str | None:
+    """The base as a folder or a hub id, so that two ways of writing the same one are equal."""
+    section = facts.adapter.base()
+    if section is None:
+        return None
+    try:
+        name = resolve(section.name)
+    except ModelError:
+        return section.name
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _revision(facts: Facts) -> str:
+    section = facts.adapter.base()
+    return (section.revision if section else None) or "main"
+
+
+def _other_feature_map(a: Facts, b: Facts) -> str | None:
+    """The first tensor of a trained map in which the two differ."""
+    if not (_is_mlp(a) and _is_mlp(b)):
+        return None
+    mine, theirs = memory_parts(a.adapter.tensors), memory_parts(b.adapter.tensors)
+    for place in sorted(mine.keys() & theirs.keys()):
+        for part in ("W_phi", "b_phi"):
+            one, other = mine[place].get(part), theirs[place].get(part)
+            if one is not None and other is not None and not torch.equal(one, other):
+                return f"{place}.{part}"
+    return None
+
+
+def _incomparable(a: Facts, b: Facts) -> str:
+    """Why the entries of two adapters do not stand for the same thing."""
+    if a.adapter.method != b.adapter.method or not a.matrices or not b.matrices:
+        return "There are no matrices of the same kind to compare."
+    mine, theirs = a.adapter.config, b.adapter.config
+    if isinstance(mine, PrefixTuningPlusConfig) and isinstance(theirs, PrefixTuningPlusConfig):
+        for name in _READS:
+            if getattr(mine, name) != getattr(theirs, name):
+                return f"{name} differs, so M is read by another φ or by other heads: entries cannot be compared."
+        if moved := _other_feature_map(a, b):
+            return (
+                f"The feature maps are trained, and differ (first {moved}): M is comparable only where W_phi and b_phi "
+                "are equal."
+            )
+    shared = [
+        p
+        for p in a.matrices.keys() & b.matrices.keys()
+        if a.matrices[p].shape == b.matrices[p].shape
+    ]
+    return "" if shared else "They have no matrix of equal place and shape."
