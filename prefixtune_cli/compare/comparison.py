@@ -1,0 +1,237 @@
+"""What a comparison found: results.json, from which table, pictures and report are made. Needs no torch.
+
+A comparison has contestants (a method with its settings), a contestant has cells (one run a seed), a cell has results
+(one a data set). A cell that failed has no results and says why.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+TEST, OOD, FORGETTING = "test", "ood", "forgetting"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one model did on one data set.
+
+    Attributes:
+        nats: summed cross-entropy of each row's predicted tokens.
+        tokens: predicted tokens of each row; the same for every model.
+        right: whether each row's answer is right; None where answers are long, or there are none. The rows are those
+            of `nats`, in the same order, for every model of a comparison. Runs that kept no losses of their rows have
+            their mean alone, as one row of one token, beside all rows of `right`.
+    """
+
+    nats: Sequence[float]
+    tokens: Sequence[int]
+    right: Sequence[bool] | None = None
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats a token."""
+        return sum(self.nats) / sum(self.tokens)
+
+    @property
+    def exact_match(self) -> float | None:
+        """The fraction of right answers."""
+        return None if self.right is None else sum(self.right) / len(self.right)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a contestant with one seed.
+
+    Attributes:
+        run: its run directory.
+        steps: optimizer steps.
+        failure: why it has no results.
+        results: by data set: TEST, OOD, FORGETTING.
+        losses: (step, training loss in nats a token), as logged.
+    """
+
+    seed: int
+    run: str
+    steps: int | None = None
+    failure: str | None = None
+    results: Mapping[str, Result] = field(default_factory=dict)
+    losses: Sequence[tuple[int, float]] = ()
+
+
+@dataclass(frozen=True)
+class Point:
+    """One learning rate of a sweep, on the validation rows; without figures where it failed, and `failure` says why."""
+
+    learning_rate: float
+    loss: float | None
+    exact_match: float | None
+    run: str
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure that was taken several times."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Measured:
+        ordered = sorted(values)
+        middle = len(ordered) // 2
+        median = (
+            ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+        )
+        return cls(median, ordered[0], ordered[-1])
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a contestant costs; None where it was not measured.
+
+    Attributes:
+        training_tokens_per_second: forward, backward and optimizer step.
+        decode_tokens_per_second: of one sequence, token by token.
+        time_to_first_token_seconds: at a prompt of `prompt_tokens`.
+        peak_memory_gib: of a training step: the GPU allocator's, or the process's on a CPU.
+        kv_cache_bytes: of one sequence of `prompt_tokens`.
+        training_ratio, decode_ratio, first_token_ratio: this contestant's speed over the base's (forward and
+            backward for training), by the median of the rounds' ratios; above 1 is faster. None where the base was
+            not measured beside it.
+        interleaved: taken in one process in turns with the others; else as the runs logged it, which other work on
+            the machine may have disturbed.
+    """
+
+    training_tokens_per_second: Measured | None = None
+    decode_tokens_per_second: Measured | None = None
+    time_to_first_token_seconds: Measured | None = None
+    peak_memory_gib: float | None = None
+    kv_cache_bytes: int | None = None
+    prompt_tokens: int | None = None
+    training_ratio: Measured | None = None
+    decode_ratio: Measured | None = None
+    first_token_ratio: Measured | None = None
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A method with its settings.
+
+    Attributes:
+        label: tells it from the others, as in `lora` or `prefix-tuning-plus elu`.
+        method: adapter.method of its recipes.
+        settings: the recipe keys in which it differs from its method's defaults, as in {"adapter.feature_map": "elu"}.
+        learning_rate: the one that its cells were trained with.
+        trainable_parameters, adapter_bytes: of one cell; None where none finished.
+        sweep: the learning rates among which it was chosen; empty where there was no choice.
+    """
+
+    label: str
+    method: str
+    settings: Mapping[str, Any]
+    learning_rate: float | None
+    trainable_parameters: int | None
+    adapter_bytes: int | None
+    cells: Sequence[Cell]
+    sweep: Sequence[Point] = ()
+    cost: Cost | None = None
+
+    def results(self, data: str = TEST) -> list[Result]:
+        """Those of the cells that have one on `data`, in the order of the seeds."""
+        return [cell.results[data] for cell in self.cells if data in cell.results]
+
+    @property
+    def failures(self) -> list[str]:
+        return [cell.failure for cell in self.cells if cell.failure is not None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A whole comparison.
+
+    Attributes:
+        name: of its folder under compare/.
+        kind: `trained` by the command, read from finished `runs`, or `speed` alone.
+        command: what the user typed.
+        created: UTC, ISO 8601.
+        model: name, revision, bits of the base, parameters where known.
+        data: by data set (`train`, `validation`, TEST, OOD, FORGETTING, or another's name): source, rows, sha256, and
+            `same_rows`, false where the contestants were judged on different ones, so that they cannot be paired.
+        protocol: what was held equal: steps, batch, seeds, sweep, few_shot, schedule.
+        environment: versions and hardware.
+        base: the base's results by data set; empty where it was not judged.
+        contestants: the first is the one that the others are compared with.
+        notices: what a reader has to know, such as differences that --anyway passed over.
+    """
+
+    name: str
+    kind: Literal["trained", "runs", "speed"]
+    command: str
+    created: str
+    model: Mapping[str, Any]
+    data: Mapping[str, Mapping[str, Any]]
+    protocol: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    base: Mapping[str, Result]
+    contestants: Sequence[Contestant]
+    base_cost: Cost | None = None
+    notices: Sequence[str] = ()
+
+    @property
+    def failed(self) -> bool:
+        """Whether some cell has no result."""
+        return any(c.failures for c in self.contestants)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Comparison:
+        base = {name: Result(**r) for name, r in found["base"].items()}
+        return cls(
+            **{
+                **found,
+                "base": base,
+                "base_cost": _cost(found["base_cost"]),
+                "contestants": [_contestant(c) for c in found["contestants"]],
+            }
+        )
+
+    @classmethod
+    def read(cls, file: Path) -> Comparison:
+        """That of a results.json."""
+        return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _contestant(found: Mapping[str, Any]) -> Contestant:
+    return Contestant(
+        **{
+            **found,
+            "cells": [_cell(cell) for cell in found["cells"]],
+            "sweep": [Point(**point) for point in found["sweep"]],
+            "cost": _cost(found["cost"]),
+        }
+    )
+
+
+def _cell(found: Mapping[str, Any]) -> Cell:
+    results = {name: Result(**r) for name, r in found["results"].items()}
+    losses = [(int(step), float(loss)) for step, loss in found["losses"]]
+    return Cell(**{**found, "results": results, "losses": losses})
+
+
+def _cost(found: Mapping[str, Any] | None) -> Cost | None:
+    if found is None:
+        return None
+    figures: dict[str, Any] = {
+        name: Measured(**value) if isinstance(value, Mapping) else value
+        for name, value in found.items()
+    }
+    return Cost(**figures)

@@ -1,0 +1,247 @@
+"""Who takes part in a comparison, and under which conditions: from what was typed to recipes. Loads nothing.
+
+Every method is trained from the same recipe but for its own settings: the same rows in the same order, the same batch,
+the same number of optimizer steps; and each gets a sweep of as many learning rates around its own default.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefixtune_cli.errors import UsageError
+from prefixtune_cli.recipe import load, read
+from prefixtune_cli.recipe.explain import METHODS
+from prefixtune_cli.recipe.schema import Recipe
+
+DEFAULT_METHODS = ("prefix-tuning-plus", "lora", "prefix-tuning", "full")
+STEP = 10**0.5  # between two learning rates of a sweep
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One contestant before it has run.
+
+    Attributes:
+        label: tells it from the others.
+        settings: by dotted recipe key, what tells it from its method as typed.
+        recipe: without seed, learning rate and run directory of a cell.
+    """
+
+    label: str
+    settings: Mapping[str, Any]
+    recipe: Recipe
+
+    @property
+    def method(self) -> str:
+        return self.recipe.adapter.method
+
+    @property
+    def folder(self) -> str:
+        """Its name as a file name."""
+        return re.sub(r"[^\w.+=-]+", "-", self.label).strip("-")
+
+    def learning_rates(self, count: int) -> list[float]:
+        """`count` rates around its own, a factor of √10 apart, two digits each; its own is among them."""
+        own = self.recipe.train.learning_rate
+        exponents = range(-((count - 1) // 2), count // 2 + 1)
+        return [own if e == 0 else float(f"{own * STEP**e:.1e}") for e in exponents]
+
+    def cell(self, seed: int, learning_rate: float, out: str, data: Mapping[str, str]) -> Recipe:
+        """The recipe of one run on the files of `data`: `train` and `eval`."""
+        section = self.recipe.data.model_copy(
+            update={**data, "eval_split": None, "map": {}, "format": "auto"}
+        )
+        train = self.recipe.train.model_copy(
+            update={"seed": seed, "learning_rate": learning_rate, "gpus": None}
+        )
+        return self.recipe.model_copy(update={"data": section, "train": train, "out": out})
+
+
+@dataclass(frozen=True)
+class Typed:
+    """What was typed of a recipe: the recipe, `--set`, and flags, nested as a recipe is."""
+
+    recipe: str | None = None
+    sets: Sequence[str] = ()
+    flags: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for.
+
+    Attributes:
+        typed: the recipe, `--set` and flags, which all methods share.
+        methods: the others are compared with the first.
+        grids: dotted recipe key → values; every combination is a contestant.
+        seeds: cells of each contestant: train.seed and those after it.
+        sweep: learning rates of each contestant, on the first seed; 1 is the default alone.
+        few_shot: training examples a class, others for each seed; None takes all rows.
+        ood: data of another distribution, to test on.
+        text: text that has nothing to do with the task, to measure forgetting on.
+        speed: measure what a contestant costs, in so many `rounds`, at a prompt of `prompt_tokens`.
+        out: folder of the comparison; None is compare/<model>-<data>.
+        workers: processes; None is one a GPU, or what the CPU bears.
+        command: as typed, for the record.
+    """
+
+    typed: Typed
+    methods: Sequence[str] = DEFAULT_METHODS
+    grids: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    seeds: int = 3
+    sweep: int = 3
+    few_shot: int | None = None
+    ood: str | None = None
+    text: str | None = None
+    speed: bool = True
+    rounds: int | None = None
+    prompt_tokens: int | None = None
+    out: str | None = None
+    workers: int | None = None
+    command: str = ""
+
+    def folder(self, recipe: Recipe) -> Path:
+        """The comparison's folder."""
+        if self.out is not None:
+            return Path(self.out)
+        shot = f"-{self.few_shot}-shot" if self.few_shot else ""
+        return (
+            Path("compare") / f"{recipe.run_name.removesuffix(f'-{recipe.adapter.method}')}{shot}"
+        )
+
+    def check(self) -> None:
+        """Raise UsageError for a number below 1."""
+        for flag in ("seeds", "sweep", "few_shot", "workers", "rounds", "prompt_tokens"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                name = flag.replace("_", "-")
+                raise UsageError(f"--{name} must be 1 or more, got {value}.")
+
+
+def entries(settings: Settings) -> list[Entry]:
+    """The contestants: each method with every combination of the grids' values that it has a setting for.
+
+    Settings of the adapter that were typed go to the methods that have them.
+
+    Raises:
+        UsageError: a number below 1, no method or one twice, a setting that no method has, or two contestants that
+            are one.
+        RecipeError: a recipe that is wrong for one of them.
+    """
+    settings.check()
+    typed, methods, grids = settings.typed, settings.methods, settings.grids
+    if not methods:
+        raise UsageError("--methods names none. Type, say, --methods prefix-tuning-plus,lora")
+    adapter = _typed_of_the_adapter(typed)
+    used: set[str] = set()
+    found: list[Entry] = []
+    for method in methods:
+        own = {key: values for key, values in grids.items() if _has(method, key)}
+        keys = {key: value for key, value in adapter.items() if _has(method, f"adapter.{key}")}
+        used |= {*own, *(f"adapter.{key}" for key in keys)}
+        for combination in itertools.product(*own.values()):
+            chosen = dict(zip(own, combination, strict=True))
+            recipe = _recipe(typed, method, {f"adapter.{k}": v for k, v in keys.items()} | chosen)
+            found.append(Entry(_label(method, chosen), chosen, recipe))
+    _check_all_are_used([*grids, *(f"adapter.{key}" for key in adapter)], used, methods)
+    _check_distinct(found)
+    return found
+
+
+def parse_grids(given: Iterable[str]) -> dict[str, list[Any]]:
+    """`--grid adapter.layers=all,last:8` as {key: values}; a list is one value: `[0,1],[4,5]`.
+
+    Raises:
+        UsageError: it has another form, or a key is given twice.
+    """
+    grids: dict[str, list[Any]] = {}
+    for text in given:
+        key, equals, values = text.partition("=")
+        key = key.strip()
+        if not equals or not values.strip() or key.count(".") < 1:
+            raise UsageError(
+                f"--grid takes section.key=value,value, as in adapter.layers=all,last:8, got {text!r}"
+            )
+        if key in grids:
+            raise UsageError(f"--grid {key} is given twice. Give all of its values at once.")
+        grids[key] = [read.parse_value(part, f"--grid {key}") for part in _split(values)]
+    return grids
+
+
+def _split(text: str) -> list[str]:
+    """At the commas that stand in no bracket."""
+    return [part.strip() for part in re.split(r",(?![^\[{]*[\]}])", text)]
+
+
+def _typed_of_the_adapter(typed: Typed) -> dict[str, Any]:
+    """The adapter's settings that flags and `--set` ask for, but for the method."""
+    nested: dict[str, Any] = {}
+    for given in typed.sets:
+        key, _, value = given.partition("=")
+        if key.strip().startswith("adapter."):
+            nested[key.strip().removeprefix("adapter.")] = read.parse_value(value, f"--set {key}")
+    nested.update(typed.flags.get("adapter", {}))
+    if "method" in nested:
+        raise UsageError(
+            "`ptp compare` takes several methods: type --methods in place of --method."
+        )
+    return nested
+
+
+def _has(method: str, key: str) -> bool:
+    """Whether a recipe of this method has the setting; what is no adapter's all of them have."""
+    section, _, rest = key.partition(".")
+    if section != "adapter":
+        return True
+    model = METHODS.get(method)
+    return model is None or rest.partition(".")[0] in model.model_fields
+
+
+def _recipe(typed: Typed, method: str, settings: Mapping[str, Any]) -> Recipe:
+    sets = [given for given in typed.sets if not given.strip().startswith("adapter.")]
+    flags = {key: value for key, value in typed.flags.items() if key != "adapter"}
+    nested: dict[str, Any] = {**flags, "adapter": {"method": method}}
+    for key, value in settings.items():
+        *above, last = key.split(".")
+        inner = nested
+        for section in above:
+            inner[section] = inner = dict(inner.get(section, {}))
+        inner[last] = value
+    return load.resolve(typed.recipe, sets, nested)
+
+
+def _label(method: str, settings: Mapping[str, Any]) -> str:
+    return " ".join([method, *(_spelled(key, value) for key, value in settings.items())])
+
+
+def _spelled(key: str, value: Any) -> str:
+    if key == "adapter.feature_map":
+        return str(value)
+    shown = str(value).lower() if isinstance(value, bool) else str(value)
+    return f"{key.rpartition('.')[2]}={shown.replace(' ', '')}"
+
+
+def _check_all_are_used(given: Sequence[str], used: set[str], methods: Sequence[str]) -> None:
+    for key in given:
+        if key not in used:
+            raise UsageError(
+                f"{key} is a setting of none of the methods ({', '.join(methods)}). `ptp recipe-schema` lists what "
+                "each of them has."
+            )
+
+
+def _check_distinct(found: Sequence[Entry]) -> None:
+    by_label = {}
+    for entry in found:
+        if entry.label in by_label:
+            raise UsageError(f"--methods and --grid name {entry.label} twice. Give each once.")
+        by_label[entry.label] = entry
+    same: Iterator[tuple[Entry, Entry]] = itertools.combinations(found, 2)
+    for one, other in same:
+        if one.recipe == other.recipe:
+            raise UsageError(f"{one.label} and {other.label} are the same run. Leave one out.")

@@ -1,0 +1,165 @@
+"""The rows of a comparison: drawn once, written down, and the same for every method.
+
+The test rows are the recipe's held-out data. The validation rows, by which learning rates are chosen, are taken out of
+the training data, so that no choice sees the test rows. Few-shot takes K of the rest a class, others for each seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefixtune_cli.compare.comparison import OOD, TEST
+from prefixtune_cli.data.load import LoadedData, load_rows
+from prefixtune_cli.errors import DataError
+from prefixtune_cli.progress import Reporter
+from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.run_dir import write_atomically
+
+TRAIN, VALIDATION = "train", "validation"
+VALIDATION_SHARE = 0.1  # of the training rows, and at most evaluate.max_rows of them
+COLUMNS = ("messages", "prompt", "completion", "text")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The files of a comparison.
+
+    Attributes:
+        train: by seed; one file for all seeds unless few-shot.
+        validation, test, ood: files; ood may be missing.
+        about: by data set: source, rows, sha256.
+        notices: what was found.
+    """
+
+    train: Mapping[int, Path]
+    validation: Path
+    test: Path
+    ood: Path | None
+    about: Mapping[str, Mapping[str, Any]]
+    notices: Sequence[str]
+
+
+def draw(
+    recipe: Recipe,
+    folder: Path,
+    seeds: Sequence[int],
+    *,
+    few_shot: int | None,
+    ood: str | None,
+    reporter: Reporter,
+) -> Rows:
+    """Draw the rows and write them to `folder`, as JSONL in the layout that they were recognised to have.
+
+    Args:
+        recipe: its data section; train.seed draws the validation rows, and the test rows where there is no data.eval.
+        folder: for the files.
+        seeds: of the cells.
+        few_shot: training examples a class; None takes all rows.
+        ood: data of another distribution, in the same forms.
+        reporter: hears what was found.
+
+    Raises:
+        DataError: data is missing, wrong or too little, or few-shot has no classes.
+    """
+    section, seed = recipe.data, recipe.train.seed
+    if section.train is None:
+        raise DataError("data.train is missing. Type --data FILE, or --recipe quickstart.")
+    rows = load_rows(section.train, section)
+    notices = list(rows.notices)
+    if section.eval is not None:
+        test = load_rows(section.eval, section)
+        test_source = section.eval
+    else:
+        rows, test = rows.split(section.eval_split or VALIDATION_SHARE, seed)
+        test_source = f"{section.train} (held out)"
+    share = min(VALIDATION_SHARE, recipe.evaluate.max_rows / len(rows))
+    rows, validation = rows.split(share, seed + 1)
+    drawn = {s: rows for s in seeds}
+    if few_shot is not None:
+        drawn = {s: _few_shot(rows, few_shot, s, notices) for s in seeds}
+    files: dict[str, Path] = {}
+    about: dict[str, dict[str, Any]] = {}
+
+    def write(name: str, chosen: LoadedData, source: str) -> Path:
+        text = "".join(map(_line, chosen.dataset))
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        file = folder / f"{name}.jsonl"
+        if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            write_atomically(file, text)
+        about[name] = {"source": source, "rows": len(chosen), "sha256": digest}
+        files[name] = file
+        return file
+
+    if few_shot is None:
+        whole = write(TRAIN, rows, section.train)
+        train = {s: whole for s in seeds}
+    else:
+        train = {
+            s: write(f"{TRAIN}-{few_shot}-shot-seed-{s}", chosen, section.train)
+            for s, chosen in drawn.items()
+        }
+    write(VALIDATION, validation, section.train)
+    write(TEST, test, test_source)
+    if ood is not None:
+        write(OOD, _other(ood, recipe), ood)
+    for notice in dict.fromkeys(notices):
+        reporter.notice(notice)
+    reporter.notice(
+        f"Rows: {_counted(drawn)} to train on, {len(validation)} to choose learning rates by, {len(test)} to test on."
+    )
+    return Rows(train, files[VALIDATION], files[TEST], files.get(OOD), about, tuple(notices))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    kept = {name: row[name] for name in COLUMNS if name in row}
+    return json.dumps(kept, ensure_ascii=False) + "\n"
+
+
+def _counted(drawn: Mapping[int, LoadedData]) -> str:
+    counts = sorted({len(rows) for rows in drawn.values()})
+    return "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+
+
+def _other(source: str, recipe: Recipe) -> LoadedData:
+    """Out-of-distribution rows: in columns named as the recipe's, or as their own format has them."""
+    try:
+        return load_rows(source, recipe.data)
+    except DataError:
+        if not recipe.data.map and recipe.data.format == "auto":
+            raise
+        return load_rows(source, recipe.data.model_copy(update={"map": {}, "format": "auto"}))
+
+
+def _few_shot(rows: LoadedData, count: int, seed: int, notices: list[str]) -> LoadedData:
+    """`count` rows of each class at random; a class is an answer that comes back."""
+    by_class: dict[str, list[int]] = defaultdict(list)
+    for i, row in enumerate(rows.dataset):
+        by_class[_answer(row, rows.row_origin, i)].append(i)
+    if 2 * len(by_class) > len(rows):
+        raise DataError(
+            f"--few-shot {count} draws rows a class, but the {len(rows)} training rows have {len(by_class)} different "
+            "answers: they are no classes. Leave --few-shot out."
+        )
+    short = sum(len(found) < count for found in by_class.values())
+    if short:
+        notices.append(f"{short} of {len(by_class)} classes have fewer than {count} rows.")
+    rng = np.random.default_rng(seed)
+    chosen = [i for name in sorted(by_class) for i in rng.permutation(by_class[name])[:count]]
+    return rows.select(sorted(map(int, chosen)))
+
+
+def _answer(row: Mapping[str, Any], origin: Any, i: int) -> str:
+    if "completion" in row:
+        return str(row["completion"]).strip()
+    turns = [m["content"] for m in row.get("messages", ()) if m["role"] == "assistant"]
+    if not turns:
+        raise DataError(f"--few-shot needs answers, and {origin(i)} has none. Leave it out.")
+    return str(turns[-1]).strip()

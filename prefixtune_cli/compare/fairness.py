@@ -1,0 +1,157 @@
+"""What makes runs comparable: which of them are one contestant, and what differs beside method and seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefixtune_cli.compare.finished_run import FinishedRun
+from prefixtune_cli.recipe.aliases import ALIASES
+from prefixtune_cli.run_dir import RunDir
+
+# How a run is carried out and written down, and what tells it from others: none of it makes another contestant.
+CIRCUMSTANCES = {
+    "model.device", "train.seed", "train.log_steps", "train.eval_steps", "train.save_steps",
+    "train.save_minutes", "train.keep_checkpoints", "train.track", "train.gpus",
+    "evaluate.batch_size", "evaluate.bench_data",
+}  # fmt: skip
+
+
+def settings(run: FinishedRun) -> dict[str, Any]:
+    """Its recipe as {dotted key: value}: data by content, the base by its full name, and no circumstances."""
+    recipe = run.recipe
+    found = {
+        f"{section}.{key}": value
+        for section, values in recipe.model_dump().items()
+        if isinstance(values, Mapping)
+        for key, value in values.items()
+        if f"{section}.{key}" not in CIRCUMSTANCES
+    }
+    found |= {f"adapter.config.{k}": v for k, v in found.pop("adapter.config", {}).items()}
+    found["model.name"] = ALIASES.get(recipe.model.name, recipe.model.name)
+    for key in ("train", "eval", "chat_template"):
+        found[f"data.{key}"] = run.fingerprints.get(key, {}).get("sha256")
+    if recipe.train.max_steps is not None:
+        del found["train.epochs"]
+    return found
+
+
+def identity(run: FinishedRun) -> str:
+    """What all seeds of a contestant have in common."""
+    return json.dumps(settings(run), sort_keys=True)
+
+
+def labels(runs: Sequence[FinishedRun]) -> list[str]:
+    """A name for each: its method and, as in `lora r=8`, the settings in which it differs from others of its method.
+
+    Args:
+        runs: one a contestant.
+    """
+    flat = [settings(run) for run in runs]
+    found = []
+    for run, own in zip(runs, flat, strict=True):
+        method = run.recipe.adapter.method
+        rivals = [other for other in flat if other["adapter.method"] == method]
+        apart = [k for k in own if any(other.get(k) != own[k] for other in rivals)]
+        words = [_spelled(run, key, own[key]) for key in apart if own[key] is not None]
+        found.append(" ".join([method, *words]))
+    return found
+
+
+def _spelled(run: FinishedRun, key: str, value: Any) -> str:
+    section, *_, last = key.split(".")
+    if key in ("adapter.feature_map", "adapter.sites", "model.name"):
+        return str(value)
+    if section == "data" and last in run.fingerprints:
+        return Path(run.fingerprints[last]["source"].replace("sample:", "")).stem
+    shown = json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace('"', "")
+    return f"{'lr' if last == 'learning_rate' else last}={shown}"
+
+
+def differences(runs: Sequence[FinishedRun]) -> list[str]:
+    """A sentence about each thing that would make a comparison unfair: what differs, and what is missing or twice."""
+    found = [
+        f"{run.given} has not finished. {RunDir(run.given).how_to_go_on}"
+        for run in runs
+        if not run.finished
+    ]
+    found += [
+        f"{run.given} is the same recipe with the same seed as {other.given}. Leave one out."
+        for run, other in twins(runs)
+    ]
+    finished = [run for run in runs if run.finished]
+    for what, key, shown in ASPECTS:
+        groups: dict[Hashable, list[FinishedRun]] = {}
+        for run in finished:
+            groups.setdefault(key(run), []).append(run)
+        if len(groups) > 1:
+            each = [
+                f"{shown(g[0])} in {', '.join(run.given for run in g)}" for g in groups.values()
+            ]
+            found.append(f"The runs have different {what}: {'; '.join(each)}.")
+    return found
+
+
+def twins(runs: Sequence[FinishedRun]) -> Iterator[tuple[FinishedRun, FinishedRun]]:
+    """Each run that is an earlier one once more."""
+    first: dict[Hashable, FinishedRun] = {}
+    for run in runs:
+        earlier = first.setdefault((identity(run), run.seed), run)
+        if earlier is not run:
+            yield run, earlier
+
+
+def base(run: FinishedRun) -> Hashable:
+    """What has to be the same for one base."""
+    model = run.recipe.model
+    return ALIASES.get(model.name, model.name), model.revision, model.bits
+
+
+def _shown_base(run: FinishedRun) -> str:
+    model = run.recipe.model
+    revision = f" at {model.revision}" if model.revision else ""
+    return f"{model.name}{revision} with {model.bits} bits"
+
+
+def _shown_data(run: FinishedRun) -> str:
+    train = run.fingerprints["train"]
+    return f"{train['source']} (sha256 {train['sha256'][:8]}…)"
+
+
+def _reading(run: FinishedRun) -> str:
+    where = {"train": None, "eval": None, "eval_split": None, "chat_template": None}
+    template = run.fingerprints.get("chat_template", {}).get("sha256")
+    settings = run.recipe.data.model_copy(update=where).model_dump(exclude_none=True)
+    return json.dumps({**settings, "chat_template": template}, sort_keys=True)
+
+
+def held_out_rows(run: FinishedRun) -> Hashable:
+    """Where they were split off, the seed chose them."""
+    held_out = run.fingerprints.get("eval")
+    split = None if held_out else (run.recipe.data.eval_split, run.seed)
+    references = tuple(row["answer"] for row in run.answers)
+    sha256 = held_out["sha256"] if held_out else None
+    return sha256, split, run.summary["held_out_rows"], references
+
+
+def _shown_held_out_rows(run: FinishedRun) -> str:
+    rows = run.summary["held_out_rows"]
+    if held_out := run.fingerprints.get("eval"):
+        return f"{rows} of {held_out['source']} (sha256 {held_out['sha256'][:8]}…)"
+    return f"{rows} that were split off by seed {run.seed} (give runs the same --eval)"
+
+
+Aspect = tuple[str, Callable[[FinishedRun], Hashable], Callable[[FinishedRun], str]]
+ASPECTS: Sequence[Aspect] = (
+    ("bases", base, _shown_base),
+    ("training data", lambda run: run.fingerprints["train"]["sha256"], _shown_data),
+    ("ways to read their data", _reading, _reading),
+    (
+        "budgets",
+        lambda run: (run.summary["steps"], run.batch),
+        lambda run: f"{run.summary['steps']} steps of {run.batch} examples",
+    ),
+    ("held-out rows", held_out_rows, _shown_held_out_rows),
+)

@@ -1,0 +1,28 @@
+"""The costs of methods, measured beside each other: the benchmark of `ptp compare --speed`.
+
+Speed depends on shapes and not on values, so a base with random weights will do, and no data is read.
+"""
+
+from prefixtune_cli.compare.speed.measure import (
+    BASE,
+    DECODE,
+    FIRST_TOKEN,
+    PEAK_MEMORY,
+    TRAINING,
+    Speeds,
+    measure,
+)
+from prefixtune_cli.compare.speed.random_base import random_base
+from prefixtune_cli.compare.speed.turn import Shape
+
+__all__ = [
+    "BASE",
+    "DECODE",
+    "FIRST_TOKEN",
+    "PEAK_MEMORY",
+    "TRAINING",
+    "Shape",
+    "Speeds",
+    "measure",
+    "random_base",
+]

@@ -1,0 +1,92 @@
+"""The first token of an answer to a long prompt, and the tokens after it, by direct calls of the model.
+
+`generate` would do the same passes; but what it does between them in Python takes as long, for a small model, as the
+model itself, and drowns what methods differ in.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+
+class Answer:
+    """The answer to one prompt, chosen greedily; nothing is sampled, and nothing ends it early.
+
+    peft puts virtual tokens before a prompt in `forward` and `generate` alone, each time anew, so they are put there
+    here: Prefix-Tuning's into the cache, those of prompt tuning and its kin before the embedded prompt. Adapters of
+    other kinds stand within the base, which is called without peft's own pass around it.
+
+    Args:
+        model: the base, or the base with an adapter, in evaluation mode.
+        prompt: token ids, [1, tokens].
+    """
+
+    def __init__(self, model: PeftModel | PreTrainedModel, prompt: Tensor) -> None:
+        self.model, self.prompt = model, prompt
+        self.base = cast(
+            PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model
+        )
+        accepted = inspect.signature(self.base.forward).parameters
+        self.last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.cache: Any = None
+        self.logits = self.token = torch.empty(0)  # of the last token, [1, vocabulary] and [1, 1]
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Compute the whole prompt, and choose the first token."""
+        self.cache = None
+        self._next(**self._inputs())
+
+    @torch.no_grad()
+    def go_on(self, count: int) -> None:
+        """Compute and choose `count` more tokens, one pass each."""
+        for _ in range(count):
+            self._next(input_ids=self.token)
+
+    def _inputs(self) -> dict[str, Any]:
+        model = self.model
+        if not (isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning):
+            return {"input_ids": self.prompt}
+        virtual = model.get_prompt(batch_size=1)
+        if not isinstance(virtual, Tensor):
+            self.cache = virtual
+            return {"input_ids": self.prompt}
+        embedded = model.word_embeddings(self.prompt)
+        return {"inputs_embeds": torch.cat([virtual.to(embedded.dtype), embedded], dim=1)}
+
+    def _next(self, **inputs: Any) -> None:
+        output = self.base(
+            **inputs, past_key_values=self.cache, use_cache=True, **self.last_logits_only
+        )
+        self.cache = output.past_key_values
+        self.logits = output.logits[:, -1]
+        self.token = self.logits.argmax(-1, keepdim=True)
+
+
+def cache_bytes(cache: Any) -> int:
+    """The bytes of all tensors of a cache, of whatever class: keys and values, and a recurrent layer's states.
+
+    Counters are left out, such as a sliding window's, which some classes keep as tensors.
+    """
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in _tensors(vars(cache))}
+    return sum(tensors.values())
+
+
+def _tensors(thing: Any) -> Iterator[Tensor]:
+    if isinstance(thing, Tensor):
+        yield from [thing] if thing.numel() and thing.dim() > 1 else []
+        return
+    if isinstance(thing, Cache | CacheLayerMixin):
+        thing = vars(thing)
+    parts = thing.values() if isinstance(thing, Mapping) else thing
+    if isinstance(parts, Iterable) and not isinstance(parts, str):
+        for part in parts:
+            yield from _tensors(part)

@@ -1,0 +1,140 @@
+"""One training step, in PyTorch alone.
+
+It does what TRL's trainer does in a step: forward under autocast, a loss without the logits of all tokens at once,
+backward, clipping and the optimizer. What the trainer does around that (batches from data, logging, callbacks) is the
+same for every method and would only hide their differences.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from prefixtune_cli.errors import RecipeError
+from prefixtune_cli.optimizer import check_optimizer
+
+HEAD_TOKENS = 1024  # projected to the vocabulary at a time
+MAX_GRAD_NORM = 1.0  # the recipe's default
+
+
+class TrainingStep:
+    """A training step that can be taken any number of times, on the same random rows.
+
+    The learning rate is 0: the optimizer does all of its work, and no weight changes. Where the model has no trained
+    weights, which is the base by itself, a step is the forward pass and the backward pass down to the embeddings'
+    output: all of the gradient that can flow through a frozen base. A method whose lowest trained weight stands higher
+    needs less of it, as where PT+ in the first layer has no use for a gradient of that layer's queries.
+
+    Args:
+        model: the base, or the base with an adapter.
+        base: the base in it.
+        ids: [rows, tokens].
+        optimizer: a name of transformers' optimizers.
+        autocast: compute in bfloat16, as the trainer does unless the recipe has 32 bits.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel | PreTrainedModel,
+        base: PreTrainedModel,
+        ids: Tensor,
+        *,
+        optimizer: str,
+        autocast: bool,
+    ) -> None:
+        self.model, self.base, self.ids, self.autocast = model, base, ids, autocast
+        self.mask = torch.ones_like(ids)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        on_gpu = ids.device.type == "cuda"
+        self.optimizer = (
+            make_optimizer(optimizer, self.trained, on_gpu=on_gpu) if self.trained else None
+        )
+
+    def __call__(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.ids.device.type, torch.bfloat16, enabled=self.autocast):
+            output = self.model(
+                input_ids=self.ids, attention_mask=self.mask, labels=self.ids, use_cache=False
+            )
+        output.loss.backward()
+        if self.optimizer is not None:
+            nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM)
+            self.optimizer.step()
+
+    @contextlib.contextmanager
+    def ready(self, *, checkpointing: bool) -> Iterator[None]:
+        """Within the block the model is in training mode, and steps can be taken; gradients are dropped after it."""
+        self.model.train()
+        if checkpointing:
+            self.base.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        if checkpointing or not self.trained:
+            self.base.enable_input_require_grads()
+        original = self.base.forward
+        if self.base.base_model is not self.base and self.base.get_output_embeddings() is not None:
+            self.base.forward = MethodType(_loss_by_chunks, self.base)
+        try:
+            yield
+        finally:
+            self.base.forward = original
+            self.model.zero_grad(set_to_none=True)
+            if checkpointing:
+                self.base.gradient_checkpointing_disable()
+            if checkpointing or not self.trained:
+                self.base.disable_input_require_grads()
+            self.model.eval()
+
+
+def make_optimizer(name: str, trained: list[nn.Parameter], *, on_gpu: bool) -> Any:
+    """The optimizer that transformers' trainer would make, with a learning rate of 0.
+
+    Raises:
+        RecipeError: there is none of this name, or it cannot be used here.
+    """
+    if name == "adamw_torch":
+        return torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+    check_optimizer(name)
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(optim=name, learning_rate=0.0, use_cpu=not on_gpu)
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        return kind(trained, **settings)
+    except (ValueError, ImportError, TypeError) as error:
+        raise RecipeError(f"train.optimizer {name} cannot be used here: {error}") from error
+
+
+def _loss_by_chunks(
+    self: PreTrainedModel, *args: Any, labels: Tensor, **kwargs: Any
+) -> CausalLMOutput:
+    """The loss of a causal language model, whose logits exist for HEAD_TOKENS tokens at a time.
+
+    They are computed once more in the backward pass, as the trainer's fused head does. At large vocabularies the
+    logits would otherwise be most of the memory, whatever the method.
+    """
+    hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1].flatten(0, 1)
+    targets = labels[:, 1:].flatten()
+    head = self.get_output_embeddings()
+
+    def summed(chunk: Tensor, its_targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(chunk).float(), its_targets, reduction="sum")
+
+    sums = [
+        checkpoint(
+            summed, hidden[i : i + HEAD_TOKENS], targets[i : i + HEAD_TOKENS], use_reentrant=False
+        )
+        for i in range(0, len(targets), HEAD_TOKENS)
+    ]
+    return CausalLMOutput(loss=torch.stack(sums).sum() / len(targets))

@@ -1,0 +1,254 @@
+"""One contestant's turn in a round: its adapter is attached, everything is measured once, and it is taken off again."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prefixtune_cli import model as models
+from prefixtune_cli.compare.memory import available_bytes, peak_memory
+from prefixtune_cli.compare.speed.inference import Answer, cache_bytes
+from prefixtune_cli.compare.speed.training import TrainingStep
+from prefixtune_cli.errors import ModelError, ResourceError
+
+# What method full takes a weight: itself, its gradient and AdamW's two moments, in float32.
+BYTES_OF_FULL = 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How much is computed.
+
+    Attributes:
+        rounds: measured ones; one more goes before them and is not counted.
+        batch_size, length: rows of a training step, and tokens of each.
+        prompt_tokens: of the prompt whose first token is waited for, and after which tokens are decoded.
+        new_tokens: decoded tokens of an answer.
+        gradient_checkpointing: recompute activations in the backward pass.
+        optimizer: a name that transformers' TrainingArguments takes.
+        seconds: a step, a prompt or an answer is repeated until it has taken this long; the mean is one measurement.
+        cast_adapters: answer with adapters in the base's precision, as servers do, instead of in float32.
+    """
+
+    rounds: int = 5
+    batch_size: int = 8
+    length: int = 256
+    prompt_tokens: int = 512
+    new_tokens: int = 32
+    gradient_checkpointing: bool = False
+    optimizer: str = "adamw_torch"
+    seconds: float = 0.3
+    cast_adapters: bool = False
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured in one turn.
+
+    Attributes:
+        step_seconds: of one training step.
+        first_token_seconds: from the prompt to its first token.
+        decode_seconds: of one further token.
+        peak_bytes: most memory in use during training steps; None where it cannot be measured.
+        cache_bytes: of the key/value cache after the prompt.
+        parameters: trained ones.
+        adapter_bytes: of the adapter as it is saved, in float32; for `full`, of all weights.
+    """
+
+    step_seconds: float
+    first_token_seconds: float
+    decode_seconds: float
+    peak_bytes: int | None
+    cache_bytes: int
+    parameters: int
+    adapter_bytes: int
+
+
+def take_turn(
+    base: PreTrainedModel, adapter: models.AdapterSection | None, shape: Shape, *, autocast: bool
+) -> Figures:
+    """Measure one contestant once; the base is as it was afterwards, also where this fails.
+
+    An adapter has small random numbers added to it, so that it does something, and is kept in float32, as in training
+    and in `ptp generate`, unless the shape says otherwise. `full` is trained in float32 and answers in the base's own
+    precision, as its weights would be loaded again.
+
+    Args:
+        base: frozen, in evaluation mode.
+        adapter: None for the base by itself.
+        shape: how much is computed.
+        autocast: train in bfloat16.
+
+    Raises:
+        ModelError: the adapter does not fit the base.
+        ResourceError: what is to be trained does not fit the memory.
+    """
+    full = adapter is not None and adapter.method == "full"
+    if adapter is not None and adapter.method == "prefix-tuning" and shape.gradient_checkpointing:
+        raise ModelError(
+            "Gradient checkpointing does not go with method prefix-tuning, whose prefix lies in the key/value cache."
+        )
+    with attached(base, adapter) as model:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        with in_float32(trained) if full else contextlib.nullcontext():
+            step_seconds, peak_bytes = _train(model, base, shape, autocast=autocast)
+        size = 4 * sum(p.numel() for p in trained) if full else _adapter_bytes(model)
+        model.requires_grad_(False)
+        if shape.cast_adapters and not full:
+            for parameter in trained:
+                parameter.data = parameter.data.to(base.dtype)
+        first_token_seconds, decode_seconds, cached = _answer(model, base, shape)
+        return Figures(
+            step_seconds,
+            first_token_seconds,
+            decode_seconds,
+            peak_bytes,
+            cached,
+            sum(p.numel() for p in trained),
+            size,
+        )
+
+
+@contextlib.contextmanager
+def attached(
+    base: PreTrainedModel, adapter: models.AdapterSection | None
+) -> Iterator[PeftModel | PreTrainedModel]:
+    """Within the block the base has a random adapter; afterwards it has none, and nothing of it is trainable.
+
+    Raises:
+        ModelError: the adapter does not fit the base.
+    """
+    base.requires_grad_(False)
+    model: PeftModel | PreTrainedModel = base
+    try:
+        if adapter is not None:
+            if adapter.method == "full" and getattr(base, "quantization_method", None) is not None:
+                raise ModelError(
+                    "Quantized weights have no gradient: method full cannot train them."
+                )
+            model = models.attach(base, adapter)
+        if isinstance(model, PeftModel):
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+                    parameter.data += 0.02 * torch.randn_like(parameter)
+        model.eval()
+        yield model
+    finally:
+        if isinstance(model, PeftModel):
+            models.detach(model)
+        _strip(base)
+        base.requires_grad_(False).eval()
+
+
+def _strip(base: PreTrainedModel) -> None:
+    """Take off the layers of an adapter that could not be attached whole."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer) and not name.endswith("base_layer"):
+            base.set_submodule(name, module.get_base_layer())
+            getattr(module, "release", lambda: None)()
+
+
+@contextlib.contextmanager
+def in_float32(trained: list[nn.Parameter]) -> Iterator[None]:
+    """Within the block these weights are in float32, and in their own precision afterwards, without a loss.
+
+    Raises:
+        ResourceError: main memory does not suffice to train them, so that the system would end the process.
+    """
+    needed = sum(p.numel() * (BYTES_OF_FULL - p.itemsize) for p in trained)
+    available = available_bytes() if trained[0].device.type == "cpu" else None
+    if available is not None and needed > available:
+        raise ResourceError(
+            f"Training all weights in float32 takes {needed / 2**30:.1f} GiB more of main memory, and "
+            f"{available / 2**30:.1f} GiB are available."
+        )
+    before = [p.dtype for p in trained]
+    try:
+        for parameter in trained:
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for parameter, dtype in zip(trained, before, strict=True):
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+
+
+def _train(
+    model: PeftModel | PreTrainedModel, base: PreTrainedModel, shape: Shape, *, autocast: bool
+) -> tuple[float, int | None]:
+    ids = _random_ids(base, shape.batch_size, shape.length)
+    step = TrainingStep(model, base, ids, optimizer=shape.optimizer, autocast=autocast)
+    with step.ready(checkpointing=shape.gradient_checkpointing):
+        step()  # the optimizer makes its state
+        with peak_memory(ids.device) as peak:
+            seconds = seconds_each(step, shape.seconds, ids.device)
+    return seconds, peak.nbytes
+
+
+def _answer(
+    model: PeftModel | PreTrainedModel, base: PreTrainedModel, shape: Shape
+) -> tuple[float, float, int]:
+    answer = Answer(model, _random_ids(base, 1, shape.prompt_tokens))
+    place = answer.prompt.device
+    answer.begin()
+    answer.go_on(1)  # kernels are chosen
+    first_token = seconds_each(answer.begin, shape.seconds, place)
+    cached = cache_bytes(answer.cache)
+    decoding = seconds_each(
+        lambda: answer.go_on(shape.new_tokens), shape.seconds, place, before=answer.begin
+    )
+    return first_token, decoding / shape.new_tokens, cached
+
+
+def seconds_each(
+    work: Callable[[], object],
+    at_least: float,
+    place: torch.device,
+    before: Callable[[], object] | None = None,
+) -> float:
+    """Mean wall-clock seconds of `work`, which is done again until it has taken `at_least` seconds together.
+
+    Args:
+        work: is done at least once.
+        at_least: seconds.
+        place: the device on which it computes; a GPU is waited for.
+        before: is done before each time, and is not counted.
+    """
+    elapsed, count = 0.0, 0
+    while not count or elapsed < at_least:
+        if before is not None:
+            before()
+        _wait_for(place)
+        start = time.perf_counter()
+        work()
+        _wait_for(place)
+        elapsed += time.perf_counter() - start
+        count += 1
+    return elapsed / count
+
+
+def _wait_for(place: torch.device) -> None:
+    """Until the GPU has done what it was told."""
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+
+
+def _random_ids(base: PreTrainedModel, rows: int, tokens: int) -> Tensor:
+    words = base.config.get_text_config(decoder=True).vocab_size
+    return torch.randint(words, (rows, tokens), device=base.device)
+
+
+def _adapter_bytes(model: PeftModel | PreTrainedModel) -> int:
+    if not isinstance(model, PeftModel):
+        return 0
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return sum(tensor.nbytes for tensor in saved.values())

@@ -1,0 +1,290 @@
+"""Who is better, and whether by more than noise.
+
+Every contestant is compared with the first, row by row. Where both were trained with the same S seeds and judged on the
+same I rows, the differences d[s, i] make a crossed design, in which seeds and rows are both drawn at random (Clark
+1973, The Language-as-Fixed-Effect Fallacy; Baayen, Davidson & Bates 2008). With v_s the variance of the seeds' means,
+v_i that of the rows' means and v_r that of the residuals, the variance of the mean difference is
+
+    v_s / S + v_i / I - v_r / (S I),
+
+but no less than v_s / S or v_i / I, which it is where the estimate of the other effect would be negative. Its degrees
+of freedom are Satterthwaite's (1946), and the test is Student's. With one seed rows alone are tested, with one row
+seeds alone: the table says so. The p values of a data set are adjusted for their number (Holm 1979).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefixtune_cli.compare.comparison import (
+    FORGETTING,
+    OOD,
+    TEST,
+    Comparison,
+    Contestant,
+    Result,
+)
+
+Floats = NDArray[np.float64]
+Metric = Literal["exact match", "loss", "forgetting"]
+
+LEVEL = 0.05  # of a test; the intervals are 95 % ones
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A contestant's figure less the first one's.
+
+    Attributes:
+        value: the mean difference, of the seeds that both have.
+        low, high: its 95 % interval, for itself alone; None where nothing could be tested.
+        p_value: of no difference, adjusted for the number of contestants (Holm); None where nothing could be tested.
+        degrees_of_freedom: of Student's t; None where nothing varied, and a sign test took its place.
+        seeds, rows: over so many of each; 1 is not tested over.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    p_value: float | None = None
+    degrees_of_freedom: float | None = None
+    seeds: int = 1
+    rows: int = 1
+
+    @property
+    def larger_than_noise(self) -> bool:
+        return self.p_value is not None and self.p_value < LEVEL
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One contestant on one data set.
+
+    Attributes:
+        contestant: its label.
+        mean: over its seeds; None where none finished.
+        deviation: the standard deviation over its seeds (divided by n - 1); None with one seed.
+        seeds: how many have a result.
+        failed: how many have none, as their cell failed.
+        best: no other mean is better.
+        difference: from the first contestant; None for that one, and where no seed has both.
+    """
+
+    contestant: str
+    mean: float | None
+    deviation: float | None
+    seeds: int
+    failed: int
+    best: bool = False
+    difference: Difference | None = None
+
+
+@dataclass(frozen=True)
+class Standings:
+    """All contestants on one data set, in their order.
+
+    Attributes:
+        data: TEST, OOD, FORGETTING or the name of another one.
+        metric: `forgetting` is the loss less the base's, on text that has nothing to do with the task.
+        base: the base's figure; None where it was not judged.
+        each: a standing a contestant.
+        untested: why differences are given without a test; None where they are tested.
+    """
+
+    data: str
+    metric: Metric
+    base: float | None
+    each: Sequence[Standing]
+    untested: str | None = None
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.metric == "exact match"
+
+    @property
+    def _differences(self) -> list[Difference]:
+        return [
+            s.difference for s in self.each if s.difference and s.difference.p_value is not None
+        ]
+
+    @property
+    def seeds_tested(self) -> bool:
+        """Whether every test is over seeds, and so says something of other seeds."""
+        return bool(found := self._differences) and all(d.seeds > 1 for d in found)
+
+    @property
+    def rows_tested(self) -> bool:
+        """Whether every test is over rows, and so says something of other rows."""
+        return bool(found := self._differences) and all(d.rows > 1 for d in found)
+
+
+def standings(comparison: Comparison) -> list[Standings]:
+    """Every data set on which some contestant has a result: TEST first, OOD and FORGETTING last."""
+    found = dict.fromkeys(
+        name for c in comparison.contestants for cell in c.cells for name in cell.results
+    )
+    others = [name for name in found if name not in (TEST, OOD, FORGETTING)]
+    order = [TEST, *others, OOD, FORGETTING]
+    return [standings_on(comparison, name) for name in order if name in found]
+
+
+def standings_on(comparison: Comparison, data: str) -> Standings:
+    """How the contestants stand on one data set.
+
+    Args:
+        comparison: what was found.
+        data: a name of `Cell.results`.
+
+    Returns:
+        By exact match where every result has it, else by loss, of which less is better.
+    """
+    contestants = comparison.contestants
+    metric = _metric(comparison, data)
+    base = comparison.base.get(data)
+    origin = base.loss if metric == "forgetting" and base is not None else 0.0
+    untested = _why_untested(comparison, data, metric)
+    each = [_standing(c, data, metric, origin) for c in contestants]
+    better = max if metric == "exact match" else min
+    best = better((s.mean for s in each if s.mean is not None), default=None)
+    each = [replace(s, best=s.mean is not None and s.mean == best) for s in each]
+    differences = {
+        i: found
+        for i, c in enumerate(contestants)
+        if i and (found := _difference(contestants[0], c, data, metric, tested=not untested))
+    }
+    adjusted = _holm_adjusted(differences)
+    each = [replace(s, difference=adjusted.get(i)) for i, s in enumerate(each)]
+    return Standings(data, metric, _base_figure(base, metric), each, untested)
+
+
+def _metric(comparison: Comparison, data: str) -> Metric:
+    if data == FORGETTING:
+        return "forgetting"
+    found = [result for c in comparison.contestants for result in c.results(data)]
+    return "exact match" if all(r.right is not None for r in found) else "loss"
+
+
+def _base_figure(base: Result | None, metric: Metric) -> float | None:
+    if base is None or metric == "exact match":
+        return None if base is None else base.exact_match
+    return base.loss
+
+
+def _standing(contestant: Contestant, data: str, metric: Metric, origin: float) -> Standing:
+    figures = [_figure(result, metric) - origin for result in contestant.results(data)]
+    return Standing(
+        contestant.label,
+        mean=statistics.fmean(figures) if figures else None,
+        deviation=statistics.stdev(figures) if len(figures) > 1 else None,
+        seeds=len(figures),
+        failed=len(contestant.failures),
+    )
+
+
+def _figure(result: Result, metric: Metric) -> float:
+    found = result.exact_match if metric == "exact match" else result.loss
+    assert found is not None
+    return found
+
+
+def _rows(result: Result, metric: Metric) -> Floats:
+    """Each row's part in the figure: their mean is the figure."""
+    if metric == "exact match":
+        assert result.right is not None
+        return np.array(result.right, dtype=float)
+    return np.array(result.nats, dtype=float) / (sum(result.tokens) / len(result.tokens))
+
+
+def _why_untested(comparison: Comparison, data: str, metric: Metric) -> str | None:
+    """Why rows cannot be paired."""
+    if not comparison.data.get(data, {}).get("same_rows", True):
+        return "not every run was judged on the same rows"
+    found = [result for c in comparison.contestants for result in c.results(data)]
+    shapes = {len(r.right or ()) if metric == "exact match" else tuple(r.tokens) for r in found}
+    return "not every run was judged on the same rows" if len(shapes) > 1 else None
+
+
+def _difference(
+    first: Contestant, other: Contestant, data: str, metric: Metric, *, tested: bool
+) -> Difference | None:
+    """Over the seeds that both have; without a test where rows cannot be paired."""
+    ours = {cell.seed: cell.results[data] for cell in first.cells if data in cell.results}
+    theirs = {cell.seed: cell.results[data] for cell in other.cells if data in cell.results}
+    seeds = [seed for seed in ours if seed in theirs]
+    if not seeds:
+        return None
+    if not tested:
+        values = [_figure(theirs[s], metric) - _figure(ours[s], metric) for s in seeds]
+        return Difference(statistics.fmean(values), seeds=len(seeds))
+    return crossed_difference(
+        np.stack([_rows(theirs[s], metric) - _rows(ours[s], metric) for s in seeds])
+    )
+
+
+def crossed_difference(found: Floats) -> Difference:
+    """The mean of paired differences, tested over seeds and rows.
+
+    Args:
+        found: [seeds, rows], each another contestant's value less the first one's.
+
+    Returns:
+        The difference with its own p value, not yet adjusted; without one where there is a single number.
+    """
+    seeds, rows = found.shape
+    mean = float(found.mean())
+    if found.size == 1:
+        return Difference(mean)
+    if np.ptp(found) < 1e-12:
+        return _constant(mean, seeds, rows)
+    error, freedom = _standard_error(found)
+    if error < 1e-12:  # the same in every seed or row, by their means
+        return _constant(mean, seeds, rows)
+    from scipy.special import stdtr, stdtrit
+
+    p_value = 2 * float(stdtr(freedom, -abs(mean) / error))
+    reach = float(stdtrit(freedom, 1 - LEVEL / 2)) * error
+    return Difference(mean, mean - reach, mean + reach, p_value, freedom, seeds, rows)
+
+
+def _standard_error(found: Floats) -> tuple[float, float]:
+    """The standard error of the mean of [seeds, rows], and its degrees of freedom."""
+    seeds, rows = found.shape
+    of_seeds, of_rows = found.mean(axis=1), found.mean(axis=0)
+    by_seed = float(of_seeds.var(ddof=1)) / seeds if seeds > 1 else 0.0
+    by_row = float(of_rows.var(ddof=1)) / rows if rows > 1 else 0.0
+    if seeds == 1 or rows == 1:
+        return (by_seed + by_row) ** 0.5, max(seeds, rows) - 1.0
+    residuals = found - of_seeds[:, None] - of_rows[None, :] + found.mean()
+    free = (seeds - 1) * (rows - 1)
+    by_residual = float((residuals**2).sum()) / free / found.size
+    both = by_seed + by_row - by_residual
+    variance = max(both, by_seed, by_row)
+    if variance > both:  # one effect is estimated as none: the other one's is the whole error
+        return variance**0.5, float((seeds if by_seed > by_row else rows) - 1)
+    spread = by_seed**2 / (seeds - 1) + by_row**2 / (rows - 1) + by_residual**2 / free
+    return variance**0.5, variance**2 / spread if spread else float(free)
+
+
+def _constant(mean: float, seeds: int, rows: int) -> Difference:
+    """Nothing varies, so that there is no standard error: the sign test over rows, or over seeds of a single row."""
+    p_value = 0.5 ** ((rows if rows > 1 else seeds) - 1) if abs(mean) > 1e-12 else 1.0
+    return Difference(mean, mean, mean, p_value, None, seeds, rows)
+
+
+def _holm_adjusted(found: Mapping[int, Difference]) -> dict[int, Difference]:
+    """The p values, each times the number of hypotheses that are left when its turn comes, smallest first."""
+    adjusted = dict(found)
+    tested = sorted(
+        ((d.p_value, i) for i, d in found.items() if d.p_value is not None), key=lambda x: x[0]
+    )
+    reached = 0.0
+    for done, (p_value, i) in enumerate(tested):
+        reached = max(reached, min(1.0, p_value * (len(tested) - done)))
+        adjusted[i] = replace(found[i], p_value=reached)
+    return adjusted

@@ -1,0 +1,177 @@
+"""The tables of the report, as text; the first cell of a row names the row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefixtune_cli.compare.comparison import OOD, TEST, Cell, Comparison, Contestant, Point, Result
+from prefixtune_cli.compare.legend import BEST, legend
+from prefixtune_cli.compare.table import columns
+
+
+@dataclass(frozen=True)
+class Text:
+    """A table's cell.
+
+    Attributes:
+        kind: `number` and `best` stand at the right, `best` in bold; `path` has a fixed width; `reason` is long.
+    """
+
+    text: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[Text]]
+    notes: Sequence[str] = ()
+
+    @property
+    def numbers(self) -> set[int]:
+        """The columns whose figures stand at the right."""
+        columns = range(len(self.head))
+        return {i for i in columns if any(row[i].kind in ("number", "best") for row in self.rows)}
+
+
+def result(comparison: Comparison) -> Table:
+    """The table of the comparison, as in table.md."""
+    head, rows = columns(comparison)
+    said = {*comparison.notices, f"Command: {comparison.command}"}  # they have a place of their own
+    return Table(
+        "Quality and cost",
+        head,
+        [[Text(row[0]), *map(_figure, row[1:])] for row in rows],
+        [line for line in legend(comparison, bold=True) if line not in said],
+    )
+
+
+def _figure(shown: str) -> Text:
+    mark = f" {BEST}"
+    best = shown.endswith(mark)
+    return Text(shown.removesuffix(mark) or "–", "best" if best else "number")
+
+
+def sweep(comparison: Comparison) -> Table | None:
+    """Every learning rate that was tried; None where there was no choice."""
+    rows = [
+        [
+            Text(contestant.label),
+            Text(f"{point.learning_rate:g}", "number"),
+            Text(_loss(point.loss), "number"),
+            Text(_share(point.exact_match), "number"),
+            _state(contestant, point),
+            Text(point.run, "path"),
+        ]
+        for contestant in comparison.contestants
+        for point in contestant.sweep
+    ]
+    if not rows:
+        return None
+    head = ("Contestant", "Learning rate", "Loss (nats a token)", "Right answers", "Outcome", "Run")
+    return Table("Every learning rate that was tried, judged on the validation rows", head, rows)
+
+
+def _state(contestant: Contestant, point: Point) -> Text:
+    if point.failure is not None:
+        return Text(f"failed: {point.failure}", "reason")
+    return Text("chosen" if point.learning_rate == contestant.learning_rate else "not chosen")
+
+
+def runs(comparison: Comparison) -> Table | None:
+    """Every cell with its run directory, or why it failed; None where nothing was trained."""
+    judged = [name for name in (TEST, OOD) if name in _judged_on(comparison)]
+    head = [f"{_title(name)} data" for name in judged]
+    rows = [
+        [
+            Text(contestant.label),
+            Text(str(cell.seed), "number"),
+            Text("–" if cell.steps is None else f"{cell.steps:,}", "number"),
+            *(Text(_result(cell.results.get(name)), "number") for name in judged),
+            _outcome(cell),
+            Text(cell.run, "path"),
+        ]
+        for contestant in comparison.contestants
+        for cell in contestant.cells
+    ]
+    columns = ("Contestant", "Seed", "Steps", *head, "Outcome", "Run")
+    return Table("Every run, with its directory", columns, rows) if rows else None
+
+
+def _judged_on(comparison: Comparison) -> set[str]:
+    return {name for c in comparison.contestants for cell in c.cells for name in cell.results}
+
+
+def _outcome(cell: Cell) -> Text:
+    return Text("finished") if cell.failure is None else Text(f"failed: {cell.failure}", "reason")
+
+
+def _result(found: Result | None) -> str:
+    if found is None:
+        return "–"
+    loss = _loss(found.loss)
+    return loss if found.exact_match is None else f"{_share(found.exact_match)}, loss {loss}"
+
+
+def protocol(comparison: Comparison) -> Table:
+    """What was held equal, and the base model."""
+    model = {f"base model {key}": value for key, value in _flat(comparison.model)}
+    found = {**model, **dict(_flat(comparison.protocol))}
+    rows = [[Text(key.replace("_", " ")), Text(_said(value))] for key, value in found.items()]
+    return Table("What was the same for every contestant", ("Setting", "Value"), rows)
+
+
+def data(comparison: Comparison) -> Table | None:
+    """The data sets with their hashes."""
+    rows = [
+        [
+            Text(_title(name)),
+            Text(_said(found.get("source")), "path"),
+            Text(_said(found.get("rows")), "number"),
+            Text(_said(found.get("sha256")), "path"),
+        ]
+        for name, found in comparison.data.items()
+    ]
+    return Table("The data sets", ("Data", "Source", "Rows", "SHA-256"), rows) if rows else None
+
+
+def environment(comparison: Comparison) -> Table | None:
+    """Versions and hardware."""
+    rows = [[Text(key), Text(_said(value))] for key, value in _flat(comparison.environment)]
+    return Table("Versions and hardware", ("What", "Value"), rows) if rows else None
+
+
+def _flat(found: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings with dotted keys."""
+    for key, value in found.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _said(value: Any) -> str:
+    if value is None or value == []:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ", ".join(map(_said, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _title(data: str) -> str:
+    return "Out-of-distribution" if data == OOD else data.replace("_", " ").capitalize()
+
+
+def _loss(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.3f}"
+
+
+def _share(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"

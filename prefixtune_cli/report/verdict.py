@@ -1,0 +1,213 @@
+"""What a comparison says, in plain sentences: who wins, by how much, and whether that is more than noise.
+
+The first contestant is the one that the others are compared with. Where it loses, the first sentence says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from prefixtune_cli.compare.comparison import FORGETTING, OOD, TEST, Comparison, Contestant
+from prefixtune_cli.compare.standing import Difference, Standing, Standings, standings
+
+WHERE = {TEST: "the test data", OOD: "the out-of-distribution data", FORGETTING: "unrelated text"}
+
+
+@dataclass(frozen=True)
+class Said:
+    """A sentence, and those that bear it out."""
+
+    lead: str
+    details: Sequence[str] = ()
+
+
+def verdict(comparison: Comparison) -> list[Said]:
+    """The findings, the most important one first; at least one."""
+    said = [_of_data(found) for found in standings(comparison)]
+    if not said:
+        speed = "No quality was measured: this comparison tells what the methods cost."
+        said = [
+            Said(speed if comparison.kind == "speed" else "No run has a result, so nobody wins.")
+        ]
+    return said + _of_cost(comparison) + _of_failures(comparison)
+
+
+def _of_data(found: Standings) -> Said:
+    known = [s for s in found.each if s.mean is not None]
+    first, rivals = found.each[0], found.each[1:]
+    against = [_against_first(found, first, s, s.difference) for s in rivals if s.difference]
+    return Said(_opening(found, known), [*against, *_of_the_test(found)])
+
+
+def _opening(found: Standings, known: Sequence[Standing]) -> str:
+    """Who has the best mean, and where the first one stands."""
+    where, winners = _where(found), [s for s in known if s.best]
+    first = found.each[0]
+    figure = f"{_mean(found, winners[0])} ({_seeds(winners[0])})"
+    known_base = found.base is not None and found.metric != "forgetting"
+    base = "" if not known_base else f"; the base alone has {_amount(found, _base(found))}"
+    if len(known) == 1:
+        return f"On {where}, {known[0].contestant} has {figure}{base}. There is nothing to compare it with."
+    if len(winners) > 1:
+        return f"On {where}, {_listed([s.contestant for s in winners])} share the best mean: {figure}{base}."
+    best = winners[0]
+    said = f"On {where}, {best.contestant} has the best mean: {figure}{base}."
+    if best is first:
+        return f"{said} {_lead_over(found)}"
+    if best.difference is None:
+        return said
+    return f"{said} {_behind(found, first, best, best.difference)}"
+
+
+def _lead_over(found: Standings) -> str:
+    """How sure it is that the first one, which has the best mean, is ahead."""
+    rivals = [s for s in found.each[1:] if s.difference is not None]
+    doubtful = [s.contestant for s in rivals if s.difference and not s.difference.larger_than_noise]
+    if found.untested is not None or not rivals:
+        return "Whether its lead is more than noise was not tested."
+    if not doubtful:
+        return "Its lead is more than noise."
+    return f"Its lead over {_listed(doubtful)} may be noise."
+
+
+def _behind(found: Standings, first: Standing, best: Standing, difference: Difference) -> str:
+    if difference.p_value is None:
+        sure = "this was not tested"
+    else:
+        sure = "this is more than noise" if difference.larger_than_noise else "this may be noise"
+    mean = f"{first.contestant} ({_mean(found, first)})"
+    if (difference.value > 0) != found.higher_is_better:
+        return f"On the seeds that both finished, {mean} is not behind it."
+    by = _amount(found, abs(difference.value), of_a_difference=True)
+    return f"{mean} is behind it by {by}; {sure}."
+
+
+def _against_first(
+    found: Standings, first: Standing, rival: Standing, difference: Difference
+) -> str:
+    by = _amount(found, abs(difference.value), of_a_difference=True)
+    better = (difference.value > 0) == found.higher_is_better
+    how = f"{by} {'better' if better else 'worse'} than"
+    if abs(difference.value) < 1e-12:
+        how = "level with"
+    return f"{rival.contestant} is {how} {first.contestant}{_sureness(found, difference)}."
+
+
+def _sureness(found: Standings, difference: Difference) -> str:
+    if difference.p_value is None or difference.low is None or difference.high is None:
+        return " (not tested)"
+    low, high = (_signed(found, end) for end in (difference.low, difference.high))
+    p_value = (
+        "adjusted p < 0.001"
+        if difference.p_value < 0.001
+        else f"adjusted p = {difference.p_value:.2g}"
+    )
+    noise = "more than noise" if difference.larger_than_noise else "not more than noise"
+    return f": {noise} (95 % interval of the difference {low} to {high}, {p_value})"
+
+
+def _signed(found: Standings, value: float) -> str:
+    text = f"{100 * value:+.1f}" if found.metric == "exact match" else f"{value:+.3f}"
+    return "0" if float(text) == 0 else text.replace("-", "−")
+
+
+def _of_the_test(found: Standings) -> list[str]:
+    """What the test covers."""
+    if found.untested is not None:
+        return [f"Differences on {_where(found)} were not tested: {found.untested}."]
+    tested = [s for s in found.each if s.difference and s.difference.p_value is not None]
+    if not tested:
+        return []
+    if not found.seeds_tested:
+        return [
+            f"On {_where(found)} not every difference is tested over several seeds: with other seeds it may turn out "
+            "otherwise."
+        ]
+    if not found.rows_tested:
+        return [f"On {_where(found)} differences are tested over seeds alone, not over rows."]
+    return []
+
+
+def _of_cost(comparison: Comparison) -> list[Said]:
+    """The cheapest, beside the first; the table has the others."""
+    said = []
+    sizes = {c.label: c.trainable_parameters for c in comparison.contestants}
+    known = {label: count for label, count in sizes.items() if count}
+    if len(known) > 1:
+        label = min(known, key=lambda each: known[each])
+        lead = f"{label} trains the fewest parameters: {known[label]:,}"
+        said.append(Said(lead + _beside_first(comparison, label, known, "") + "."))
+    speeds = {c.label: speed for c in comparison.contestants if (speed := _training_speed(c))}
+    if len(speeds) > 1:
+        label = max(speeds, key=lambda each: speeds[each])
+        lead = f"{label} trains fastest: {speeds[label]:,.0f} tokens/s"
+        said.append(Said(lead + _beside_first(comparison, label, speeds, " tokens/s") + "."))
+    return said
+
+
+def _beside_first(
+    comparison: Comparison, label: str, figures: Mapping[str, float], unit: str
+) -> str:
+    first = comparison.contestants[0].label
+    if label == first or first not in figures:
+        return ""
+    return f" ({first}: {figures[first]:,.0f}{unit})"
+
+
+def _training_speed(contestant: Contestant) -> float | None:
+    speed = contestant.cost.training_tokens_per_second if contestant.cost else None
+    return None if speed is None else speed.median
+
+
+def _of_failures(comparison: Comparison) -> list[Said]:
+    failed = [(c.label, len(c.failures)) for c in comparison.contestants if c.failures]
+    if not failed:
+        return []
+    cells = _listed([f"{count} of {label}" for label, count in failed])
+    return [
+        Said(
+            f"Some runs failed, and the figures are without them: {cells}. The reasons are under Runs."
+        )
+    ]
+
+
+def _where(found: Standings) -> str:
+    return WHERE.get(found.data, found.data)
+
+
+def _base(found: Standings) -> float:
+    assert found.base is not None
+    return found.base
+
+
+def _seeds(standing: Standing) -> str:
+    return f"mean of {standing.seeds} seeds" if standing.seeds > 1 else "one seed"
+
+
+def _mean(found: Standings, standing: Standing) -> str:
+    if standing.mean is None:
+        return "no result"
+    if standing.deviation is None:
+        return _amount(found, standing.mean)
+    if found.metric == "exact match":
+        return f"{100 * standing.mean:.1f} ± {100 * standing.deviation:.1f} % right answers"
+    return f"{standing.mean:.3f} ± {standing.deviation:.3f} nats a token{_of_what(found)}"
+
+
+def _amount(found: Standings, value: float, *, of_a_difference: bool = False) -> str:
+    if found.metric == "exact match":
+        return f"{100 * value:.1f} " + ("points" if of_a_difference else "% right answers")
+    return f"{value:.3f} nats a token" + ("" if of_a_difference else _of_what(found))
+
+
+def _of_what(found: Standings) -> str:
+    return (
+        " more loss than the base"
+        if found.metric == "forgetting" and found.base is not None
+        else " of loss"
+    )
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -1,0 +1,137 @@
+"""Who takes part, and with which recipes."""
+
+import math
+from typing import Any
+
+import pytest
+
+from prefixtune_cli.compare.contest import (
+    DEFAULT_METHODS,
+    Entry,
+    Settings,
+    Typed,
+    entries,
+    parse_grids,
+)
+from prefixtune_cli.errors import RecipeError, UsageError
+
+
+def contest(
+    methods: tuple[str, ...] = DEFAULT_METHODS,
+    grids: dict[str, list[Any]] | None = None,
+    sets: tuple[str, ...] = (),
+    **flags: Any,
+) -> list[Entry]:
+    return entries(Settings(Typed("quickstart", sets, flags), methods, grids or {}))
+
+
+def test_all_methods_share_everything_but_their_own_settings_and_rate() -> None:
+    found = contest(train={"batch_size": 4})
+    assert [entry.method for entry in found] == list(DEFAULT_METHODS)
+    first = found[0].recipe
+    for entry in found:
+        same = {"adapter": first.adapter, "train": first.train}
+        assert entry.recipe.model_copy(update=same) == first
+        ours = {"learning_rate": 1.0, "save_minutes": 10.0}
+        assert entry.recipe.train.model_copy(update=ours) == first.train.model_copy(update=ours)
+    assert [entry.recipe.train.learning_rate for entry in found] == [1e-2, 3e-3, 1e-1, 3e-4]
+
+
+def test_the_sweep_has_as_many_rates_for_everyone_around_its_own() -> None:
+    for entry in contest():
+        own = entry.recipe.train.learning_rate
+        assert entry.learning_rates(1) == [own]
+        low, middle, high = entry.learning_rates(3)
+        assert middle == own
+        assert math.isclose(high / own, 10**0.5, rel_tol=0.02)
+        assert math.isclose(own / low, 10**0.5, rel_tol=0.02)
+        assert len(set(entry.learning_rates(4))) == 4
+        assert own in entry.learning_rates(4)
+
+
+def test_a_grid_makes_contestants_of_the_methods_that_have_the_setting() -> None:
+    found = contest(
+        ("prefix-tuning-plus", "lora"),
+        parse_grids(["adapter.layers=all,last:2", "adapter.r=8,16"])
+        | {"adapter.feature_map": ["elu", "gelu"]},
+    )
+    assert [entry.label for entry in found] == [
+        "prefix-tuning-plus layers=all elu",
+        "prefix-tuning-plus layers=all gelu",
+        "prefix-tuning-plus layers=last:2 elu",
+        "prefix-tuning-plus layers=last:2 gelu",
+        "lora r=8",
+        "lora r=16",
+    ]
+    assert found[-1].recipe.adapter.model_dump()["r"] == 16
+    assert len({entry.folder for entry in found}) == len(found)
+
+
+def test_a_grid_over_a_shared_setting_goes_to_all_methods() -> None:
+    found = contest(("prefix-tuning-plus", "full"), parse_grids(["train.epochs=1,2.5"]))
+    assert [entry.recipe.train.epochs for entry in found] == [1, 2.5, 1, 2.5]
+    assert found[1].label == "prefix-tuning-plus epochs=2.5"
+
+
+def test_a_typed_setting_of_the_adapter_goes_to_the_methods_that_have_it() -> None:
+    found = contest(
+        ("prefix-tuning-plus", "lora"), sets=("adapter.r=4",), adapter={"layers": "last:3"}
+    )
+    assert found[0].recipe.adapter.model_dump()["layers"] == "last:3"
+    assert found[1].recipe.adapter.model_dump()["r"] == 4
+
+
+def test_values_of_a_grid_are_yaml_and_a_list_is_one_value() -> None:
+    grids = parse_grids(["adapter.layers=all,[0, 1],[4,5]", "train.packing=true,false"])
+    assert grids == {"adapter.layers": ["all", [0, 1], [4, 5]], "train.packing": [True, False]}
+
+
+def test_a_cell_has_its_own_seed_rate_files_and_folder_and_no_renamed_columns() -> None:
+    entry = contest(("lora",), data={"train": "my.csv", "map": {"prompt": "text"}})[0]
+    cell = entry.cell(7, 1e-4, "out", {"train": "a.jsonl", "eval": "b.jsonl"})
+    assert (cell.train.seed, cell.train.learning_rate, cell.out) == (7, 1e-4, "out")
+    assert (cell.data.train, cell.data.eval, cell.data.map) == ("a.jsonl", "b.jsonl", {})
+
+
+@pytest.mark.parametrize(
+    ("methods", "grids", "said"),
+    [
+        ((), {}, "--methods names none"),
+        (("lora",), {"adapter.layers": ["all"]}, "adapter.layers is a setting of none"),
+        (("lora",), {"adapter.r": [8, 8]}, "name lora r=8 twice"),
+        (("lora", "lora"), {}, "name lora twice"),
+        (("lora",), {"adapter.alpha": [32.0], "adapter.r": [16], "train.seed": [0, 0]}, "twice"),
+    ],
+)
+def test_what_is_no_contest_is_refused(
+    methods: tuple[str, ...], grids: dict[str, list[Any]], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        contest(methods, grids)
+
+
+def test_two_spellings_of_one_run_are_refused() -> None:
+    with pytest.raises(UsageError, match="are the same run"):
+        contest(("lora",), {"adapter.alpha": [32, 32.0]})
+
+
+@pytest.mark.parametrize("text", ["adapter.r", "r=8,16", "adapter.r="])
+def test_a_grid_of_another_form_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--grid takes section\.key=value"):
+        parse_grids([text])
+
+
+def test_a_misspelt_method_is_told_with_the_one_that_is_meant() -> None:
+    with pytest.raises(RecipeError, match="prefix-tuning-plus"):
+        contest(("prefix-tunning-plus",))
+
+
+def test_method_is_not_taken_where_methods_is_meant() -> None:
+    with pytest.raises(UsageError, match="--methods in place of --method"):
+        contest(("lora",), adapter={"method": "lora"})
+
+
+@pytest.mark.parametrize("name", ["seeds", "sweep", "few_shot", "workers", "rounds"])
+def test_a_number_below_one_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} must be 1 or more, got 0"):
+        entries(Settings(Typed("quickstart"), **{name: 0}))

@@ -1,0 +1,210 @@
+"""Methods trained, judged and compared; on a base of two layers, for two steps."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune_cli.compare.cells import BASES
+from prefixtune_cli.compare.comparison import FORGETTING, OOD, TEST, Comparison
+from prefixtune_cli.compare.contest import Settings, Typed
+from prefixtune_cli.compare.run import compare
+from prefixtune_cli.errors import UsageError
+from prefixtune_cli.recipe.load import difference, resolve
+from prefixtune_cli.train import train
+
+COLOURS = ("red", "blue", "green", "white")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [
+        {"prompt": f"say {COLOURS[i % 4]} {i}", "completion": COLOURS[i % 4]} for i in range(80)
+    ]
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def settings(base: Path, data: Path, out: Path, **changes: Any) -> Settings:
+    flags = {
+        "model": {"name": str(base), "bits": 32},
+        "data": {"train": str(data)},
+        "train": {"max_steps": 2, "batch_size": 4},
+        "evaluate": {"max_rows": 8, "max_new_tokens": 8},
+    }
+    how = {"seeds": 2, "sweep": 2, "speed": False, "workers": 1, "methods": ("lora", "full")}
+    return Settings(**{"typed": Typed(None, (), flags), "out": str(out), **how, **changes})
+
+
+def found(made: Settings) -> Comparison:
+    return compare(made)[0]
+
+
+@pytest.fixture(autouse=True)
+def _no_base_is_left() -> Any:
+    yield
+    BASES.release()
+
+
+def test_each_method_has_its_sweep_and_a_cell_a_seed_on_the_same_rows(
+    random_base: Path, data: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The sun is in the sky. " * 20, encoding="utf-8")
+    out = tmp_path / "out"
+    made = settings(
+        random_base, data, out, ood=str(data), text=str(text),
+        methods=("prefix-tuning-plus", "lora", "prefix-tuning", "full"),
+    )  # fmt: skip
+    told = found(made)
+    assert not told.failed
+    assert [c.label for c in told.contestants] == list(made.methods)
+    for one in told.contestants:
+        rates = [point.learning_rate for point in one.sweep]
+        assert len(rates) == 2
+        assert one.learning_rate in rates
+        best = max(one.sweep, key=lambda p: (p.exact_match or 0.0, -(p.loss or 0.0)))
+        assert one.learning_rate == best.learning_rate
+        assert [cell.seed for cell in one.cells] == [0, 1]
+        assert all(cell.steps == 2 and cell.losses for cell in one.cells)
+        for name in (TEST, OOD, FORGETTING):
+            for mine, base in zip(one.results(name), [told.base[name]] * 2, strict=True):
+                assert mine.tokens == base.tokens
+                assert len(mine.nats) == len(base.nats)
+        assert all(len(result.right or ()) == 8 for result in one.results())
+        assert one.results()[0].nats != told.base[TEST].nats
+    recipes = [resolve(f"{c.cells[0].run}/recipe.yaml") for c in told.contestants]
+    for other in recipes[1:]:
+        differing = {line.split(":")[0] for line in difference(recipes[0], other)}
+        assert {k for k in differing if not k.startswith("adapter.")} <= {
+            "train.learning_rate", "train.save_minutes", "out",
+        }  # fmt: skip
+    again = Comparison.read(out / "results.json")
+    assert json.loads(json.dumps(again.to_json())) == json.loads(json.dumps(told.to_json()))
+
+
+def test_a_cell_is_the_run_that_train_makes_of_its_recipe_byte_for_byte(
+    random_base: Path, data: Path, tmp_path: Path
+) -> None:
+    """Although the cells before it have used the same base."""
+    methods = ("prefix-tuning-plus", "lora", "prefix-tuning", "full")
+    told = found(settings(random_base, data, tmp_path / "out", methods=methods, sweep=1, seeds=2))
+    for one in told.contestants:
+        cell = Path(one.cells[-1].run)
+        alone = tmp_path / "alone" / one.label
+        recipe = resolve(str(cell / "recipe.yaml")).model_copy(update={"out": str(alone)})
+        train(recipe)
+        for file in alone.joinpath("adapter").glob("*.safetensors"):
+            assert file.read_bytes() == (cell / "adapter" / file.name).read_bytes(), one.label
+        scores = [json.loads((run / "summary.json").read_text()) for run in (alone, cell)]
+        for who in ("base", "adapter"):
+            assert scores[0][who] == scores[1][who]
+
+
+def written(out: Path) -> dict[str, int]:
+    return {str(f): f.stat().st_mtime_ns for f in out.glob("cells/*/*/*/summary.json")}
+
+
+def test_what_is_finished_is_not_done_again_unless_its_recipe_or_data_has_changed(
+    random_base: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    made = settings(random_base, data, out, sweep=1, methods=("lora", "prefix-tuning-plus"))
+    first, before = found(made), written(out)
+    again = found(made)
+    assert written(out) == before
+    assert [c.cells for c in again.contestants] == [c.cells for c in first.contestants]
+    changed = Typed(None, ("adapter.r=4",), made.typed.flags)
+    found(settings(random_base, data, out, sweep=1, methods=made.methods, typed=changed))
+    after = written(out)
+    assert {f for f in before if before[f] != after[f]} == {f for f in before if "/lora/" in f}
+    data.write_text(data.read_text().replace("say", "tell"), encoding="utf-8")
+    found(made)
+    assert all(written(out)[file] != after[file] for file in before)
+
+
+def test_a_cell_that_fails_says_why_and_the_rest_goes_on(
+    random_base: Path, data: Path, tmp_path: Path
+) -> None:
+    made = settings(
+        random_base, data, tmp_path / "out", sweep=1, methods=("lora",),
+        grids={"train.learning_rate": [1e-3, 1e36]},
+    )  # fmt: skip
+    told = found(made)
+    assert told.failed
+    good, bad = told.contestants
+    assert good.failures == []
+    assert len(good.results()) == 2
+    assert len(bad.failures) == 2
+    assert "not a number" in bad.failures[0]
+    assert bad.results() == []
+    assert bad.trainable_parameters is None
+
+
+def test_processes_side_by_side_find_the_same(
+    random_base: Path, data: Path, tmp_path: Path
+) -> None:
+    one, two = (
+        found(settings(random_base, data, tmp_path / str(n), sweep=1, workers=n, methods=("lora",)))
+        for n in (1, 2)
+    )
+    for a, b in zip(one.contestants[0].cells, two.contestants[0].cells, strict=True):
+        assert a.results == b.results
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    random_base: Path, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("text")
+    with pytest.raises(UsageError, match="no comparison's folder"):
+        found(settings(random_base, data, tmp_path / "thesis"))
+
+
+COMMAND = (
+    "-m",
+    "prefixtune_cli",
+    "compare",
+    "--methods",
+    "lora,prefix-tuning-plus",
+    "--sweep",
+    "1",
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_same_command_goes_on_where_a_signal_stopped_it(
+    number: int, random_base: Path, data: Path, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable, *COMMAND, "--seeds", "1", "--no-speed", "--workers", "1", "--model",
+        random_base, "--bits", "32", "--data", data, "--steps", "400", "--batch-size", "4",
+        "--set", "train.save_steps=5", "--set", "evaluate.max_rows=8", "--out", tmp_path / "out",
+    ]  # fmt: skip
+    typed = list(map(str, command))
+    with subprocess.Popen(typed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        second = tmp_path / "out/cells/prefix-tuning-plus/lr-0.01/seed-0"
+        while not list(second.glob("checkpoint-*/sha256.json")):
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.05)
+        os.kill(run.pid, number)
+        _, said = run.communicate()
+    assert run.returncode == {signal.SIGINT: 130, signal.SIGTERM: 0}.get(number, -number)
+    assert number == signal.SIGKILL or "the same command goes on" in said
+    first = tmp_path / "out/cells/lora/lr-0.003/seed-0/summary.json"
+    before = first.stat().st_mtime_ns
+    done = subprocess.run(typed, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 2 cells are finished already" in done.stderr
+    assert first.stat().st_mtime_ns == before
+    assert "Resuming" in done.stderr
+    steps = [json.loads(row)["step"] for row in (second / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 400
