@@ -102,6 +102,15 @@ def build_config(method: str, own: Mapping[str, Any], config: Mapping[str, Any])
     return built
 
 
+def has_setting(method: str, key: str) -> bool:
+    """Whether peft's configuration of the method has this setting.
+
+    Raises:
+        RecipeError: peft does not have the method.
+    """
+    return key in {field.name for field in fields(_registered(method)) if field.init}
+
+
 def check_base(method: str, name: str, *, quantized: bool) -> None:
     """Raise ModelError where the method cannot be trained on a base of this precision."""
     if quantized and method in NOT_QUANTIZED:

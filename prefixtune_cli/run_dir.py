@@ -273,6 +273,12 @@ class RunDir:
         for aside in self.path.glob(".checkpoint-*.part"):
             shutil.rmtree(aside, ignore_errors=True)
 
+    def drop_checkpoints(self) -> None:
+        """Delete all checkpoints of a run that is finished."""
+        assert self.finished
+        for folder in self.checkpoints():
+            shutil.rmtree(folder, ignore_errors=True)
+
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl (one write call, so that a crash leaves whole lines)."""
         with open(self.metrics, "a", encoding="utf-8") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,6 +47,7 @@ class SharedBase:
     def release(self) -> None:
         """Forget the base, so that its memory is free for another one."""
         self._base = self._section = None
+        gc.collect()  # a trainer that has used it has cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

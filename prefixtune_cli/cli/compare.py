@@ -142,8 +142,11 @@ def compare(
     """
     given = {**locals(), **flags}
     if runs:
-        _refuse(given, (*OF_A_CONTEST, "speed", "workers", *typed.KEYS), "finished runs", ("out",))
+        others = ("recipe", "sets", "speed", "rounds", "prompt_tokens", "workers", *typed.KEYS)
+        _refuse(given, (*OF_A_CONTEST, *others), "finished runs", ("out",))
         found, folder = _of_runs(runs, anyway, out)
+    elif anyway:
+        raise UsageError("--anyway is for finished runs. Leave it out, or give run directories.")
     elif speed:
         _refuse(
             given, ("seeds", "sweep", "few_shot", "ood", "text", "data", "eval_data"), "--speed"
@@ -162,7 +165,7 @@ def _refuse(
 ) -> None:
     extra = [name for name in names if given.get(name) is not None and name not in but]
     if extra:
-        flag = "--" + extra[0].replace("_", "-")
+        flag = "--" + {"sets": "set"}.get(extra[0], extra[0].replace("_", "-"))
         raise UsageError(f"{flag} has no meaning for {where}. Leave it out.")
 
 
@@ -171,10 +174,12 @@ def _of_runs(runs: list[str], anyway: bool, out: str | None) -> tuple[Comparison
     from dataclasses import replace
     from pathlib import Path
 
+    from prefixtune_cli.compare.folder import check_free
     from prefixtune_cli.compare.runs import read_runs
 
     found = read_runs(runs, anyway=anyway)
     folder = Path(out) if out else Path("compare") / found.name
+    check_free(folder)
     return replace(found, name=folder.name, command=_command()), folder
 
 

@@ -17,6 +17,7 @@ from prefixtune_cli.data.load import load_rows
 from prefixtune_cli.errors import Interrupted, PtpError
 from prefixtune_cli.evaluate.evaluations import Settings
 from prefixtune_cli.evaluate.run import evaluate
+from prefixtune_cli.evaluate.subjects import hash_of_base
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import difference, resolve
 from prefixtune_cli.recipe.schema import Recipe
@@ -31,10 +32,11 @@ BASES = SharedBase()  # this process's
 
 @dataclass(frozen=True)
 class Sheet:
-    """What a finished run is judged on: data set → file of rows; `text` is for forgetting."""
+    """What a finished run is judged on: data set → file of rows; `text` is for forgetting, in windows of `window`."""
 
     data: Mapping[str, Path]
     text: str | None
+    window: int | None
     rows: int
     cache: Path
     base: bool  # the base is judged as well
@@ -58,6 +60,7 @@ def train_cell(recipe: Recipe, *, reporter: Reporter | None = None) -> Ended:
             bases=BASES,
             reporter=reporter or Silent(),
         )
+        run_dir.drop_checkpoints()
     except Interrupted:
         raise
     except Exception as error:
@@ -79,11 +82,14 @@ def judge_cell(run: str, sheet: Sheet, *, reporter: Reporter | None = None) -> E
         data=tuple(map(str, sheet.data.values())),
         benches=(FORGETTING,) if sheet.text else (),
         text=sheet.text,
+        window=sheet.window,
         limit=sheet.rows,
         cache=sheet.cache,
     )
     run_dir = RunDir(run)
     stop = StopRequest(run_dir)
+    for bench in _benches(sheet).values():
+        run_dir.eval_result(bench).unlink(missing_ok=True)
     try:
         with stop.listening(), told_in_words(run_dir, stop):
             found = evaluate(settings, reporter or Silent(), bases=BASES)
@@ -95,13 +101,16 @@ def judge_cell(run: str, sheet: Sheet, *, reporter: Reporter | None = None) -> E
     return Ended("; ".join(failures) or None)
 
 
+def _benches(sheet: Sheet) -> dict[str, str]:
+    """Data set → the name of its result."""
+    found = {name: f"data-{file.stem}" for name, file in sheet.data.items()}
+    return {**found, FORGETTING: FORGETTING} if sheet.text else found
+
+
 def results_of(run: str, sheet: Sheet, who: str) -> dict[str, Result]:
     """What `judge_cell` has written, by data set, of `who`: the adapter or the base."""
-    names = {name: f"data-{file.stem}" for name, file in sheet.data.items()}
-    if sheet.text:
-        names[FORGETTING] = FORGETTING
-    run_dir = RunDir(run)
-    return {name: _result(run_dir.eval_result(bench), who) for name, bench in names.items()}
+    found = {name: RunDir(run).eval_result(bench) for name, bench in _benches(sheet).items()}
+    return {name: _result(file, who) for name, file in found.items() if file.exists()}
 
 
 def _result(file: Path, who: str) -> Result:
@@ -115,18 +124,22 @@ def _result(file: Path, who: str) -> Result:
 
 
 def _is_of(run_dir: RunDir, recipe: Recipe) -> bool:
-    """Whether the run in the folder has this recipe and this data; the data's file is named by the recipe."""
+    """Whether the run in the folder has this recipe, this base and this data, wherever their files lie."""
     try:
         saved = resolve(str(run_dir.recipe))
-        about: Any = json.loads(run_dir.environment.read_text(encoding="utf-8"))["data"]
-    except (PtpError, OSError, ValueError, KeyError):
+        about: Any = json.loads(run_dir.environment.read_text(encoding="utf-8"))
+    except (PtpError, OSError, ValueError):
         return False
-    if difference(saved, recipe):
+    data = saved.data.model_copy(update={"train": recipe.data.train, "eval": recipe.data.eval})
+    if difference(saved.model_copy(update={"data": data, "out": recipe.out}), recipe):
+        return False
+    key = recipe.model.model_dump_json()
+    if about.get("base_sha256") != BASES.once(key, lambda: hash_of_base(recipe.model)):
         return False
     sources = {"train": recipe.data.train, "eval": recipe.data.eval}
     return all(
         source is not None
-        and about.get(name, {}).get("sha256") == load_rows(source, recipe.data).fingerprint
+        and about["data"].get(name, {}).get("sha256") == load_rows(source, recipe.data).fingerprint
         for name, source in sources.items()
     )
 

@@ -101,6 +101,7 @@ class Cost:
         time_to_first_token_seconds: at a prompt of `prompt_tokens`.
         peak_memory_gib: of a training step: the GPU allocator's, or the process's on a CPU.
         kv_cache_bytes: of one sequence of `prompt_tokens`.
+        training_over_lora, decode_over_lora, first_token_over_lora: the same over LoRA's speed, where it takes part.
         training_ratio, decode_ratio, first_token_ratio: this contestant's speed over the base's (forward and
             backward for training), by the median of the rounds' ratios; above 1 is faster. None where the base was
             not measured beside it.
@@ -117,6 +118,9 @@ class Cost:
     training_ratio: Measured | None = None
     decode_ratio: Measured | None = None
     first_token_ratio: Measured | None = None
+    training_over_lora: Measured | None = None
+    decode_over_lora: Measured | None = None
+    first_token_over_lora: Measured | None = None
     interleaved: bool = False
 
 
@@ -168,6 +172,7 @@ class Comparison:
         environment: versions and hardware.
         base: the base's results by data set; empty where it was not judged.
         contestants: the first is the one that the others are compared with.
+        unmeasured: label → why it has no cost.
         notices: what a reader has to know, such as differences that --anyway passed over.
     """
 
@@ -183,11 +188,12 @@ class Comparison:
     contestants: Sequence[Contestant]
     base_cost: Cost | None = None
     notices: Sequence[str] = ()
+    unmeasured: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def failed(self) -> bool:
-        """Whether some cell has no result."""
-        return any(c.failures for c in self.contestants)
+        """Whether some cell has no result, or some contestant no cost that was asked for."""
+        return bool(self.unmeasured) or any(c.failures for c in self.contestants)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -6,7 +6,9 @@ the same number of optimizer steps; and each gets a sweep of as many learning ra
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +18,24 @@ from typing import Any
 from prefixtune_cli.errors import UsageError
 from prefixtune_cli.recipe import load, read
 from prefixtune_cli.recipe.explain import METHODS
-from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.recipe.schema import Peft, Recipe, canonical, method_defaults
 
 DEFAULT_METHODS = ("prefix-tuning-plus", "lora", "prefix-tuning", "full")
 STEP = 10**0.5  # between two learning rates of a sweep
+# A cell is a run of one process, and nobody goes back in it.
+OF_A_CELL = {"gpus": None, "parallel": "ddp", "track": "none", "keep_checkpoints": 1}
+# What is the same for all contestants, or what a comparison sets itself, and what to type instead.
+NO_GRID = {
+    "train.seed": "--seeds sets it",
+    "train.learning_rate": "",
+    "train.gpus": "--workers sets it",
+    "train.parallel": "a cell is one process",
+    "train.track": "a comparison has its own report",
+    "out": "--out sets it",
+    "model": "compare runs on several bases one by one",
+    "data": "compare on several data sets one by one, or with --ood",
+    "evaluate": "all contestants are judged alike",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,11 @@ class Entry:
     @property
     def folder(self) -> str:
         """Its name as a file name."""
-        return re.sub(r"[^\w.+=-]+", "-", self.label).strip("-")
+        name = re.sub(r"[^\w.+=-]+", "-", self.label).strip("-")
+        plain = name == self.label.replace(" ", "-") and len(name) < 100
+        return (
+            name if plain else f"{name[:90]}-{hashlib.sha256(self.label.encode()).hexdigest()[:6]}"
+        )
 
     def learning_rates(self, count: int) -> list[float]:
         """`count` rates around its own, a factor of √10 apart, two digits each; its own is among them."""
@@ -57,7 +77,7 @@ class Entry:
             update={**data, "eval_split": None, "map": {}, "format": "auto"}
         )
         train = self.recipe.train.model_copy(
-            update={"seed": seed, "learning_rate": learning_rate, "gpus": None}
+            update={"seed": seed, "learning_rate": learning_rate, **OF_A_CELL}
         )
         return self.recipe.model_copy(update={"data": section, "train": train, "out": out})
 
@@ -140,7 +160,7 @@ def entries(settings: Settings) -> list[Entry]:
     adapter = _typed_of_the_adapter(typed)
     used: set[str] = set()
     found: list[Entry] = []
-    for method in methods:
+    for method in map(canonical, methods):
         own = {key: values for key, values in grids.items() if _has(method, key)}
         keys = {key: value for key, value in adapter.items() if _has(method, f"adapter.{key}")}
         used |= {*own, *(f"adapter.{key}" for key in keys)}
@@ -167,6 +187,9 @@ def parse_grids(given: Iterable[str]) -> dict[str, list[Any]]:
             raise UsageError(
                 f"--grid takes section.key=value,value, as in adapter.layers=all,last:8, got {text!r}"
             )
+        for taken in (key, key.partition(".")[0]):
+            if NO_GRID.get(taken):
+                raise UsageError(f"--grid {key} makes no fair comparison: {NO_GRID[taken]}.")
         if key in grids:
             raise UsageError(f"--grid {key} is given twice. Give all of its values at once.")
         grids[key] = [read.parse_value(part, f"--grid {key}") for part in _split(values)]
@@ -198,14 +221,25 @@ def _has(method: str, key: str) -> bool:
     section, _, rest = key.partition(".")
     if section != "adapter":
         return True
-    model = METHODS.get(method)
-    return model is None or rest.partition(".")[0] in model.model_fields
+    first, _, further = rest.partition(".")
+    if first not in METHODS.get(method, Peft).model_fields:
+        return False
+    if not further:
+        return True
+    from prefixtune_cli.peft_methods import has_setting
+
+    return has_setting(method, further)
 
 
 def _recipe(typed: Typed, method: str, settings: Mapping[str, Any]) -> Recipe:
     sets = [given for given in typed.sets if not given.strip().startswith("adapter.")]
     flags = {key: value for key, value in typed.flags.items() if key != "adapter"}
     nested: dict[str, Any] = {**flags, "adapter": {"method": method}}
+    if typed.recipe is not None and not _types_a_rate(typed):
+        written = load.resolve(typed.recipe)
+        if written.adapter.method != method:  # whose rate was chosen for it
+            rate = method_defaults(method)["learning_rate"]
+            nested["train"] = {**nested.get("train", {}), "learning_rate": rate}
     for key, value in settings.items():
         *above, last = key.split(".")
         inner = nested
@@ -215,15 +249,22 @@ def _recipe(typed: Typed, method: str, settings: Mapping[str, Any]) -> Recipe:
     return load.resolve(typed.recipe, sets, nested)
 
 
+def _types_a_rate(typed: Typed) -> bool:
+    in_sets = any(given.partition("=")[0].strip() == "train.learning_rate" for given in typed.sets)
+    return in_sets or "learning_rate" in typed.flags.get("train", {})
+
+
 def _label(method: str, settings: Mapping[str, Any]) -> str:
-    return " ".join([method, *(_spelled(key, value) for key, value in settings.items())])
+    return " ".join([method, *(spelled(key, value) for key, value in settings.items())])
 
 
-def _spelled(key: str, value: Any) -> str:
-    if key == "adapter.feature_map":
+def spelled(key: str, value: Any) -> str:
+    """A setting as a label has it: `r=8`, `lr=0.003`, and where the value says enough, it alone: `elu`."""
+    if key in ("adapter.feature_map", "adapter.sites", "model.name"):
         return str(value)
-    shown = str(value).lower() if isinstance(value, bool) else str(value)
-    return f"{key.rpartition('.')[2]}={shown.replace(' ', '')}"
+    shown = json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace('"', "")
+    last = key.rpartition(".")[2]
+    return f"{'lr' if last == 'learning_rate' else last}={shown}"
 
 
 def _check_all_are_used(given: Sequence[str], used: set[str], methods: Sequence[str]) -> None:

@@ -10,11 +10,20 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from prefixtune_cli import model as models
-from prefixtune_cli.compare.comparison import Comparison, Contestant
+from prefixtune_cli.compare.comparison import Comparison, Contestant, Cost
 from prefixtune_cli.compare.contest import Entry, Settings, entries
-from prefixtune_cli.compare.speed import BASE, Shape, Speeds, measure, random_base
+from prefixtune_cli.compare.folder import check_free
+from prefixtune_cli.compare.speed import (
+    BASE,
+    DECODE,
+    FIRST_TOKEN,
+    TRAINING,
+    Shape,
+    Speeds,
+    measure,
+    random_base,
+)
 from prefixtune_cli.progress import Reporter, Silent
-from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.train.environment import describe_environment
 
 ROUNDS = 5
@@ -35,10 +44,12 @@ def compare_costs(settings: Settings, reporter: Reporter | None = None) -> tuple
     recipe = contest[0].recipe
     for entry in contest:
         models.peft_config(entry.recipe.adapter)
+    name = f"{recipe.model.name.rstrip('/').split('/')[-1]}-speed"
+    folder = Path(settings.out) if settings.out else Path("compare") / name
+    check_free(folder)
     reporter.notice(f"Building {recipe.model.name} with random weights.")
     base = random_base(recipe.model)
     speeds = costs_of(contest, settings, base, reporter)
-    folder = Path(settings.out) if settings.out else Path("compare") / f"{recipe.run_name}-speed"
     contestants = [
         Contestant(
             label=entry.label,
@@ -61,7 +72,7 @@ def compare_costs(settings: Settings, reporter: Reporter | None = None) -> tuple
             "parameters": speeds.parameters[BASE],
         },
         data={},
-        protocol=_protocol(shape_of(recipe, settings, base)),
+        protocol=_protocol(shape_of(contest, settings, base)),
         environment=describe_environment({}, 1),
         base={},
         contestants=contestants,
@@ -77,18 +88,24 @@ def costs_of(
     return measure(
         recipe.model,
         [(entry.label, entry.recipe.adapter) for entry in contest],
-        shape_of(recipe, settings, base),
+        shape_of(contest, settings, base),
         base=base,
         reporter=reporter,
     )
 
 
-def shape_of(recipe: Recipe, settings: Settings, base: PreTrainedModel) -> Shape:
+def most_virtual_tokens(contest: Sequence[Entry]) -> int:
+    """The most tokens that a contestant puts before a row."""
+    configs = [models.peft_config(entry.recipe.adapter) for entry in contest]
+    return max(int(getattr(config, "num_virtual_tokens", None) or 0) for config in configs)
+
+
+def shape_of(contest: Sequence[Entry], settings: Settings, base: PreTrainedModel) -> Shape:
     """As much as the recipe's training step computes, and a prompt as long as the base takes, up to LONG_PROMPT."""
-    plain = Shape()
+    recipe, plain = contest[0].recipe, Shape()
     config = base.config.get_text_config(decoder=True)
     most = getattr(config, "max_position_embeddings", None) or LONG_PROMPT
-    virtual = getattr(recipe.adapter, "num_virtual_tokens", 64)
+    virtual = most_virtual_tokens(contest)
     room = most - plain.new_tokens - virtual
     return Shape(
         rounds=settings.rounds or ROUNDS,
@@ -102,13 +119,29 @@ def shape_of(recipe: Recipe, settings: Settings, base: PreTrainedModel) -> Shape
 
 def with_costs(found: Comparison, speeds: Speeds) -> Comparison:
     """The comparison with what its contestants cost; one that could not be measured is told."""
-    contestants, notices = [], list(found.notices)
+    lora = next((c.label for c in found.contestants if c.method == "lora"), None)
+    contestants, unmeasured = [], {}
     for one in found.contestants:
         cost = speeds.contestants[one.label]
         if isinstance(cost, str):
-            notices.append(f"{one.label} was not measured: {cost}")
-        contestants.append(one if isinstance(cost, str) else replace(one, cost=cost))
-    return replace(found, contestants=contestants, base_cost=speeds.base, notices=notices)
+            unmeasured[one.label] = cost
+            contestants.append(one)
+        else:
+            contestants.append(replace(one, cost=_over(cost, one.label, lora, speeds)))
+    base = _over(speeds.base, BASE, lora, speeds)
+    return replace(found, contestants=contestants, base_cost=base, unmeasured=unmeasured)
+
+
+def _over(cost: Cost, label: str, lora: str | None, speeds: Speeds) -> Cost:
+    """The cost with its ratios to LoRA's, round by round."""
+    if lora is None:
+        return cost
+    return replace(
+        cost,
+        training_over_lora=speeds.ratio(label, lora, TRAINING),
+        decode_over_lora=speeds.ratio(label, lora, DECODE),
+        first_token_over_lora=speeds.ratio(label, lora, FIRST_TOKEN),
+    )
 
 
 def _protocol(shape: Shape) -> dict[str, object]:

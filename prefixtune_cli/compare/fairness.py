@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefixtune_cli.compare.contest import spelled
 from prefixtune_cli.compare.finished_run import FinishedRun
 from prefixtune_cli.recipe.aliases import ALIASES
 from prefixtune_cli.run_dir import RunDir
@@ -62,12 +63,9 @@ def labels(runs: Sequence[FinishedRun]) -> list[str]:
 
 def _spelled(run: FinishedRun, key: str, value: Any) -> str:
     section, *_, last = key.split(".")
-    if key in ("adapter.feature_map", "adapter.sites", "model.name"):
-        return str(value)
     if section == "data" and last in run.fingerprints:
         return Path(run.fingerprints[last]["source"].replace("sample:", "")).stem
-    shown = json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace('"', "")
-    return f"{'lr' if last == 'learning_rate' else last}={shown}"
+    return spelled(key, value)
 
 
 def differences(runs: Sequence[FinishedRun]) -> list[str]:

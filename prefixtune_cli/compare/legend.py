@@ -38,7 +38,10 @@ def _failures(comparison: Comparison) -> Iterator[str]:
     for contestant in comparison.contestants:
         for cell in contestant.cells:
             if cell.failure is not None:
-                yield f"{contestant.label}, seed {cell.seed}, has no result: {cell.failure}"
+                what = "is not whole" if cell.results else "has no result"
+                yield f"{contestant.label}, seed {cell.seed}, {what}: {cell.failure}"
+    for label, why in comparison.unmeasured.items():
+        yield f"{label}: its cost was not measured. {why}"
 
 
 def _figures(comparison: Comparison, every: list[Standings], *, bold: bool) -> Iterator[str]:
@@ -156,7 +159,7 @@ def _protocol(protocol: Mapping[str, Any]) -> Iterator[str]:
         yield f"seed{'s' if len(shown) > 1 else ''} {', '.join(map(str, shown))}"
     if few_shot := protocol.get("few_shot"):
         yield f"{few_shot} example{'s' if few_shot > 1 else ''} a class, drawn anew for each seed"
-    if sweep := protocol.get("sweep"):
+    if (sweep := protocol.get("sweep")) and sweep > 1:
         yield f"a sweep of {sweep} learning rates each, chosen by the validation rows"
 
 

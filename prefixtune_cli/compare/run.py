@@ -33,22 +33,24 @@ from prefixtune_cli.compare.comparison import (
     Point,
 )
 from prefixtune_cli.compare.contest import Entry, Settings, entries
-from prefixtune_cli.compare.costs import costs_of, with_costs
+from prefixtune_cli.compare.costs import costs_of, most_virtual_tokens, with_costs
 from prefixtune_cli.compare.draw import VALIDATION, Rows, draw
-from prefixtune_cli.compare.workers import Ended, Work, Workers
-from prefixtune_cli.errors import UsageError
-from prefixtune_cli.evaluate.finished import default_folder
-from prefixtune_cli.parallel.devices import device, processes_here
+from prefixtune_cli.compare.folder import RESULTS, check_free, mark
+from prefixtune_cli.compare.workers import Ended, Work, Workers, told_to_stop
+from prefixtune_cli.errors import Interrupted, PtpError
+from prefixtune_cli.evaluate.evaluations import WINDOW
+from prefixtune_cli.evaluate.finished import check_room
+from prefixtune_cli.evaluate.forgetting import prepare as prepare_text
+from prefixtune_cli.parallel.devices import device, processes_here, show_only
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir, write_json
 from prefixtune_cli.tokenizer import check_base, load_tokenizer
-from prefixtune_cli.train.checks import check_disk
 from prefixtune_cli.train.environment import describe_environment
 
+ANSWERS = "answers"
 SMALL_BASE = 64 * 2**20  # parameters; several such bases share a CPU
 MOST_WORKERS = 4
-RESULTS = "results.json"
 
 
 def compare(
@@ -72,24 +74,32 @@ def compare(
         Interrupted: what is finished is kept, and the same command goes on.
     """
     reporter = reporter or Silent()
+    with told_to_stop():
+        return _compare(settings, reporter, begin)
+
+
+def _compare(
+    settings: Settings, reporter: Reporter, begin: Callable[[], object] | None
+) -> tuple[Comparison, Path]:
     contest = entries(settings)
     recipe = contest[0].recipe
     folder = settings.folder(recipe)
-    _check_free(folder)
+    check_free(folder)
     for entry in contest:
         models.check_precision(entry.recipe.model, entry.method)
         models.check_method(entry.recipe.model, entry.recipe.adapter)
     check_base(recipe.model)
-    load_tokenizer(recipe.model)
+    window = _window(contest, settings)
+    mark(folder)
     seeds = [recipe.train.seed + i for i in range(settings.seeds)]
     rows = draw(
         recipe, folder / "data", seeds,
         few_shot=settings.few_shot, ood=settings.ood, reporter=reporter,
     )  # fmt: skip
-    check_disk(folder, 2**20)
+    check_room(folder / ANSWERS, 0)
     workers = Workers(*_workers(settings, recipe), begin)
     try:
-        cells = _Cells(settings, contest, rows, seeds, folder, workers, reporter)
+        cells = _Cells(settings, contest, rows, seeds, folder, window, workers, reporter)
         cells.sweep()
         cells.repeat()
         cells.judge()
@@ -98,8 +108,7 @@ def compare(
     found = cells.comparison()
     if settings.speed:
         write_json(folder / RESULTS, found.to_json())
-        with BASES.lent(recipe.model) as base:
-            found = with_costs(found, costs_of(contest, settings, base, reporter))
+        found = _with_costs(found, contest, settings, reporter)
     write_json(folder / RESULTS, found.to_json())
     return found, folder
 
@@ -114,6 +123,7 @@ class _Cells:
         rows: Rows,
         seeds: Sequence[int],
         folder: Path,
+        window: int | None,
         workers: Workers,
         reporter: Reporter,
     ) -> None:
@@ -130,8 +140,9 @@ class _Cells:
         self._sheet = Sheet(
             {TEST: rows.test, **({OOD: rows.ood} if rows.ood else {})},
             settings.text,
+            window,
             rows=contest[0].recipe.evaluate.max_rows,
-            cache=default_folder(),
+            cache=folder / ANSWERS,
             base=False,
         )
 
@@ -170,7 +181,7 @@ class _Cells:
         for run, end in zip(runs, self._workers.run(work, ended, **self._here()), strict=True):
             if end.failure is not None:
                 self._failures[run] = end.failure
-        self._judged_base = runs[0] if runs and runs[0] not in self._failures else None
+        self._judged_base = runs[0] if runs else None
 
     def comparison(self) -> Comparison:
         """All that was found."""
@@ -178,16 +189,16 @@ class _Cells:
         base = {}
         if self._judged_base is not None:
             base = results_of(self._judged_base, self._sheet, "base")
+        told = self._judged_base and RunDir(self._judged_base).eval_result(FORGETTING)
         about = {name: dict(found) for name, found in rows.about.items()}
         for name in (TEST, OOD):
             if name in about and about[name]["rows"] > self._sheet.rows:
                 about[name]["evaluated"] = self._sheet.rows
-        if self._settings.text is not None and self._judged_base is not None:
-            text = RunDir(self._judged_base).eval_result(FORGETTING).read_text(encoding="utf-8")
-            told = json.loads(text)["text"]
-            about[FORGETTING] = {
-                "source": told["source"], "rows": told["evaluated"], "sha256": told["sha256"],
-            }  # fmt: skip
+        if told and told.exists() and self._settings.text is not None:
+            text = json.loads(told.read_text(encoding="utf-8"))["text"]
+            about[FORGETTING] = {"rows": text["evaluated"]} | {
+                name: text[name] for name in ("source", "sha256")
+            }
         contestants = [self._contestant(entry) for entry in self._contest]
         found = Comparison(
             name=self._folder.name,
@@ -213,6 +224,10 @@ class _Cells:
         if len(todo) < len(cells):
             self._reporter.notice(
                 f"{len(cells) - len(todo)} of {len(cells)} cells are finished already."
+            )
+        if anew := [r for r in recipes if RunDir(r.folder).finished and not is_done(r)]:
+            self._reporter.warning(
+                f"{len(anew)} finished cells have another recipe, base or data, and are trained anew."
             )
         names = [f"{cells[i][0].label}, seed {cells[i][1]}, lr {cells[i][2]:g}" for i in todo]
         work: list[Work] = [(train_cell, (recipes[i],)) for i in todo]
@@ -275,13 +290,15 @@ class _Cells:
         )
 
     def _cell(self, seed: int, run: str) -> Cell:
-        if run in self._failures:
-            return Cell(seed, run, failure=self._failures[run])
+        failure = self._failures.get(run)
+        if not RunDir(run).finished:
+            return Cell(seed, run, failure=failure)
         losses = [(r["step"], r["loss"]) for r in RunDir(run).read_metrics() if "loss" in r]
         return Cell(
             seed=seed,
             run=run,
             steps=_summary(run)["steps"],
+            failure=failure,
             results=results_of(run, self._sheet, "adapter"),
             losses=losses,
         )
@@ -291,8 +308,8 @@ class _Cells:
         steps = sorted({c.steps for one in contestants for c in one.cells if c.steps is not None})
         return {
             "seeds": list(self._seeds),
-            "steps": steps[0] if len(steps) == 1 else steps or None,
-            "batch_size": train.batch_size * train.gradient_accumulation,
+            "steps": steps[0] if len(steps) == 1 else None,
+            "batch": train.batch_size * train.gradient_accumulation,
             "schedule": train.schedule,
             "sweep": settings.sweep,
             "sweep_chosen_on": VALIDATION,
@@ -303,6 +320,9 @@ class _Cells:
         found = list(self._rows.notices)
         if len({c.steps for one in contestants for c in one.cells if c.steps is not None}) > 1:
             found.append("The contestants took different numbers of steps, as the grid asks for.")
+        if self._settings.few_shot is not None and self._settings.sweep > 1:
+            rows = self._rows.about[VALIDATION]["rows"]
+            found.append(f"The learning rates were chosen on {rows} labelled rows beside those.")
         return found
 
 
@@ -318,26 +338,42 @@ def _summary(run: str) -> dict[str, Any]:
     return found
 
 
-def _check_free(folder: Path) -> None:
-    """Refuse a folder that holds something else."""
-    if not folder.exists():
-        return
-    ours = folder.is_dir() and (
-        not any(folder.iterdir()) or any((folder / n).exists() for n in ("data", RESULTS))
-    )
-    if not ours:
-        raise UsageError(
-            f"{folder} is not empty and no comparison's folder. Give another one with --out."
-        )
+def _window(contest: Sequence[Entry], settings: Settings) -> int | None:
+    """Tokens of a stretch of text on which forgetting is measured: so many that all contestants have room for them."""
+    if settings.text is None:
+        return None
+    recipe = contest[0].recipe
+    tokenizer = load_tokenizer(recipe.model)
+    config = models.load_config(recipe.model).get_text_config()
+    most = getattr(config, "max_position_embeddings", None) or WINDOW
+    room = min(most, int(tokenizer.model_max_length)) - most_virtual_tokens(contest)
+    window = min(WINDOW, room)
+    prepare_text(settings.text, tokenizer, window, recipe.evaluate.max_rows)
+    return window
+
+
+def _with_costs(
+    found: Comparison, contest: Sequence[Entry], settings: Settings, reporter: Reporter
+) -> Comparison:
+    """What was found is not lost where the costs cannot be measured."""
+    try:
+        with BASES.lent(contest[0].recipe.model) as base:
+            return with_costs(found, costs_of(contest, settings, base, reporter))
+    except Interrupted:
+        raise
+    except PtpError as error:
+        reporter.warning(f"The costs were not measured. {error}")
+        return replace(found, unmeasured={c.label: str(error) for c in found.contestants})
 
 
 def _workers(settings: Settings, recipe: Recipe) -> tuple[int, list[str]]:
-    """How many processes, and their GPUs."""
+    """How many processes, and their GPUs; this process has the first of them."""
     if device(recipe.model.device).type == "cuda":
         count = processes_here(recipe.train.gpus or "auto", recipe.model.device)
-        listed = recipe.train.gpus if isinstance(recipe.train.gpus, list) else range(count)
-        names = [str(gpu) for gpu in listed]
-        return min(settings.workers or count, count), names
+        show_only(recipe.train.gpus)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        names = visible.split(",")[: min(settings.workers or count, count)]
+        return len(names), names
     if settings.workers is not None:
         return settings.workers, []
     small = models.skeleton(recipe.model).num_parameters() <= SMALL_BASE

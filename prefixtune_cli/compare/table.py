@@ -200,6 +200,7 @@ class Speed:
     head: str
     figure: Callable[[Cost], Measured | None]
     ratio: Callable[[Cost], Measured | None]
+    over_lora: Callable[[Cost], Measured | None]
     scale: float = 1.0
     is_time: bool = False
 
@@ -210,18 +211,21 @@ SPEEDS = (
         "training, tokens/s",
         lambda cost: cost.training_tokens_per_second,
         lambda cost: cost.training_ratio,
+        lambda cost: cost.training_over_lora,
     ),
     Speed(
         "decode",
         "decode, tokens/s",
         lambda cost: cost.decode_tokens_per_second,
         lambda cost: cost.decode_ratio,
+        lambda cost: cost.decode_over_lora,
     ),
     Speed(
         "first token",
         "first token, ms",
         lambda cost: cost.time_to_first_token_seconds,
         lambda cost: cost.first_token_ratio,
+        lambda cost: cost.first_token_over_lora,
         scale=1e-3,
         is_time=True,
     ),
@@ -229,30 +233,18 @@ SPEEDS = (
 
 
 def _ratios(comparison: Comparison, column: Make, speed: Speed) -> Iterator[Column]:
-    """To the base, with the rounds' range; and of the medians to LoRA, where that takes part."""
+    """To the base, and to LoRA where that takes part, with the rounds' range."""
     contestants = comparison.contestants
     to_base = [_range(c.cost, speed.ratio, 1.0) for c in contestants]
     yield column(f"{speed.what} × base", "1" if any(to_base) else "", to_base)
     lora = next((c for c in contestants if c.method == "lora"), None)
     if lora is None:
         return
-    cells = ["1" if c is lora and c.cost else _over(c.cost, lora.cost, speed) for c in contestants]
-    of_base = _over(comparison.base_cost, lora.cost, speed)
+    cells = [
+        "1" if c is lora and c.cost else _range(c.cost, speed.over_lora, 1.0) for c in contestants
+    ]
+    of_base = _range(comparison.base_cost, speed.over_lora, 1.0)
     yield column(f"{speed.what} × {lora.label}", of_base, cells)
-
-
-def _over(cost: Cost | None, other: Cost | None, speed: Speed) -> str:
-    """How many times as fast: by the ratios to the base where both have one, which are free of drift."""
-    if cost is None or other is None:
-        return ""
-    pair = speed.ratio(cost), speed.ratio(other)
-    if pair[0] and pair[1]:
-        return _significant(pair[0].median / pair[1].median)
-    mine, its = speed.figure(cost), speed.figure(other)
-    if mine is None or its is None:
-        return ""
-    faster = its.median / mine.median if speed.is_time else mine.median / its.median
-    return _significant(faster)
 
 
 def _memory(cost: Cost | None) -> str:

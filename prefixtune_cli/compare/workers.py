@@ -67,20 +67,16 @@ class Workers:
         results: dict[int, Ended] = {}
         if self.count == 1:
             for i, (function, arguments) in enumerate(work):
-                try:
-                    results[i] = function(*arguments, **here)
-                except (Interrupted, KeyboardInterrupt) as stopped:
-                    raise _stopped(stopped) from None
+                results[i] = function(*arguments, **here)
                 ended(i, results[i])
             return list(results.values())
         attempts = dict.fromkeys(range(len(work)), 0)
-        with _told_to_stop():
-            while left := [i for i in range(len(work)) if i not in results]:
-                try:
-                    self._once(work, left, attempts, results, ended)
-                except (Interrupted, KeyboardInterrupt) as stopped:
-                    self._end()
-                    raise _stopped(stopped) from None
+        while left := [i for i in range(len(work)) if i not in results]:
+            try:
+                self._once(work, left, attempts, results, ended)
+            except (Interrupted, KeyboardInterrupt):
+                self._end()
+                raise
         return [results[i] for i in range(len(work))]
 
     def _once(
@@ -92,27 +88,28 @@ class Workers:
         ended: Callable[[int, Ended], None],
     ) -> None:
         """All that is left, or until the pool breaks; then each alone, so that the culprit is known."""
-        alone = any(attempts[i] for i in left)
-        todo = [next(i for i in left if attempts[i])] if alone else left
-        pool = self._started()
-        futures: dict[Future[Ended], int] = {pool.submit(work[i][0], *work[i][1]): i for i in todo}
+        suspects = [i for i in left if attempts[i]]
+        todo = suspects[:1] or left
+        futures: dict[Future[Ended], int] = {}
         try:
+            pool = self._started()
+            for i in todo:
+                futures[pool.submit(_unless_stopped, *work[i])] = i
             while futures:
                 for future in wait(futures, return_when=FIRST_COMPLETED).done:
-                    i = futures.pop(future)
-                    results[i] = future.result()
-                    ended(i, results[i])
+                    results[futures[future]] = future.result()
+                    ended(futures[future], results[futures.pop(future)])
         except BrokenProcessPool:
             self._pool = None
-            for i in todo:
-                if i not in results:
-                    attempts[i] += 1
-                    if attempts[i] >= ATTEMPTS:
-                        results[i] = Ended(
-                            "Its process was killed, as the kernel does where the machine's memory runs out. "
-                            "Try --workers 1, or a smaller --batch-size."
-                        )
-                        ended(i, results[i])
+            begun = [i for i in todo if i not in results][: self.count]  # they are begun in turn
+            for i in begun:
+                attempts[i] += 1
+                if attempts[i] >= ATTEMPTS:
+                    results[i] = Ended(
+                        "Its process was killed, as the kernel does where the machine's memory runs out. "
+                        "Try --workers 1, or a smaller --batch-size."
+                    )
+                    ended(i, results[i])
 
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
@@ -133,7 +130,7 @@ class Workers:
         return self._pool
 
     def _end(self) -> None:
-        """Have the workers save what they do, and end."""
+        """Have the workers save what they do, and end; who takes too long is killed."""
         if self._pool is None:
             return
         children = multiprocessing.active_children()
@@ -144,6 +141,8 @@ class Workers:
         deadline = time.monotonic() + SECONDS_TO_SAVE
         for child in children:
             child.join(max(0.1, deadline - time.monotonic()))
+            if child.is_alive():
+                child.kill()
         self._pool = None
 
     def close(self) -> None:
@@ -154,21 +153,23 @@ class Workers:
 
 
 @contextlib.contextmanager
-def _told_to_stop() -> Iterator[None]:
-    """Within the block SIGTERM ends the command as Ctrl-C does."""
+def told_to_stop() -> Iterator[None]:
+    """Within the block SIGTERM and SIGUSR1 end the command as Ctrl-C does."""
 
     def stop(number: int, frame: object) -> None:
         raise Preempted("")
 
     try:
-        before = signal.signal(signal.SIGTERM, stop)
+        before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGUSR1)}
     except ValueError:  # not the main thread
-        yield
-        return
+        before = {}
     try:
         yield
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        raise _stopped(stopped) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _stopped(by: BaseException) -> Interrupted:
@@ -178,12 +179,23 @@ def _stopped(by: BaseException) -> Interrupted:
     )
 
 
+_signals: list[int] = []  # that came to this worker
+
+
+def _unless_stopped(function: Callable[..., Ended], arguments: Sequence[Any]) -> Ended:
+    if _signals:
+        raise Preempted("")
+    return function(*arguments)
+
+
 def _start(parent: int, gpus: Any, begin: Callable[[], object] | None) -> None:
     """A worker's first act."""
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     # Ctrl-C reaches the whole group of processes; the command passes on one signal, once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Between two cells there is nothing to save; a process that dies here would take its neighbours with it.
+    signal.signal(signal.SIGTERM, lambda number, _: _signals.append(number))
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     if begin is not None:
         begin()

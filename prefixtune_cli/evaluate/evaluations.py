@@ -42,7 +42,7 @@ class Settings:
         base: the base takes part.
         benches: names of benchmarks.
         data: the user's own test data.
-        text: what forgetting is measured on.
+        text: what forgetting is measured on, in windows of `window` tokens; None is what the base takes, up to WINDOW.
         bench_data: local copies of benchmarks' data, by benchmark or hub id.
         limit: most items of each task.
         num_fewshot: examples before a question; None leaves the task's own number.
@@ -62,6 +62,7 @@ class Settings:
     benches: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
     text: str | None = None
+    window: int | None = None
     bench_data: Mapping[str, str] = field(default_factory=dict)
     limit: int | None = None
     num_fewshot: int | None = None
@@ -214,7 +215,7 @@ def _of_text(settings: Settings, cast: Cast, tokenizer: PreTrainedTokenizerBase)
     positions = getattr(
         load_config(cast.recipe.model).get_text_config(), "max_position_embeddings", None
     )
-    window = min(WINDOW, int(tokenizer.model_max_length), positions or WINDOW)
+    window = settings.window or min(WINDOW, int(tokenizer.model_max_length), positions or WINDOW)
     text = forgetting.prepare(str(settings.text), tokenizer, window, settings.limit)
 
     def judge(stage: Stage, subject: Subject, model: Any, finished: Finished) -> Any:

@@ -134,6 +134,8 @@ def _kept_apart(name: str, found: Found, reporter: Reporter, resumes: bool) -> I
         kept = "Finished requests are kept: the same command goes on where this one stopped."
         lost = "Without a cache nothing was kept; leave --no-cache out to go on another time."
         raise Interrupted(f"Stopped. {kept if resumes else lost}") from None
+    except Interrupted:
+        raise
     except Exception as error:
         said = str(error) if isinstance(error, PtpError) else f"{type(error).__name__}: {error}"
         found.failures[name] = said

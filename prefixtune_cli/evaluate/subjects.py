@@ -30,6 +30,7 @@ from prefixtune_cli.tokenizer import check_base
 
 ADAPTER = "adapter"
 WHOLE_FILE_BYTES = 64 * 2**20  # larger weights of a base are told by their beginning, size and time
+ANSWERED_BY = ("prefixtune-cli", "torch", "transformers", "peft", "lm_eval")
 PARTS_OF_A_MODEL = {".json", ".safetensors", ".bin", ".pt", ".jinja", ".model", ".txt", ".py"}
 
 
@@ -122,7 +123,7 @@ class Cast:
             "bits": section.bits,
             "attention": section.attention,
             "device": device(section.device).type,
-            "versions": [metadata.version(name) for name in ("transformers", "lm_eval")],
+            "versions": [metadata.version(name) for name in ANSWERED_BY],
             "adapter": None if subject.adapter is None else subject.sha256,
             **settings,
         }

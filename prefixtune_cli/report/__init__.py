@@ -10,6 +10,7 @@ import base64
 from pathlib import Path
 
 from prefixtune_cli.compare.comparison import Comparison
+from prefixtune_cli.compare.folder import RESULTS, TABLE, check_free, mark
 from prefixtune_cli.compare.pictures import Picture, draw, pictures
 from prefixtune_cli.compare.table import markdown
 from prefixtune_cli.report import tables
@@ -24,8 +25,13 @@ def publish(comparison: Comparison, folder: Path) -> list[Path]:
 
     Args:
         folder: compare/<name>/; it is made.
+
+    Raises:
+        UsageError: the folder holds something else.
     """
-    results, table = folder / "results.json", folder / "table.md"
+    check_free(folder)
+    mark(folder)
+    results, table = folder / RESULTS, folder / TABLE
     write_json(results, comparison.to_json())
     write_atomically(table, markdown(comparison))
     return [results, table, *draw(comparison, folder), write(comparison, folder)]

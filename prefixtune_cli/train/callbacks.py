@@ -95,6 +95,12 @@ def peak_memory_gib() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)
 
 
+def forget_peak_memory() -> None:
+    """Let `peak_memory_gib` begin anew on a GPU, where a process has several runs."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.reset_peak_memory_stats()
+
+
 class WeightWatch(TrainerCallback):
     """Asserts after the first steps that what is trained has changed, and that the base has not.
 

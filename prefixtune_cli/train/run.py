@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from prefixtune_cli import model as models
 from prefixtune_cli.evaluate.held_out import Score, score
 from prefixtune_cli.evaluate.matching import EXACT_MATCH_RULE
+from prefixtune_cli.evaluate.subjects import hash_of_base
 from prefixtune_cli.optimizer import check_optimizer
 from prefixtune_cli.parallel.devices import count_of, device, processes_here
 from prefixtune_cli.parallel.launch import end_with_the_launcher
@@ -27,7 +28,7 @@ from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir, write_atomically, write_json
 from prefixtune_cli.shared_base import SharedBase
 from prefixtune_cli.tokenizer import check_base, load_tokenizer
-from prefixtune_cli.train.callbacks import peak_memory_gib
+from prefixtune_cli.train.callbacks import forget_peak_memory, peak_memory_gib
 from prefixtune_cli.train.checks import (
     check_disk,
     check_parallel,
@@ -180,6 +181,7 @@ def _train(
     job: Job, load: Callable[[], PreTrainedModel], bases: SharedBase | None, *, overwrite: bool
 ) -> Summary:
     """Load, train and score; all processes do it together."""
+    forget_peak_memory()
     recipe, run_dir, data = job.recipe, job.run_dir, job.data
     processes, reporter = job.processes, job.reporter
     reporter.notice(f"Loading {recipe.model.name}.")
@@ -252,7 +254,8 @@ def _open(
 ) -> None:
     """Make the run directory; the recipe is written last, as its presence means that there is a run."""
     run_dir.create(overwrite=overwrite)
-    write_json(run_dir.environment, describe_environment(data.fingerprints, processes.size))
+    about = describe_environment(data.fingerprints, processes.size)
+    write_json(run_dir.environment, {**about, "base_sha256": hash_of_base(recipe.model)})
     if recipe.data.chat_template is not None:
         source = Path(recipe.data.chat_template).expanduser()
         write_atomically(run_dir.chat_template, source.read_bytes())

@@ -28,6 +28,7 @@ METHODS: Mapping[str, tuple[float, float, float, int, int]] = {
     "prefix-tuning": (0.30, 3.25, 1e-1, 24_576, 4_700),
     "full": (0.90, 4.10, 3e-4, 6_012_672, 3_900),
 }
+LORA_SPEED = METHODS["lora"][-1]
 FAILURE = "The loss is nan at step 12. Lower the learning rate with --lr."
 
 
@@ -144,5 +145,8 @@ def cost(speed: float, more_tokens: int, *, ratio: float | None) -> Cost:
         training_ratio=of_base,
         decode_ratio=of_base,
         first_token_ratio=of_base,
+        training_over_lora=around(speed / LORA_SPEED),
+        decode_over_lora=around(speed / LORA_SPEED),
+        first_token_over_lora=around(speed / LORA_SPEED),
         interleaved=True,
     )

@@ -1,6 +1,7 @@
 """Who takes part, and with which recipes."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,7 +101,6 @@ def test_a_cell_has_its_own_seed_rate_files_and_folder_and_no_renamed_columns() 
         (("lora",), {"adapter.layers": ["all"]}, "adapter.layers is a setting of none"),
         (("lora",), {"adapter.r": [8, 8]}, "name lora r=8 twice"),
         (("lora", "lora"), {}, "name lora twice"),
-        (("lora",), {"adapter.alpha": [32.0], "adapter.r": [16], "train.seed": [0, 0]}, "twice"),
     ],
 )
 def test_what_is_no_contest_is_refused(
@@ -119,6 +119,44 @@ def test_two_spellings_of_one_run_are_refused() -> None:
 def test_a_grid_of_another_form_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"--grid takes section\.key=value"):
         parse_grids([text])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "train.seed",
+        "train.gpus",
+        "data.train",
+        "data.max_length",
+        "model.bits",
+        "evaluate.max_rows",
+    ],
+)
+def test_what_a_comparison_keeps_equal_is_no_grid(key: str) -> None:
+    with pytest.raises(UsageError, match=f"--grid {key} makes no fair comparison"):
+        parse_grids([f"{key}=1,2"])
+
+
+def test_a_rate_that_a_recipe_has_for_its_own_method_is_no_other_ones(tmp_path: Path) -> None:
+    file = tmp_path / "tuned.yaml"
+    file.write_text("adapter: {method: lora}\ntrain: {learning_rate: 0.02}\n", encoding="utf-8")
+    found = entries(Settings(Typed(str(file)), ("lora", "full")))
+    assert [entry.recipe.train.learning_rate for entry in found] == [0.02, 3e-4]
+    typed = entries(Settings(Typed(str(file), ("train.learning_rate=0.5",)), ("lora", "full")))
+    assert [entry.recipe.train.learning_rate for entry in typed] == [0.5, 0.5]
+
+
+def test_settings_of_peft_go_to_the_methods_of_peft_that_have_them() -> None:
+    found = contest(("lora", "prefix-tuning", "ia3"), sets=("adapter.config.use_dora=true",))
+    given = [entry.recipe.adapter.model_dump().get("config") for entry in found]
+    assert given == [{"use_dora": True}, {}, {}]
+
+
+def test_labels_that_differ_have_folders_that_differ() -> None:
+    found = contest(("lora",), {"adapter.target_modules": ["q|v", "q-v", "x" * 300]})
+    folders = [entry.folder for entry in found]
+    assert len(set(folders)) == 3
+    assert max(map(len, folders)) < 120
 
 
 def test_a_misspelt_method_is_told_with_the_one_that_is_meant() -> None:
