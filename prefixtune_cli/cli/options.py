@@ -201,6 +201,15 @@ Method = Annotated[
         "settings by --set adapter.config.KEY=VALUE.",
     ),
 ]
+Preset = Annotated[
+    str | None,
+    option(
+        "--preset",
+        panel=ADAPTER,
+        metavar="NAME",
+        help="Prefix-Tuning+: its settings by name; paper is the paper's form exactly.",
+    ),
+]
 FeatureMap = Annotated[
     str | None,
     option(

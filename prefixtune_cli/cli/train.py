@@ -43,6 +43,7 @@ def train(
     on_long: options.OnLong = None,
     chat_template: options.ChatTemplate = None,
     method: options.Method = None,
+    preset: options.Preset = None,
     feature_map: options.FeatureMap = None,
     feature_dim: options.FeatureDim = None,
     normalize_query: options.NormalizeQuery = None,

@@ -27,6 +27,7 @@ KEYS = {
     "on_long": "data.on_long",
     "chat_template": "data.chat_template",
     "method": "adapter.method",
+    "preset": "adapter.preset",
     "feature_map": "adapter.feature_map",
     "feature_dim": "adapter.feature_dim",
     "normalize_query": "adapter.normalize_query",

@@ -260,7 +260,7 @@ def _label(method: str, settings: Mapping[str, Any]) -> str:
 
 def spelled(key: str, value: Any) -> str:
     """A setting as a label has it: `r=8`, `lr=0.003`, and where the value says enough, it alone: `elu`."""
-    if key in ("adapter.feature_map", "adapter.sites", "model.name"):
+    if key in ("adapter.preset", "adapter.feature_map", "adapter.sites", "model.name"):
         return str(value)
     shown = json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace('"', "")
     last = key.rpartition(".")[2]

@@ -173,11 +173,14 @@ def _without_what_is_replaced(
 ) -> dict[str, Any]:
     """Without the settings that belong to what `chosen` puts in their place.
 
-    The recipe's held-out data, columns and format are those of its own training data, and its number of steps
-    would win over the epochs that were asked for.
+    The recipe's held-out data, columns and format are those of its own training data, its number of steps would win
+    over the epochs that were asked for, and a preset stands for all settings of the adapter.
     """
     data, train = chosen.get("data") or {}, chosen.get("train") or {}
-    replaced: dict[str, set[str]] = {"data": set(), "train": set()}
+    adapter = chosen.get("adapter") or {}
+    replaced: dict[str, set[str]] = {"data": set(), "train": set(), "adapter": set()}
+    if isinstance(adapter, Mapping) and adapter.get("preset") is not None:
+        replaced["adapter"] |= {*PrefixTuningPlus.model_fields} - {"method"}
     if isinstance(data, Mapping) and "train" in data:
         replaced["data"] |= {"eval", "eval_split", "map", "format"}
     if isinstance(data, Mapping) and "eval_split" in data:

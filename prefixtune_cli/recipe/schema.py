@@ -29,7 +29,7 @@ DataFormat = Literal[
     "auto", "messages", "conversations", "prompt-completion", "alpaca", "question-answer", "text"
 ]
 
-# Chosen by recipes/sweep.py (see the README's tables): same trainer, same steps.
+# Chosen by sweeps on the sample tasks: same trainer, same steps.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "prefix-tuning-plus": {"learning_rate": 1e-2},
     "lora": {"learning_rate": 3e-3},
@@ -56,6 +56,19 @@ NOT_SPREAD = {
         "deepspeed-zero3",
         "prefix-tuning",
     ): "whose prefix peft computes outside of the sharded modules",
+}
+
+
+# Settings of Prefix-Tuning+ by name.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "feature_map": "elu",
+        "normalize_query": False,
+        "sites": "attention",
+        "rank": None,
+        "share_heads": "query",
+        "layers": "all",
+    },
 }
 
 
@@ -121,6 +134,9 @@ class PrefixTuningPlus(Section):
     """Prefix-Tuning+: M is trained, and φ(q)ᵀM added to each head's output (paper, eq. 7), or to the FFN's."""
 
     method: Literal["prefix-tuning-plus"] = "prefix-tuning-plus"
+    preset: Literal["paper"] | None = Field(
+        None, description="A set of the settings below: `paper` is the paper's form exactly."
+    )
     feature_map: Literal["elu", "gelu", "mlp"] = Field(
         "gelu", description="φ of eq. 7: the paper's default is elu, the sweep's gelu."
     )
@@ -148,6 +164,20 @@ class PrefixTuningPlus(Section):
     layers: str | list[Annotated[int, Field(ge=0)]] = Field(
         "all", description="`all`, a list of layer numbers, or `last:k`."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_the_preset(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not isinstance(raw.get("preset"), str):
+            return raw
+        preset = PRESETS.get(raw["preset"], {})
+        for key, value in preset.items():
+            if raw.get(key, value) != value:
+                raise ValueError(
+                    f"adapter.{key} is {value!r} in the preset {raw['preset']}, got {raw[key]!r}. Leave one of the "
+                    "two out."
+                )
+        return {**preset, **raw}
 
     @field_validator("layers", mode="before")
     @classmethod

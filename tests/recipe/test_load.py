@@ -372,3 +372,23 @@ def test_gpus_are_a_number_auto_or_a_list(gpus: object) -> None:
 def test_other_gpus_are_refused(gpus: object) -> None:
     with pytest.raises(RecipeError, match=r"train.gpus must be a number of GPUs, auto, or a list"):
         resolve(flags={"train": {"gpus": gpus}})
+
+
+def test_a_preset_stands_for_all_settings_of_the_adapter(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("adapter: {feature_map: gelu, sites: ffn, block_size: 8}\n", encoding="utf-8")
+    found = resolve(str(file), flags={"adapter": {"preset": "paper"}})
+    assert found == resolve(flags={"adapter": {"preset": "paper", "feature_map": "elu"}})
+    assert found.adapter.model_dump()["sites"] == "attention"
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(found), encoding="utf-8")
+    assert resolve(str(again)) == found
+
+
+def test_a_setting_that_contradicts_the_preset_is_refused() -> None:
+    with pytest.raises(
+        RecipeError, match=r"adapter\.feature_map is 'elu' in the preset paper, got 'gelu'"
+    ):
+        resolve(flags={"adapter": {"preset": "paper", "feature_map": "gelu"}})
+    with pytest.raises(RecipeError, match=r"adapter\.preset must be"):
+        resolve(flags={"adapter": {"preset": "papers"}})
