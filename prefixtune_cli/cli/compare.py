@@ -39,7 +39,7 @@ def compare(
             "--methods",
             panel=CONTEST,
             metavar="NAME,…",
-            help="prefix-tuning-plus, lora, prefix-tuning, full, or any method of PEFT; the first is compared with.",
+            help="Names as for --method, also as in lora(r=8,alpha=16); the others are compared with the first.",
         ),
     ] = None,
     seeds: Annotated[
@@ -207,7 +207,7 @@ def _trained(given: dict[str, Any]) -> tuple[Comparison, Path]:
 
 def _settings(given: dict[str, Any]) -> Settings:
     """What was typed, as a contest takes it."""
-    from prefixtune_cli.compare.contest import Settings, Typed, parse_grids
+    from prefixtune_cli.compare.contest import Settings, Typed, parse_grids, split
 
     grids: dict[str, list[Any]] = {}
     if given["feature_maps"] is not None:
@@ -215,7 +215,7 @@ def _settings(given: dict[str, Any]) -> Settings:
     grids.update(parse_grids(given["grid"] or ()))
     chosen: dict[str, Any] = {}
     if given["methods"] is not None:
-        chosen["methods"] = typed.names([given["methods"]])
+        chosen["methods"] = split(given["methods"])
     for name in (
         "seeds",
         "sweep",

@@ -97,7 +97,7 @@ class Settings:
 
     Attributes:
         typed: the recipe, `--set` and flags, which all methods share.
-        methods: the others are compared with the first.
+        methods: the others are compared with the first; `lora(r=8)` is one with settings of its own.
         grids: dotted recipe key → values; every combination is a contestant.
         seeds: cells of each contestant: train.seed and those after it.
         sweep: learning rates of each contestant, on the first seed; 1 is the default alone.
@@ -160,8 +160,11 @@ def entries(settings: Settings) -> list[Entry]:
     adapter = _typed_of_the_adapter(typed)
     used: set[str] = set()
     found: list[Entry] = []
-    for method in map(canonical, methods):
-        own = {key: values for key, values in grids.items() if _has(method, key)}
+    for method, settings_of in map(_parsed, methods):
+        given = {f"adapter.{key}": [value] for key, value in settings_of.items()}
+        own = given | {
+            key: values for key, values in grids.items() if _has(method, key) and key not in given
+        }
         keys = {key: value for key, value in adapter.items() if _has(method, f"adapter.{key}")}
         used |= {*own, *(f"adapter.{key}" for key in keys)}
         for combination in itertools.product(*own.values()):
@@ -192,13 +195,36 @@ def parse_grids(given: Iterable[str]) -> dict[str, list[Any]]:
                 raise UsageError(f"--grid {key} makes no fair comparison: {NO_GRID[taken]}.")
         if key in grids:
             raise UsageError(f"--grid {key} is given twice. Give all of its values at once.")
-        grids[key] = [read.parse_value(part, f"--grid {key}") for part in _split(values)]
+        grids[key] = [read.parse_value(part, f"--grid {key}") for part in split(values)]
     return grids
 
 
-def _split(text: str) -> list[str]:
+def split(text: str) -> list[str]:
     """At the commas that stand in no bracket."""
-    return [part.strip() for part in re.split(r",(?![^\[{]*[\]}])", text)]
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _parsed(method: str) -> tuple[str, dict[str, Any]]:
+    """`lora(r=5)` as a method with settings of its adapter."""
+    name, bracket, inside = method.partition("(")
+    if bracket and not inside.endswith(")"):
+        raise UsageError(
+            f"--methods takes names such as lora, or lora(r=8,alpha=16), got {method!r}"
+        )
+    settings: dict[str, Any] = {}
+    for part in split(inside.removesuffix(")")):
+        key, equals, value = part.partition("=")
+        if not (key.strip() and equals and value.strip()):
+            raise UsageError(f"--methods takes settings as in lora(r=8,alpha=16), got {method!r}")
+        settings[key.strip()] = read.parse_value(value, f"--methods {method}")
+    return canonical(name.strip()), settings
 
 
 def _typed_of_the_adapter(typed: Typed) -> dict[str, Any]:

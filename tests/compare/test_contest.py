@@ -13,6 +13,7 @@ from prefixtune_cli.compare.contest import (
     Typed,
     entries,
     parse_grids,
+    split,
 )
 from prefixtune_cli.errors import RecipeError, UsageError
 
@@ -80,6 +81,29 @@ def test_a_typed_setting_of_the_adapter_goes_to_the_methods_that_have_it() -> No
     )
     assert found[0].recipe.adapter.model_dump()["layers"] == "last:3"
     assert found[1].recipe.adapter.model_dump()["r"] == 4
+
+
+def test_a_method_may_stand_with_settings_of_its_own_and_several_times() -> None:
+    typed = "lora, lora(r=4,target_modules=[q_proj,v_proj]),prefix-tuning-plus(sites=ffn)"
+    found = contest(tuple(split(typed)), {"adapter.r": [2, 8]})
+    assert [entry.label for entry in found] == [
+        "lora r=2",
+        "lora r=8",
+        "lora r=4 target_modules=[q_proj,v_proj]",
+        "prefix-tuning-plus ffn",
+    ]
+    assert found[2].recipe.adapter.model_dump()["target_modules"] == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("method", ["lora(r=4", "lora(r)", "lora(=4)"])
+def test_settings_of_another_form_are_refused(method: str) -> None:
+    with pytest.raises(UsageError, match="--methods takes"):
+        contest((method,))
+
+
+def test_a_setting_that_the_method_does_not_have_is_refused_by_the_recipe() -> None:
+    with pytest.raises(RecipeError, match=r"adapter\.layers belongs to prefix-tuning-plus"):
+        contest(("lora(layers=all)",))
 
 
 def test_values_of_a_grid_are_yaml_and_a_list_is_one_value() -> None:

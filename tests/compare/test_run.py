@@ -185,7 +185,7 @@ def test_the_same_command_goes_on_where_a_signal_stopped_it(
 ) -> None:
     command = [
         sys.executable, *COMMAND, "--seeds", "1", "--no-speed", "--workers", "1", "--model",
-        random_base, "--bits", "32", "--data", data, "--steps", "400", "--batch-size", "4",
+        random_base, "--bits", "32", "--data", data, "--steps", "150", "--batch-size", "4",
         "--set", "train.save_steps=5", "--set", "evaluate.max_rows=8", "--out", tmp_path / "out",
     ]  # fmt: skip
     typed = list(map(str, command))
@@ -207,4 +207,4 @@ def test_the_same_command_goes_on_where_a_signal_stopped_it(
     assert "Resuming" in done.stderr
     steps = [json.loads(row)["step"] for row in (second / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
-    assert steps[-1] == 400
+    assert steps[-1] == 150
