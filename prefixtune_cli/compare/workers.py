@@ -185,7 +185,11 @@ _signals: list[int] = []  # that came to this worker
 def _unless_stopped(function: Callable[..., Ended], arguments: Sequence[Any]) -> Ended:
     if _signals:
         raise Preempted("")
-    return function(*arguments)
+    try:
+        return function(*arguments)
+    except Interrupted:
+        _signals.append(signal.SIGTERM)  # what is queued already is not begun
+        raise
 
 
 def _start(parent: int, gpus: Any, begin: Callable[[], object] | None) -> None:

@@ -179,6 +179,27 @@ COMMAND = (
 )
 
 
+def test_a_signal_ends_all_processes_and_begins_no_further_cell(
+    random_base: Path, data: Path, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable, *COMMAND, "--seeds", "3", "--no-speed", "--workers", "2", "--model",
+        random_base, "--bits", "32", "--data", data, "--steps", "2000", "--batch-size", "4",
+        "--out", tmp_path / "out",
+    ]  # fmt: skip
+    begun = "out/cells/*/*/*/metrics.jsonl"
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as run:
+        while len(list(tmp_path.glob(begun))) < 2:
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.05)
+        run.send_signal(signal.SIGTERM)
+        _, said = run.communicate()
+    assert run.returncode == 0
+    assert "the same command goes on" in said
+    assert len(list(tmp_path.glob(begun))) == 2
+    assert len(list(tmp_path.glob("out/cells/*/*/*/checkpoint-*/sha256.json"))) == 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_same_command_goes_on_where_a_signal_stopped_it(
     number: int, random_base: Path, data: Path, tmp_path: Path
