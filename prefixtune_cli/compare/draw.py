@@ -36,7 +36,7 @@ class Rows:
         train: by seed; one file for all seeds unless few-shot.
         validation, test, ood: files; ood may be missing.
         about: by data set: source, rows, sha256.
-        notices: what was found.
+        notices: what a reader of the figures should know.
     """
 
     train: Mapping[int, Path]
@@ -73,7 +73,9 @@ def draw(
     if section.train is None:
         raise DataError("data.train is missing. Type --data FILE, or --recipe quickstart.")
     rows = load_rows(section.train, section)
-    notices = list(rows.notices)
+    notices: list[str] = []
+    for notice in rows.notices:
+        reporter.notice(notice)
     if section.eval is not None:
         test = load_rows(section.eval, section)
         test_source = section.eval
