@@ -104,10 +104,10 @@ def draw(
         whole = write(TRAIN, rows, section.train)
         train = {s: whole for s in seeds}
     else:
-        train = {
-            s: write(f"{TRAIN}-{few_shot}-shot-seed-{s}", chosen, section.train)
-            for s, chosen in drawn.items()
-        }
+        names = {s: f"{TRAIN}-{few_shot}-shot-seed-{s}" for s in seeds}
+        train = {s: write(names[s], drawn[s], section.train) for s in seeds}
+        each = [about.pop(name) for name in names.values()]
+        about[TRAIN] = {**each[0], "sha256": [one["sha256"] for one in each]}
     write(VALIDATION, validation, section.train)
     write(TEST, test, test_source)
     if ood is not None:

@@ -196,8 +196,7 @@ def _start(parent: int, gpus: Any, begin: Callable[[], object] | None) -> None:
     """A worker's first act."""
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
-    # Ctrl-C reaches the whole group of processes; the command passes on one signal, once.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setsid()  # Ctrl-C reaches the whole group of the command, which passes on one signal, once
     # Between two cells there is nothing to save; a process that dies here would take its neighbours with it.
     signal.signal(signal.SIGTERM, lambda number, _: _signals.append(number))
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

@@ -32,8 +32,6 @@ class StopRequest:
         before: dict[int, Any] = {}
         try:
             for wanted in SIGNALS:
-                if signal.getsignal(wanted) is signal.SIG_IGN:
-                    continue  # whoever started this process speaks for it, or it is to outlive the terminal
                 before[wanted] = signal.signal(wanted, self._received)
         except ValueError:  # not the main thread, where signals are somebody else's business
             before = {}

@@ -65,6 +65,8 @@ def test_few_shot_takes_as_many_rows_of_each_class_and_others_for_each_seed(
     data: Path, tmp_path: Path, count: int
 ) -> None:
     found = drawn(data, tmp_path / "out", few_shot=count)
+    assert found.about[TRAIN]["rows"] == 3 * count
+    assert len(found.about[TRAIN]["sha256"]) == 2
     for file in found.train.values():
         answers = Counter(json.loads(row)["completion"] for row in rows(file))
         assert answers == dict.fromkeys(CLASSES, count)
