@@ -21,6 +21,7 @@ from typing import Any
 from prefixtune_cli.errors import Interrupted, Preempted
 
 SECONDS_TO_SAVE = 60  # what a worker gets to end after the command
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ATTEMPTS = 2  # a pool that breaks does not say which of its cells broke it
 
 
@@ -154,13 +155,13 @@ class Workers:
 
 @contextlib.contextmanager
 def told_to_stop() -> Iterator[None]:
-    """Within the block SIGTERM and SIGUSR1 end the command as Ctrl-C does."""
+    """Within the block a signal ends the command, after what was done is kept."""
 
     def stop(number: int, frame: object) -> None:
-        raise Preempted("")
+        raise (Interrupted if number == signal.SIGINT else Preempted)("")
 
     try:
-        before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGUSR1)}
+        before = {n: signal.signal(n, stop) for n in SIGNALS}
     except ValueError:  # not the main thread
         before = {}
     try:

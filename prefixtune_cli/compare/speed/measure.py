@@ -20,7 +20,7 @@ from prefixtune_cli import model as models
 from prefixtune_cli.compare.comparison import Cost, Measured
 from prefixtune_cli.compare.speed.random_base import random_base
 from prefixtune_cli.compare.speed.turn import Figures, Shape, take_turn
-from prefixtune_cli.errors import PtpError, ResourceError, UsageError
+from prefixtune_cli.errors import Interrupted, PtpError, ResourceError, UsageError
 from prefixtune_cli.model import AdapterSection
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import ModelSection
@@ -112,6 +112,8 @@ def measure(
                 try:
                     found = take_turn(base, adapter, shape, autocast=model.bits != 32)
                     figures[label].append(found)
+                except Interrupted:
+                    raise
                 except Exception as error:  # whatever one method runs into, the others go on
                     failures[label] = _told(error, shape)
                     if label == BASE and should_reduce_batch_size(error):
