@@ -2,9 +2,13 @@
 
 import json
 import os
+import signal
 import tempfile
 from pathlib import Path
 
+# A shell starts what runs in its background deaf to Ctrl-C, and the processes of tests would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="ptp-tests-hf-")
