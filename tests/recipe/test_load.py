@@ -385,6 +385,15 @@ def test_a_preset_stands_for_all_settings_of_the_adapter(tmp_path: Path) -> None
     assert resolve(str(again)) == found
 
 
+def test_what_a_preset_leaves_open_may_be_set_beside_it() -> None:
+    found = resolve(flags={"adapter": {"preset": "wide", "block_size": 8}}).adapter.model_dump()
+    assert (found["sites"], found["feature_map"], found["block_size"]) == (
+        "attention+ffn",
+        "gelu",
+        8,
+    )
+
+
 def test_a_setting_that_contradicts_the_preset_is_refused() -> None:
     with pytest.raises(
         RecipeError, match=r"adapter\.feature_map is 'elu' in the preset paper, got 'gelu'"
