@@ -138,8 +138,7 @@ class PrefixTuningPlus(Section):
     method: Literal["prefix-tuning-plus"] = "prefix-tuning-plus"
     preset: Literal["paper", "wide"] | None = Field(
         None,
-        description="Some of the settings below by name: `paper` is the paper's form exactly, `wide` reads M beside the "
-        "FFN as well.",
+        description="Settings below by name: `paper` is the paper's form exactly, `wide` reads M beside the FFN, too.",
     )
     feature_map: Literal["elu", "gelu", "mlp"] = Field(
         "gelu", description="φ of eq. 7: the paper's default is elu, the sweep's gelu."
