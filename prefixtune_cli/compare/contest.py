@@ -23,6 +23,7 @@ from prefixtune_cli.recipe.schema import Peft, Recipe, canonical, method_default
 DEFAULT_METHODS = ("prefix-tuning-plus", "lora", "prefix-tuning", "full")
 STEP = 10**0.5  # between two learning rates of a sweep
 # A cell is a run of one process, and nobody goes back in it.
+NEVER = 10**9  # steps
 OF_A_CELL = {"gpus": None, "parallel": "ddp", "track": "none", "keep_checkpoints": 1}
 # What is the same for all contestants, or what a comparison sets itself, and what to type instead.
 NO_GRID = {
@@ -79,6 +80,8 @@ class Entry:
         train = self.recipe.train.model_copy(
             update={"seed": seed, "learning_rate": learning_rate, **OF_A_CELL}
         )
+        if train.save_steps is None:  # the clock is enough: a cell that is stopped is saved besides
+            train = train.model_copy(update={"save_steps": NEVER, "save_minutes": 10.0})
         return self.recipe.model_copy(update={"data": section, "train": train, "out": out})
 
 
