@@ -28,7 +28,6 @@ OF_A_CELL = {"gpus": None, "parallel": "ddp", "track": "none", "keep_checkpoints
 # What is the same for all contestants, or what a comparison sets itself, and what to type instead.
 NO_GRID = {
     "train.seed": "--seeds sets it",
-    "train.learning_rate": "",
     "train.gpus": "--workers sets it",
     "train.parallel": "a cell is one process",
     "train.track": "a comparison has its own report",
@@ -194,7 +193,7 @@ def parse_grids(given: Iterable[str]) -> dict[str, list[Any]]:
                 f"--grid takes section.key=value,value, as in adapter.layers=all,last:8, got {text!r}"
             )
         for taken in (key, key.partition(".")[0]):
-            if NO_GRID.get(taken):
+            if taken in NO_GRID:
                 raise UsageError(f"--grid {key} makes no fair comparison: {NO_GRID[taken]}.")
         if key in grids:
             raise UsageError(f"--grid {key} is given twice. Give all of its values at once.")

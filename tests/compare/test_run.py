@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from prefixtune_cli.compare.cells import BASES
+from prefixtune_cli.compare import cells
+from prefixtune_cli.compare.cells import BASES, is_done
 from prefixtune_cli.compare.comparison import FORGETTING, OOD, TEST, Comparison
 from prefixtune_cli.compare.contest import Settings, Typed
 from prefixtune_cli.compare.run import compare
 from prefixtune_cli.errors import UsageError
 from prefixtune_cli.recipe.load import difference, resolve
+from prefixtune_cli.shared_base import SharedBase
 from prefixtune_cli.train import train
 
 COLOURS = ("red", "blue", "green", "white")
@@ -130,6 +134,23 @@ def test_what_is_finished_is_not_done_again_unless_its_recipe_or_data_has_change
     assert all(written(out)[file] != after[file] for file in before)
 
 
+def test_a_cell_of_another_base_is_not_taken_for_finished(
+    random_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(random_base, base)
+    made = settings(base, data, tmp_path / "out", sweep=1, seeds=1, methods=("lora",))
+    cell = found(made).contestants[0].cells[0].run
+    recipe = resolve(f"{cell}/recipe.yaml")
+    assert is_done(recipe)
+    weights = load_file(base / "model.safetensors")
+    save_file(
+        {name: w * 2 for name, w in weights.items()}, base / "model.safetensors", {"format": "pt"}
+    )
+    monkeypatch.setattr(cells, "BASES", SharedBase())  # another process's
+    assert not is_done(recipe)
+
+
 def test_a_cell_that_fails_says_why_and_the_rest_goes_on(
     random_base: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -162,7 +183,7 @@ def test_processes_side_by_side_find_the_same(
 def test_a_folder_of_something_else_is_left_alone(
     random_base: Path, data: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "data").mkdir(parents=True)
     (tmp_path / "thesis" / "chapter.tex").write_text("text")
     with pytest.raises(UsageError, match="no comparison's folder"):
         found(settings(random_base, data, tmp_path / "thesis"))

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from prefixtune_cli.errors import Preempted
 from prefixtune_cli.evaluate.evaluations import Settings
-from prefixtune_cli.evaluate.run import evaluate
+from prefixtune_cli.evaluate.run import Found, _kept_apart, evaluate
+from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.schema import Lora, PrefixTuningPlus
 from tests.cli.test_eval import save_adapter, write_mmlu, write_rows
 
@@ -230,3 +232,10 @@ def test_without_a_cache_nothing_is_kept(tmp_path: Path, settings: Settings) -> 
     before = read(tmp_path / "cache")
     assert losses(Settings(**alone)) == kept
     assert read(tmp_path / "cache") == before
+
+
+def test_a_signal_is_no_failure_of_the_evaluation_that_it_ends() -> None:
+    found = Found([], [], {})
+    with pytest.raises(Preempted), _kept_apart("mmlu", found, Silent(), True):
+        raise Preempted("Stopped by SIGTERM.")
+    assert found.failures == {}
