@@ -203,10 +203,8 @@ def _with_fused_head(skeleton: Skeleton, accountant: Accountant) -> Callable[...
         accountant.phase = ("head",)
         hidden = outputs.last_hidden_state[:, :-1]
         flat = hidden.reshape(-1, hidden.shape[-1])
-        if (
-            skeleton.on_gpu
-        ):  # only tokens with a loss are projected there; here all of them have one
-            flat = flat.index_select(0, torch.arange(len(flat)))
+        # Only tokens with a loss are projected; here all of them have one.
+        flat = flat.index_select(0, torch.arange(len(flat)))
         head = self.get_output_embeddings()
         log_p = FusedHead.apply(flat, head.weight, accountant, skeleton.on_gpu)  # type: ignore[no-untyped-call]
         loss: Tensor = -log_p.sum()

@@ -349,6 +349,10 @@ class TrainSection(Section):
         False,
         description="Fill each row with several examples, where the attention kernel keeps them apart.",
     )
+    group_by_length: bool = Field(
+        False,
+        description="Batches of rows of about the same length, in random order: less padding, where rows differ.",
+    )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass."
     )
@@ -454,6 +458,15 @@ class Recipe(Section):
                     f"train.{key} does not go with method {method}, {why}. "
                     f"Type --no-{key.replace('_', '-')}, or use another method."
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _packed_rows_have_one_length(self) -> Recipe:
+        if self.train.packing and self.train.group_by_length:
+            raise ValueError(
+                "train.group_by_length does not go with train.packing, whose rows are all filled to the same length. "
+                "Type --no-packing, or --set train.group_by_length=false."
+            )
         return self
 
     @model_validator(mode="after")

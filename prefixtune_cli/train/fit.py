@@ -107,6 +107,7 @@ def _trainer(
         processes=processes,
         stop=job.stop,
         save_minutes=recipe.train.save_minutes,
+        group_by_length=recipe.train.group_by_length,
         model=model,
         args=arguments,
         train_dataset=data.train,

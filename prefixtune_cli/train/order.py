@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from prefixtune_cli.data.encode import MASKED
+
+ROWS_AT_ONCE = 10_000
 
 
 class Order(Sampler[int]):
@@ -18,15 +22,21 @@ class Order(Sampler[int]):
     Args:
         rows: of the training data.
         seed: of the run.
+        lengths: of the rows, in tokens, where those of a batch shall be about equal; None is for any order.
+        batch: rows of an optimizer step over all processes, which are about equally long.
 
     Attributes:
         epoch: which epoch the next iteration is.
         blanks: rows without a loss after the others, which fill the last batch so that each process gets its part.
     """
 
-    def __init__(self, rows: int, seed: int) -> None:
+    def __init__(
+        self, rows: int, seed: int, lengths: Sequence[int] | None = None, batch: int = 1
+    ) -> None:
         self.rows = rows
         self.seed = seed
+        self.lengths = lengths
+        self.batch = batch
         self.epoch = 0
         self.blanks = 0
 
@@ -35,8 +45,28 @@ class Order(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        yield from torch.randperm(self.rows, generator=generator).tolist()
+        if self.lengths is None:
+            yield from torch.randperm(self.rows, generator=generator).tolist()
+        else:
+            yield from self._grouped(self.lengths, generator)
         yield from range(self.rows, self.rows + self.blanks)
+
+    def _grouped(self, lengths: Sequence[int], generator: torch.Generator) -> Iterator[int]:
+        """Batches of rows of about the same length, in random order but for the last, which may be a part of one."""
+        rows = get_length_grouped_indices(lengths, self.batch, generator=generator)
+        whole = self.rows // self.batch
+        for i in torch.randperm(whole, generator=generator).tolist():
+            yield from rows[i * self.batch : (i + 1) * self.batch]
+        yield from rows[whole * self.batch :]
+
+
+def row_lengths(dataset: Dataset) -> list[int]:
+    """The tokens of each row."""
+    return [
+        length
+        for table in dataset.with_format("arrow").iter(ROWS_AT_ONCE)
+        for length in pc.list_value_length(table["input_ids"]).to_pylist()
+    ]
 
 
 def blank_rows(dataset: Dataset, count: int, pad_id: int) -> Dataset:

@@ -26,7 +26,8 @@ from prefixtune_cli.parallel.sharding import deepspeed_settings, is_sharded, res
 from prefixtune_cli.recipe.schema import IN_FRONT, IN_THE_CACHE, Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.checks import told_in_words
-from prefixtune_cli.train.order import Order, blank_rows
+from prefixtune_cli.train.fused_head import trained_tokens_alone
+from prefixtune_cli.train.order import Order, blank_rows, row_lengths
 from prefixtune_cli.train.rank_pruning import RankPruning
 from prefixtune_cli.train.stop import StopRequest
 
@@ -107,6 +108,7 @@ class SafeTrainer(SFTTrainer):
         processes: of the run.
         stop: what the signals ask for.
         save_minutes: between two checkpoints, beside those by steps; None is never.
+        group_by_length: whether the rows of a step are about equally long.
         **arguments: those of SFTTrainer.
     """
 
@@ -118,6 +120,7 @@ class SafeTrainer(SFTTrainer):
         processes: Processes,
         stop: StopRequest,
         save_minutes: float | None,
+        group_by_length: bool,
         **arguments: Any,
     ) -> None:
         self.processes = processes
@@ -148,7 +151,14 @@ class SafeTrainer(SFTTrainer):
 
         self.data_collator = collate_and_remember
         rows: Any = self.train_dataset  # type: ignore[has-type]
-        self._order = Order(len(rows), self.args.seed)
+        self._order = Order(
+            len(rows),
+            self.args.seed,
+            row_lengths(rows) if group_by_length else None,
+            self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.processes.size,
+        )
         if processes.size > 1:
             self._order.blanks = -len(rows) % (self.args.train_batch_size * processes.size)
             pad_id = self.processing_class.pad_token_id
@@ -180,6 +190,10 @@ class SafeTrainer(SFTTrainer):
                 "look at those rows with `ptp inspect-data`."
             )
         return loss
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with trained_tokens_alone():
+            return super().compute_loss(*args, **kwargs)
 
     def without_reducing(self, model: Any) -> Any:
         """A context in which backward passes leave the gradients of other processes alone."""

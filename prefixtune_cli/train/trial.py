@@ -8,15 +8,14 @@ import heapq
 from collections.abc import Iterator
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from transformers import TrainerCallback
 
 from prefixtune_cli.parallel.sharding import is_sharded
+from prefixtune_cli.train.order import row_lengths
 
-ROWS_AT_ONCE = 10_000
 SECONDS_TO_TRY = 120  # what the others get for the longest batch, once one process is done with it
 
 
@@ -102,9 +101,5 @@ class Trial(TrainerCallback):
 
 def longest_rows(dataset: Dataset, count: int) -> list[int]:
     """The numbers of the `count` longest rows."""
-    lengths: Iterator[tuple[int, int]] = (
-        (length, start * ROWS_AT_ONCE + i)
-        for start, table in enumerate(dataset.with_format("arrow").iter(ROWS_AT_ONCE))
-        for i, length in enumerate(pc.list_value_length(table["input_ids"]).to_pylist())
-    )
-    return [i for _, i in heapq.nlargest(count, lengths)]
+    lengths = row_lengths(dataset)
+    return heapq.nlargest(count, range(len(lengths)), key=lengths.__getitem__)

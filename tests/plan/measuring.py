@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
@@ -30,9 +31,9 @@ def save_random_model(config: PreTrainedConfig, folder: Path) -> Path:
     return folder
 
 
-def write_rows(file: Path, rows: int) -> Path:
-    """One row that is longer than any limit here, and others that are short: a batch of all of them is padded."""
-    words = ["red green blue white " * (600 if i == 0 else 10 + i) for i in range(rows)]
+def write_rows(file: Path, rows: int, tokens: int) -> Path:
+    """One row longer than `tokens`, and others a little shorter: padded, but nearly all of a batch has a loss."""
+    words = ["red" + " green" * (tokens + 20 if i == 0 else tokens - 5) for i in range(rows)]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
     return file
 
@@ -41,12 +42,13 @@ def recipe_for(base: Path, folder: Path, settings: dict[str, Any]) -> Recipe:
     """Two steps, each on all rows; `settings` is nested as a recipe is."""
     train = settings.get("train", {})
     rows = train.get("batch_size", 1) * train.get("gradient_accumulation", 1)
+    tokens = settings["data"]["max_length"]
     values = {
         **settings,
         "model": {"name": str(base), **settings.get("model", {})},
         "data": {
-            "train": str(write_rows(folder / "train.jsonl", rows)),
-            "eval": str(write_rows(folder / "eval.jsonl", 1)),
+            "train": str(write_rows(folder / "train.jsonl", rows, tokens)),
+            "eval": str(write_rows(folder / "eval.jsonl", 1, tokens)),
             **settings.get("data", {}),
         },
         "train": {"max_steps": STEPS, "save_steps": 1000, **train},
@@ -115,7 +117,9 @@ def _storages() -> dict[int, int]:
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+        # A plan's tensors without content may be yet to be collected.
+        real = isinstance(thing, torch.Tensor) and not isinstance(thing, FakeTensor)
+        if real and thing.device.type == "cpu":
             storage = thing.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return found

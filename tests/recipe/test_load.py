@@ -170,6 +170,11 @@ def test_a_flag_puts_a_recipes_wrong_value_right(write: Any) -> None:
             "of each example. Type --no-packing, or use another method.",
         ),
         (
+            ["train.packing=true", "train.group_by_length=true"],
+            "train.group_by_length does not go with train.packing, whose rows are all filled to the same length. "
+            "Type --no-packing, or --set train.group_by_length=false.",
+        ),
+        (
             ["adapter.method=prefix-tunning"],
             "adapter.method must be prefix-tuning-plus, lora, prefix-tuning, full or another method of peft's, "
             "such as ia3, got 'prefix-tunning'. Did you mean 'prefix-tuning'?",
