@@ -45,13 +45,13 @@ BESIDE = {
 # What only one part may import.
 HOMES = {
     "typer": {"cli"}, "rich": {"cli"}, "trl": {"train"}, "lm_eval": {"evaluate"},
-    "bitsandbytes": {"quantization"},
+    "bitsandbytes": {"quantization"}, "triton": {"adapter"},
 }  # fmt: skip
 # What a part may import from outside, where the design is narrower than the layers.
 OUTSIDE = {
     "errors": set(), "run_dir": set(), "progress": set(), "__init__": set(), "__main__": set(),
     "recipe": {"pydantic", "pydantic_core", "yaml"},
-    "adapter": {"torch", "peft", "transformers"},
+    "adapter": {"torch", "peft", "transformers", "triton"},
 }  # fmt: skip
 
 

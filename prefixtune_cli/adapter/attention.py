@@ -118,10 +118,11 @@ def attention_with_memory(
     layer = getattr(module, LAYER_ATTRIBUTE, None)
     if layer is not None:
         for memory in layer.active_memories():
-            read = memory(query).to(output.dtype)
             # Flash attention pads the values of multi-head latent attention to the keys' width.
-            padding = output.shape[-1] - read.shape[-1]
-            output = output + (F.pad(read, (0, padding)) if padding else read)
+            if padding := output.shape[-1] - memory.d_value:
+                output = output + F.pad(memory(query).to(output.dtype), (0, padding))
+            else:
+                output = memory(query, output)
     return output, weights
 
 

@@ -103,7 +103,7 @@ def _hidden_size(model: nn.Module, attention: str) -> int:
     return width
 
 
-def add_read(output: Any, hidden: Tensor, memory: Memory) -> Any:
+def add_read_of_blocks(output: Any, hidden: Tensor, memory: Memory) -> Any:
     """Add to an FFN's output what its input's blocks read from a memory.
 
     Args:
@@ -115,6 +115,7 @@ def add_read(output: Any, hidden: Tensor, memory: Memory) -> Any:
         The output in its own shape and dtype, and whatever comes beside it.
     """
     if isinstance(output, tuple):
-        return (add_read(output[0], hidden, memory), *output[1:])
+        return (add_read_of_blocks(output[0], hidden, memory), *output[1:])
     blocks = hidden.reshape(1, -1, memory.heads, memory.d_query).transpose(1, 2)
-    return output + memory(blocks).reshape(output.shape).to(output.dtype)
+    by_block = output.reshape(1, -1, memory.heads, memory.d_value)
+    return memory(blocks, by_block).reshape(output.shape)

@@ -10,7 +10,7 @@ from torch import nn
 
 from prefixtune_cli.adapter.attention import LAYER_ATTRIBUTE, AttentionShape
 from prefixtune_cli.adapter.config import PrefixTuningPlusConfig
-from prefixtune_cli.adapter.feed_forward import FeedForwardShape, add_read
+from prefixtune_cli.adapter.feed_forward import FeedForwardShape, add_read_of_blocks
 from prefixtune_cli.adapter.memory import Memory
 
 WHY_NOT_MERGED = (
@@ -130,5 +130,5 @@ class FeedForwardMemoryLayer(MemoryLayer):
         output = self.base_layer(*args, **kwargs)
         hidden = args[0] if args else next(iter(kwargs.values()))
         for memory in self.active_memories():
-            output = add_read(output, hidden, memory)
+            output = add_read_of_blocks(output, hidden, memory)
         return output

@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from prefixtune_cli.adapter.feature_map import ELEMENTWISE, mlp, root_mean_square_normalized
+from prefixtune_cli.adapter.feature_map import FeatureMap, features
+from prefixtune_cli.adapter.read import Weights, add_read
 
 
 class Memory(nn.Module):
@@ -50,8 +51,10 @@ class Memory(nn.Module):
         super().__init__()
         self.heads = heads
         self.d_query = d_query
+        self.d_value = d_value
         self.feature_map = feature_map
         self.normalize_query = normalize_query
+        self.phi = FeatureMap(feature_map, normalize_query)
         self.rank = rank
         d_phi = feature_dim or d_query
         rows = d_phi if rank is None else rank
@@ -71,14 +74,15 @@ class Memory(nn.Module):
         if not init_weights:
             nn.init.normal_(starts_at_zero, std=0.1)
 
-    def forward(self, query: Tensor) -> Tensor:
-        """φ(q)ᵀM for every query head.
+    def forward(self, query: Tensor, output: Tensor | None = None) -> Tensor:
+        """φ(q)ᵀM for every query head, added to what attention gives.
 
         Args:
             query: [batch, query heads, positions, d_query], as attention itself uses it.
+            output: [batch, positions, query heads, d_value]; None stands for zeros in the query's dtype.
 
         Returns:
-            [batch, positions, query heads, d_value] in the query's dtype: the layout of attention's output.
+            [batch, positions, query heads, d_value] in the output's dtype: the layout of attention's output.
 
         Raises:
             ValueError: the query has another width, or its heads are no multiple of M's.
@@ -89,22 +93,21 @@ class Memory(nn.Module):
                 f"a memory of {self.heads} heads of width {self.d_query} cannot be read by a query of "
                 f"{query_heads} heads of width {d_query}"
             )
-        grouped = query.unflatten(1, (self.heads, -1))  # type: ignore[no-untyped-call]
-        phi = self.features(grouped)
-        if self.rank is None:
-            M = self.M
-        else:
-            phi, M = torch.einsum("bhgsf,hfr->bhgsr", phi, self.M_down.to(query.dtype)), self.M_up
-        read = torch.einsum("bhgsf,hfv->bshgv", phi, M.to(query.dtype))
-        return read.reshape(batch, positions, query_heads, -1)
+        if output is None:
+            output = query.new_zeros(batch, positions, query_heads, self.d_value)
+        return add_read(output, query, self.weights(), self.phi)
 
     def features(self, query: Tensor) -> Tensor:
-        """φ(q): [batch, heads, group, positions, d_query] to [batch, heads, group, positions, d_φ]."""
-        if self.normalize_query:
-            query = root_mean_square_normalized(query)
-        if self.feature_map == "mlp":
-            return mlp(query, self.W_phi.to(query.dtype), self.b_phi.to(query.dtype))
-        return ELEMENTWISE[self.feature_map](query)
+        """φ(q): [heads, tokens, d_query] to [heads, tokens, d_φ]."""
+        _, W, b = self.weights()
+        return features(self.phi, query, W, b)
+
+    def weights(self) -> Weights:
+        """M, or the product that stands for it, and the trained map."""
+        M = self.M if self.rank is None else self.M_down @ self.M_up
+        if self.feature_map != "mlp":
+            return Weights(M)
+        return Weights(M, self.W_phi, self.b_phi)
 
     def matrix(self) -> Tensor:
         """M, [heads, d_φ, d_value] in float32, whether it is trained whole or as a product."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -31,6 +31,25 @@ def check_device(wanted: str) -> None:
             "model.device is cuda, but torch finds no CUDA GPU here (`nvidia-smi` lists them; a CPU build of torch "
             "sees none). Type --device cpu, or leave --device out."
         )
+
+
+def multiplies_bfloat16(
+    place: torch.device, capabilities: Mapping[str, object] | None = None
+) -> bool:
+    """Whether the device has instructions for products in bfloat16; an x86 CPU without them is faster in float32.
+
+    Args:
+        place: a CPU or GPU.
+        capabilities: of the CPU, as `torch.cpu.get_capabilities` gives them; None asks it for this one's.
+    """
+    if place.type != "cpu":
+        return True
+    if capabilities is None:
+        ask = getattr(torch.cpu, "get_capabilities", dict)  # which older versions of torch lack
+        capabilities = ask()
+    if capabilities.get("architecture") != "x86_64":
+        return True
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "avx10_1"))
 
 
 def processes_here(gpus: Gpus, wanted: str) -> int:

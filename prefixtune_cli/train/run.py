@@ -18,7 +18,12 @@ from prefixtune_cli.evaluate.held_out import Score, score
 from prefixtune_cli.evaluate.matching import EXACT_MATCH_RULE
 from prefixtune_cli.evaluate.subjects import hash_of_base
 from prefixtune_cli.optimizer import check_optimizer
-from prefixtune_cli.parallel.devices import count_of, device, processes_here
+from prefixtune_cli.parallel.devices import (
+    count_of,
+    device,
+    multiplies_bfloat16,
+    processes_here,
+)
 from prefixtune_cli.parallel.launch import end_with_the_launcher
 from prefixtune_cli.parallel.processes import Processes, inside_a_launcher, joined
 from prefixtune_cli.parallel.sharding import adapter_at_hand, is_sharded, reshard, shard
@@ -185,6 +190,8 @@ def _train(
     recipe, run_dir, data = job.recipe, job.run_dir, job.data
     processes, reporter = job.processes, job.reporter
     reporter.notice(f"Loading {recipe.model.name}.")
+    if recipe.model.bits == 16 and not multiplies_bfloat16(device(recipe.model.device)):
+        reporter.notice("This CPU has no instructions for bfloat16: --bits 32 is faster here.")
     tokenizer = load_tokenizer(recipe.model)
     whole = recipe.adapter.method == "full"
     base = load()

@@ -33,7 +33,7 @@ from prefixtune_cli.adapter import (
     attention_modules,
     feed_forward_modules,
 )
-from prefixtune_cli.adapter.feed_forward import add_read
+from prefixtune_cli.adapter.feed_forward import add_read_of_blocks
 
 from .architectures import (
     ARCHITECTURES,
@@ -154,7 +154,10 @@ def test_each_block_is_normalized_by_itself():
     longer = torch.cat([1000 * x[:, :8], x[:, 8:]], 1)
     none = torch.zeros_like(x)
     torch.testing.assert_close(
-        add_read(none, longer, memory), add_read(none, x, memory), rtol=1e-4, atol=1e-5
+        add_read_of_blocks(none, longer, memory),
+        add_read_of_blocks(none, x, memory),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
@@ -196,7 +199,7 @@ def test_the_memory_stands_beside_the_whole_mixture_of_experts(config, child, bl
 def test_router_logits_beside_the_output_are_passed_on():
     memory = Memory(4, 8, 8, init_weights=False)
     hidden, router = torch.randn(2, 3, 32), torch.randn(6, 4)
-    output, same = add_read((torch.zeros(6, 32), router), hidden, memory)
+    output, same = add_read_of_blocks((torch.zeros(6, 32), router), hidden, memory)
     assert same is router
     torch.testing.assert_close(
         output.double(), read_of_blocks(memory, hidden).reshape(6, 32), rtol=1e-5, atol=1e-5
@@ -207,7 +210,7 @@ def test_read_takes_the_dtype_of_the_output():
     memory = Memory(4, 8, 8, init_weights=False)
     hidden = torch.randn(2, 3, 32)
     output = torch.randn(2, 3, 32, dtype=torch.bfloat16)
-    result = add_read(output, hidden, memory)
+    result = add_read_of_blocks(output, hidden, memory)
     assert result.dtype == torch.bfloat16
     read = read_of_blocks(memory, hidden).to(torch.bfloat16)
     torch.testing.assert_close(result, output + read)

@@ -85,7 +85,7 @@ def test_fresh_memory_reads_exact_zero(feature_map, rank):
 
 def test_fresh_trained_map_has_features_and_so_gives_m_a_gradient():
     memory = Memory(2, 8, 8, feature_map="mlp")
-    assert torch.count_nonzero(memory.features(torch.randn(1, 2, 1, 5, 8))) > 0
+    assert torch.count_nonzero(memory.features(torch.randn(2, 5, 8))) > 0
     memory(torch.randn(1, 4, 5, 8)).sum().backward()
     assert torch.count_nonzero(memory.M.grad) > 0
 

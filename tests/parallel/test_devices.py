@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prefixtune_cli.errors import ResourceError, UsageError
-from prefixtune_cli.parallel.devices import device, processes_here, show_only
+from prefixtune_cli.parallel.devices import device, multiplies_bfloat16, processes_here, show_only
 
 HERE = torch.cuda.device_count()
 
@@ -62,3 +62,20 @@ def test_each_local_rank_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("LOCAL_RANK", str(HERE))
     assert device() == torch.device("cuda", 0)
     assert device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("place", "capabilities", "fast"),
+    [
+        ("cpu", {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, False),
+        ("cpu", {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}, True),
+        ("cpu", {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, True),
+        ("cpu", {"architecture": "aarch64"}, True),
+        ("cpu", {}, True),  # an older torch, which does not say
+        ("cuda", {"architecture": "x86_64"}, True),
+    ],
+)
+def test_cpus_that_are_slow_in_bfloat16_are_known(
+    place: str, capabilities: dict[str, object], fast: bool
+) -> None:
+    assert multiplies_bfloat16(torch.device(place), capabilities) is fast

@@ -1,0 +1,156 @@
+"""o + φ(q)ᵀM as one operation, with a backward pass of its own (eq. 7 of arXiv 2506.13674).
+
+Autograd would keep φ(q), a cast M and what the normalisation needs for each layer. This operation keeps the query and
+the parameters alone, which autograd holds anyway: attention keeps its query. φ(q) is computed again in the backward
+pass, which is cheap beside the products. All tokens of all rows are one matrix a head, so that M is never repeated a
+row, and the query is read where it lies.
+
+Legend: b batch, h heads of M, g query heads that share one of them, s positions, n = b·s tokens, d d_query, f d_φ,
+v d_value.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from prefixtune_cli.adapter import triton_read
+from prefixtune_cli.adapter.feature_map import FeatureMap, features, pulled_back
+
+# So few, as in decoding, are read in M's own precision on a CPU: to cast M would take longer than the product.
+FEW_TOKENS = 8
+
+
+class Weights(NamedTuple):
+    """What a memory is made of: M is [h, f, v]; the trained map has W, [h, f, d], and b, [h, f]."""
+
+    M: Tensor
+    W: Tensor | None = None
+    b: Tensor | None = None
+
+
+def add_read(output: Tensor, query: Tensor, weights: Weights, phi: FeatureMap) -> Tensor:
+    """o + φ(q)ᵀM.
+
+    φ and the product are computed in the query's precision, or in autocast's where that is on.
+
+    Args:
+        output: [b, s, h·g, v], what attention gives.
+        query: [b, h·g, s, d], as attention itself uses it, in any layout.
+        weights: of the memory.
+        phi: the feature map.
+
+    Returns:
+        [b, s, h·g, v] in the output's dtype.
+    """
+    if torch.is_grad_enabled():
+        sum_: Tensor = _AddRead.apply(output, query, *weights, phi)  # type: ignore[no-untyped-call]
+        return sum_
+    dtype = _precision(query)
+    if query.device.type == "cpu" and query.shape[0] * query.shape[2] <= FEW_TOKENS:
+        dtype = torch.promote_types(dtype, weights.M.dtype)
+    return _forward(output, query, weights, phi, dtype)
+
+
+class _AddRead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        query: Tensor,
+        M: Tensor,
+        W: Tensor | None,
+        b: Tensor | None,
+        phi: FeatureMap,
+    ) -> Tensor:
+        ctx.save_for_backward(query, M, W, b)
+        ctx.phi, ctx.dtype = phi, _precision(query)
+        return _forward(output, query, Weights(M, W, b), phi, ctx.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, M, W, b = ctx.saved_tensors
+        of_output, *trained = ctx.needs_input_grad[:-1]
+        found = _backward(grad, query, Weights(M, W, b), ctx.phi, ctx.dtype, trained)
+        return (grad if of_output else None, *found, None)
+
+
+def _precision(query: Tensor) -> torch.dtype:
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+
+
+def _forward(
+    output: Tensor, query: Tensor, weights: Weights, phi: FeatureMap, dtype: torch.dtype
+) -> Tensor:
+    if triton_read.takes(output, query, weights.M, phi):
+        return triton_read.forward(output, query, weights.M, phi, dtype)
+    x, M, W, b = _matrices(query, weights, dtype)
+    value = features(phi, x, W, b)
+    batch = len(output)
+    if output.dtype == dtype:
+        by_head = output.permute(2, 0, 1, 3).flatten(1, 2)
+        return _by_token(torch.baddbmm(by_head, value, M), batch)
+    return output + _by_token(torch.bmm(value, M), batch).to(output.dtype)
+
+
+def _by_token(heads: Tensor, batch: int) -> Tensor:
+    """[h·g, n, v] as [b, s, h·g, v]."""
+    h, n, v = heads.shape
+    return heads.view(h, batch, n // batch, v).permute(1, 2, 0, 3)
+
+
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    weights: Weights,
+    phi: FeatureMap,
+    dtype: torch.dtype,
+    wanted: list[bool],
+) -> list[Tensor | None]:
+    """The gradients of the query, M, W and b, where they are wanted."""
+    if triton_read.takes(grad, query, weights.M, phi):
+        found = triton_read.backward(grad, query, weights.M, phi, dtype, *wanted[:2])
+        return [*found, None, None]
+    x, M, W, b = _matrices(query, weights, dtype)
+    g = grad.permute(2, 0, 1, 3).to(dtype).reshape(len(x), x.shape[1], -1)  # [h·g, n, v]
+    value = features(phi, x, W, b)
+    dM = torch.bmm(value.mT, g) if wanted[1] else None
+    dx = dW = db = None
+    if wanted[0] or wanted[2]:
+        gradient = torch.bmm(g, M.mT)
+        dx, dW, db = pulled_back(gradient, value, phi, x, W, of_query=wanted[0])
+    if dx is not None:
+        batch, heads, positions, _ = query.shape
+        dx = dx.to(query.dtype).view(heads, batch, positions, -1).transpose(0, 1)
+    summed = (
+        None if d is None else _summed(d, like)
+        for like, d in zip(weights, (dM, dW, db), strict=True)
+    )
+    return [dx, *summed]
+
+
+def _matrices(
+    query: Tensor, weights: Weights, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The query as [h·g, n, d], and each weight once a query head, all in `dtype`."""
+    x = query.transpose(0, 1).flatten(1, 2).to(dtype)
+    W, b = (None if w is None else _each_head(w, len(x), dtype) for w in (weights.W, weights.b))
+    return x, _each_head(weights.M, len(x), dtype), W, b
+
+
+def _each_head(weight: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    group = heads // len(weight)
+    return weight.to(dtype) if group == 1 else weight.to(dtype).repeat_interleave(group, 0)
+
+
+def _summed(gradient: Tensor, like: Tensor | None) -> Tensor:
+    """The gradient of a weight that g query heads share."""
+    assert like is not None
+    group = len(gradient) // len(like)
+    gradient = gradient.to(like.dtype)
+    return gradient if group == 1 else gradient.view(len(like), group, *like.shape[1:]).sum(1)
