@@ -39,6 +39,7 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         self.shape = shape
         self.prefix_tuning_plus_memory = nn.ModuleDict({})
         self.merged_adapters: list[str] = []
+        self._active: list[Memory] = []
         if isinstance(shape, AttentionShape):
             object.__setattr__(base_layer, LAYER_ATTRIBUTE, self)
 
@@ -70,10 +71,25 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
 
     def active_memories(self) -> list[Memory]:
         """The memories that are read now: none while adapters are disabled."""
-        if self.disable_adapters:
-            return []
+        return self._active
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._look_up()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self._look_up()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._look_up()
+
+    def _look_up(self) -> None:
+        """Which memories are read, looked up when that changes: a compiled model does not depend on their names."""
         memories: Any = self.prefix_tuning_plus_memory
-        return [memories[name] for name in self.active_adapters if name in memories]
+        names = [] if self.disable_adapters else self.active_adapters
+        self._active = [memories[name] for name in names if name in memories]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_layer(*args, **kwargs)

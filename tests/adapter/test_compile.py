@@ -66,6 +66,31 @@ def test_compiled_model_follows_a_switch_of_adapters(sites):
         torch.testing.assert_close(logits(compiled, tokens()), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("sites", ["attention", "attention+ffn"])
+def test_a_switch_to_an_adapter_of_the_same_shape_compiles_nothing_anew(sites):
+    model = adapted(sites=sites)
+    names = ["default", "second", "third"]
+    for seed, name in enumerate(names[1:], start=1):
+        model.add_adapter(name, PrefixTuningPlusConfig(sites=sites))
+        fill(model, name, seed=seed)
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    expected = {}
+    for name in names:
+        model.set_adapter(name)
+        expected[name] = logits(model, tokens())
+    # PEFT's own forward looks an adapter up by its name, and stays outside.
+    model.get_base_model().compile(backend=counting)
+    for name in [*names, *names]:
+        model.set_adapter(name)
+        torch.testing.assert_close(logits(model, tokens()), expected[name], rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1
+
+
 @pytest.mark.slow
 def test_inductor_gives_the_same_values():
     model = adapted(feature_map="mlp")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import get_peft_model
 from torch import Tensor
 
@@ -120,6 +121,19 @@ def memory_of(one: Memory) -> Memory:
     wide = Memory(one.heads, one.d_query, one.d_value).double()
     wide.load_state_dict(one.state_dict())
     return wide
+
+
+def test_a_few_tokens_are_read_from_an_unrounded_m():
+    torch.manual_seed(0)
+    one = Memory(2, 8, 8, init_weights=False)
+    query = torch.randn(1, 2, 64, 8).bfloat16()
+    phi = F.elu(query[0].float())
+    unrounded = torch.bmm(phi, one.M).transpose(0, 1)[None].bfloat16()
+    with torch.no_grad():
+        many, few = one(query), torch.cat([one(query[:, :, i : i + 4]) for i in range(0, 64, 4)], 1)
+    assert torch.equal(few, unrounded)
+    assert not torch.equal(many, unrounded)
+    torch.testing.assert_close(many, few, rtol=2**-5, atol=2**-7)
 
 
 def test_autocast_computes_in_bfloat16_and_gives_the_outputs_dtype():
