@@ -112,6 +112,12 @@ def compare(
             help="Of the prompt for first token, decoding and cache: 2,048, or what the base takes.",
         ),
     ] = None,
+    prompts: Annotated[
+        int | None,
+        options.option(
+            "--prompts", panel=CONTEST, metavar="N", help="Of these, answered at once: 1."
+        ),
+    ] = None,
     anyway: Annotated[
         bool,
         options.option(
@@ -142,7 +148,8 @@ def compare(
     """
     given = {**locals(), **flags}
     if runs:
-        others = ("recipe", "sets", "speed", "rounds", "prompt_tokens", "workers", *typed.KEYS)
+        costs = ("speed", "rounds", "prompt_tokens", "prompts")
+        others = ("recipe", "sets", *costs, "workers", *typed.KEYS)
         _refuse(given, (*OF_A_CONTEST, *others), "finished runs", ("out",))
         found, folder = _of_runs(runs, anyway, out)
     elif anyway:
@@ -224,6 +231,7 @@ def _settings(given: dict[str, Any]) -> Settings:
         "text",
         "rounds",
         "prompt_tokens",
+        "prompts",
         "out",
         "workers",
     ):

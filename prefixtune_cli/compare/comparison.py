@@ -97,8 +97,8 @@ class Cost:
 
     Attributes:
         training_tokens_per_second: forward, backward and optimizer step.
-        decode_tokens_per_second: of one sequence, token by token.
-        time_to_first_token_seconds: at a prompt of `prompt_tokens`.
+        decode_tokens_per_second: of all `prompts` that are answered at once, token by token.
+        time_to_first_token_seconds: at `prompts` prompts of `prompt_tokens` each.
         peak_memory_gib: of a training step: the GPU allocator's, or the process's on a CPU.
         kv_cache_bytes: of one sequence of `prompt_tokens`.
         training_over_lora, decode_over_lora, first_token_over_lora: the same over LoRA's speed, where it takes part.
@@ -115,6 +115,7 @@ class Cost:
     peak_memory_gib: float | None = None
     kv_cache_bytes: int | None = None
     prompt_tokens: int | None = None
+    prompts: int = 1
     training_ratio: Measured | None = None
     decode_ratio: Measured | None = None
     first_token_ratio: Measured | None = None

@@ -106,7 +106,7 @@ class Settings:
         few_shot: training examples a class, others for each seed; None takes all rows.
         ood: data of another distribution, to test on.
         text: text that has nothing to do with the task, to measure forgetting on.
-        speed: measure what a contestant costs, in so many `rounds`, at a prompt of `prompt_tokens`.
+        speed: measure what a contestant costs, in so many `rounds`, at `prompts` prompts of `prompt_tokens`.
         out: folder of the comparison; None is compare/<model>-<data>.
         workers: processes; None is one a GPU, or what the CPU bears.
         command: as typed, for the record.
@@ -123,6 +123,7 @@ class Settings:
     speed: bool = True
     rounds: int | None = None
     prompt_tokens: int | None = None
+    prompts: int | None = None
     out: str | None = None
     workers: int | None = None
     command: str = ""
@@ -138,7 +139,7 @@ class Settings:
 
     def check(self) -> None:
         """Raise UsageError for a number below 1."""
-        for flag in ("seeds", "sweep", "few_shot", "workers", "rounds", "prompt_tokens"):
+        for flag in ("seeds", "sweep", "few_shot", "workers", "rounds", "prompt_tokens", "prompts"):
             value = getattr(self, flag)
             if value is not None and value < 1:
                 name = flag.replace("_", "-")

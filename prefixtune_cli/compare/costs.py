@@ -112,6 +112,7 @@ def shape_of(contest: Sequence[Entry], settings: Settings, base: PreTrainedModel
         batch_size=recipe.train.batch_size,
         length=min(recipe.data.max_length, most - virtual),
         prompt_tokens=settings.prompt_tokens or min(LONG_PROMPT, room),
+        prompts=settings.prompts or plain.prompts,
         gradient_checkpointing=recipe.train.gradient_checkpointing,
         optimizer=recipe.train.optimizer,
     )
@@ -150,5 +151,6 @@ def _protocol(shape: Shape) -> dict[str, object]:
         "batch_size": shape.batch_size,
         "length": shape.length,
         "prompt_tokens": shape.prompt_tokens,
+        "prompts": shape.prompts,
         "new_tokens": shape.new_tokens,
     }

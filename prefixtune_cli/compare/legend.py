@@ -126,9 +126,14 @@ def _costs(comparison: Comparison) -> Iterator[str]:
             "Training speeds are medians (with their range) of what the runs logged; what else the machine did at "
             "the time is in them."
         )
-    lengths = {cost.prompt_tokens for cost in costs if cost.prompt_tokens is not None}
-    if len(lengths) == 1:
-        yield f"Decoding, first token and KV cache: one sequence with a prompt of {lengths.pop():,} tokens."
+    asked = {(cost.prompts, cost.prompt_tokens) for cost in costs if cost.prompt_tokens is not None}
+    if len(asked) == 1:
+        ((prompts, length),) = asked
+        yield (
+            f"Decoding, first token and KV cache: one sequence with a prompt of {length:,} tokens."
+            if prompts == 1
+            else f"Decoding and first token: {prompts} sequences at once, each with a prompt of {length:,} tokens."
+        )
     if comparison.kind == "speed" and any(cost.training_ratio for cost in costs):
         yield (
             "×: how many times as fast, above 1 is faster; the base's training is its forward and backward pass."

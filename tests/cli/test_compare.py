@@ -63,9 +63,10 @@ def test_methods_are_trained_timed_and_reported(
     code, said, err = ptp(
         *small(random_base, out), "--data", data, "--methods", "prefix-tuning-plus,ia3",
         "--feature-maps", "elu,gelu", "--seeds", "2", "--sweep", "1", "--rounds", "1",
-        "--prompt-tokens", "16", "--markdown",
+        "--prompt-tokens", "16", "--prompts", "2", "--markdown",
     )  # fmt: skip
     BASES.release()
+    assert "2 sequences at once, each with a prompt of 16 tokens" in said
     assert code == 0, err
     assert "| prefix-tuning-plus elu |" in said
     assert "| ia3 |" in said

@@ -209,6 +209,41 @@ def test_an_answer_is_that_of_peft_and_not_the_bases(
 
 
 @pytest.mark.parametrize(
+    "adapter",
+    [
+        *(adapter for _, adapter in METHODS[:3]),
+        Peft(method="prompt-tuning", config={"num_virtual_tokens": 3}),
+    ],
+    ids=lambda adapter: adapter.method,
+)
+def test_answers_at_once_are_those_that_each_prompt_gets_alone(
+    base: PreTrainedModel, adapter: AdapterSection
+) -> None:
+    base.float()
+    prompts = torch.randint(200, (3, 24), generator=torch.Generator().manual_seed(0))
+    with attached(base, adapter) as model:
+
+        def logits(prompts: torch.Tensor) -> torch.Tensor:
+            answer = Answer(model, prompts)
+            answer.begin()
+            answer.go_on(3)
+            return answer.logits
+
+        alone = torch.cat([logits(one[None]) for one in prompts])
+        torch.testing.assert_close(logits(prompts), alone, rtol=1e-3, atol=1e-4)
+
+
+def test_the_cache_is_told_for_one_of_the_sequences_that_are_decoded_at_once(
+    random_base: Path, speeds: Speeds
+) -> None:
+    section = ModelSection(name=str(random_base), device="cpu")
+    shape = replace(SHAPE, rounds=1, prompts=3)
+    found = measure(section, METHODS[:1], shape, base=None, reporter=Silent())
+    assert found.base.prompts == 3
+    assert found.base.kv_cache_bytes == speeds.base.kv_cache_bytes
+
+
+@pytest.mark.parametrize(
     ("method", "config"), [("ia3", {}), ("prompt-tuning", {"num_virtual_tokens": 3})]
 )
 def test_other_methods_of_peft_are_measured(

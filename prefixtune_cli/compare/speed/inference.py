@@ -18,7 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 
 class Answer:
-    """The answer to one prompt, chosen greedily; nothing is sampled, and nothing ends it early.
+    """The answers to some prompts, chosen greedily; nothing is sampled, and nothing ends them early.
 
     peft puts virtual tokens before a prompt in `forward` and `generate` alone, each time anew, so they are put there
     here: Prefix-Tuning's into the cache, those of prompt tuning and its kin before the embedded prompt. Adapters of
@@ -26,40 +26,42 @@ class Answer:
 
     Args:
         model: the base, or the base with an adapter, in evaluation mode.
-        prompt: token ids, [1, tokens].
+        prompts: token ids, [prompts, tokens].
     """
 
-    def __init__(self, model: PeftModel | PreTrainedModel, prompt: Tensor) -> None:
-        self.model, self.prompt = model, prompt
+    def __init__(self, model: PeftModel | PreTrainedModel, prompts: Tensor) -> None:
+        self.model, self.prompts = model, prompts
         self.base = cast(
             PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model
         )
         accepted = inspect.signature(self.base.forward).parameters
         self.last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self.cache: Any = None
-        self.logits = self.token = torch.empty(0)  # of the last token, [1, vocabulary] and [1, 1]
+        self.logits = self.token = torch.empty(
+            0
+        )  # of the last tokens, [prompts, vocabulary] and [prompts, 1]
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Compute the whole prompt, and choose the first token."""
+        """Compute the whole prompts, and choose the first tokens."""
         self.cache = None
         self._next(**self._inputs())
 
     @torch.no_grad()
     def go_on(self, count: int) -> None:
-        """Compute and choose `count` more tokens, one pass each."""
+        """Compute and choose `count` more tokens of each answer, one pass each."""
         for _ in range(count):
             self._next(input_ids=self.token)
 
     def _inputs(self) -> dict[str, Any]:
         model = self.model
         if not (isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning):
-            return {"input_ids": self.prompt}
-        virtual = model.get_prompt(batch_size=1)
+            return {"input_ids": self.prompts}
+        virtual = model.get_prompt(batch_size=len(self.prompts))
         if not isinstance(virtual, Tensor):
             self.cache = virtual
-            return {"input_ids": self.prompt}
-        embedded = model.word_embeddings(self.prompt)
+            return {"input_ids": self.prompts}
+        embedded = model.word_embeddings(self.prompts)
         return {"inputs_embeds": torch.cat([virtual.to(embedded.dtype), embedded], dim=1)}
 
     def _next(self, **inputs: Any) -> None:

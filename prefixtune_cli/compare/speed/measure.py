@@ -130,9 +130,7 @@ def measure(
     counted = {label: them[1:] for label, them in figures.items() if label not in failures}
     parameters = {label: them[0].parameters for label, them in counted.items()}
     rounds = {label: _rounds(them, shape) for label, them in counted.items()}
-    costs = {
-        label: _cost(label, them, rounds, shape.prompt_tokens) for label, them in counted.items()
-    }
+    costs = {label: _cost(label, them, rounds, shape) for label, them in counted.items()}
     return Speeds(
         costs[BASE],
         {label: costs.get(label) or failures[label] for label, _ in contestants},
@@ -203,7 +201,7 @@ def _rounds(figures: Sequence[Figures], shape: Shape) -> dict[str, list[float]]:
     peaks = [float(f.peak_bytes) for f in figures if f.peak_bytes is not None]
     return {
         TRAINING: [tokens / f.step_seconds for f in figures],
-        DECODE: [1 / f.decode_seconds for f in figures],
+        DECODE: [shape.prompts / f.decode_seconds for f in figures],
         FIRST_TOKEN: [f.first_token_seconds for f in figures],
         PEAK_MEMORY: peaks if len(peaks) == len(figures) else [],
     }
@@ -213,7 +211,7 @@ def _cost(
     label: str,
     figures: Sequence[Figures],
     rounds: Mapping[str, Mapping[str, list[float]]],
-    prompt_tokens: int,
+    shape: Shape,
 ) -> Cost:
     ours, base = rounds[label], rounds[BASE]
     cost = Cost(
@@ -224,7 +222,8 @@ def _cost(
         if ours[PEAK_MEMORY]
         else None,
         kv_cache_bytes=figures[0].cache_bytes,
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=shape.prompt_tokens,
+        prompts=shape.prompts,
         interleaved=True,
     )
     if label == BASE:

@@ -31,6 +31,7 @@ class Shape:
         rounds: measured ones; one more goes before them and is not counted.
         batch_size, length: rows of a training step, and tokens of each.
         prompt_tokens: of the prompt whose first token is waited for, and after which tokens are decoded.
+        prompts: answered at once.
         new_tokens: decoded tokens of an answer.
         gradient_checkpointing: recompute activations in the backward pass.
         optimizer: a name that transformers' TrainingArguments takes.
@@ -42,6 +43,7 @@ class Shape:
     batch_size: int = 8
     length: int = 256
     prompt_tokens: int = 512
+    prompts: int = 1
     new_tokens: int = 32
     gradient_checkpointing: bool = False
     optimizer: str = "adamw_torch"
@@ -55,10 +57,10 @@ class Figures:
 
     Attributes:
         step_seconds: of one training step.
-        first_token_seconds: from the prompt to its first token.
-        decode_seconds: of one further token.
+        first_token_seconds: from the prompts to their first tokens.
+        decode_seconds: of one further token of each answer.
         peak_bytes: most memory in use during training steps; None where it cannot be measured.
-        cache_bytes: of the key/value cache after the prompt.
+        cache_bytes: of the key/value cache after one prompt.
         parameters: trained ones.
         adapter_bytes: of the adapter as it is saved, in float32; for `full`, of all weights.
     """
@@ -197,12 +199,12 @@ def _train(
 def _answer(
     model: PeftModel | PreTrainedModel, base: PreTrainedModel, shape: Shape
 ) -> tuple[float, float, int]:
-    answer = Answer(model, _random_ids(base, 1, shape.prompt_tokens))
-    place = answer.prompt.device
+    answer = Answer(model, _random_ids(base, shape.prompts, shape.prompt_tokens))
+    place = answer.prompts.device
     answer.begin()
     answer.go_on(1)  # kernels are chosen
     first_token = seconds_each(answer.begin, shape.seconds, place)
-    cached = cache_bytes(answer.cache)
+    cached = cache_bytes(answer.cache) // shape.prompts
     decoding = seconds_each(
         lambda: answer.go_on(shape.new_tokens), shape.seconds, place, before=answer.begin
     )
