@@ -250,3 +250,33 @@ def test_the_same_command_goes_on_where_a_signal_stopped_it(
     steps = [json.loads(row)["step"] for row in (second / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
     assert steps[-1] == 150
+
+
+def test_a_signal_while_costs_are_measured_loses_no_cell(
+    random_base: Path, data: Path, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable, *COMMAND, "--seeds", "1", "--workers", "1", "--model", random_base,
+        "--bits", "32", "--data", data, "--steps", "2", "--batch-size", "4", "--max-length", "64",
+        "--prompt-tokens", "16", "--set", "evaluate.max_rows=8", "--out", tmp_path / "out",
+    ]  # fmt: skip
+    typed = list(map(str, command))
+    many = [*typed, "--rounds", "10000"]
+    with subprocess.Popen(many, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        before = []
+        for line in run.stderr:
+            before.append(line)
+            if line.startswith("measuring"):
+                break
+        assert before[-1].startswith("measuring"), before
+        run.send_signal(signal.SIGTERM)
+        _, said = run.communicate(timeout=120)
+    assert run.returncode == 0, said
+    assert "the same command goes on" in said
+    done = subprocess.run(
+        [*typed, "--rounds", "1"], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 cells are finished already" in done.stderr
+    assert (tmp_path / "out/results.json").exists()
