@@ -235,6 +235,8 @@ def _count_in_thousands(axes: Axes, counts: Sequence[float]) -> None:
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     axes.set_xscale("log")
+    if min(counts) == max(counts):
+        axes.set_xlim(min(counts) / 2, 2 * max(counts))
     axes.xaxis.set_major_locator(
         LogLocator(subs=(1, 2, 5) if max(counts) < 30 * min(counts) else (1,))
     )

@@ -155,3 +155,10 @@ def test_losses_of_zero_and_of_one_step_can_be_drawn(tmp_path: Path) -> None:
     assert tmp_path / FILES[4] in draw(replace(found, contestants=flat), tmp_path)
     steep = replace(found.contestants[0], cells=[Cell(0, "r", losses=[(1, 11.0), (9, 0.0)])])
     assert draw(replace(found, contestants=[steep]), tmp_path) == [tmp_path / FILES[4]]
+
+
+@pytest.mark.filterwarnings("error")
+def test_contestants_of_the_same_size_can_be_drawn(tmp_path: Path) -> None:
+    found = comparison()
+    same = [replace(c, trainable_parameters=98_304) for c in found.contestants]
+    assert tmp_path / FILES[1] in draw(replace(found, contestants=same), tmp_path)
