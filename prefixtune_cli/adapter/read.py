@@ -20,9 +20,6 @@ from torch.autograd.function import once_differentiable
 from prefixtune_cli.adapter import triton_read
 from prefixtune_cli.adapter.feature_map import FeatureMap, features, pulled_back
 
-# So few, as in decoding, are read in M's own precision on a CPU: to cast M would take longer than the product.
-FEW_TOKENS = 8
-
 
 class Weights(NamedTuple):
     """What a memory is made of: M is [h, f, v]; the trained map has W, [h, f, d], and b, [h, f]."""
@@ -35,7 +32,8 @@ class Weights(NamedTuple):
 def add_read(output: Tensor, query: Tensor, weights: Weights, phi: FeatureMap) -> Tensor:
     """o + φ(q)ᵀM.
 
-    φ and the product are computed in the query's precision, or in autocast's where that is on.
+    φ and the product are computed in the query's precision, or in autocast's where that is on; of one position, as in
+    decoding, on a CPU in M's.
 
     Args:
         output: [b, s, h·g, v], what attention gives.
@@ -50,7 +48,8 @@ def add_read(output: Tensor, query: Tensor, weights: Weights, phi: FeatureMap) -
         sum_: Tensor = _AddRead.apply(output, query, *weights, phi)  # type: ignore[no-untyped-call]
         return sum_
     dtype = _precision(query)
-    if query.device.type == "cpu" and query.shape[0] * query.shape[2] <= FEW_TOKENS:
+    if query.device.type == "cpu" and query.shape[2] == 1:
+        # In decoding, to cast M would take longer than the product.
         dtype = torch.promote_types(dtype, weights.M.dtype)
     return _forward(output, query, weights, phi, dtype)
 

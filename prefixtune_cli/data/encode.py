@@ -44,6 +44,7 @@ class Encoder:
         self, rows: LoadedData, tokenizer: PreTrainedTokenizerBase, section: DataSection
     ) -> None:
         self.tokenizer, self.section, self.files = tokenizer, section, rows.files
+        self.is_plain = _is_plain(tokenizer)
         self.chat: ChatTemplate | None = None
         if rows.layout != "text":
             self.chat = chat_template(tokenizer, section.chat_template)
@@ -169,10 +170,17 @@ class Encoder:
         )
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        encoded = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
-        return list(encoded["input_ids"])
+        if not self.is_plain:
+            encoded = self.tokenizer(
+                texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+            )
+            return list(encoded["input_ids"])
+        # What the call above comes to, without looking for where in the text each token stands.
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = self.tokenizer.split_special_tokens
+        return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _rows_ids(self, rows: list[list[str]]) -> list[list[list[int]]]:
         """The ids of each row's texts, in one call of the tokenizer."""
@@ -191,6 +199,16 @@ class Encoder:
                 if part[: len(self.anchor)] == self.anchor:
                     parts[i] = part[len(self.anchor) :]
         return ids
+
+
+def _is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer is its backend and nothing besides: some have a call of their own."""
+    from transformers import PreTrainedTokenizerFast
+
+    own = ("__call__", "_encode_plus")
+    return isinstance(tokenizer, PreTrainedTokenizerFast) and all(
+        getattr(type(tokenizer), name) is getattr(PreTrainedTokenizerFast, name) for name in own
+    )
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate | None) -> int | None:

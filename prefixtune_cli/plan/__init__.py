@@ -1,5 +1,6 @@
 """The memory plan: what a recipe takes on each GPU, and what to change where it does not fit."""
 
+from prefixtune_cli.plan.kernels import CPU_TILE_WORDS
 from prefixtune_cli.plan.planner import (
     FRAMEWORK_RESERVE_BYTES,
     METHODS,
@@ -15,6 +16,7 @@ from prefixtune_cli.plan.planner import (
 from prefixtune_cli.plan.remedy import Remedy, gpu_bytes, remedies
 
 __all__ = [
+    "CPU_TILE_WORDS",
     "FRAMEWORK_RESERVE_BYTES",
     "METHODS",
     "MOST_ROWS",

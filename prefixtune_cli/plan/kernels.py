@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from prefixtune_cli.plan.accounting import LOGITS, Accountant
 
-# The tiles in which TRL projects on the vocabulary: this many tokens by this many words.
-TILE_TOKENS, TILE_WORDS = 4096, 32768
+# The tiles in which TRL projects on the vocabulary: this many tokens by this many words; on a CPU by fewer words.
+TILE_TOKENS, TILE_WORDS, CPU_TILE_WORDS = 4096, 32768, 4096
 # Without Triton the tile is folded by PyTorch's operators, in float32: how many copies of it live at once.
 CPU_TILES_FORWARD, CPU_TILES_BACKWARD = 3, 7
 NF4_BLOCK, NF4_OUTER_BLOCK = 64, 256
@@ -38,8 +38,9 @@ class FusedHead(torch.autograd.Function):
         )
         statistics = torch.empty(8, len(hidden), dtype=torch.float32)
         with accountant.counting_as(LOGITS):
-            rows, words = min(len(hidden), TILE_TOKENS), min(len(weight), TILE_WORDS)
-            tile = torch.empty(rows, TILE_WORDS, dtype=dtype)
+            widest = TILE_WORDS if on_gpu else CPU_TILE_WORDS
+            rows, words = min(len(hidden), TILE_TOKENS), min(len(weight), widest)
+            tile = torch.empty(rows, widest, dtype=dtype)
             hidden_chunk = hidden[:rows].to(dtype)
             weight[:words].to(dtype)
             if not on_gpu:
@@ -57,8 +58,9 @@ class FusedHead(torch.autograd.Function):
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32) if wanted[0] else None
         with accountant.counting_as(LOGITS):
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32) if wanted[1] else None
-            rows, words = min(len(hidden), TILE_TOKENS), min(len(weight), TILE_WORDS)
-            tile = torch.empty(rows, TILE_WORDS, dtype=ctx.dtype)[:, :words]
+            widest = TILE_WORDS if ctx.on_gpu else CPU_TILE_WORDS
+            rows, words = min(len(hidden), TILE_TOKENS), min(len(weight), widest)
+            tile = torch.empty(rows, widest, dtype=ctx.dtype)[:, :words]
             hidden_chunk, weight_chunk = hidden[:rows].to(ctx.dtype), weight[:words].to(ctx.dtype)
             if not ctx.on_gpu:
                 _fold(tile, CPU_TILES_BACKWARD)

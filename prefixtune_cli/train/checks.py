@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from transformers import PreTrainedModel, masking_utils
 
+from prefixtune_cli import model as models
 from prefixtune_cli.errors import (
     LostWorker,
+    ModelError,
     PtpError,
     ResourceError,
     RunDirError,
@@ -24,6 +29,9 @@ from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.prepare import Data
 from prefixtune_cli.train.stop import StopRequest
+
+# The kinds of layers that see of a row only what their mask lets them see.
+MASKED_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
 def check_tracker(name: str) -> None:
@@ -57,6 +65,54 @@ def check_parallel(how: str, processes: int) -> None:
         raise ResourceError(
             f"train.parallel is {how}, and DeepSpeed is not installed. Type: pip install 'prefixtune-cli[deepspeed]'"
         )
+
+
+def check_packing(recipe: Recipe) -> None:
+    """Raise ModelError where examples that are packed into one row would see each other.
+
+    Examples are told apart by the tokens' positions, which begin anew with each of them: transformers makes the mask
+    of the positions, for every attention kernel. Some models do not hand them on, and a recurrent state or a
+    convolution looks at no mask. All this is seen without the weights.
+    """
+    if not recipe.train.packing:
+        return
+    base = models.skeleton(recipe.model)
+    kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
+    seen = _masks_by_position(base)
+    if getattr(base, "_is_stateful", False) or kinds - MASKED_LAYERS:
+        why = "not all of its layers are attention with a mask, and the others carry an example on into the next"
+    elif not all(seen):
+        why = "its attention makes its mask without the tokens' positions, which begin anew with each example"
+    elif not seen:
+        why = "its attention does not make its mask by transformers' masking_utils"
+    else:
+        return
+    raise ModelError(
+        f"train.packing does not go with {recipe.model.name} ({type(base).__name__}): {why}, so examples that share "
+        "a row would see each other. Type --no-packing; --set train.group_by_length=true saves padding, too."
+    )
+
+
+def _masks_by_position(base: PreTrainedModel) -> list[bool]:
+    """For each mask that a model on the meta device asks for, whether the positions alone tell what it masks."""
+    seen: list[bool] = []
+    original = masking_utils._preprocess_mask_arguments
+
+    def look(
+        config: Any, inputs: Any, mask: Any, cache: Any, positions: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        seen.append(positions is not None and mask is None and cache is None)
+        return original(config, inputs, mask, cache, None, *args, **kwargs)
+
+    base.config.pad_token_id = None  # for which transformers would look through the tokens
+    tokens = torch.zeros(1, 8, dtype=torch.long, device="meta")
+    masking_utils._preprocess_mask_arguments = look
+    try:
+        with torch.no_grad(), suppress(Exception):  # the masks come first; layers may need content
+            base.eval()(input_ids=tokens, position_ids=tokens, use_cache=False)
+    finally:
+        masking_utils._preprocess_mask_arguments = original
+    return seen
 
 
 @contextmanager

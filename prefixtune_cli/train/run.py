@@ -36,6 +36,7 @@ from prefixtune_cli.tokenizer import check_base, load_tokenizer
 from prefixtune_cli.train.callbacks import forget_peak_memory, peak_memory_gib
 from prefixtune_cli.train.checks import (
     check_disk,
+    check_packing,
     check_parallel,
     check_resumable,
     check_same_run,
@@ -158,6 +159,7 @@ def _prepare(
         recipe.model, recipe.adapter.method, sharded=_is_to_be_sharded(recipe, processes)
     )
     models.check_method(recipe.model, recipe.adapter)
+    check_packing(recipe)
     data = prepare_data(recipe, load_tokenizer(recipe.model), reporter)
     if processes.leads and resuming:
         check_same_run(run_dir, data, processes.size)

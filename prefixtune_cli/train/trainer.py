@@ -26,7 +26,7 @@ from prefixtune_cli.parallel.sharding import deepspeed_settings, is_sharded, res
 from prefixtune_cli.recipe.schema import IN_FRONT, IN_THE_CACHE, Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.checks import told_in_words
-from prefixtune_cli.train.fused_head import trained_tokens_alone
+from prefixtune_cli.train.fused_head import fitted_to
 from prefixtune_cli.train.order import Order, blank_rows, row_lengths
 from prefixtune_cli.train.rank_pruning import RankPruning
 from prefixtune_cli.train.stop import StopRequest
@@ -192,7 +192,7 @@ class SafeTrainer(SFTTrainer):
         return loss
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with trained_tokens_alone():
+        with fitted_to(self.args.device):
             return super().compute_loss(*args, **kwargs)
 
     def without_reducing(self, model: Any) -> Any:

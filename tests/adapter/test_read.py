@@ -123,17 +123,18 @@ def memory_of(one: Memory) -> Memory:
     return wide
 
 
-def test_a_few_tokens_are_read_from_an_unrounded_m():
+def test_in_decoding_m_is_not_rounded_and_elsewhere_it_is():
     torch.manual_seed(0)
     one = Memory(2, 8, 8, init_weights=False)
     query = torch.randn(1, 2, 64, 8).bfloat16()
     phi = F.elu(query[0].float())
     unrounded = torch.bmm(phi, one.M).transpose(0, 1)[None].bfloat16()
     with torch.no_grad():
-        many, few = one(query), torch.cat([one(query[:, :, i : i + 4]) for i in range(0, 64, 4)], 1)
-    assert torch.equal(few, unrounded)
-    assert not torch.equal(many, unrounded)
-    torch.testing.assert_close(many, few, rtol=2**-5, atol=2**-7)
+        at_once = one(query)
+        one_by_one = torch.cat([one(query[:, :, i : i + 1]) for i in range(64)], 1)
+    assert torch.equal(one_by_one, unrounded)
+    assert not torch.equal(at_once, unrounded)
+    torch.testing.assert_close(at_once, one_by_one, rtol=2**-5, atol=2**-7)
 
 
 def test_autocast_computes_in_bfloat16_and_gives_the_outputs_dtype():

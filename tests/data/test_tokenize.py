@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -383,3 +385,25 @@ def test_another_tokenizer_template_or_length_is_not_served_from_the_cache(write
     ]
     files = [found.every_row.cache_files[0]["filename"] for found in [first, *others]]
     assert len(set(files)) == 4
+
+
+def test_tokens_are_cached_by_content_and_not_by_path_and_time(write, make_tokenizer, tmp_path):
+    tokenizer, settings = make_tokenizer("chatml"), DataSection()
+
+    def tokens(path):
+        found = tokenize(load_rows(path, settings), tokenizer, settings)
+        cache = Path(found.every_row.cache_files[0]["filename"])
+        return found.dataset[:]["input_ids"], cache, cache.stat().st_mtime_ns
+
+    path = write("a.jsonl", [PAIR])
+    os.utime(path, ns=(10**18, 10**18))
+    first = tokens(path)
+    copy = write("elsewhere/b.jsonl", [PAIR])
+    os.utime(copy, ns=(2 * 10**18, 2 * 10**18))
+    assert tokens(copy) == first, "the same content is read from the same file, not written anew"
+    size = os.path.getsize(path)
+    assert write("a.jsonl", [PAIR | {"completion": "Paros ☃."}]) == path
+    os.utime(path, ns=(10**18, 10**18))
+    assert os.path.getsize(path) == size
+    changed = tokens(path)
+    assert changed[0] != first[0] and changed[1] != first[1]

@@ -88,17 +88,19 @@ def test_spectrum_and_size_are_those_of_the_captured_biases(section, texts, tmp_
     folder = save(section, tmp_path / "a", pt_plus(sites=sites))
     found = run([folder], section, texts, tmp_path / "out").to_json()["adapters"][0]
     model = PeftModel.from_pretrained(base_model(section), str(folder)).eval()
-    reads, outputs = [], []
+    queries, outputs = [], []
     layer = model.get_base_model().model.layers[1]
     attention: MemoryLayer = layer.self_attn
     memory = attention.prefix_tuning_plus_memory["default"]
-    memory.register_forward_hook(lambda _, args, read: reads.append(read[0]))
+    memory.register_forward_pre_hook(lambda read, args: queries.append(args[0]))
     attention.base_layer.o_proj.register_forward_pre_hook(
         lambda _, args: outputs.append(args[0][0])
     )
     for ids in sequences(section, texts):
         with torch.no_grad():
             model(input_ids=torch.tensor([ids]))
+    with torch.no_grad():
+        reads = [memory(query)[0] for query in queries[:]]
     of_layer = [one for one in found["layers"] if one["layer"] == 1]
     assert [one["site"] for one in of_layer] == sites.split("+")
     biases = torch.cat(reads).double()

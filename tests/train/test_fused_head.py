@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl.trainer import utils
 
 from prefixtune_cli.train import train
-from prefixtune_cli.train.fused_head import trained_tokens_alone
+from prefixtune_cli.train.fused_head import fitted_to
 from tests.train.test_run import recipe
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -48,7 +48,7 @@ def loss_and_gradients(model: PreTrainedModel, trained: slice) -> list[torch.Ten
 def test_the_loss_and_every_gradient_are_trls(random_base: Path, trained: slice) -> None:
     model = AutoModelForCausalLM.from_pretrained(random_base, dtype=torch.float32)
     expected = loss_and_gradients(model, trained)
-    with trained_tokens_alone():
+    with fitted_to(torch.device("cpu")):
         found = loss_and_gradients(model, trained)
     assert len(found) == len(expected) > 1
     for one, other in zip(found, expected, strict=True):
@@ -72,7 +72,10 @@ def test_training_projects_the_trained_tokens_alone(
 
 
 def test_what_stands_in_trl_is_put_back() -> None:
-    before = utils._use_triton
-    with trained_tokens_alone():
+    before = utils._use_triton, utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    with fitted_to(torch.device("cpu")):
         assert utils._use_triton(torch.device("cpu"))
-    assert utils._use_triton is before
+        assert before[1] > utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    assert (utils._use_triton, utils._CHUNKED_LOGPROB_CHUNK_SIZE) == before
+    with fitted_to(torch.device("cuda")):
+        assert (utils._use_triton, utils._CHUNKED_LOGPROB_CHUNK_SIZE) == before
