@@ -6,8 +6,11 @@ NO_COLOR is set or nobody is at a terminal; there, lines are not wrapped either.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import sys
+from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +55,20 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Within the block torch and the like are imported, and no garbage collection looks through what they make.
+
+    Nor does a later one: it would take a third of a second each time, and nothing of it ever becomes garbage.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def notice(text: str) -> None:

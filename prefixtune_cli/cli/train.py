@@ -90,9 +90,10 @@ def train(
     from prefixtune_cli.cli import console
     from prefixtune_cli.cli.reporter import reporter
 
-    console.quiet_libraries()
-    from prefixtune_cli import train as training
-    from prefixtune_cli.parallel.processes import leads
+    with console.importing():
+        console.quiet_libraries()
+        from prefixtune_cli import train as training
+        from prefixtune_cli.parallel.processes import leads
 
     with reporter() as shown:
         summary = training.train(

@@ -1,5 +1,6 @@
 """Results on stdout, the rest on stderr, text as it was given."""
 
+import gc
 import os
 import pty
 import subprocess
@@ -65,3 +66,13 @@ def test_a_table_fits_the_terminal() -> None:
     seen = at_a_terminal(f"console.print_table(['name', 'text'], [['a', {TEXT!r}]])", NO_COLOR="1")
     assert max(len(line) for line in seen.splitlines()[1:]) <= 60
     assert "end" in seen
+
+
+def test_the_collector_rests_while_libraries_are_imported_and_works_again_afterwards() -> None:
+    try:
+        with console.importing():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 1000
+    finally:
+        gc.unfreeze()
