@@ -116,6 +116,7 @@ def add_read_of_blocks(output: Any, hidden: Tensor, memory: Memory) -> Any:
     """
     if isinstance(output, tuple):
         return (add_read_of_blocks(output[0], hidden, memory), *output[1:])
-    blocks = hidden.reshape(1, -1, memory.heads, memory.d_query).transpose(1, 2)
-    by_block = output.reshape(1, -1, memory.heads, memory.d_value)
+    positions = hidden.shape[-2]
+    blocks = hidden.reshape(-1, positions, memory.heads, memory.d_query).transpose(1, 2)
+    by_block = output.reshape(-1, positions, memory.heads, memory.d_value)
     return memory(blocks, by_block).reshape(output.shape)

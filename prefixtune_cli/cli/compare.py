@@ -115,7 +115,7 @@ def compare(
     prompts: Annotated[
         int | None,
         options.option(
-            "--prompts", panel=CONTEST, metavar="N", help="Of these, answered at once: 1."
+            "--prompts", panel=CONTEST, metavar="N", help="Prompts that are answered at once: 1."
         ),
     ] = None,
     anyway: Annotated[

@@ -11,6 +11,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from prefixtune_cli.adapter import Memory, PrefixTuningPlusConfig
+from prefixtune_cli.adapter.feed_forward import add_read_of_blocks
 
 from .architectures import base_model, fill, tokens
 from .equation import read
@@ -166,6 +167,19 @@ def test_activations_grow_by_no_byte_over_the_frozen_base(dtype, name, options):
     model = get_peft_model(base, PrefixTuningPlusConfig(**options))
     fill(model)
     assert kept_bytes(model) == expected > 0
+
+
+def test_a_batch_is_decoded_beside_the_ffn_as_each_of_its_rows_is():
+    memory = Memory(4, 8, 8, feature_map="gelu", init_weights=False)
+    torch.manual_seed(0)
+    hidden, output = torch.randn(2, 3, 1, 32).bfloat16()
+    with torch.no_grad():
+        together = add_read_of_blocks(output, hidden, memory)
+        alone = [
+            add_read_of_blocks(o, x, memory)
+            for o, x in zip(output[:, None], hidden[:, None], strict=True)
+        ]
+    assert torch.equal(together, torch.cat(alone))
 
 
 def test_beside_the_ffn_its_input_is_kept_and_nothing_else():
