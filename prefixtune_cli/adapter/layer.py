@@ -81,10 +81,6 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         super().enable_adapters(enabled)
         self._look_up()
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self._look_up()
-
     def _look_up(self) -> None:
         """Which memories are read, looked up when that changes: a compiled model does not depend on their names."""
         memories: Any = self.prefix_tuning_plus_memory
