@@ -138,8 +138,11 @@ def _matrices(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The query as [h·g, n, d], and each weight once a query head, all in `dtype`."""
     x = query.transpose(0, 1).flatten(1, 2).to(dtype)
-    W, b = (None if w is None else _each_head(w, len(x), dtype) for w in (weights.W, weights.b))
-    return x, _each_head(weights.M, len(x), dtype), W, b
+    M, W, b = weights
+    M = _each_head(M, len(x), dtype)
+    if W is None or b is None:
+        return x, M, None, None
+    return x, M, _each_head(W, len(x), dtype), _each_head(b, len(x), dtype)
 
 
 def _each_head(weight: Tensor, heads: int, dtype: torch.dtype) -> Tensor:

@@ -16,20 +16,28 @@ from prefixtune_cli.progress import Reporter
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.loss_plot import draw_loss
 
+SECONDS_BETWEEN_PLOTS = 60  # each takes a tenth of a second, the first one half a second
+
 
 class Journal(TrainerCallback):
-    """Writes metrics.jsonl and loss.png, and tells the reporter; of several processes, the leader's alone."""
+    """Writes metrics.jsonl and loss.png, and tells the reporter; of several processes, the leader's alone.
+
+    The plot is drawn at a checkpoint, but not more than once a minute: in a short run it would take a noticeable part
+    of the time. Whoever ends the training draws the last one.
+    """
 
     def __init__(self, run_dir: RunDir, reporter: Reporter, *, writes: bool) -> None:
         self.run_dir = run_dir
         self.reporter = reporter
         self.writes = writes
         self._clock = Clock()
+        self._drawn = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self._clock.start()
+        self._drawn = time.monotonic()
         self.reporter.progress("training", state.global_step, state.max_steps, {})
 
     def on_step_end(
@@ -66,8 +74,9 @@ class Journal(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self.writes:
+        if self.writes and time.monotonic() - self._drawn >= SECONDS_BETWEEN_PLOTS:
             draw_loss(self.run_dir)
+            self._drawn = time.monotonic()
 
 
 class Clock:

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig
 
-from prefixtune_cli.errors import ModelError, ResourceError
+from prefixtune_cli.errors import ModelError, ResourceError, TrainingError
 from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import Peft, Recipe
@@ -149,10 +149,14 @@ def _run(trainer: SafeTrainer, checkpoint: Path | None, job: Job) -> int:
     try:
         with stop.put_off():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except StopTraining as request:
+    except (StopTraining, TrainingError) as end:
+        if trainer.processes.leads:
+            draw_loss(job.run_dir)
+        if isinstance(end, TrainingError):
+            raise
         step, steps = trainer.state.global_step, trainer.state.max_steps
         saved = "a checkpoint is saved" if step else "nothing is lost"
-        raise stop.stopped(request.number, f"at step {step} of {steps}; {saved}") from None
+        raise stop.stopped(end.number, f"at step {step} of {steps}; {saved}") from None
     if trainer.processes.leads:
         draw_loss(job.run_dir)
     if number := trainer.processes.agree(stop.number)[0]:  # in the last step, or while it was saved

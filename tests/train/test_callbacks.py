@@ -1,16 +1,20 @@
 """The watch over the weights, the journal's plot, and the words of the reporters."""
 
 import io
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from prefixtune_cli import model as models
 from prefixtune_cli.errors import TrainingError
+from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.schema import ModelSection, PrefixTuningPlus
 from prefixtune_cli.run_dir import RunDir
-from prefixtune_cli.train.callbacks import Clock, WeightWatch, peak_memory_gib
+from prefixtune_cli.train import callbacks
+from prefixtune_cli.train.callbacks import Clock, Journal, WeightWatch, peak_memory_gib
 from prefixtune_cli.train.loss_plot import draw_loss
 
 
@@ -45,6 +49,25 @@ def test_peak_memory_is_that_of_this_process() -> None:
     held = torch.ones(64 * 2**20)  # a quarter of a GiB
     assert held.sum() > 0
     assert 0.05 < before <= peak_memory_gib() < 64
+
+
+def test_the_loss_is_plotted_at_a_checkpoint_but_once_a_minute_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = RunDir(tmp_path)
+    journal = Journal(run_dir, Silent(), writes=True)
+    at = TrainingArguments(str(tmp_path)), TrainerState(), TrainerControl()
+    journal.on_train_begin(*at)
+    run_dir.append_metrics({"step": 1, "loss": 3.0})
+    journal.on_save(*at)
+    assert not run_dir.loss_plot.exists()
+    monkeypatch.setattr(callbacks, "SECONDS_BETWEEN_PLOTS", 0.2)
+    time.sleep(0.3)
+    journal.on_save(*at)
+    assert run_dir.loss_plot.exists()
+    run_dir.loss_plot.unlink()
+    journal.on_save(*at)
+    assert not run_dir.loss_plot.exists()
 
 
 @pytest.mark.parametrize("points", [1, 5, 100])

@@ -115,6 +115,7 @@ def test_a_stop_signal_saves_a_checkpoint_and_says_how_to_go_on(
     assert "Traceback" not in said
     last = run_dir.checkpoints()[-1]
     assert f"at step {last.name.split('-')[1]} of {STEPS}" in said
+    assert run_dir.loss_plot.exists()
     assert not run_dir.finished
 
 
