@@ -47,11 +47,22 @@ def add_read(output: Tensor, query: Tensor, weights: Weights, phi: FeatureMap) -
     if torch.is_grad_enabled():
         sum_: Tensor = _AddRead.apply(output, query, *weights, phi)  # type: ignore[no-untyped-call]
         return sum_
-    dtype = _precision(query)
-    if query.device.type == "cpu" and query.shape[2] == 1:
-        # In decoding, to cast M would take longer than the product.
-        dtype = torch.promote_types(dtype, weights.M.dtype)
-    return _forward(output, query, weights, phi, dtype)
+    if query.shape[2] == 1 and query.device.type == "cpu":
+        return _of_one_position(output, query, weights, phi)
+    return _forward(output, query, weights, phi, _precision(query))
+
+
+def _of_one_position(output: Tensor, query: Tensor, weights: Weights, phi: FeatureMap) -> Tensor:
+    """The read in decoding, in M's precision: to cast M would take longer than the product.
+
+    It takes as long as its steps are many, and is written out for that reason.
+    """
+    M, W, b = weights
+    x = query.squeeze(2).transpose(0, 1).to(torch.promote_types(query.dtype, M.dtype))  # [h·g, b, d]
+    if len(M) != len(x) or W is not None or M.dtype != x.dtype:
+        x, M, W, b = _matrices(query, weights, x.dtype)
+    read = torch.bmm(features(phi, x, W, b), M)
+    return output + read.transpose(0, 1).unsqueeze(1).to(output.dtype)
 
 
 class _AddRead(torch.autograd.Function):

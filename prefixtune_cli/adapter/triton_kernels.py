@@ -57,6 +57,11 @@ def _worth_tuning(configs: list[Any], given: dict[str, Any], **named: Any) -> li
 
 
 @triton.jit
+def probe(x: tl.tensor) -> None:
+    """Does nothing: what it tells is that kernels can be compiled, loaded and launched."""
+
+
+@triton.jit
 def _rounded(x: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
     if PRECISION == "bfloat16":
         # NumPy has no bfloat16: the interpreter would multiply the bits as integers.

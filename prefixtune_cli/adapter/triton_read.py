@@ -4,10 +4,11 @@ The plain operations of read.py write φ(q), its gradient and the product to mem
 cast M each time; a decoding step waits for the launch of each. Here the queries, M and the output are read once and
 the result is written once. torch.compile fuses the plain operations by itself and is left to them.
 
-The first call with a width, a precision and about so many tokens compiles and tunes the kernel, which synchronises;
-it therefore comes before a CUDA graph is captured, as PyTorch has one warm up anyway. Later calls launch alone. Which
-block of tokens wins is a matter of timing and may differ from process to process; TRITON_CACHE_AUTOTUNING=1 has Triton
-keep the choice on disk. M's gradient does not depend on it: its sums are taken in one order.
+The first call with a width, a precision and about so many tokens compiles and tunes the kernel, which synchronises and
+has Triton take 256 MiB for the while; it therefore comes before a CUDA graph is captured, as PyTorch has one warm up
+anyway. Later calls launch alone. Which block of tokens wins is a matter of timing and may differ from process to
+process; TRITON_CACHE_AUTOTUNING=1 has Triton keep the choice on disk. M's gradient does not depend on it: its sums are
+taken in one order.
 
 Legend: b batch, h query heads, H heads of M, h // H of which share one, s positions, n = b·s tokens, d d_query,
 v d_value.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -36,6 +38,7 @@ _TILE_BYTES = 32 * 1024  # of M, in the compute dtype
 _REDUCED_BYTES = 16 * 1024  # of the queries that the reduction takes at a time
 _REDUCTION_PROGRAMS = 256  # of 64 KiB at most: some two for each multiprocessor of a large GPU
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU, in tests
+_OPTIONS = {"enable_fp_fusion": True}  # of the compiler, which is to lose its default
 _TUNING = threading.Lock()  # Triton's tuner keeps a call's arguments on itself
 
 
@@ -50,12 +53,18 @@ def takes(output: Tensor, query: Tensor, M: Tensor, phi: FeatureMap) -> bool:
     """
     if not (query.is_cuda or _INTERPRETED) or torch.compiler.is_compiling():
         return False
-    tensors = (output, query, M)
+    for t in (output, query, M):
+        if type(t) not in (Tensor, nn.Parameter):  # fake ones hold no data
+            return False
+        if t.dtype not in _PRECISIONS or t.device != query.device:
+            return False
+    (batch, heads, positions, d), v = query.shape, M.shape[-1]
     return (
         phi.name in _MAPS
-        and all(type(t) in (Tensor, nn.Parameter) for t in tensors)  # fake ones hold no data
-        and all(t.dtype in _PRECISIONS and t.device == query.device for t in tensors)
-        and max(query.shape[-1], M.shape[-1]) <= _WIDEST
+        and max(d, v) <= _WIDEST
+        # A kernel would read past the end of what does not fit; the plain operations say so.
+        and M.shape[-2] == d
+        and output.shape == (batch, positions, heads, v)
         and _runs_on(query.device)
     )
 
@@ -178,7 +187,7 @@ def _settings(query: Tensor, M: Tensor, phi: FeatureMap, dtype: torch.dtype) -> 
         "NORMALIZE": phi.normalize_query,
         "EPSILON": EPSILON,
         "PRECISION": _PRECISIONS[dtype],
-        "enable_fp_fusion": True,  # an option of the compiler, which is to lose its default
+        **_OPTIONS,
     }
 
 
@@ -202,9 +211,26 @@ def _ceil_div(a: int, b: int) -> int:
 
 @functools.cache
 def _runs_on(device: torch.device) -> bool:
-    """bfloat16 products need compute capability 8.0."""
+    """Whether the kernels can be launched there; bfloat16 products need compute capability 8.0.
+
+    Triton wants what PyTorch does without: a C compiler, Python's headers, and a driver that knows its machine code.
+    """
     enough = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-    return enough and _kernels() is not None
+    if not enough or _kernels() is None:
+        return False
+    nothing = torch.empty(0, device=device)
+    try:
+        with _launching(nothing) as kernels:
+            kernels.probe[(1,)](nothing, **_OPTIONS)
+    except Exception as error:  # of Triton, the compiler or the driver, each with its own class
+        warnings.warn(
+            f"Triton cannot run a kernel on {device} ({error}). Prefix-Tuning+ is computed there by PyTorch's "
+            "operations instead, which is slower.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 @functools.cache

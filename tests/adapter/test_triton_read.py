@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -217,6 +218,37 @@ def only_the_wanted(case: Case, device: str = "cpu") -> None:
         assert tuple(gradient is not None for gradient in found) == wanted
 
 
+def no_tokens(case: Case, device: str = "cpu") -> None:
+    output, query, M, grad = inputs(case, device)
+    assert triton_read.forward(output, query, M, case.map(), case.precision()).shape == output.shape
+    dq, dM = triton_read.backward(grad, query, M, case.map(), case.precision(), True, True)
+    assert dq is not None
+    assert dM is not None
+    assert dq.shape == query.shape
+    assert torch.equal(dM, torch.zeros_like(M))
+
+
+def launched_again(case: Case, device: str = "cpu") -> None:
+    """With other tensors of the same kind, and with ones of which a GPU cannot load several elements at once."""
+    output, query, M, _ = inputs(case, device)
+
+    def product(query: Tensor, M: Tensor, output: Tensor) -> Tensor:
+        return triton_read.forward(output, query, M, case.map(), case.precision())
+
+    zero = torch.zeros_like(output)
+    first = product(query, M, zero)
+    assert torch.equal(product(query.clone(), -M, zero.clone()), -first)
+    assert torch.equal(product(odd(query), odd(M), odd(zero)), first)
+    assert torch.equal(product(query, M, zero), first)
+
+
+def odd(tensor: Tensor) -> Tensor:
+    """A copy that begins an element after its memory."""
+    base = tensor.new_empty(tensor.numel() + 1)
+    strides = torch.empty_like(tensor).stride()
+    return base.as_strided(tensor.shape, strides, 1).copy_(tensor)
+
+
 def expanded_gradients(case: Case, device: str = "cpu") -> None:
     """What the sum of the result has for a gradient, in all of its dimensions or in some."""
     shape = (case.batch, case.positions, case.heads, case.v)
@@ -236,6 +268,11 @@ def takes_what_it_computes() -> None:
     assert not triton_read.takes(output, query.new_zeros(2, 3, 37, 257), M, elu)
     assert not triton_read.takes(output, query, M.new_zeros(3, 16, 257), elu)
     assert not triton_read.takes(output, query, M.to("meta"), elu)
+    # Read as if they fitted, these would be read past their end.
+    assert not triton_read.takes(output[..., :15], query, M, elu)
+    assert not triton_read.takes(output[:, :36], query, M, elu)
+    assert not triton_read.takes(output, query[:1], M, elu)
+    assert not triton_read.takes(output, query, M[:, :15], elu)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert not triton_read.takes(*(mode.from_tensor(x) for x in (output, query, M)), elu)
 
@@ -342,6 +379,15 @@ def test_gradient_that_is_not_wanted_is_none(interpreted: Run) -> None:
     interpreted(only_the_wanted, Case())
 
 
+@pytest.mark.parametrize("case", [Case(batch=0), Case(positions=0)], ids=["rows", "positions"])
+def test_of_no_tokens_the_gradient_of_m_is_zero(interpreted: Run, case: Case) -> None:
+    interpreted(no_tokens, case)
+
+
+def test_decoding_reads_the_tensors_of_each_step(interpreted: Run) -> None:
+    interpreted(launched_again, SHAPES["decoding"])
+
+
 def test_inputs_are_left_as_they_are(interpreted: Run) -> None:
     interpreted(inputs_are_left, Case(normalize=True))
 
@@ -368,17 +414,30 @@ def test_without_a_gpu_nothing_is_taken_and_the_kernels_are_not_imported(
     assert (KERNELS in sys.modules) == known
 
 
-def test_without_triton_nothing_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    output, query, M, _ = inputs(Case(), "cpu")
+def test_without_triton_nothing_is_taken(monkeypatch: pytest.MonkeyPatch, anew: None) -> None:
     monkeypatch.delattr(adapter, "triton_kernels", raising=False)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, KERNELS, raising=False)
+    assert not triton_read._runs_on(torch.device("cpu"))
+
+
+def test_where_triton_cannot_run_a_kernel_nothing_is_taken_and_a_warning_says_so(
+    anew: None,
+) -> None:
+    cpu = torch.device("cpu")  # for which Triton has no compiler
+    with pytest.warns(RuntimeWarning, match="Triton cannot run a kernel on cpu"):
+        assert not triton_read._runs_on(cpu)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not triton_read._runs_on(cpu)
+
+
+@pytest.fixture
+def anew() -> Iterator[None]:
+    """What is known of Triton and the devices is asked again, in the test and after it."""
     forget()
-    try:
-        assert not triton_read.takes(output, query, M, FeatureMap("elu"))
-    finally:
-        forget()
+    yield
+    forget()
 
 
 def forget() -> None:
@@ -436,6 +495,25 @@ def test_on_a_gpu_holds_what_holds_in_the_interpreter(
     check: Callable[[Case, str], None],
 ) -> None:
     check(LAYER, "cuda")
+
+
+@on_gpu
+def test_on_a_gpu_the_gradient_of_m_of_no_tokens_is_zero() -> None:
+    no_tokens(Case(batch=0), "cuda")
+
+
+@on_gpu
+def test_on_a_gpu_decoding_reads_the_tensors_of_each_step() -> None:
+    launched_again(LAYER._replace(positions=1, normalize=False), "cuda")
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU here at most")
+def test_kernels_run_on_the_gpu_that_holds_the_tensors() -> None:
+    for case in (LAYER, LAYER._replace(positions=1)):
+        for device in ("cuda:1", "cuda:0", "cuda:1"):
+            compare_forward(case, device)
+        compare_gradients(case, "cuda:1")
 
 
 @on_gpu
