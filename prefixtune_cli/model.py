@@ -226,6 +226,26 @@ def attach(base: PreTrainedModel, section: AdapterSection) -> PeftModel | PreTra
     return model
 
 
+def attach_more(model: PeftModel | PreTrainedModel, method: str, count: int) -> None:
+    """Put `count` fresh adapters beside the one that `attach` has made; all are active, add up, and are trainable.
+
+    Raises:
+        ModelError: the method has one adapter at a time.
+    """
+    if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning:
+        raise ModelError(
+            f"Of method {method} no two adapters can be active at once. Leave it out, or leave out --adapters."
+        )
+    config = model.active_peft_config
+    try:
+        for number in range(2, count + 2):
+            model.add_adapter(f"number_{number}", copy.deepcopy(config))
+        # The tuner's own, as PeftModel's takes a single name.
+        model.base_model.set_adapter(list(model.peft_config))
+    except (ValueError, *_FAILURES) as error:
+        raise ModelError(f"adapter: {error}") from error
+
+
 def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
     """The base with a saved adapter.
 

@@ -118,6 +118,12 @@ def compare(
             "--prompts", panel=CONTEST, metavar="N", help="Prompts that are answered at once: 1."
         ),
     ] = None,
+    adapters: Annotated[
+        int | None,
+        options.option(
+            "--adapters", panel=CONTEST, metavar="N", help="Adapters that are active at once: 1."
+        ),
+    ] = None,
     anyway: Annotated[
         bool,
         options.option(
@@ -148,7 +154,7 @@ def compare(
     """
     given = {**locals(), **flags}
     if runs:
-        costs = ("speed", "rounds", "prompt_tokens", "prompts")
+        costs = ("speed", "rounds", "prompt_tokens", "prompts", "adapters")
         others = ("recipe", "sets", *costs, "workers", *typed.KEYS)
         _refuse(given, (*OF_A_CONTEST, *others), "finished runs", ("out",))
         found, folder = _of_runs(runs, anyway, out)
@@ -219,7 +225,7 @@ def _settings(given: dict[str, Any]) -> Settings:
     grids: dict[str, list[Any]] = {}
     if given["feature_maps"] is not None:
         grids["adapter.feature_map"] = list(typed.names([given["feature_maps"]]))
-    grids.update(parse_grids(given["grid"] or ()))
+    grids.update(parse_grids(given["grid"] or (), speed=bool(given["speed"])))
     chosen: dict[str, Any] = {}
     if given["methods"] is not None:
         chosen["methods"] = split(given["methods"])
@@ -232,6 +238,7 @@ def _settings(given: dict[str, Any]) -> Settings:
         "rounds",
         "prompt_tokens",
         "prompts",
+        "adapters",
         "out",
         "workers",
     ):

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+BASE = "base"
 TEST, OOD, FORGETTING = "test", "ood", "forgetting"
 
 
@@ -101,6 +102,7 @@ class Cost:
         time_to_first_token_seconds: at `prompts` prompts of `prompt_tokens` each.
         peak_memory_gib: of a training step: the GPU allocator's, or the process's on a CPU.
         kv_cache_bytes: of one sequence of `prompt_tokens`.
+        adapters: of the contestant's kind, active at once.
         training_over_lora, decode_over_lora, first_token_over_lora: the same over LoRA's speed, where it takes part.
         training_ratio, decode_ratio, first_token_ratio: this contestant's speed over the base's (forward and
             backward for training), by the median of the rounds' ratios; above 1 is faster. None where the base was
@@ -116,6 +118,7 @@ class Cost:
     kv_cache_bytes: int | None = None
     prompt_tokens: int | None = None
     prompts: int = 1
+    adapters: int = 1
     training_ratio: Measured | None = None
     decode_ratio: Measured | None = None
     first_token_ratio: Measured | None = None
@@ -158,6 +161,21 @@ class Contestant:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Contestants whose costs were measured beside each other: on one base, at one shape.
+
+    Attributes:
+        base: label of its base, as in `base max_length=128`.
+        base_cost: what the ratios of its contestants are to; None where it was not measured.
+        contestants: their labels.
+    """
+
+    base: str
+    base_cost: Cost | None
+    contestants: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A whole comparison.
 
@@ -173,7 +191,9 @@ class Comparison:
         environment: versions and hardware.
         base: the base's results by data set; empty where it was not judged.
         contestants: the first is the one that the others are compared with.
-        unmeasured: label → why it has no cost.
+        base_cost: what the base costs; None where `groups` tell it.
+        unmeasured: label → why it has no cost; a group's base stands for all of the group.
+        groups: where costs were measured on several bases or at several shapes; the contestants stand in their order.
         notices: what a reader has to know, such as differences that --anyway passed over.
     """
 
@@ -190,6 +210,17 @@ class Comparison:
     base_cost: Cost | None = None
     notices: Sequence[str] = ()
     unmeasured: Mapping[str, str] = field(default_factory=dict)
+    groups: Sequence[Group] = ()
+
+    @property
+    def measured_together(self) -> Sequence[Group]:
+        """The groups; where there are none, the one of all contestants."""
+        return self.groups or [Group(BASE, self.base_cost, [c.label for c in self.contestants])]
+
+    def lora_of(self, group: Group) -> Contestant | None:
+        """The first LoRA of the group, which ratios are to; None where there is none."""
+        members = (c for c in self.contestants if c.label in group.contestants)
+        return next((c for c in members if c.method == "lora"), None)
 
     @property
     def failed(self) -> bool:
@@ -208,6 +239,10 @@ class Comparison:
                 "base": base,
                 "base_cost": _cost(found["base_cost"]),
                 "contestants": [_contestant(c) for c in found["contestants"]],
+                "groups": [
+                    Group(**{**group, "base_cost": _cost(group["base_cost"])})
+                    for group in found.get("groups", ())
+                ],
             }
         )
 

@@ -36,6 +36,16 @@ NO_GRID = {
     "data": "compare on several data sets one by one, or with --ood",
     "evaluate": "all contestants are judged alike",
 }
+# What a cost depends on beside the adapter: a grid may vary it where costs alone are measured.
+OF_A_COST = (
+    "model.name",
+    "model.bits",
+    "model.attention",
+    "data.max_length",
+    "train.batch_size",
+    "train.gradient_checkpointing",
+    "train.optimizer",
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,8 @@ class Settings:
         few_shot: training examples a class, others for each seed; None takes all rows.
         ood: data of another distribution, to test on.
         text: text that has nothing to do with the task, to measure forgetting on.
-        speed: measure what a contestant costs, in so many `rounds`, at `prompts` prompts of `prompt_tokens`.
+        speed: measure what a contestant costs, in so many `rounds`, at `prompts` prompts of `prompt_tokens`, with
+            `adapters` of its kind active at once.
         out: folder of the comparison; None is compare/<model>-<data>.
         workers: processes; None is one a GPU, or what the CPU bears.
         command: as typed, for the record.
@@ -124,6 +135,7 @@ class Settings:
     rounds: int | None = None
     prompt_tokens: int | None = None
     prompts: int | None = None
+    adapters: int | None = None
     out: str | None = None
     workers: int | None = None
     command: str = ""
@@ -139,7 +151,8 @@ class Settings:
 
     def check(self) -> None:
         """Raise UsageError for a number below 1."""
-        for flag in ("seeds", "sweep", "few_shot", "workers", "rounds", "prompt_tokens", "prompts"):
+        numbers = ("seeds", "sweep", "few_shot", "workers")
+        for flag in (*numbers, "rounds", "prompt_tokens", "prompts", "adapters"):
             value = getattr(self, flag)
             if value is not None and value < 1:
                 name = flag.replace("_", "-")
@@ -179,11 +192,15 @@ def entries(settings: Settings) -> list[Entry]:
     return found
 
 
-def parse_grids(given: Iterable[str]) -> dict[str, list[Any]]:
+def parse_grids(given: Iterable[str], *, speed: bool = False) -> dict[str, list[Any]]:
     """`--grid adapter.layers=all,last:8` as {key: values}; a list is one value: `[0,1],[4,5]`.
 
+    Args:
+        given: what was typed.
+        speed: costs alone are measured, so that keys are the adapter's and OF_A_COST.
+
     Raises:
-        UsageError: it has another form, or a key is given twice.
+        UsageError: it has another form, a key is given twice, or is none that a comparison can vary.
     """
     grids: dict[str, list[Any]] = {}
     for text in given:
@@ -193,13 +210,24 @@ def parse_grids(given: Iterable[str]) -> dict[str, list[Any]]:
             raise UsageError(
                 f"--grid takes section.key=value,value, as in adapter.layers=all,last:8, got {text!r}"
             )
-        for taken in (key, key.partition(".")[0]):
-            if taken in NO_GRID:
-                raise UsageError(f"--grid {key} makes no fair comparison: {NO_GRID[taken]}.")
+        _check_can_vary(key, speed=speed)
         if key in grids:
             raise UsageError(f"--grid {key} is given twice. Give all of its values at once.")
         grids[key] = [read.parse_value(part, f"--grid {key}") for part in split(values)]
     return grids
+
+
+def _check_can_vary(key: str, *, speed: bool) -> None:
+    if speed:
+        if not key.startswith("adapter.") and key not in OF_A_COST:
+            raise UsageError(
+                f"--speed takes no --grid {key}: what is measured does not depend on it. Type a setting of the "
+                f"adapter, such as adapter.r, or one of {', '.join(OF_A_COST)}."
+            )
+        return
+    for taken in (key, key.partition(".")[0]):
+        if taken in NO_GRID:
+            raise UsageError(f"--grid {key} makes no fair comparison: {NO_GRID[taken]}.")
 
 
 def split(text: str) -> list[str]:

@@ -1,17 +1,22 @@
-"""What contestants cost, measured beside each other: on the base that they were trained on, or on random weights."""
+"""What contestants cost, measured beside each other: on the base that they were trained on, or on random weights.
+
+Where a grid varies the base or the shape, those that share both are a group, and each group is measured by itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel
+from accelerate.utils.memory import clear_device_cache
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefixtune_cli import model as models
-from prefixtune_cli.compare.comparison import Comparison, Contestant, Cost
-from prefixtune_cli.compare.contest import Entry, Settings, entries
+from prefixtune_cli.compare.comparison import Comparison, Contestant, Cost, Group
+from prefixtune_cli.compare.contest import OF_A_COST, Entry, Settings, entries, spelled
 from prefixtune_cli.compare.folder import check_free
 from prefixtune_cli.compare.speed import (
     BASE,
@@ -20,78 +25,125 @@ from prefixtune_cli.compare.speed import (
     TRAINING,
     Shape,
     Speeds,
+    config_of,
     measure,
     random_base,
 )
+from prefixtune_cli.errors import Interrupted, PtpError
+from prefixtune_cli.optimizer import check_optimizer
 from prefixtune_cli.progress import Reporter, Silent
+from prefixtune_cli.recipe.schema import ModelSection, Recipe
 from prefixtune_cli.train.environment import describe_environment
 
 ROUNDS = 5
 LONG_PROMPT = 2048
+Groups = Mapping[str, Sequence[Entry]]  # by the label of each group's base
 
 
 def compare_costs(settings: Settings, reporter: Reporter | None = None) -> tuple[Comparison, Path]:
-    """The costs alone, on a base of the model's shape with random weights; no data is read.
+    """The costs alone, on bases of the models' shapes with random weights; no data is read.
 
     Returns:
         what was found, and the comparison's folder.
 
     Raises:
-        PtpError: see `errors`.
+        PtpError: see `errors`; what can be checked is checked before a base is built. Of several groups, one that
+            cannot be measured says why in what was found.
     """
     reporter = reporter or Silent()
-    contest = entries(settings)
-    recipe = contest[0].recipe
+    groups = _groups(entries(settings))
+    contest = [entry for group in groups.values() for entry in group]
     for entry in contest:
         models.peft_config(entry.recipe.adapter)
-    name = f"{recipe.model.name.rstrip('/').split('/')[-1]}-speed"
+        check_optimizer(entry.recipe.train.optimizer)
+    recipes = {label: group[0].recipe for label, group in groups.items()}
+    room = room_of([config_of(recipe.model) for recipe in recipes.values()], contest)
+    shapes = {label: shape_of(recipe, settings, room) for label, recipe in recipes.items()}
+    name = f"{contest[0].recipe.model.name.rstrip('/').split('/')[-1]}-speed"
     folder = Path(settings.out) if settings.out else Path("compare") / name
     check_free(folder)
-    reporter.notice(f"Building {recipe.model.name} with random weights.")
-    base = random_base(recipe.model)
-    speeds = costs_of(contest, settings, base, reporter)
+    speeds = _measured(groups, shapes, reporter)
+    known = {label: each for label, each in speeds.items() if isinstance(each, Speeds)}
+    parameters = {k: count for each in known.values() for k, count in each.parameters.items()}
+    stored = {k: size for each in known.values() for k, size in each.adapter_bytes.items()}
     contestants = [
         Contestant(
             label=entry.label,
             method=entry.method,
             settings=entry.settings,
             learning_rate=None,
-            trainable_parameters=speeds.parameters.get(entry.label),
-            adapter_bytes=speeds.adapter_bytes.get(entry.label),
+            trainable_parameters=parameters.get(entry.label),
+            adapter_bytes=stored.get(entry.label),
             cells=[],
         )
         for entry in contest
     ]
+    sizes = {recipes[label].model: each.parameters[BASE] for label, each in known.items()}
     found = Comparison(
         name=folder.name,
         kind="speed",
         command=settings.command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        model={
-            **recipe.model.model_dump(include={"name", "revision", "bits"}),
-            "parameters": speeds.parameters[BASE],
-        },
+        model=_model([recipe.model for recipe in recipes.values()], sizes),
         data={},
-        protocol=_protocol(shape_of(contest, settings, base)),
+        protocol=_alike([_protocol(shape) for shape in shapes.values()]),
         environment=describe_environment({}, 1),
         base={},
         contestants=contestants,
     )
-    return with_costs(found, speeds), folder
+    return with_costs(found, groups, speeds), folder
+
+
+def _groups(contest: Sequence[Entry]) -> Groups:
+    """Those that share base and shape; a single group's base needs no settings to tell it by."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in contest:
+        apart = [spelled(key, value) for key, value in entry.settings.items() if key in OF_A_COST]
+        groups.setdefault(" ".join([BASE, *apart]), []).append(entry)
+    return groups if len(groups) > 1 else {BASE: contest}
+
+
+def _measured(
+    groups: Groups, shapes: Mapping[str, Shape], reporter: Reporter
+) -> dict[str, Speeds | str]:
+    """Each group's speeds, or why there are none, by the label of its base.
+
+    The groups of one base come after each other, so that it is built once and gone before the next one is built.
+
+    Raises:
+        PtpError: see `measure` and `random_base`; there is no other group that could go on.
+    """
+    found: dict[str, Speeds | str] = {}
+    sections = list(dict.fromkeys(group[0].recipe.model for group in groups.values()))
+    base: PreTrainedModel | None = None
+    for section in sections:
+        base = None
+        clear_device_cache(garbage_collection=True)
+        for label, group in groups.items():
+            if group[0].recipe.model != section:
+                continue
+            try:
+                if base is None:
+                    reporter.notice(f"Building {section.name} with random weights.")
+                    base = random_base(section)
+                found[label] = costs_of(group, shapes[label], base, reporter)
+            except Interrupted:
+                raise
+            except Exception as error:  # whatever one group runs into, the others go on
+                if len(groups) == 1:
+                    raise
+                known = isinstance(error, PtpError)
+                found[label] = said = str(error) if known else f"{type(error).__name__}: {error}"
+                reporter.warning(f"{label} cannot be measured. {said}")
+    return found
 
 
 def costs_of(
-    contest: Sequence[Entry], settings: Settings, base: PreTrainedModel, reporter: Reporter
+    contest: Sequence[Entry], shape: Shape, base: PreTrainedModel, reporter: Reporter
 ) -> Speeds:
     """Measure the contestants on this base."""
-    recipe = contest[0].recipe
-    return measure(
-        recipe.model,
-        [(entry.label, entry.recipe.adapter) for entry in contest],
-        shape_of(contest, settings, base),
-        base=base,
-        reporter=reporter,
-    )
+    adapters = [(entry.label, entry.recipe.adapter) for entry in contest]
+    return measure(contest[0].recipe.model, adapters, shape, base=base, reporter=reporter)
 
 
 def most_virtual_tokens(contest: Sequence[Entry]) -> int:
@@ -100,37 +152,64 @@ def most_virtual_tokens(contest: Sequence[Entry]) -> int:
     return max(int(getattr(config, "num_virtual_tokens", None) or 0) for config in configs)
 
 
-def shape_of(contest: Sequence[Entry], settings: Settings, base: PreTrainedModel) -> Shape:
-    """As much as the recipe's training step computes, and a prompt as long as the base takes, up to LONG_PROMPT."""
-    recipe, plain = contest[0].recipe, Shape()
-    config = base.config.get_text_config(decoder=True)
-    most = getattr(config, "max_position_embeddings", None) or LONG_PROMPT
-    virtual = most_virtual_tokens(contest)
-    room = most - plain.new_tokens - virtual
+def room_of(configs: Sequence[PreTrainedConfig], contest: Sequence[Entry]) -> int:
+    """The tokens of a row that every base has positions for, beside the contestants' virtual ones."""
+    texts = [config.get_text_config(decoder=True) for config in configs]
+    positions = [getattr(text, "max_position_embeddings", None) or LONG_PROMPT for text in texts]
+    return min(positions) - most_virtual_tokens(contest)
+
+
+def shape_of(recipe: Recipe, settings: Settings, room: int) -> Shape:
+    """As much as the recipe's training step computes, and a prompt as long as the bases take, up to LONG_PROMPT.
+
+    A length that the grid asks for stands in labels, so it is taken as it is, and `measure` says if it is too long.
+    """
+    plain, length = Shape(), recipe.data.max_length
     return Shape(
         rounds=settings.rounds or ROUNDS,
         batch_size=recipe.train.batch_size,
-        length=min(recipe.data.max_length, most - virtual),
-        prompt_tokens=settings.prompt_tokens or min(LONG_PROMPT, room),
+        length=length if "data.max_length" in settings.grids else max(1, min(length, room)),
+        prompt_tokens=settings.prompt_tokens or max(1, min(LONG_PROMPT, room - plain.new_tokens)),
         prompts=settings.prompts or plain.prompts,
+        adapters=settings.adapters or plain.adapters,
         gradient_checkpointing=recipe.train.gradient_checkpointing,
         optimizer=recipe.train.optimizer,
     )
 
 
-def with_costs(found: Comparison, speeds: Speeds) -> Comparison:
-    """The comparison with what its contestants cost; one that could not be measured is told."""
-    lora = next((c.label for c in found.contestants if c.method == "lora"), None)
-    contestants, unmeasured = [], {}
-    for one in found.contestants:
-        cost = speeds.contestants[one.label]
-        if isinstance(cost, str):
-            unmeasured[one.label] = cost
-            contestants.append(one)
+def with_costs(found: Comparison, groups: Groups, speeds: Mapping[str, Speeds | str]) -> Comparison:
+    """The comparison with what its contestants cost; who could not be measured is told.
+
+    Args:
+        found: its contestants stand in the order of the groups.
+        groups: of all contestants, by the label of each group's base.
+        speeds: by the same label; text is why the whole group could not be measured.
+    """
+    costs: dict[str, Cost] = {}
+    unmeasured: dict[str, str] = {}
+    measured: list[Group] = []
+    for label, group in groups.items():
+        each = speeds[label]
+        base = None
+        if isinstance(each, str):
+            unmeasured[label] = each
         else:
-            contestants.append(replace(one, cost=_over(cost, one.label, lora, speeds)))
-    base = _over(speeds.base, BASE, lora, speeds)
-    return replace(found, contestants=contestants, base_cost=base, unmeasured=unmeasured)
+            lora = next((entry.label for entry in group if entry.method == "lora"), None)
+            base = _over(each.base, BASE, lora, each)
+            for name, cost in each.contestants.items():
+                if isinstance(cost, str):
+                    unmeasured[name] = cost
+                else:
+                    costs[name] = _over(cost, name, lora, each)
+        measured.append(Group(label, base, [entry.label for entry in group]))
+    alone = len(measured) == 1
+    return replace(
+        found,
+        contestants=[replace(one, cost=costs.get(one.label)) for one in found.contestants],
+        base_cost=measured[0].base_cost if alone else None,
+        unmeasured=unmeasured,
+        groups=() if alone else measured,
+    )
 
 
 def _over(cost: Cost, label: str, lora: str | None, speeds: Speeds) -> Cost:
@@ -152,5 +231,24 @@ def _protocol(shape: Shape) -> dict[str, object]:
         "length": shape.length,
         "prompt_tokens": shape.prompt_tokens,
         "prompts": shape.prompts,
+        "adapters": shape.adapters,
         "new_tokens": shape.new_tokens,
     }
+
+
+def _model(sections: Sequence[ModelSection], sizes: Mapping[ModelSection, int]) -> dict[str, Any]:
+    """The bases' names, and what else is the same for all of them."""
+    about = [
+        {
+            **section.model_dump(include={"name", "revision", "bits"}),
+            "parameters": sizes.get(section),
+        }
+        for section in sections
+    ]
+    names = dict.fromkeys(section.name for section in sections)
+    return {"name": ", ".join(names), **_alike(about)}
+
+
+def _alike(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is the same in all of them."""
+    return {key: value for key, value in each[0].items() if all(e[key] == value for e in each)}

@@ -134,10 +134,14 @@ def _costs(comparison: Comparison) -> Iterator[str]:
             if prompts == 1
             else f"Decoding and first token: {prompts} sequences at once, each with a prompt of {length:,} tokens."
         )
+    if (adapters := max((cost.adapters for cost in costs), default=1)) > 1:
+        yield f"Of each method {adapters} adapters are active at once, and trained together."
     if comparison.kind == "speed" and any(cost.training_ratio for cost in costs):
         yield (
             "×: how many times as fast, above 1 is faster; the base's training is its forward and backward pass."
         )
+    if comparison.groups:
+        yield "Those under a base took turns with it, and × is over what stands under the same base."
 
 
 def _model_and_protocol(comparison: Comparison) -> Iterator[str]:

@@ -24,6 +24,7 @@ from prefixtune_cli.compare.cells import (
     train_cell,
 )
 from prefixtune_cli.compare.comparison import (
+    BASE,
     FORGETTING,
     OOD,
     TEST,
@@ -33,7 +34,13 @@ from prefixtune_cli.compare.comparison import (
     Point,
 )
 from prefixtune_cli.compare.contest import Entry, Settings, entries
-from prefixtune_cli.compare.costs import costs_of, most_virtual_tokens, with_costs
+from prefixtune_cli.compare.costs import (
+    costs_of,
+    most_virtual_tokens,
+    room_of,
+    shape_of,
+    with_costs,
+)
 from prefixtune_cli.compare.draw import VALIDATION, Rows, draw
 from prefixtune_cli.compare.folder import RESULTS, check_free, mark
 from prefixtune_cli.compare.workers import Ended, Work, Workers, told_to_stop
@@ -356,9 +363,12 @@ def _with_costs(
     found: Comparison, contest: Sequence[Entry], settings: Settings, reporter: Reporter
 ) -> Comparison:
     """What was found is not lost where the costs cannot be measured."""
+    recipe = contest[0].recipe
     try:
-        with BASES.lent(contest[0].recipe.model) as base:
-            return with_costs(found, costs_of(contest, settings, base, reporter))
+        with BASES.lent(recipe.model) as base:
+            shape = shape_of(recipe, settings, room_of([base.config], contest))
+            speeds = costs_of(contest, shape, base, reporter)
+            return with_costs(found, {BASE: contest}, {BASE: speeds})
     except Interrupted:
         raise
     except PtpError as error:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 from prefixtune_cli.compare.comparison import (
     FORGETTING,
@@ -17,12 +19,11 @@ from prefixtune_cli.compare.comparison import (
     Comparison,
     Contestant,
     Cost,
+    Group,
     Measured,
 )
 from prefixtune_cli.compare.legend import BEST, LARGER, legend
 from prefixtune_cli.compare.standing import Difference, Standing, Standings, standings
-
-BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Column:
 
 
 def columns(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Head and rows for a terminal: the base where it was measured, then the contestants.
+    """Head and rows for a terminal: the base where it was measured, then the contestants; so for each group of them.
 
     Columns without any figure are left out.
     """
@@ -77,15 +78,19 @@ def _shown(
 
 def _columns(comparison: Comparison) -> Iterator[Column]:
     """In the order of the table; the base has a row where there is something to say of it."""
-    has_base = bool(comparison.base) or comparison.base_cost is not None
-    contestants = comparison.contestants
+    groups, contestants = comparison.measured_together, comparison.contestants
+    has_base = bool(comparison.base or comparison.groups or comparison.base_cost)
 
-    def column(head: str, base: str, cells: Sequence[str | Entry]) -> Column:
-        entries = [cell if isinstance(cell, Entry) else Entry(cell) for cell in cells]
-        return Column(head, [*([Entry(base)] if has_base else []), *entries])
+    def column(head: str, base: Base, cells: Sequence[str | Entry]) -> Column:
+        left = iter([cell if isinstance(cell, Entry) else Entry(cell) for cell in cells])
+        entries: list[Entry] = []
+        for group in groups:
+            entries += [Entry(base if isinstance(base, str) else base(group))] if has_base else []
+            entries += islice(left, len(group.contestants))
+        return Column(head, entries)
 
     every = [] if comparison.kind == "speed" else standings(comparison)
-    yield column("method", BASE, [_name(c) for c in contestants])
+    yield column("method", lambda group: group.base, [_name(c) for c in contestants])
     for found in every:
         if found.data not in (OOD, FORGETTING):
             yield _quality(found, column)
@@ -100,7 +105,8 @@ def _columns(comparison: Comparison) -> Iterator[Column]:
             yield _quality(found, column, marks_differences=True)
 
 
-Make = Callable[[str, str, Sequence[str | Entry]], Column]
+Base = str | Callable[[Group], str]  # what stands in the row of a group's base
+Make = Callable[[str, Base, Sequence[str | Entry]], Column]
 
 
 def _name(contestant: Contestant) -> str:
@@ -172,24 +178,19 @@ def _costs(comparison: Comparison, column: Make) -> Iterator[Column]:
     rates = [c.learning_rate for c in contestants]
     if comparison.kind != "speed":
         yield column("learning rate", "", ["" if r is None else f"{r:g}" for r in rates])
+
+    def costs(head: str, show: Callable[[Cost | None], str]) -> Column:
+        return column(
+            head, lambda group: show(group.base_cost), [show(c.cost) for c in contestants]
+        )
+
     for speed in SPEEDS:
-        of_base = _range(comparison.base_cost, speed.figure, speed.scale)
-        cells = [_range(c.cost, speed.figure, speed.scale) for c in contestants]
-        yield column(speed.head, of_base, cells)
+        yield costs(speed.head, partial(_range, figure=speed.figure, scale=speed.scale))
         if comparison.kind == "speed":
             yield from _ratios(comparison, column, speed)
         if speed.what == "training":
-            memory = [
-                _memory(cost) for cost in (comparison.base_cost, *(c.cost for c in contestants))
-            ]
-            yield column("peak memory, GiB", memory[0], memory[1:])
-    caches = [c.cost.kv_cache_bytes if c.cost else None for c in contestants]
-    of_base_cache = comparison.base_cost.kv_cache_bytes if comparison.base_cost else None
-    yield column(
-        "KV cache a sequence, MB",
-        _number(of_base_cache, 1e6, digits=4),
-        [_number(b, 1e6, digits=4) for b in caches],
-    )
+            yield costs("peak memory, GiB", _memory)
+    yield costs("KV cache a sequence, MB", _cache)
 
 
 @dataclass(frozen=True)
@@ -233,22 +234,31 @@ SPEEDS = (
 
 
 def _ratios(comparison: Comparison, column: Make, speed: Speed) -> Iterator[Column]:
-    """To the base, and to LoRA where that takes part, with the rounds' range."""
+    """To the group's base, and to its first LoRA where that takes part, with the rounds' range."""
     contestants = comparison.contestants
     to_base = [_range(c.cost, speed.ratio, 1.0) for c in contestants]
-    yield column(f"{speed.what} × base", "1" if any(to_base) else "", to_base)
-    lora = next((c for c in contestants if c.method == "lora"), None)
-    if lora is None:
+    one = "1" if any(to_base) else ""
+    yield column(f"{speed.what} × base", lambda group: one if group.base_cost else "", to_base)
+    loras = [lora for group in comparison.measured_together if (lora := comparison.lora_of(group))]
+    if not loras:
         return
     cells = [
-        "1" if c is lora and c.cost else _range(c.cost, speed.over_lora, 1.0) for c in contestants
+        "1" if c in loras and c.cost else _range(c.cost, speed.over_lora, 1.0) for c in contestants
     ]
-    of_base = _range(comparison.base_cost, speed.over_lora, 1.0)
-    yield column(f"{speed.what} × {lora.label}", of_base, cells)
+    name = loras[0].label if len(loras) == 1 else loras[0].method
+    yield column(
+        f"{speed.what} × {name}",
+        lambda group: _range(group.base_cost, speed.over_lora, 1.0),
+        cells,
+    )
 
 
 def _memory(cost: Cost | None) -> str:
     return "" if cost is None else _number(cost.peak_memory_gib, 1.0)
+
+
+def _cache(cost: Cost | None) -> str:
+    return "" if cost is None else _number(cost.kv_cache_bytes, 1e6, digits=4)
 
 
 def _range(cost: Cost | None, figure: Callable[[Cost], Measured | None], scale: float) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from prefixtune_cli.compare.comparison import FORGETTING, OOD, TEST, Comparison, Contestant
+from prefixtune_cli.compare.comparison import FORGETTING, OOD, TEST, Comparison, Contestant, Group
 from prefixtune_cli.compare.standing import Difference, Standing, Standings, standings
 
 WHERE = {TEST: "the test data", OOD: "the out-of-distribution data", FORGETTING: "unrelated text"}
@@ -130,26 +130,26 @@ def _of_the_test(found: Standings) -> list[str]:
 
 
 def _of_cost(comparison: Comparison) -> list[Said]:
-    """The cheapest, beside the first; the table has the others."""
+    """The cheapest of each group, beside its first; the table has the others."""
     said = []
-    sizes = {c.label: c.trainable_parameters for c in comparison.contestants}
-    known = {label: count for label, count in sizes.items() if count}
-    if len(known) > 1:
-        label = min(known, key=lambda each: known[each])
-        lead = f"{label} trains the fewest parameters: {known[label]:,}"
-        said.append(Said(lead + _beside_first(comparison, label, known, "") + "."))
-    speeds = {c.label: speed for c in comparison.contestants if (speed := _training_speed(c))}
-    if len(speeds) > 1:
-        label = max(speeds, key=lambda each: speeds[each])
-        lead = f"{label} trains fastest: {speeds[label]:,.0f} tokens/s"
-        said.append(Said(lead + _beside_first(comparison, label, speeds, " tokens/s") + "."))
+    for group in comparison.measured_together:
+        contestants = [c for c in comparison.contestants if c.label in group.contestants]
+        sizes = {c.label: c.trainable_parameters for c in contestants}
+        known = {label: count for label, count in sizes.items() if count}
+        if len(known) > 1:
+            label = min(known, key=lambda each: known[each])
+            lead = f"{label} trains the fewest parameters: {known[label]:,}"
+            said.append(Said(lead + _beside_first(group, label, known, "") + "."))
+        speeds = {c.label: speed for c in contestants if (speed := _training_speed(c))}
+        if len(speeds) > 1:
+            label = max(speeds, key=lambda each: speeds[each])
+            lead = f"{label} trains fastest: {speeds[label]:,.0f} tokens/s"
+            said.append(Said(lead + _beside_first(group, label, speeds, " tokens/s") + "."))
     return said
 
 
-def _beside_first(
-    comparison: Comparison, label: str, figures: Mapping[str, float], unit: str
-) -> str:
-    first = comparison.contestants[0].label
+def _beside_first(group: Group, label: str, figures: Mapping[str, float], unit: str) -> str:
+    first = group.contestants[0]
     if label == first or first not in figures:
         return ""
     return f" ({first}: {figures[first]:,.0f}{unit})"

@@ -108,6 +108,25 @@ def test_speed_needs_no_data_and_tells_ratios(ptp: Ptp, random_base: Path, tmp_p
     assert found.contestants[0].trainable_parameters
 
 
+def test_speed_tells_how_costs_grow_with_the_shape(
+    ptp: Ptp, random_base: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code, said, err = ptp(
+        *small(random_base, out), "--speed", "--methods", "lora", "--rounds", "1", "--adapters", "2",
+        "--prompt-tokens", "16", "--grid", "data.max_length=8,32",
+    )  # fmt: skip
+    assert code == 0, err
+    rows = ["base max_length=8", "lora max_length=8", "base max_length=32", "lora max_length=32"]
+    assert [line.split("  ")[0] for line in said.splitlines()[1:5]] == rows
+    assert "2 adapters are active at once" in said
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert all(f'<th scope="row">{row}</th>' in page for row in rows)
+    found = Comparison.read(out / "results.json")
+    assert [group.base for group in found.groups] == rows[::2]
+    assert found.protocol["adapters"] == 2
+
+
 @pytest.mark.parametrize(
     ("typed", "code", "said"),
     [
@@ -121,6 +140,10 @@ def test_speed_needs_no_data_and_tells_ratios(ptp: Ptp, random_base: Path, tmp_p
         (("--data", "nowhere.jsonl"), 1, "nowhere.jsonl"),
         (("--few-shot", "2", "--data", "sample:records-train"), 1, "they are no classes"),
         (("--speed", "--seeds", "2"), 2, "--seeds has no meaning for --speed"),
+        (("--speed", "--grid", "train.epochs=1,2"), 2, "--speed takes no --grid train.epochs"),
+        (("--grid", "data.max_length=8,9"), 2, "makes no fair comparison"),
+        (("--speed", "--adapters", "0"), 2, "--adapters must be 1 or more"),
+        (("runs/a", "--adapters", "2"), 2, "--adapters has no meaning for finished runs"),
         (("runs/a", "--sweep", "3"), 2, "--sweep has no meaning for finished runs"),
         (("runs/a", "--lora-r", "3"), 2, "--lora-r has no meaning for finished runs"),
         (("runs/a", "runs/b"), 1, "runs/a"),

@@ -15,6 +15,7 @@ from prefixtune_cli.compare.comparison import (
     Comparison,
     Contestant,
     Cost,
+    Group,
     Measured,
     Point,
     Result,
@@ -76,6 +77,19 @@ def comparison(*, failed: bool = False, rows: int = 40, **changes: Any) -> Compa
         base_cost=cost(5_000, 0, ratio=None),
     )
     return replace(made, **changes)
+
+
+def in_groups() -> Comparison:
+    """Prefix-Tuning+ and LoRA at a length each, and two methods at one that could not be measured."""
+    made = comparison(kind="speed", base={}, base_cost=None)
+    plus, lora, prefix, full = made.contestants
+    groups = [
+        Group("base max_length=8", cost(5_000, 0, ratio=None), [plus.label, lora.label]),
+        Group("base max_length=9", None, [prefix.label, full.label]),
+    ]
+    lost = [replace(c, cost=None) for c in (prefix, full)]
+    why = {"base max_length=9": "The memory does not suffice."}
+    return replace(made, contestants=[plus, lora, *lost], groups=groups, unmeasured=why)
 
 
 def contestant(method: str, *, rows: int = 40, seeds: Sequence[int] = SEEDS) -> Contestant:

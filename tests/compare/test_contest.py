@@ -161,6 +161,20 @@ def test_what_a_comparison_keeps_equal_is_no_grid(key: str) -> None:
         parse_grids([f"{key}=1,2"])
 
 
+def test_costs_may_be_compared_over_what_they_depend_on() -> None:
+    given = ["data.max_length=128,512", "model.bits=4,16", "adapter.r=8,16"]
+    assert list(parse_grids(given, speed=True)) == ["data.max_length", "model.bits", "adapter.r"]
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["train.learning_rate", "train.epochs", "train.seed", "data.train", "evaluate.max_rows"],
+)
+def test_what_no_cost_depends_on_is_refused_with_what_to_type(key: str) -> None:
+    with pytest.raises(UsageError, match=rf"--speed takes no --grid {key}: .*data\.max_length"):
+        parse_grids([f"{key}=1,2"], speed=True)
+
+
 def test_a_rate_that_a_recipe_has_for_its_own_method_is_no_other_ones(tmp_path: Path) -> None:
     file = tmp_path / "tuned.yaml"
     file.write_text("adapter: {method: lora}\ntrain: {learning_rate: 0.02}\n", encoding="utf-8")
@@ -193,7 +207,7 @@ def test_method_is_not_taken_where_methods_is_meant() -> None:
         contest(("lora",), adapter={"method": "lora"})
 
 
-@pytest.mark.parametrize("name", ["seeds", "sweep", "few_shot", "workers", "rounds"])
+@pytest.mark.parametrize("name", ["seeds", "sweep", "few_shot", "workers", "rounds", "adapters"])
 def test_a_number_below_one_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} must be 1 or more, got 0"):
         entries(Settings(Typed("quickstart"), **{name: 0}))

@@ -350,6 +350,56 @@ def test_prefix_tuning_with_gradient_checkpointing_is_marked(base: PreTrainedMod
     assert failed == ["prefix-tuning"]
 
 
+@pytest.mark.parametrize("adapter", [adapter for _, adapter in METHODS[:2]])
+def test_adapters_at_once_are_all_trained(base: PreTrainedModel, adapter: AdapterSection) -> None:
+    modules = [name for name, _ in base.named_modules()]
+    with attached(base, adapter) as model:
+        one = sum(p.requires_grad for p in model.parameters())
+    with attached(base, adapter, 3) as model:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert len(trained) == 3 * one
+        ids = torch.randint(200, (2, 16))
+        step = TrainingStep(model, base, ids, optimizer="adamw_torch", autocast=True)
+        with step.ready(checkpointing=False):
+            step()
+            assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+    assert [name for name, _ in base.named_modules()] == modules
+
+
+def test_memories_at_once_add(base: PreTrainedModel) -> None:
+    with attached(base.float(), PrefixTuningPlus(), 3) as model, torch.no_grad():
+        together = model(input_ids=prompt()).logits
+        adapters = [
+            [p for name, p in model.named_parameters() if f".{adapter}." in name]
+            for adapter in model.peft_config
+        ]
+        for first, second, third in zip(*adapters, strict=True):
+            first += second + third
+            second.zero_()
+            third.zero_()
+        torch.testing.assert_close(model(input_ids=prompt()).logits, together)
+        model.base_model.set_adapter("default")
+        torch.testing.assert_close(model(input_ids=prompt()).logits, together)
+
+
+def test_what_cannot_be_active_beside_its_like_is_marked_and_the_others_go_on(
+    base: PreTrainedModel, speeds: Speeds
+) -> None:
+    modules = [name for name, _ in base.named_modules()]
+    shape = replace(SHAPE, rounds=1, adapters=2)
+    found = measure(ModelSection(device="cpu"), METHODS, shape, base=base, reporter=Silent())
+    failed = {label: cost for label, cost in found.contestants.items() if isinstance(cost, str)}
+    assert list(failed) == ["prefix-tuning", "full"]
+    assert "Of method full no two adapters can be active at once" in failed["full"]
+    for label in ("prefix-tuning-plus", "lora"):
+        cost = found.contestants[label]
+        assert not isinstance(cost, str)
+        assert cost.adapters == 2
+        assert found.parameters[label] == 2 * speeds.parameters[label]
+        assert found.adapter_bytes[label] == 2 * speeds.adapter_bytes[label]
+    assert [name for name, _ in base.named_modules()] == modules
+
+
 def test_full_that_does_not_fit_main_memory_is_refused_before_it_is_tried() -> None:
     if available_bytes() is None:
         pytest.skip("this system does not say what memory it has left")
@@ -390,6 +440,12 @@ def test_the_known_models_are_built_without_a_network() -> None:
     assert found.dtype == torch.bfloat16
     weights = found.get_input_embeddings().weight
     assert 0 < float(weights.detach().float().std()) < 1
+
+
+def test_a_base_that_the_memory_cannot_hold_is_one_error(tmp_path: Path) -> None:
+    LlamaConfig(vocab_size=10**13, hidden_size=64, num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ResourceError, match="does not fit into the memory"):
+        build_random_base(ModelSection(name=str(tmp_path), device="cpu"))
 
 
 def test_a_checkpoint_that_is_quantized_cannot_be_drawn(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The table and what stands under it."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from prefixtune_cli.compare.comparison import FORGETTING, OOD, TEST, Comparison,
 from prefixtune_cli.compare.legend import legend
 from prefixtune_cli.compare.standing import standings_on
 from prefixtune_cli.compare.table import columns, markdown
-from tests.compare.made import FAILURE, comparison
+from tests.compare.made import FAILURE, comparison, cost, in_groups
 
 
 def cell(made: Comparison, row: str, column: str) -> str:
@@ -185,6 +186,44 @@ def test_speed_alone_has_costs_with_ratios_to_the_base_and_to_lora() -> None:
     assert cell(made, "prefix-tuning-plus", "training × lora") == "1.27 (1.20–1.33)"
     assert cell(made, "prefix-tuning-plus", "first token × lora") == "1.27 (1.20–1.33)"
     assert cell(made, "base", "decode × lora") == "1.22 (1.16–1.28)"
+
+
+def test_each_group_stands_under_its_own_base() -> None:
+    made = in_groups()
+    _, rows = columns(made)
+    assert [row[0] for row in rows] == [
+        "base max_length=8", "prefix-tuning-plus", "lora",
+        "base max_length=9", "prefix-tuning", "full",
+    ]  # fmt: skip
+    assert cell(made, "base max_length=8", "training, tokens/s") == "5,000 (4,750–5,250)"
+    assert cell(made, "base max_length=8", "training × base") == "1"
+    assert cell(made, "base max_length=9", "training × base") == ""
+    assert cell(made, "lora", "decode × lora") == "1"
+    assert cell(made, "full", "trained parameters, k") == "6,013"
+    said = legend(made)
+    assert "base max_length=9: its cost was not measured. The memory does not suffice." in said
+    assert any("the same base" in line for line in said)
+    assert not any("the same base" in line for line in legend(comparison(kind="speed")))
+
+
+def test_each_group_has_its_own_lora() -> None:
+    made = in_groups()
+    second = replace(made.contestants[3], label="lora 9", method="lora", cost=cost(9, 0, ratio=1))
+    groups = [made.groups[0], replace(made.groups[1], contestants=["prefix-tuning", "lora 9"])]
+    made = replace(made, contestants=[*made.contestants[:3], second], groups=groups)
+    assert cell(made, "lora 9", "training × lora") == cell(made, "lora", "training × lora") == "1"
+
+
+def test_groups_are_read_as_they_were_written_and_older_files_have_none() -> None:
+    made = in_groups()
+    written = json.loads(json.dumps(made.to_json()))
+    assert Comparison.from_json(written).groups == made.groups
+    del written["groups"]
+    for contestant in written["contestants"][:2]:
+        del contestant["cost"]["adapters"]
+    older = Comparison.from_json(written)
+    assert not older.groups
+    assert older.contestants[0].cost == made.contestants[0].cost
 
 
 def test_markdown_is_one_table_whose_cells_keep_their_bars() -> None:

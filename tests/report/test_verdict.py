@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from prefixtune_cli.compare.comparison import TEST, Cell, Comparison, Contestant, Result
 from prefixtune_cli.report.verdict import verdict
-from tests.compare.made import FAILURE, comparison, contestant
+from tests.compare.made import FAILURE, comparison, contestant, in_groups
 
 
 def of(shares: dict[str, list[float]], rows: int = 40) -> Comparison:
@@ -112,6 +112,15 @@ def test_the_cheapest_is_named_beside_the_first() -> None:
         "prefix-tuning trains the fewest parameters: 24,576 (prefix-tuning-plus: 49,152)." in said
     )
     assert "prefix-tuning-plus trains fastest: 5,200 tokens/s." in said
+
+
+def test_the_cheapest_is_sought_among_those_that_were_measured_together() -> None:
+    said = leads(in_groups())
+    assert "prefix-tuning-plus trains the fewest parameters: 49,152." in said
+    assert "prefix-tuning trains the fewest parameters: 24,576." in said
+    assert [lead for lead in said if "fastest" in lead] == [
+        "prefix-tuning-plus trains fastest: 5,200 tokens/s."
+    ]
 
 
 def test_failed_runs_are_counted() -> None:

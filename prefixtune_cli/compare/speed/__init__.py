@@ -12,7 +12,7 @@ from prefixtune_cli.compare.speed.measure import (
     Speeds,
     measure,
 )
-from prefixtune_cli.compare.speed.random_base import random_base
+from prefixtune_cli.compare.speed.random_base import config_of, random_base
 from prefixtune_cli.compare.speed.turn import Shape
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "TRAINING",
     "Shape",
     "Speeds",
+    "config_of",
     "measure",
     "random_base",
 ]

@@ -230,6 +230,7 @@ def _cost(
         return cost
     return replace(
         cost,
+        adapters=shape.adapters,
         training_ratio=_ratio(ours[TRAINING], base[TRAINING]),
         decode_ratio=_ratio(ours[DECODE], base[DECODE]),
         first_token_ratio=_ratio(ours[FIRST_TOKEN], base[FIRST_TOKEN], inverted=True),

@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from prefixtune_cli import model as models
@@ -31,6 +32,28 @@ def random_base(section: ModelSection) -> PreTrainedModel:
         ModelError: the model is not known, or it is quantized by its checkpoint, which is needed then.
         ResourceError: it does not fit into the memory.
     """
+    config = config_of(section)
+    try:
+        if section.bits not in (4, 8):
+            return _drawn(section, config, device(section.device))
+        with TemporaryDirectory(prefix="ptp-random-base-") as folder:
+            _drawn(section, config, torch.device("cpu")).save_pretrained(folder)
+            there = section.model_copy(update={"name": folder, "revision": None})
+            return models.load_base(there)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):  # which knows the errors of every allocator
+            raise
+        raise ResourceError(
+            f"{section.name} does not fit into the memory at {section.bits} bits. Try --bits 4, or a smaller model."
+        ) from error
+
+
+def config_of(section: ModelSection) -> PreTrainedConfig:
+    """The configuration that `random_base` builds from; what can be refused is refused before anything is built.
+
+    Raises:
+        ModelError: the model is not known, or it is quantized by its checkpoint.
+    """
     check_device(section.device)
     config = base_config(section)
     if quantization.stored_settings(config) is not None:
@@ -39,18 +62,7 @@ def random_base(section: ModelSection) -> PreTrainedModel:
             "the model that it was made from, with --bits 4 or --bits 8."
         )
     quantization.check(section, config)
-    try:
-        if section.bits not in (4, 8):
-            return _drawn(section, config, device(section.device))
-        with TemporaryDirectory(prefix="ptp-random-base-") as folder:
-            _drawn(section, config, torch.device("cpu")).save_pretrained(folder)
-            there = section.model_copy(update={"name": folder, "revision": None})
-            return models.load_base(there)
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"{section.name} does not fit into the GPU's memory at {section.bits} bits. Try --bits 4, or a "
-            "smaller model."
-        ) from error
+    return config
 
 
 def _drawn(section: ModelSection, config: PreTrainedConfig, place: torch.device) -> PreTrainedModel:

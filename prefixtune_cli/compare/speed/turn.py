@@ -32,6 +32,7 @@ class Shape:
         batch_size, length: rows of a training step, and tokens of each.
         prompt_tokens: of the prompt whose first token is waited for, and after which tokens are decoded.
         prompts: answered at once.
+        adapters: of a contestant's kind, active and trained at once.
         new_tokens: decoded tokens of an answer.
         gradient_checkpointing: recompute activations in the backward pass.
         optimizer: a name that transformers' TrainingArguments takes.
@@ -44,6 +45,7 @@ class Shape:
     length: int = 256
     prompt_tokens: int = 512
     prompts: int = 1
+    adapters: int = 1
     new_tokens: int = 32
     gradient_checkpointing: bool = False
     optimizer: str = "adamw_torch"
@@ -62,7 +64,7 @@ class Figures:
         peak_bytes: most memory in use during training steps; None where it cannot be measured.
         cache_bytes: of the key/value cache after one prompt.
         parameters: trained ones.
-        adapter_bytes: of the adapter as it is saved, in float32; for `full`, of all weights.
+        adapter_bytes: of the adapters as they are saved, in float32; for `full`, of all weights.
     """
 
     step_seconds: float
@@ -98,7 +100,7 @@ def take_turn(
         raise ModelError(
             "Gradient checkpointing does not go with method prefix-tuning, whose prefix lies in the key/value cache."
         )
-    with attached(base, adapter) as model:
+    with attached(base, adapter, shape.adapters) as model:
         trained = [p for p in model.parameters() if p.requires_grad]
         with in_float32(trained) if full else contextlib.nullcontext():
             step_seconds, peak_bytes = _train(model, base, shape, autocast=autocast)
@@ -121,12 +123,17 @@ def take_turn(
 
 @contextlib.contextmanager
 def attached(
-    base: PreTrainedModel, adapter: models.AdapterSection | None
+    base: PreTrainedModel, adapter: models.AdapterSection | None, count: int = 1
 ) -> Iterator[PeftModel | PreTrainedModel]:
-    """Within the block the base has a random adapter; afterwards it has none, and nothing of it is trainable.
+    """Within the block the base has random adapters; afterwards it has none, and nothing of it is trainable.
+
+    Args:
+        base: without adapters.
+        adapter: None for the base by itself.
+        count: adapters of this kind, all of them active and trainable.
 
     Raises:
-        ModelError: the adapter does not fit the base.
+        ModelError: the adapter does not fit the base, or cannot be active beside another.
     """
     base.requires_grad_(False)
     model: PeftModel | PreTrainedModel = base
@@ -137,6 +144,8 @@ def attached(
                     "Quantized weights have no gradient: method full cannot train them."
                 )
             model = models.attach(base, adapter)
+            if count > 1:
+                models.attach_more(model, adapter.method, count - 1)
         if isinstance(model, PeftModel):
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -252,5 +261,10 @@ def _random_ids(base: PreTrainedModel, rows: int, tokens: int) -> Tensor:
 def _adapter_bytes(model: PeftModel | PreTrainedModel) -> int:
     if not isinstance(model, PeftModel):
         return 0
-    saved = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return sum(tensor.nbytes for tensor in saved.values())
+    return sum(
+        tensor.nbytes
+        for name in model.peft_config
+        for tensor in get_peft_model_state_dict(
+            model, adapter_name=name, save_embedding_layers=False
+        ).values()
+    )
