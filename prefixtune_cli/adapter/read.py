@@ -58,7 +58,9 @@ def _of_one_position(output: Tensor, query: Tensor, weights: Weights, phi: Featu
     It takes as long as its steps are many, and is written out for that reason.
     """
     M, W, b = weights
-    x = query.squeeze(2).transpose(0, 1).to(torch.promote_types(query.dtype, M.dtype))  # [h·g, b, d]
+    x = (
+        query.squeeze(2).transpose(0, 1).to(torch.promote_types(query.dtype, M.dtype))
+    )  # [h·g, b, d]
     if len(M) != len(x) or W is not None or M.dtype != x.dtype:
         x, M, W, b = _matrices(query, weights, x.dtype)
     read = torch.bmm(features(phi, x, W, b), M)
