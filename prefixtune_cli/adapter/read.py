@@ -55,14 +55,13 @@ def add_read(output: Tensor, query: Tensor, weights: Weights, phi: FeatureMap) -
 def _of_one_position(output: Tensor, query: Tensor, weights: Weights, phi: FeatureMap) -> Tensor:
     """The read in decoding, in M's precision: to cast M would take longer than the product.
 
-    It takes as long as its steps are many, and is written out for that reason.
+    What it takes is the calls, not the arithmetic; hence no more of them than must be.
     """
     M, W, b = weights
-    x = (
-        query.squeeze(2).transpose(0, 1).to(torch.promote_types(query.dtype, M.dtype))
-    )  # [h·g, b, d]
-    if len(M) != len(x) or W is not None or M.dtype != x.dtype:
-        x, M, W, b = _matrices(query, weights, x.dtype)
+    dtype = torch.promote_types(query.dtype, M.dtype)
+    x = query.squeeze(2).transpose(0, 1).to(dtype)  # [h·g, b, d]
+    if len(M) != len(x) or W is not None or M.dtype != dtype:
+        x, M, W, b = _matrices(query, weights, dtype)
     read = torch.bmm(features(phi, x, W, b), M)
     return output + read.transpose(0, 1).unsqueeze(1).to(output.dtype)
 
@@ -103,17 +102,16 @@ def _forward(
         return triton_read.forward(output, query, weights.M, phi, dtype)
     x, M, W, b = _matrices(query, weights, dtype)
     value = features(phi, x, W, b)
-    batch = len(output)
     if output.dtype == dtype:
         by_head = output.permute(2, 0, 1, 3).flatten(1, 2)
-        return _by_token(torch.baddbmm(by_head, value, M), batch)
-    return output + _by_token(torch.bmm(value, M), batch).to(output.dtype)
+        return _by_token(torch.baddbmm(by_head, value, M), output)
+    return output + _by_token(torch.bmm(value, M), output).to(output.dtype)
 
 
-def _by_token(heads: Tensor, batch: int) -> Tensor:
+def _by_token(heads: Tensor, output: Tensor) -> Tensor:
     """[h·g, n, v] as [b, s, h·g, v]."""
-    h, n, v = heads.shape
-    return heads.view(h, batch, n // batch, v).permute(1, 2, 0, 3)
+    batch, positions, h, v = output.shape
+    return heads.view(h, batch, positions, v).permute(1, 2, 0, 3)
 
 
 def _backward(
@@ -129,7 +127,7 @@ def _backward(
         found = triton_read.backward(grad, query, weights.M, phi, dtype, *wanted[:2])
         return [*found, None, None]
     x, M, W, b = _matrices(query, weights, dtype)
-    g = grad.permute(2, 0, 1, 3).to(dtype).reshape(len(x), x.shape[1], -1)  # [h·g, n, v]
+    g = grad.permute(2, 0, 1, 3).to(dtype).flatten(1, 2)  # [h·g, n, v]
     value = features(phi, x, W, b)
     dM = torch.bmm(value.mT, g) if wanted[1] else None
     dx = dW = db = None
@@ -137,8 +135,8 @@ def _backward(
         gradient = torch.bmm(g, M.mT)
         dx, dW, db = pulled_back(gradient, value, phi, x, W, of_query=wanted[0])
     if dx is not None:
-        batch, heads, positions, _ = query.shape
-        dx = dx.to(query.dtype).view(heads, batch, positions, -1).transpose(0, 1)
+        batch, heads, positions, d = query.shape
+        dx = dx.to(query.dtype).view(heads, batch, positions, d).transpose(0, 1)
     summed = (
         None if d is None else _summed(d, like)
         for like, d in zip(weights, (dM, dW, db), strict=True)

@@ -50,6 +50,7 @@ class LiveReporter:
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=console.stderr(),
+            refresh_per_second=1,  # what it draws, the computation loses
         )
         self._tasks: dict[str, Any] = {}
         self._measured: set[str] = set()  # tasks that tell figures of their own

@@ -208,3 +208,18 @@ def kept_bytes(model: torch.nn.Module) -> int:
         loss = model(inputs_embeds=embedded, use_cache=False).logits.float().sum()
     assert loss.requires_grad
     return sum(kept.values())
+
+
+@pytest.mark.parametrize(("batch", "positions"), [(0, POSITIONS), (BATCH, 0), (0, 1)])
+def test_of_no_tokens_nothing_is_read_and_no_gradient_comes(batch: int, positions: int) -> None:
+    one = memory(feature_map="mlp")
+    query = torch.zeros(batch, HEADS * GROUP, positions, D_QUERY, dtype=torch.float64)
+    output = torch.zeros(batch, positions, HEADS * GROUP, D_VALUE, dtype=torch.float64)
+    query.requires_grad_(True)
+    found = one(query, output)
+    assert found.shape == output.shape
+    found.sum().backward()
+    assert query.grad is not None
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in one.parameters())
+    with torch.no_grad():
+        assert one(query, output).shape == output.shape
