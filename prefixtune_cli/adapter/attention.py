@@ -117,12 +117,13 @@ def attention_with_memory(
     output, weights = attention(module, query, *args, **kwargs)
     layer = getattr(module, LAYER_ATTRIBUTE, None)
     if layer is not None:
-        for memory in layer.active_memories():
+        for memory, *others in layer.reads():
             # Flash attention pads the values of multi-head latent attention to the keys' width.
             if padding := output.shape[-1] - memory.d_value:
-                output = output + F.pad(memory(query).to(output.dtype), (0, padding))
+                read = memory(query, others=others).to(output.dtype)
+                output = output + F.pad(read, (0, padding))
             else:
-                output = memory(query, output)
+                output = memory(query, output, others)
     return output, weights
 
 

@@ -11,7 +11,7 @@ The FFN is found by what transformers' decoder layers call it; of a mixture of e
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,20 +103,23 @@ def _hidden_size(model: nn.Module, attention: str) -> int:
     return width
 
 
-def add_read_of_blocks(output: Any, hidden: Tensor, memory: Memory) -> Any:
+def add_read_of_blocks(
+    output: Any, hidden: Tensor, memory: Memory, others: Sequence[Memory] = ()
+) -> Any:
     """Add to an FFN's output what its input's blocks read from a memory.
 
     Args:
         output: [..., hidden], or of a mixture of experts a tuple with this first.
         hidden: the input, with as many values; each may be [tokens, hidden] or [batch, positions, hidden].
         memory: one M a block.
+        others: memories that read alike.
 
     Returns:
         The output in its own shape and dtype, and whatever comes beside it.
     """
     if isinstance(output, tuple):
-        return (add_read_of_blocks(output[0], hidden, memory), *output[1:])
+        return (add_read_of_blocks(output[0], hidden, memory, others), *output[1:])
     positions = hidden.shape[-2]
     blocks = hidden.reshape(-1, positions, memory.heads, memory.d_query).transpose(1, 2)
     by_block = output.reshape(-1, positions, memory.heads, memory.d_value)
-    return memory(blocks, by_block).reshape(output.shape)
+    return memory(blocks, by_block, others).reshape(output.shape)

@@ -40,6 +40,7 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         self.prefix_tuning_plus_memory = nn.ModuleDict({})
         self.merged_adapters: list[str] = []
         self._active: list[Memory] = []
+        self._reads: list[list[Memory]] = []
         if isinstance(shape, AttentionShape):
             object.__setattr__(base_layer, LAYER_ATTRIBUTE, self)
 
@@ -73,6 +74,10 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         """The memories that are read now: none while adapters are disabled."""
         return self._active
 
+    def reads(self) -> list[list[Memory]]:
+        """The active memories, those together that one read is enough for."""
+        return self._reads
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self._look_up()
@@ -86,6 +91,13 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         memories: Any = self.prefix_tuning_plus_memory
         names = [] if self.disable_adapters else self.active_adapters
         self._active = [memories[name] for name in names if name in memories]
+        self._reads = []
+        for memory in self._active:
+            alike = (group for group in self._reads if memory.reads_like(group[0]))
+            if group := next(alike, None):
+                group.append(memory)
+            else:
+                self._reads.append([memory])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_layer(*args, **kwargs)
@@ -141,6 +153,6 @@ class FeedForwardMemoryLayer(MemoryLayer):
         """Call the FFN, whose first argument is its input, and add what the memories give."""
         output = self.base_layer(*args, **kwargs)
         hidden = args[0] if args else next(iter(kwargs.values()))
-        for memory in self.active_memories():
-            output = add_read_of_blocks(output, hidden, memory)
+        for memory, *others in self.reads():
+            output = add_read_of_blocks(output, hidden, memory, others)
         return output

@@ -6,6 +6,7 @@ Legend: h heads of M, g query heads that share one of them, s positions, d d_que
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -74,12 +75,15 @@ class Memory(nn.Module):
         if not init_weights:
             nn.init.normal_(starts_at_zero, std=0.1)
 
-    def forward(self, query: Tensor, output: Tensor | None = None) -> Tensor:
+    def forward(
+        self, query: Tensor, output: Tensor | None = None, others: Sequence[Memory] = ()
+    ) -> Tensor:
         """φ(q)ᵀM for every query head, added to what attention gives.
 
         Args:
             query: [batch, query heads, positions, d_query], as attention itself uses it.
             output: [batch, positions, query heads, d_value]; None stands for zeros in the query's dtype.
+            others: memories that read alike; as φ(q)ᵀM + φ(q)ᵀN = φ(q)ᵀ(M + N), one read is enough for all.
 
         Returns:
             [batch, positions, query heads, d_value] in the output's dtype: the layout of attention's output.
@@ -95,7 +99,14 @@ class Memory(nn.Module):
             )
         if output is None:
             output = query.new_zeros(batch, positions, query_heads, self.d_value)
-        return add_read(output, query, self.weights(), self.phi)
+        weights = self.weights()
+        for other in others:
+            weights = weights._replace(M=weights.M + other.weights().M)
+        return add_read(output, query, weights, self.phi)
+
+    def reads_like(self, other: Memory) -> bool:
+        """Whether both have the same heads and the same φ, which is not trained."""
+        return self.feature_map != "mlp" and (self.phi, self.heads) == (other.phi, other.heads)
 
     def features(self, query: Tensor) -> Tensor:
         """φ(q): [heads, tokens, d_query] to [heads, tokens, d_φ]."""

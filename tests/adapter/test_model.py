@@ -364,6 +364,29 @@ def test_two_adapters_with_one_map_are_the_sum_of_their_memories():
     torch.testing.assert_close(logits(model, tokens()), both, rtol=1e-4, atol=1e-4)
 
 
+@SITES
+def test_adapters_that_read_alike_are_read_at_once_and_each_gets_the_gradient_of_their_sum(sites):
+    model = adapted(dtype=torch.float64, sites=sites)
+    model.add_adapter("alike", PrefixTuningPlusConfig(sites=sites))
+    model.add_adapter("low rank", PrefixTuningPlusConfig(sites=sites, rank=2))
+    model.add_adapter("other map", PrefixTuningPlusConfig(sites=sites, feature_map="gelu"))
+    for trained in ("trained", "trained too"):
+        model.add_adapter(trained, PrefixTuningPlusConfig(sites=sites, feature_map="mlp"))
+    names = ["default", "alike", "low rank", "other map", "trained", "trained too"]
+    for seed, name in enumerate(names):
+        fill(model, name, seed=seed)
+    model.base_model.set_adapter(names)
+    layer = (feed_forward if sites == "ffn" else attention)(model, "llama", 0)
+    memories = layer.prefix_tuning_plus_memory
+    together = [[memories[name] for name in names[:3]], *([memories[name]] for name in names[3:])]
+    assert layer.reads() == together
+    model(input_ids=tokens()).logits.square().sum().backward()
+    assert memories["default"].M.grad.abs().max() > 0
+    torch.testing.assert_close(memories["alike"].M.grad, memories["default"].M.grad)
+    low = memories["low rank"]
+    torch.testing.assert_close(low.M_up.grad, low.M_down.detach().mT @ memories["alike"].M.grad)
+
+
 def test_adapters_on_different_layers_keep_to_their_own():
     model = adapted(layers=[0])
     model.add_adapter("top", PrefixTuningPlusConfig(layers=[2]))
