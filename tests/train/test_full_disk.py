@@ -19,7 +19,7 @@ import pytest
 from prefixtune_cli.errors import ResourceError
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir, step_of
-from prefixtune_cli.train import train
+from prefixtune_cli.train import callbacks, train
 from tests.train.test_chaos import assert_whole, outcome
 from tests.train.test_run import Listener, recipe
 
@@ -195,6 +195,7 @@ def test_a_write_that_fails_is_told_and_the_last_checkpoint_goes_on(
     with monkeypatch.context() as patched:
         disk = FullDisk(run_dir, name)
         patched.setattr(builtins, "open", disk.open)
+        patched.setattr(callbacks, "SECONDS_BETWEEN_PLOTS", 0)
         with pytest.raises(ResourceError) as caught:
             train(settings)
     assert disk.full
