@@ -39,7 +39,6 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         self.shape = shape
         self.prefix_tuning_plus_memory = nn.ModuleDict({})
         self.merged_adapters: list[str] = []
-        self._active: list[Memory] = []
         self._reads: list[list[Memory]] = []
         if isinstance(shape, AttentionShape):
             object.__setattr__(base_layer, LAYER_ATTRIBUTE, self)
@@ -72,7 +71,7 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
 
     def active_memories(self) -> list[Memory]:
         """The memories that are read now: none while adapters are disabled."""
-        return self._active
+        return [memory for group in self._reads for memory in group]
 
     def reads(self) -> list[list[Memory]]:
         """The active memories, those together that one read is enough for."""
@@ -90,9 +89,8 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         """Which memories are read, looked up when that changes: a compiled model does not depend on their names."""
         memories: Any = self.prefix_tuning_plus_memory
         names = [] if self.disable_adapters else self.active_adapters
-        self._active = [memories[name] for name in names if name in memories]
         self._reads = []
-        for memory in self._active:
+        for memory in (memories[name] for name in names if name in memories):
             alike = (group for group in self._reads if memory.reads_like(group[0]))
             if group := next(alike, None):
                 group.append(memory)
