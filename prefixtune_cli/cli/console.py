@@ -6,6 +6,7 @@ NO_COLOR is set or nobody is at a terminal; there, lines are not wrapped either.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import os
@@ -68,6 +69,8 @@ def importing() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
+        # Triton looks at the exit for what of its own was not collected, and prints it all.
+        atexit.register(gc.unfreeze)
         gc.enable()
 
 
