@@ -16,6 +16,12 @@ from prefixtune_cli.adapter.attention import (
     UnsupportedModelError,
     attention_modules,
 )
+from prefixtune_cli.adapter.basis import (
+    basis_state,
+    fold_basis,
+    initialize_basis,
+    load_basis_state,
+)
 from prefixtune_cli.adapter.config import PrefixTuningPlusConfig
 from prefixtune_cli.adapter.feed_forward import FeedForwardShape, feed_forward_modules
 from prefixtune_cli.adapter.layer import FeedForwardMemoryLayer, MemoryLayer
@@ -35,5 +41,9 @@ __all__ = [
     "PrefixTuningPlusModel",
     "UnsupportedModelError",
     "attention_modules",
+    "basis_state",
     "feed_forward_modules",
+    "fold_basis",
+    "initialize_basis",
+    "load_basis_state",
 ]

@@ -39,6 +39,7 @@ COMBINATIONS = ("linear", *PRUNING)
 _FREE = {
     "layers",
     "rank",
+    "basis_epsilon",
     "feature_dim",
     "init_weights",
     "inference_mode",

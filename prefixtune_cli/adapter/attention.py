@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -119,9 +119,9 @@ def attention_with_memory(
     if layer is not None:
         for memory, *others in layer.reads():
             # Flash attention pads the values of multi-head latent attention to the keys' width.
-            if padding := output.shape[-1] - memory.d_value:
-                read = memory(query, others=others).to(output.dtype)
-                output = output + F.pad(read, (0, padding))
+            if output.shape[-1] > memory.d_value:
+                values, padding = output[..., : memory.d_value], output[..., memory.d_value :]
+                output = torch.cat((memory(query, values, others), padding), -1)
             else:
                 output = memory(query, output, others)
     return output, weights

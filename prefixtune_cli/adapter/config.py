@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -34,6 +35,8 @@ class PrefixTuningPlusConfig(PeftConfig):
         target_modules: attention modules and FFNs to adapt, by name as elsewhere in PEFT; None is all that `sites`
             and `layers` allow.
         modules_to_save: modules trained and saved besides, as elsewhere in PEFT.
+        basis_epsilon: ε of the basis in which M is trained after a call of `initialize_basis`; it is not saved, as an
+            adapter is M alone.
         init_weights: M starts at zero, so a fresh adapter changes nothing. False draws it at random, for tests.
         format_version: of the adapter's file format; a higher one than this code knows is refused. It follows from
             the settings: the lowest version that knows them (`sites` and `rank` are of version 2).
@@ -66,6 +69,9 @@ class PrefixTuningPlusConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved besides."}
     )
+    basis_epsilon: float = field(
+        default=0.01, metadata={"help": "Floor of the basis, as a share of the mean eigenvalue."}
+    )
     init_weights: bool = field(default=True, metadata={"help": "Start M at zero."})
     format_version: int = field(default=1, metadata={"help": "Version of the adapter's format."})
 
@@ -90,9 +96,16 @@ class PrefixTuningPlusConfig(PeftConfig):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be a whole number above 0, got {value!r}.")
+        if not self.basis_epsilon > 0:
+            raise ValueError(f"basis_epsilon must be above 0, got {self.basis_epsilon!r}.")
         self._check_sites()
         self._check_layers()
         self.format_version = 2 if self.sites != "attention" or self.rank is not None else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = super().to_dict()
+        del found["basis_epsilon"]
+        return found
 
     def _check_sites(self) -> None:
         if self.sites not in SITES:

@@ -1,5 +1,8 @@
 """The memory M of one module, and how a query reads it; it knows nothing of the model around it.
 
+While M is trained in a basis (basis.py), its parameter holds coordinates, and M = basis·coordinates is made anew for
+each forward pass: a product of small matrices beside those of a layer. A state dict has M itself either way.
+
 Legend: h heads of M, g query heads that share one of them, s positions, d d_query, f d_φ, v d_value, r rank.
 """
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +26,8 @@ class Memory(nn.Module):
     The trained map has W_phi, [heads, d_φ, d_query], and b_phi, [heads, d_φ], which start as those of a linear layer.
     With a rank, M is the product of M_down, [heads, d_φ, rank], which starts as a linear layer, and M_up,
     [heads, rank, d_value], which starts at zero; there is no parameter M then.
+
+    `basis`, [heads, d_φ, d_φ], is None but while M is trained in one: M (M_down) then holds its coordinates.
 
     Args:
         heads: how many M there are: the query heads, or the key/value heads where these share one; at an FFN, the
@@ -66,6 +72,10 @@ class Memory(nn.Module):
             self.M_down = nn.Parameter(torch.empty(heads, d_phi, rank, dtype=torch.float32))
             nn.init.uniform_(self.M_down, -1 / math.sqrt(d_phi), 1 / math.sqrt(d_phi))
             self.M_up = starts_at_zero
+        self.basis: Tensor | None
+        self.register_buffer("basis", None, persistent=False)
+        self.register_state_dict_post_hook(_fold_into_state_dict)
+        self.register_load_state_dict_pre_hook(_take_from_state_dict)
         if feature_map == "mlp":
             self.W_phi = nn.Parameter(torch.empty(heads, d_phi, d_query, dtype=torch.float32))
             self.b_phi = nn.Parameter(torch.empty(heads, d_phi, dtype=torch.float32))
@@ -113,17 +123,68 @@ class Memory(nn.Module):
         _, W, b = self.weights()
         return features(self.phi, query, W, b)
 
+    @property
+    def factor_name(self) -> str:
+        """The parameter that stands next to φ(q), and so has its basis: M, or M_down where M is a product."""
+        return "M" if self.rank is None else "M_down"
+
+    def factor(self) -> Tensor:
+        """M (M_down) itself, [heads, d_φ, d_value or rank], whether it is trained in a basis or not."""
+        trained: Tensor = getattr(self, self.factor_name)
+        if self.basis is None:
+            return trained
+        with torch.autocast(trained.device.type, enabled=False):
+            return torch.bmm(self.basis, trained)
+
+    @torch.no_grad()
+    def set_basis(self, basis: Tensor) -> None:
+        """Train M in this basis from now on; what a query reads stays the same.
+
+        Args:
+            basis: [heads, d_φ, d_φ], of full rank.
+        """
+        self.fold()
+        parameter = getattr(self, self.factor_name)
+        self.basis = basis.to(parameter)
+        parameter.copy_(_coordinates(self.basis, parameter))
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Have the parameter hold M (M_down) itself again, without a basis."""
+        getattr(self, self.factor_name).copy_(self.factor())
+        self.basis = None
+
     def weights(self) -> Weights:
         """M, or the product that stands for it, and the trained map."""
-        M = self.M if self.rank is None else self.M_down @ self.M_up
+        M = self.factor() if self.rank is None else self.factor() @ self.M_up
         if self.feature_map != "mlp":
             return Weights(M)
         return Weights(M, self.W_phi, self.b_phi)
 
     def matrix(self) -> Tensor:
         """M, [heads, d_φ, d_value] in float32, whether it is trained whole or as a product."""
-        return self.M.float() if self.rank is None else self.M_down.float() @ self.M_up.float()
+        factor = self.factor().float()
+        return factor if self.rank is None else factor @ self.M_up.float()
 
     def extra_repr(self) -> str:
         shapes = [f"{name}={tuple(value.shape)}" for name, value in self.named_parameters()]
         return ", ".join([*shapes, f"feature_map={self.feature_map}"])
+
+
+def _coordinates(basis: Tensor, factor: Tensor) -> Tensor:
+    """What times `basis` is `factor`, in float64, as a basis has short and long directions."""
+    return torch.linalg.solve(basis.double(), factor.double())
+
+
+def _fold_into_state_dict(
+    memory: Memory, state_dict: dict[str, Any], prefix: str, metadata: Any
+) -> None:
+    if memory.basis is not None:
+        state_dict[prefix + memory.factor_name] = memory.factor().detach()
+
+
+def _take_from_state_dict(memory: Memory, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    key = prefix + memory.factor_name
+    if memory.basis is not None and key in state_dict:
+        given = state_dict[key].to(memory.basis.device)
+        state_dict[key] = _coordinates(memory.basis, given).to(given.dtype)

@@ -16,7 +16,6 @@ from transformers import (
     BloomConfig,
     CLIPVisionConfig,
     FalconConfig,
-    GPTJConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MambaConfig,
@@ -236,7 +235,6 @@ def test_eager_attention_still_returns_its_weights():
     "config",
     [
         BloomConfig(vocab_size=16, hidden_size=8, n_layer=1, n_head=2),
-        GPTJConfig(vocab_size=16, n_embd=8, n_layer=1, n_head=2, rotary_dim=4),
         FalconConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2),
         MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=4),
     ],

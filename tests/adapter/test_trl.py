@@ -35,9 +35,14 @@ ARGUMENTS = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
+    return words(VOCAB)
+
+
+def words(count: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of so many words, three of them special."""
     special = ["<pad>", "<s>", "</s>"]
-    words = [f"w{number}" for number in range(VOCAB - len(special))]
-    table = {word: number for number, word in enumerate(special + words)}
+    plain = [f"w{number}" for number in range(count - len(special))]
+    table = {word: number for number, word in enumerate(special + plain)}
     model = Tokenizer(WordLevel(table, unk_token="<pad>"))
     model.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
