@@ -34,6 +34,7 @@ from prefixtune_cli.errors import AdapterError, ModelError, ResourceError
 from prefixtune_cli.parallel.devices import check_device
 from prefixtune_cli.recipe.aliases import resolve
 from prefixtune_cli.recipe.schema import (
+    AdapterSection,
     Full,
     Lora,
     ModelSection,
@@ -43,7 +44,6 @@ from prefixtune_cli.recipe.schema import (
 )
 from prefixtune_cli.tokenizer import cannot_load
 
-AdapterSection = PrefixTuningPlus | Lora | PrefixTuning | Full | Peft
 _WEIGHTS = "adapter_model.safetensors"
 # What peft's methods raise where they do not fit a base.
 _FAILURES = (RuntimeError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
@@ -109,6 +109,15 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(cannot_load("configuration", section, error)) from error
+
+
+def hidden_size(section: ModelSection) -> int:
+    """The width of the base's hidden states.
+
+    Raises:
+        ModelError: the model cannot be found or read.
+    """
+    return int(load_config(section).get_text_config().hidden_size)
 
 
 def skeleton(section: ModelSection) -> PreTrainedModel:

@@ -248,6 +248,14 @@ BlockSize = Annotated[
         help="Prefix-Tuning+ at the FFN: width of a block of its input.",
     ),
 ]
+Basis = Annotated[
+    bool | None,
+    option(
+        "--basis/--no-basis",
+        panel=ADAPTER,
+        help="Prefix-Tuning+: train M in the basis of its queries, found by a pass over some rows.",
+    ),
+]
 Rank = Annotated[
     int | None,
     option("--rank", panel=ADAPTER, metavar="N", help="Prefix-Tuning+: rank of each M."),

@@ -47,6 +47,7 @@ def train(
     feature_map: options.FeatureMap = None,
     feature_dim: options.FeatureDim = None,
     normalize_query: options.NormalizeQuery = None,
+    basis: options.Basis = None,
     sites: options.Sites = None,
     block_size: options.BlockSize = None,
     rank: options.Rank = None,

@@ -31,6 +31,7 @@ KEYS = {
     "feature_map": "adapter.feature_map",
     "feature_dim": "adapter.feature_dim",
     "normalize_query": "adapter.normalize_query",
+    "basis": "adapter.basis",
     "sites": "adapter.sites",
     "block_size": "adapter.block_size",
     "rank": "adapter.rank",

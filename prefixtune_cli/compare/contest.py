@@ -78,6 +78,7 @@ class Entry:
     def learning_rates(self, count: int) -> list[float]:
         """`count` rates around its own, a factor of √10 apart, two digits each; its own is among them."""
         own = self.recipe.train.learning_rate
+        assert own is not None, "given by with_learning_rate"
         exponents = range(-((count - 1) // 2), count // 2 + 1)
         return [own if e == 0 else float(f"{own * STEP**e:.1e}") for e in exponents]
 

@@ -163,8 +163,12 @@ def _without_another_methods_settings(
         return dict(values)
     kept = {key: value for key, value in values.items() if key != "adapter"}
     if isinstance(train := kept.get("train"), Mapping):
-        defaults = method_defaults(old)
-        kept["train"] = {k: v for k, v in train.items() if k not in defaults or v != defaults[k]}
+        defaults = method_defaults(old)  # a learning rate is a method's own
+        kept["train"] = {
+            k: v
+            for k, v in train.items()
+            if k != "learning_rate" and (k not in defaults or v != defaults[k])
+        }
     return kept
 
 

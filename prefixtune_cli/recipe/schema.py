@@ -1,7 +1,8 @@
 """The recipe's schema: the only home of defaults.
 
 A recipe is frozen once validated, and unknown keys are forbidden. `adapter` is a union told apart
-by `adapter.method`; the training defaults that depend on the method stand in `METHOD_DEFAULTS`.
+by `adapter.method`; the training defaults that depend on the method stand in `METHOD_DEFAULTS`, the
+learning rates, which depend on the base's width as well, in `RATES`.
 Whatever is not one of the four methods with a section of their own is one of peft's, which this
 layer does not import: `peft_methods` checks the name and its settings.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import re
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -29,18 +30,38 @@ DataFormat = Literal[
     "auto", "messages", "conversations", "prompt-completion", "alpaca", "question-answer", "text"
 ]
 
-# Chosen by sweeps on the sample tasks: same trainer, same steps.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "prefix-tuning-plus": {"learning_rate": 1e-2},
-    "lora": {"learning_rate": 3e-3},
-    "prefix-tuning": {"learning_rate": 1e-1},
-    "full": {"learning_rate": 3e-4, "save_minutes": None},  # a checkpoint is six times the base
-    # Not swept: the vectors of these are few and small, or the weights many.
-    "vera": {"learning_rate": 1e-2},  # Kopiczko et al. 2024: ten times LoRA's and more
-    "prompt-tuning": {"learning_rate": 3e-2},  # peft's example for causal language models
-    "osf": {"learning_rate": 3e-4},  # trains nearly every weight, as full does
+    "full": {"save_minutes": None},  # a checkpoint is six times the base
 }
-OF_PEFT = {"learning_rate": 3e-3}  # LoRA's, for the methods that have no line above
+
+
+class Rate(NamedTuple):
+    """A default learning rate: `at` for a base whose hidden size is 2,000, times (2,000 / hidden size)^power.
+
+    The power is that of the tinker cookbook's fit over models of many widths (0.781 for Llama); 0 is one rate for all.
+    """
+
+    at: float
+    power: float
+    why: str
+
+    def of(self, width: int) -> float:
+        """The rate for a base of this hidden size, to two digits."""
+        return float(f"{self.at * (2000 / width) ** self.power:.1e}")
+
+
+# Chosen by sweeps, on the built-in base (hidden size 192) and on SmolLM2-135M (576): see the README.
+IN_THE_BASIS = Rate(0.03, 0, "a step changes what M adds to by about 3 % of its size")
+WITHOUT_A_BASIS = Rate(1e-3, 0, "without a basis, whatever the size of what M adds to")
+RATES: dict[str, Rate] = {
+    "lora": Rate(1e-3, 0.781, "LoRA's falls with the base's hidden size"),
+    "prefix-tuning": Rate(3e-2, 0, "one rate for all bases"),
+    "full": Rate(5e-5, 0.781, "it falls with the base's hidden size"),
+    # Not swept: the vectors of these are few and small, or the weights many.
+    "vera": Rate(1e-2, 0, "ten times LoRA's"),  # Kopiczko et al. 2024
+    "prompt-tuning": Rate(3e-2, 0, "that of peft's example"),
+    "osf": Rate(5e-5, 0.781, "that of full, as it trains nearly every weight"),
+}
 METHOD_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")  # after `_` became `-`
 
 # The methods with trained tokens in front of every row: as keys and values of each layer, or as embeddings.
@@ -63,6 +84,7 @@ NOT_SPREAD = {
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "feature_map": "elu",
+        "basis": False,
         "normalize_query": False,
         "sites": "attention",
         "rank": None,
@@ -157,6 +179,10 @@ class PrefixTuningPlus(Section):
         None,
         ge=1,
         description="Width of a block of the FFN's input; null is about that of a query head.",
+    )
+    basis: bool = Field(
+        True,
+        description="Train M in the basis of its queries' second moment, which a pass over some rows finds.",
     )
     rank: int | None = Field(
         None, ge=1, description="Rank of each M, as the product of two; null trains it whole."
@@ -295,14 +321,24 @@ class Peft(WithConfig):
     )
 
 
+AdapterSection = PrefixTuningPlus | Lora | PrefixTuning | Full | Peft
+
+
 def canonical(method: str) -> str:
     """A method's name with hyphens, which peft writes with underscores."""
     return method.replace("_", "-")
 
 
 def method_defaults(method: str) -> dict[str, Any]:
-    """The training settings that a method has by default."""
-    return METHOD_DEFAULTS.get(method, OF_PEFT)
+    """The training settings that a method has by default, beside its learning rate."""
+    return METHOD_DEFAULTS.get(method, {})
+
+
+def default_rate(adapter: Section) -> Rate:
+    """The learning rate of an adapter where the recipe has none; LoRA's for a method that has no line of its own."""
+    if isinstance(adapter, PrefixTuningPlus):
+        return IN_THE_BASIS if adapter.basis else WITHOUT_A_BASIS
+    return RATES.get(str(getattr(adapter, "method", "")), RATES["lora"])
 
 
 def _tag(adapter: Any) -> str:
@@ -332,7 +368,11 @@ def _is_misspelled(method: str) -> bool:
 class TrainSection(Section):
     epochs: float = Field(3.0, gt=0, description="Passes over the data; `max_steps` overrides it.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps.")
-    learning_rate: float = Field(1e-2, gt=0, description="Peak; the default depends on the method.")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Peak; null is a rate for the method and the base's width, which `ptp train` says.",
+    )
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field("cosine")
     warmup_ratio: float = Field(
         0.05, ge=0, lt=1, description="Fraction of the steps spent on warm-up."
@@ -493,6 +533,15 @@ class Recipe(Section):
                 "Use --bits 16, or another method."
             )
         return self
+
+    def with_learning_rate(self, width: int) -> Recipe:
+        """The recipe with the default rate for a base of this hidden size, where it has none."""
+        if self.train.learning_rate is not None:
+            return self
+        rate = default_rate(self.adapter).of(width)
+        return self.model_copy(
+            update={"train": self.train.model_copy(update={"learning_rate": rate})}
+        )
 
     @property
     def folder(self) -> str:

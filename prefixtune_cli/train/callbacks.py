@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import resource
+import statistics
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,6 +111,51 @@ def forget_peak_memory() -> None:
     """Let `peak_memory_gib` begin anew on a GPU, where a process has several runs."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.reset_peak_memory_stats()
+
+
+class LossWatch(TrainerCallback):
+    """Says once, while there is time to stop, that the training loss has risen.
+
+    The last steps are compared with the first ones, which the warm-up keeps near the base: more than three standard
+    errors above them, and more than 2 %, is no noise of the batches.
+
+    Args:
+        losses: of each step, by the steps behind it; the trainer adds to them.
+        reporter: hears the warning.
+    """
+
+    _FIRST, _LAST = 5, 10
+
+    def __init__(self, losses: Mapping[int, float], reporter: Reporter) -> None:
+        self._losses = losses
+        self._reporter = reporter
+        self._said = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        steps = sorted(self._losses)
+        after_warmup = state.global_step >= args.get_warmup_steps(state.max_steps) + self._LAST
+        if self._said or not after_warmup or len(steps) < self._FIRST + self._LAST:
+            return
+        first, error = _mean_and_error([self._losses[i] for i in steps[: self._FIRST]])
+        last, other = _mean_and_error([self._losses[i] for i in steps[-self._LAST :]])
+        if last > 1.02 * first and last - first > 3 * math.hypot(error, other):
+            self._said = True
+            self._reporter.warning(
+                f"The training loss has risen: it is {last:.4g} over the last {self._LAST} steps, and was {first:.4g} "
+                f"at first. {slower(args.learning_rate)}"
+            )
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and its standard error."""
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def slower(rate: float) -> str:
+    """What to type where a learning rate is too high."""
+    return f"Try --learning-rate {rate / 3:.1g}, a third."
 
 
 class WeightWatch(TrainerCallback):

@@ -19,7 +19,8 @@ from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import Peft, Recipe
 from prefixtune_cli.run_dir import RunDir, step_of
-from prefixtune_cli.train.callbacks import Journal, WeightWatch
+from prefixtune_cli.train.basis import Basis
+from prefixtune_cli.train.callbacks import Journal, LossWatch, WeightWatch
 from prefixtune_cli.train.checks import does_not_fit
 from prefixtune_cli.train.loss_plot import draw_loss
 from prefixtune_cli.train.prepare import Data
@@ -63,7 +64,7 @@ def fit(
         )
     while True:
         try:
-            trainer = _trainer(job, recipe, model, tokenizer)
+            trainer = _trainer(job, recipe, model, tokenizer, checkpoint)
         except ValueError as error:  # TRL's, of an adapter that its loss would pass over
             raise ModelError(
                 f"Method {recipe.adapter.method} cannot be trained on this base: {error}"
@@ -96,6 +97,7 @@ def _trainer(
     recipe: Recipe,
     model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Path | None,
 ) -> SafeTrainer:
     """The trainer for `recipe`, whose batches may be smaller than the job's."""
     run_dir, data, processes = job.run_dir, job.data, job.processes
@@ -114,10 +116,13 @@ def _trainer(
         eval_dataset=data.held_out if arguments.eval_steps else None,
         processing_class=tokenizer,
     )
+    if Basis.is_for(recipe.adapter):
+        trainer.add_callback(Basis(trainer, job.reporter, checkpoint))
     for callback in (
         Trial(trainer),
         Journal(run_dir, job.reporter, writes=processes.leads),
         WeightWatch(),
+        LossWatch(trainer.losses, job.reporter),
     ):
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)  # the journal reports

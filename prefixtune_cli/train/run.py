@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,11 +30,11 @@ from prefixtune_cli.parallel.processes import Processes, inside_a_launcher, join
 from prefixtune_cli.parallel.sharding import adapter_at_hand, is_sharded, reshard, shard
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import dump
-from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.recipe.schema import Recipe, default_rate
 from prefixtune_cli.run_dir import RunDir, write_atomically, write_json
 from prefixtune_cli.shared_base import SharedBase
 from prefixtune_cli.tokenizer import check_base, load_tokenizer
-from prefixtune_cli.train.callbacks import forget_peak_memory, peak_memory_gib
+from prefixtune_cli.train.callbacks import forget_peak_memory, peak_memory_gib, slower
 from prefixtune_cli.train.checks import (
     check_disk,
     check_packing,
@@ -49,6 +50,7 @@ from prefixtune_cli.train.prepare import Data, prepare_data
 from prefixtune_cli.train.stop import StopRequest
 
 HELD_OUT = "held-out"
+LEAST_GAIN = 0.001  # of the base's held-out loss: less is nothing learned
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def train(
             lambda: _prepare(recipe, run_dir, resume, overwrite, processes, reporter)
         )
         processes.form_group(device(recipe.model.device))
-        resuming = processes.told(ready.resume)
+        resuming, recipe = processes.told((ready.resume, ready.recipe))
         with _base(recipe, processes, bases) as load:
             job = Job(recipe, run_dir, ready.data, resuming, processes, stop, reporter)
             return _train(job, load, bases, overwrite=overwrite)
@@ -133,6 +135,7 @@ def train(
 class _Ready:
     """What is settled before the base model loads."""
 
+    recipe: Recipe  # with its learning rate
     data: Data
     resume: bool
 
@@ -149,12 +152,13 @@ def _prepare(
     check_optimizer(recipe.train.optimizer)
     check_tracker(recipe.train.track)
     check_parallel(recipe.train.parallel, processes.size)
+    check_base(recipe.model)
+    recipe = _with_learning_rate(recipe, reporter)
     resuming = run_dir.recipe.exists() if resume == "auto" else bool(resume)
     if processes.leads and resuming:
         check_resumable(run_dir, recipe)
     elif processes.leads:
         run_dir.check_free(overwrite=overwrite)
-    check_base(recipe.model)
     models.check_precision(
         recipe.model, recipe.adapter.method, sharded=_is_to_be_sharded(recipe, processes)
     )
@@ -163,7 +167,19 @@ def _prepare(
     data = prepare_data(recipe, load_tokenizer(recipe.model), reporter)
     if processes.leads and resuming:
         check_same_run(run_dir, data, processes.size)
-    return _Ready(data, resuming)
+    return _Ready(recipe, data, resuming)
+
+
+def _with_learning_rate(recipe: Recipe, reporter: Reporter) -> Recipe:
+    """The recipe with a rate for its method and its base, where it has none; the user hears which, and why."""
+    if recipe.train.learning_rate is None:
+        width = models.hidden_size(recipe.model)
+        recipe = recipe.with_learning_rate(width)
+        reporter.notice(
+            f"Learning rate: {recipe.train.learning_rate:g}, the default of {recipe.adapter.method} for a hidden size "
+            f"of {width}: {default_rate(recipe.adapter).why}."
+        )
+    return recipe
 
 
 @contextlib.contextmanager
@@ -248,6 +264,8 @@ def _train(
         peak_memory_gib=max(processes.gathered(peak_memory_gib())),
     )
     if processes.leads:
+        if warning := _not_better(recipe, run_dir, before[0], after[0]):
+            reporter.warning(warning)
         _conclude(run_dir, data, before, after, summary)
     if bases is not None and isinstance(model, PeftModel):
         models.detach(model)
@@ -309,6 +327,27 @@ def _conclude(
     found = summary.to_json()
     write_json(run_dir.eval_result(HELD_OUT), {"base": found["base"], "adapter": found["adapter"]})
     write_json(run_dir.summary, found)
+
+
+def _not_better(recipe: Recipe, run_dir: RunDir, base: Score, adapter: Score) -> str | None:
+    """What to say, and what to try, where the adapter's held-out loss is not below the base's."""
+    if adapter.loss < (1 - LEAST_GAIN) * base.loss:
+        return None
+    losses = [row["loss"] for row in run_dir.read_metrics() if "loss" in row]
+    rate = recipe.train.learning_rate or math.nan
+    first, last = (losses[0], losses[-1]) if losses else (math.nan, math.nan)
+    if last < 0.9 * first:
+        why = "the training loss has fallen, so it has learned its rows by heart"
+        what = f"Try fewer --epochs, or more rows. {slower(rate)}"
+    elif last > 1.02 * first:
+        why, what = "the training loss has risen", slower(rate)
+    else:
+        why = "the training loss has hardly moved"
+        what = f"Try more steps, or --learning-rate {3 * rate:.1g}, three times as much."
+    return (
+        f"The adapter is no better than its base: its held-out loss is {adapter.loss:.4f}, the base's {base.loss:.4f}. "
+        f"In training it was {first:.4g} at first and {last:.4g} at last: {why}. {what}"
+    )
 
 
 def _counted(model: PeftModel | PreTrainedModel) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.parallel.sharding import deepspeed_settings, is_sharded, reshard
 from prefixtune_cli.recipe.schema import IN_FRONT, IN_THE_CACHE, Recipe
 from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.train.basis import Basis
 from prefixtune_cli.train.checks import told_in_words
 from prefixtune_cli.train.fused_head import fitted_to
 from prefixtune_cli.train.order import Order, blank_rows, row_lengths
@@ -68,6 +69,7 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> SFTConfig:
         seed=section.seed,
         data_seed=section.seed,
         logging_steps=section.log_steps,
+        logging_first_step=True,  # what the run began with, to compare with
         logging_nan_inf_filter=False,
         eval_strategy="steps" if section.eval_steps else "no",
         eval_steps=section.eval_steps,
@@ -151,6 +153,8 @@ class SafeTrainer(SFTTrainer):
 
         self.data_collator = collate_and_remember
         rows: Any = self.train_dataset  # type: ignore[has-type]
+        self.real_rows = len(rows)  # before the blank ones
+        self.losses: dict[int, float] = {}  # by steps behind it, of this process
         self._order = Order(
             len(rows),
             self.args.seed,
@@ -179,6 +183,8 @@ class SafeTrainer(SFTTrainer):
         self._save_or_stop(model)
         rows = inputs.pop(ROW, None)
         loss = self.plain_training_step(model, inputs, *args, **kwargs)
+        step = self.state.global_step
+        self.losses[step] = self.losses.get(step, 0.0) + loss.item()
         if not torch.isfinite(loss):
             origins = "packed, so that its rows are not known"
             if rows is not None:
@@ -238,15 +244,15 @@ class SafeTrainer(SFTTrainer):
         if state["global_step"] < state["max_steps"]:
             return None
         self._load_from_checkpoint(str(checkpoint))
-        for pruning in self._prunings():
-            pruning.load(checkpoint)
-            pruning.finish()
+        for part in self._parts():
+            part.load(checkpoint)
+            part.finish()
         return int(state["global_step"])
 
-    def _prunings(self) -> list[RankPruning]:
-        return [
-            found for found in self.callback_handler.callbacks if isinstance(found, RankPruning)
-        ]
+    def _parts(self) -> list[RankPruning | Basis]:
+        """The callbacks that have a part in each checkpoint."""
+        callbacks = self.callback_handler.callbacks
+        return [found for found in callbacks if isinstance(found, RankPruning | Basis)]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No model card: the run directory describes itself."""
@@ -272,8 +278,8 @@ class SafeTrainer(SFTTrainer):
                 self.processes.wait()
                 if leads:
                     for folder in part.iterdir():
-                        for pruning in self._prunings():
-                            pruning.save(folder)
+                        for kept in self._parts():
+                            kept.save(folder)
                         self._run_dir.seal(folder, self.state.global_step)
                     self._run_dir.drop_old_checkpoints(self.args.save_total_limit)
         finally:

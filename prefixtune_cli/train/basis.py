@@ -1,0 +1,119 @@
+"""The basis in which Prefix-Tuning+ is trained: found before the first step, kept in checkpoints, gone at the end."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from prefixtune_cli.adapter import basis_state, fold_basis, initialize_basis, load_basis_state
+from prefixtune_cli.errors import ModelError
+from prefixtune_cli.progress import Reporter
+from prefixtune_cli.recipe.schema import AdapterSection, PrefixTuningPlus
+from prefixtune_cli.train.order import row_lengths
+
+STATE = "basis.safetensors"
+ROWS = 64
+TOKENS = 16_384  # of long rows fewer are taken, and at least one
+
+
+class Basis(TrainerCallback):
+    """Finds the basis when everything is in place, from rows that the seed chooses, or takes a checkpoint's.
+
+    Every process passes over the same rows, as sharded weights ask for, and takes the leader's result.
+
+    Args:
+        trainer: the one that will train.
+        reporter: hears how far the pass has come.
+        checkpoint: the training goes on from there; None is the start.
+    """
+
+    def __init__(self, trainer: Any, reporter: Reporter, checkpoint: Path | None = None) -> None:
+        self.trainer = trainer
+        self.reporter = reporter
+        self.checkpoint = checkpoint
+
+    @staticmethod
+    def is_for(section: AdapterSection) -> bool:
+        """Whether a recipe's adapter is trained in a basis."""
+        return isinstance(section, PrefixTuningPlus) and section.basis
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Set the basis of every M.
+
+        Raises:
+            ModelError: there is none on these rows.
+        """
+        model: PeftModel = self.trainer.model
+        if self.checkpoint is not None:
+            load_basis_state(model, load_file(self.checkpoint / STATE))
+            return
+        called = self.trainer.model_wrapped
+        takes = inspect.signature(model.get_base_model().forward).parameters
+        # The pass has no use for logits, which would take more memory than all the rest.
+        without = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+
+        def forward(_: Any, batch: Any) -> None:
+            called(**batch, **without, use_cache=False)
+
+        try:
+            initialize_basis(model, self._batches(), forward_fn=forward)
+        except ValueError as error:
+            raise ModelError(f"{error} Type --no-basis to train without it.") from error
+        state_of_leader = self.trainer.processes.told(
+            basis_state(model) if self.trainer.processes.leads else {}
+        )
+        load_basis_state(model, state_of_leader)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        """Have the adapter hold M itself; of weights that DeepSpeed spreads, saving does it."""
+        if not any(hasattr(p, "ds_id") for p in self.trainer.model.parameters()):
+            fold_basis(self.trainer.model)
+
+    def save(self, folder: Path) -> None:
+        """Write into a checkpoint what its adapter, which has M, lacks for the same bytes."""
+        save_file(basis_state(self.trainer.model), folder / STATE)
+
+    def load(self, checkpoint: Path) -> None:
+        """A finished run's adapter holds M, and needs no basis."""
+
+    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        trainer = self.trainer
+        rows, lengths = self._rows(), row_lengths(trainer.train_dataset)
+        size = trainer.args.per_device_train_batch_size
+        rows.sort(key=lengths.__getitem__)  # little padding
+        for start in range(0, len(rows), size):
+            batch = trainer.data_collator(
+                [trainer.train_dataset[i] for i in rows[start : start + size]]
+            )
+            yield {
+                key: value.to(trainer.args.device) for key, value in batch.items() if key != "row"
+            }
+            done = min(start + size, len(rows))
+            self.reporter.progress("basis", done, len(rows), {})
+
+    def _rows(self) -> list[int]:
+        """The numbers of the rows, the same for any number of processes."""
+        trainer = self.trainer
+        lengths = row_lengths(trainer.train_dataset)[: trainer.real_rows]
+        generator = torch.Generator().manual_seed(trainer.args.seed)
+        chosen, tokens = [], 0
+        for row in torch.randperm(len(lengths), generator=generator)[:ROWS].tolist():
+            tokens += lengths[row]
+            if chosen and tokens > TOKENS:
+                break
+            chosen.append(row)
+        return chosen
