@@ -248,8 +248,8 @@ def test_packing_is_taken_where_the_examples_are_kept_apart(name: str, tmp_path:
 def test_packing_is_refused_before_weights_load_whatever_the_kernel(
     attention: str, tmp_path: Path
 ) -> None:
-    made = packing(WITHOUT_POSITIONS["falcon"], tmp_path, attention=attention)
-    with pytest.raises(ModelError, match=r"FalconForCausalLM.*positions.*Type --no-packing"):
+    made = packing(WITHOUT_POSITIONS["afmoe"], tmp_path, attention=attention)
+    with pytest.raises(ModelError, match=r"AfmoeForCausalLM.*positions.*Type --no-packing"):
         train(made)
     assert not Path(str(made.out)).exists()
 
