@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from prefixtune_cli import model as models
+from prefixtune_cli.agreement import any_prompt, check_generation
 from prefixtune_cli.data.encode import end_of_turn_id, start_ids
 from prefixtune_cli.data.question import Messages
 from prefixtune_cli.data.read import Row
@@ -180,7 +181,7 @@ def load_speaker(
     Raises:
         UsageError: both or neither are given.
         RunDirError: the run has no adapter yet.
-        ModelError: the base or the adapter cannot be loaded.
+        ModelError: the base or the adapter cannot be loaded, or does not generate what it computes.
     """
     if (run is None) == (model is None):
         raise UsageError(
@@ -214,6 +215,7 @@ def load_speaker(
     loaded: Any = models.load_base(recipe.model)
     if folder is not None:
         loaded = models.load_adapter(loaded, folder)
+        check_generation(loaded, any_prompt(tokenizer), then="type the same command again.")
     return Speaker(loaded.eval(), tokenizer, chat, run or str(model), use_adapter=not no_adapter)
 
 

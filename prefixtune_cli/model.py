@@ -232,6 +232,7 @@ def attach(base: PreTrainedModel, section: AdapterSection) -> PeftModel | PreTra
     except (UnsupportedModelError, ValueError, *failures) as error:
         raise ModelError(f"adapter: {error}") from error
     peft_methods.compute_in_one_dtype(model)
+    peft_methods.call_the_cache_as_peft_does(model)
     return model
 
 
@@ -281,6 +282,7 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
             f"{config.base_model_name_or_path}; give that one with --model."
         )
     peft_methods.compute_in_one_dtype(model)
+    peft_methods.call_the_cache_as_peft_does(model)
     return model
 
 

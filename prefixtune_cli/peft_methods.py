@@ -153,6 +153,41 @@ def compute_in_one_dtype(model: PeftModel) -> None:
     base.__dict__["forward"] = base.__dict__["_forward_in_one_dtype"] = forward
 
 
+def call_the_cache_as_peft_does(model: PeftModel) -> None:
+    """Have `generate` hand peft the key/value cache by the name that peft reads, which is `past_key_values`.
+
+    transformers calls it `cache` from 5.24 on. peft up to 0.21.2 then sees no cache: methods in the cache generate
+    without their prefix, and methods in front of the tokens put their prompt before every token. Where transformers
+    uses the old name, nothing changes. To be dropped once all versions of peft that pyproject.toml allows read both.
+    """
+    if not model.active_peft_config.is_prompt_learning:
+        return
+    plain = model.prepare_inputs_for_generation
+
+    @functools.wraps(plain)
+    def prepare(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        of_base, renamed = model.base_model_prepare_inputs_for_generation, False
+
+        def prepare_base(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            nonlocal renamed
+            inputs: dict[str, Any] = of_base(*args, **kwargs)
+            if "cache" in inputs:
+                inputs["past_key_values"], renamed = inputs.pop("cache"), True
+            return inputs
+
+        # Only for the call: peft leaves this function behind on the base, which may be lent to others.
+        model.base_model_prepare_inputs_for_generation = prepare_base
+        try:
+            inputs: dict[str, Any] = plain(*args, **kwargs)
+        finally:
+            model.base_model_prepare_inputs_for_generation = of_base
+        if renamed:
+            inputs["cache"] = inputs.pop("past_key_values")
+        return inputs
+
+    model.prepare_inputs_for_generation = prepare
+
+
 def take_off(model: PeftModel) -> None:
     """Leave the base as it was before any adapter was attached."""
     base = model.get_base_model()

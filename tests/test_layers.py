@@ -23,6 +23,7 @@ LAYERS = {
     "recipe": 2,
     "adapter": 3, "data": 3, "parallel": 3,
     "tokenizer": 4, "quantization": 4, "optimizer": 4, "model": 4, "shared_base": 4, "peft_methods": 4,
+    "agreement": 4,
     "train": 5, "evaluate": 5, "generate": 5, "export": 5, "plan": 5, "merge": 5, "merge_info": 5,
     "compare": 6, "report": 6, "doctor": 6,
     "cli": 7,
@@ -36,6 +37,7 @@ BESIDE = {
     "run_dir": {"errors"},
     "model": {"tokenizer", "quantization", "peft_methods"},
     "shared_base": {"model"},
+    "agreement": {"model"},  # with its adapter, and without
     "evaluate": {"generate"},  # the answers that are matched
     "report": {"compare"},  # what it tells of
     "merge_info": {"plan"},  # the base's configuration, which may not be here

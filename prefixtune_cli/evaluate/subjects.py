@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from prefixtune_cli import model as models
+from prefixtune_cli.agreement import any_prompt, check_generation
 from prefixtune_cli.errors import UsageError
 from prefixtune_cli.evaluate.outcome import BASE
 from prefixtune_cli.parallel.devices import device
@@ -26,7 +27,7 @@ from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import ModelSection, Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.shared_base import SharedBase
-from prefixtune_cli.tokenizer import check_base
+from prefixtune_cli.tokenizer import check_base, load_tokenizer
 
 ADAPTER = "adapter"
 WHOLE_FILE_BYTES = 64 * 2**20  # larger weights of a base are told by their beginning, size and time
@@ -91,7 +92,11 @@ class Cast:
 
     @contextlib.contextmanager
     def on_stage(self, subject: Subject) -> Iterator[Any]:
-        """Within the block the model that is given answers as `subject`."""
+        """Within the block the model that is given answers as `subject`.
+
+        Raises:
+            ModelError: an adapter does not fit, or does not generate what it computes.
+        """
         assert self._base is not None
         if subject.adapter is None:
             with models.without_adapter(self._attached[1] if self._attached else self._base):
@@ -107,8 +112,17 @@ class Cast:
         assert subject.adapter is not None
         if subject.whole:
             section = self.recipe.model.model_copy(update={"name": str(subject.adapter)})
-            return models.load_base(section).eval()
-        return models.load_adapter(self._base, subject.adapter).eval()
+            model: Any = models.load_base(section).eval()
+        else:
+            model = models.load_adapter(self._base, subject.adapter).eval()
+        try:
+            prompt = any_prompt(load_tokenizer(self.recipe.model))
+            check_generation(model, prompt, then="type the same command again.")
+        except BaseException:
+            if isinstance(model, PeftModel):
+                models.detach(model)
+            raise
+        return model
 
     def _detach(self) -> None:
         if self._attached is not None and isinstance(self._attached[1], PeftModel):

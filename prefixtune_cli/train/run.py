@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from prefixtune_cli import model as models
+from prefixtune_cli.agreement import check_generation
 from prefixtune_cli.evaluate.held_out import Score, score
 from prefixtune_cli.evaluate.matching import EXACT_MATCH_RULE
 from prefixtune_cli.evaluate.subjects import hash_of_base
@@ -250,6 +251,7 @@ def _train(
     before = judge_base() if whole else None
     model, steps = fit(job, model, tokenizer)
     _save_adapter(model, tokenizer, run_dir, processes)
+    _check_generation(model, job)
     before = before or judge_base()
     after = judge("adapter")
     summary = Summary(
@@ -307,6 +309,15 @@ def _save_adapter(
             tokenizer.save_pretrained(part)
         run_dir.place(part, run_dir.adapter)
     processes.wait()
+
+
+def _check_generation(model: PeftModel | PreTrainedModel, job: Job) -> None:
+    """Raise ModelError where the trained model does not generate what it computes, on a held-out row."""
+    data = job.data
+    prompt = data.questions[0].prompt if data.questions else data.held_out[0]["input_ids"]
+    then = f"type {job.run_dir.resume_command}: what is trained is kept."
+    if (untold := check_generation(model, prompt, then=then)) is not None:
+        job.reporter.notice(f"Not checked whether the model generates what it computes: {untold}.")
 
 
 def _conclude(

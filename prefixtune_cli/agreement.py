@@ -1,0 +1,167 @@
+"""Whether a model generates what it computes, which is checked before its answers are believed.
+
+`generate` keeps keys and values and prepares its inputs by itself, and peft reaches into that. A library that moves can
+so cut an adapter off from its answers alone, while its loss stays right: every comparison would be unfair, in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefixtune_cli import model as models
+from prefixtune_cli.data.encode import start_ids
+from prefixtune_cli.errors import ModelError, PtpError
+from prefixtune_cli.parallel.sharding import is_sharded
+from prefixtune_cli.recipe.schema import canonical
+
+LIBRARIES = ("peft", "transformers", "torch")
+TOKENS = 8  # that are generated
+PROMPT_TOKENS = 32  # more of a prompt are not read
+# Rounding is measured (see `_rounding`) where logits are further apart than this many units of the precision. Measured
+# with a 30-layer base: 2 to 6 units in bfloat16.
+UNITS = 8
+# GPUs may multiply float32 with as few bits as TF32 has.
+FEWEST_UNIT = 2.0**-10
+# A pass of one token, as `generate` takes, may round up to four times as differently as passes of several tokens do.
+ROUNDINGS = 4
+
+
+def check_generation(
+    model: PreTrainedModel | PeftModel, prompt: Sequence[int], *, then: str
+) -> str | None:
+    """Check that the logits of `generate`, token by token, are those of a plain forward pass over the same tokens.
+
+    Decoding is greedy, and takes no random numbers. Of several processes, each checks its own model.
+
+    Args:
+        model: a causal language model, its adapter active.
+        prompt: token ids, of which the first few are taken.
+        then: what to do once the libraries are changed, for the error.
+
+    Returns:
+        why nothing can be told, None where all is well.
+
+    Raises:
+        ModelError: they differ by more than rounding, or `generate` fails with the adapter alone.
+    """
+    if is_sharded(model):
+        return "the weights are spread over several processes"
+    prompt, was_training = list(prompt)[:PROMPT_TOKENS], model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return _verdict(model, prompt, then)
+    finally:
+        model.train(was_training)
+
+
+def any_prompt(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids of a sentence, for adapters that come without data."""
+    ids = tokenizer("Say what you have learned about this.", add_special_tokens=False)["input_ids"]
+    return [*start_ids(tokenizer), *ids]
+
+
+def _verdict(model: Any, prompt: list[int], then: str) -> str | None:
+    try:
+        apart, rounding = _apart(model, prompt)
+    except (PtpError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        if not isinstance(model, PeftModel) or not _base_generates(model, prompt):
+            return f"this base cannot generate: {type(error).__name__}: {error}"
+        raise ModelError(
+            f"Method {_method(model)} cannot generate on this base, which can without it: {type(error).__name__}: "
+            f"{error} {_remedy(then)}"
+        ) from error
+    if apart <= rounding:
+        return None
+    base_too = ""
+    if isinstance(model, PeftModel):
+        with models.without_adapter(model):
+            its, allowed = _apart(model, prompt)
+        base_too = "" if its <= allowed else " So do those of the base alone."
+    raise ModelError(
+        f"With method {_method(model)} this model does not generate what it computes: the logits of `generate` differ "
+        f"by {apart:.1%} from those of a forward pass over the same tokens, and rounding explains {rounding:.1%}."
+        f"{base_too} Its answers would not be those of the trained weights. {_remedy(then)}"
+    )
+
+
+def _apart(model: Any, prompt: list[int]) -> tuple[float, float]:
+    """How far the logits of `generate` are from a forward pass's, and how far rounding may take them."""
+    ids = torch.tensor([prompt], device=model.device)
+    output: Any = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=TOKENS,
+        min_new_tokens=TOKENS,
+        pad_token_id=0,
+        num_beams=1,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    made = torch.cat(output.logits).float()
+    read = output.sequences[:, :-1]
+    computed = _logits(model, read)[-TOKENS:]
+    apart = _distance(made, computed)
+    unit = max(torch.finfo(model.dtype).eps, FEWEST_UNIT)
+    allowed = UNITS * unit
+    if not apart <= allowed:
+        allowed += ROUNDINGS * _rounding(model, read, computed)
+    return apart, allowed
+
+
+def _rounding(model: Any, read: torch.Tensor, computed: torch.Tensor) -> float:
+    """How far the last logits of shorter passes are from those of the whole pass: they differ by rounding alone.
+
+    That depends on the weights, on outliers (8 bits) and on kernels, so that no table tells it.
+    """
+    shorter = [_logits(model, read[:, : read.shape[1] - i])[-1] for i in reversed(range(TOKENS))]
+    return _distance(torch.stack(shorter), computed)
+
+
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """[positions, vocabulary], in float32; those of virtual tokens come first."""
+    found: torch.Tensor = model(
+        input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+    ).logits
+    return found[0].float()
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Between logits [positions, vocabulary], as a share of those of `b`; what is added to all tokens is no matter."""
+    tokens = b.isfinite().all(0)  # some models mask what pads their vocabulary
+    a, b = a[:, tokens], b[:, tokens]
+    a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
+    return float((a - b).norm() / b.norm().clamp(min=torch.finfo(b.dtype).tiny))
+
+
+def _base_generates(model: PeftModel, prompt: list[int]) -> bool:
+    try:
+        with models.without_adapter(model):
+            _apart(model, prompt)
+    except Exception:
+        return False
+    return True
+
+
+def _method(model: Any) -> str:
+    return canonical(model.peft_type.value.lower()) if isinstance(model, PeftModel) else "full"
+
+
+def _remedy(then: str) -> str:
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)
+    return (
+        f"These libraries do not go together: {versions}. Type pip install --upgrade peft transformers, or install "
+        f"versions with which this has worked; then {then}"
+    )
