@@ -28,11 +28,12 @@ from transformers import (
 )
 
 import prefixtune_cli.adapter as prefix_tuning_plus
-from prefixtune_cli import peft_methods, quantization
+from prefixtune_cli import gguf_base, peft_methods, quantization
 from prefixtune_cli.adapter import PrefixTuningPlusConfig, UnsupportedModelError
 from prefixtune_cli.errors import AdapterError, ModelError, ResourceError
 from prefixtune_cli.parallel.devices import check_device
 from prefixtune_cli.recipe.aliases import resolve
+from prefixtune_cli.recipe.gguf_header import is_gguf
 from prefixtune_cli.recipe.schema import (
     AdapterSection,
     Full,
@@ -71,14 +72,17 @@ def load_base(
     if section.attention != "auto":
         options["attn_implementation"] = section.attention
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
+        if is_gguf(name):
+            model, loaded = gguf_base.load_model(name, config, **options)
+        else:
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                revision=section.revision,
+                trust_remote_code=section.trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"{section.name} does not fit into the GPU's memory at {section.bits} bits. Try --bits 4, or a "
@@ -101,9 +105,12 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
     Raises:
         ModelError: the model cannot be found or read.
     """
+    name = resolve(section.name)
+    if is_gguf(name):
+        return gguf_base.load_config(name)
     try:
         return AutoConfig.from_pretrained(
-            resolve(section.name),
+            name,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
         )

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from prefixtune_cli import gguf_base
 from prefixtune_cli.errors import ModelError
 from prefixtune_cli.recipe.aliases import check_local_model, resolve
+from prefixtune_cli.recipe.gguf_header import is_gguf
 from prefixtune_cli.recipe.schema import ModelSection
 
 if TYPE_CHECKING:
@@ -17,7 +19,8 @@ def check_base(section: ModelSection) -> None:
     """Refuse a base that cannot be loaded, before anything is.
 
     Raises:
-        ModelError: a folder without a model, or a hub model that is not in the cache while offline.
+        ModelError: a folder without a model, a GGUF file that transformers cannot read, or a hub model that is not in
+            the cache while offline.
     """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -25,6 +28,8 @@ def check_base(section: ModelSection) -> None:
     name = resolve(section.name)
     if Path(name).exists():
         check_local_model(name)
+        if is_gguf(name):
+            gguf_base.check(name)
     elif HF_HUB_OFFLINE and not isinstance(
         try_to_load_from_cache(name, "config.json", revision=section.revision), str
     ):
@@ -44,10 +49,13 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
     name = resolve(section.name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=section.revision, trust_remote_code=section.trust_remote_code
-        )
-    except (OSError, ValueError, ImportError) as error:
+        if is_gguf(name):
+            tokenizer = gguf_base.load_tokenizer(name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=section.revision, trust_remote_code=section.trust_remote_code
+            )
+    except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(cannot_load("tokenizer", section, error)) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

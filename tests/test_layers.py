@@ -22,7 +22,7 @@ LAYERS = {
     "errors": 1, "run_dir": 1, "progress": 1,
     "recipe": 2,
     "adapter": 3, "data": 3, "parallel": 3,
-    "tokenizer": 4, "quantization": 4, "optimizer": 4, "model": 4, "shared_base": 4, "peft_methods": 4,
+    "gguf_base": 4, "tokenizer": 4, "quantization": 4, "optimizer": 4, "model": 4, "shared_base": 4, "peft_methods": 4,
     "agreement": 4,
     "train": 5, "evaluate": 5, "generate": 5, "export": 5, "plan": 5, "merge": 5, "merge_info": 5,
     "compare": 6, "report": 6, "doctor": 6,
@@ -35,7 +35,8 @@ ROOT = {"__init__"}  # the version; everything may import it, and it imports not
 # Imports within a layer, each for a reason that can be said.
 BESIDE = {
     "run_dir": {"errors"},
-    "model": {"tokenizer", "quantization", "peft_methods"},
+    "tokenizer": {"gguf_base"},
+    "model": {"tokenizer", "gguf_base", "quantization", "peft_methods"},
     "shared_base": {"model"},
     "agreement": {"model"},  # with its adapter, and without
     "evaluate": {"generate"},  # the answers that are matched

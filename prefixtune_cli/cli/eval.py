@@ -30,7 +30,7 @@ def eval(
             "-m",
             panel=WHO,
             metavar="NAME",
-            help="A base, without a run: tiny, an alias, a folder, or a hub id.",
+            help="A base, without a run: tiny, an alias, a folder, a GGUF file, or a hub id.",
         ),
     ] = None,
     adapters: Annotated[

@@ -8,7 +8,7 @@ from prefixtune_cli.cli import options
 def models(as_json: options.Json = False) -> None:
     """List the short names of base models.
 
-    --model takes any other hub id, or a folder, as well.
+    --model takes any other hub id, a folder, or a GGUF file, as well.
     """
     from dataclasses import asdict
 

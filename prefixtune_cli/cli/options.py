@@ -80,7 +80,7 @@ Model = Annotated[
         "-m",
         panel=MODEL,
         metavar="NAME",
-        help="tiny, an alias of `ptp models`, a local folder, or a hub id.",
+        help="tiny, an alias of `ptp models`, a local folder, a GGUF file, or a hub id.",
     ),
 ]
 Revision = Annotated[

@@ -246,7 +246,9 @@ def _check_same_base(recipes: list[Recipe], runs: Sequence[str]) -> None:
 
 
 def hash_of_base(section: ModelSection) -> str:
-    """What tells this base from every other: the hub's commit, or the content of the folder.
+    """What tells this base from every other: the hub's commit, or the content of the folder or file.
+
+    Of a GGUF file it is the sha256 of the whole, which `sha256sum` gives, and which names Ollama's files.
 
     Raises:
         ModelError: there is no such model.
@@ -254,6 +256,9 @@ def hash_of_base(section: ModelSection) -> str:
     name = resolve_alias(section.name)
     if Path(name).is_dir():
         return hash_of_folder(Path(name), shortcut=True)
+    if Path(name).is_file():
+        with open(name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     commit = models.load_config(section)._commit_hash
     return hashlib.sha256(f"{name} {commit}".encode()).hexdigest()
 

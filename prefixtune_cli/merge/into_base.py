@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prefixtune_cli.errors import AdapterError, ModelError, ResourceError
+from prefixtune_cli.gguf_base import load_model
 from prefixtune_cli.merge.folder import (
     Merged,
     check_free,
@@ -24,6 +25,7 @@ from prefixtune_cli.model import check_fits, load_adapter, load_config
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.quantization import stored_settings
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
+from prefixtune_cli.recipe.gguf_header import is_gguf
 from prefixtune_cli.recipe.schema import ModelSection
 from prefixtune_cli.tokenizer import cannot_load, check_base, load_tokenizer
 
@@ -32,6 +34,8 @@ def merge_into_base(
     adapter: str, *, out: str | Path, overwrite: bool = False, reporter: Reporter
 ) -> Merged:
     """Write the base with an adapter folded into its weights, in the base's own dtype, and the tokenizer.
+
+    A base in a GGUF file becomes a plain folder, in bfloat16, or in float32 where the run computed in that.
 
     Args:
         adapter: a run directory or an adapter folder, of LoRA or any other method of peft whose layers can merge.
@@ -113,14 +117,19 @@ def _folded(source: Source) -> PreTrainedModel:
 
 def _load(section: ModelSection) -> PreTrainedModel:
     """The base in its own dtype, in main memory."""
+    name = resolve_alias(section.name)
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            resolve_alias(section.name),
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-            dtype="auto",
-            output_loading_info=True,
-        )
+        if is_gguf(name):
+            dtype = torch.float32 if section.bits == 32 else torch.bfloat16
+            model, loaded = load_model(name, load_config(section), dtype=dtype)
+        else:
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                name,
+                revision=section.revision,
+                trust_remote_code=section.trust_remote_code,
+                dtype="auto",
+                output_loading_info=True,
+            )
     except MemoryError as error:
         raise ResourceError(f"{section.name} does not fit into the memory.") from error
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:

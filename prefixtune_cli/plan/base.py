@@ -1,4 +1,4 @@
-"""The configuration of a base that may not be here: from its folder, the local cache, the hub, or the known shapes."""
+"""The configuration of a base that may not be here: from its folder or file, the cache, the hub, or known shapes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from prefixtune_cli import model as models
 from prefixtune_cli.errors import ModelError
-from prefixtune_cli.recipe.aliases import check_local_model, resolve
+from prefixtune_cli.recipe.aliases import resolve
 from prefixtune_cli.recipe.schema import ModelSection
 from prefixtune_cli.recipe.shapes import shape
+from prefixtune_cli.tokenizer import check_base
 
 
 def base_config(section: ModelSection) -> PreTrainedConfig:
@@ -25,7 +26,7 @@ def base_config(section: ModelSection) -> PreTrainedConfig:
     name = resolve(section.name)
     if Path(name).exists():
         if not (Path(name) / "config.json").is_file():
-            check_local_model(name)  # which says what the folder is instead
+            check_base(section)  # which says what it is instead, where it is no GGUF file
         return models.load_config(section)
     cached = try_to_load_from_cache(name, "config.json", revision=section.revision)
     if isinstance(cached, str):

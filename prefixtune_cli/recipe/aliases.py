@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
 from prefixtune_cli.errors import ModelError
+from prefixtune_cli.recipe.gguf_header import is_gguf
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
@@ -103,10 +105,10 @@ def packaged_model() -> Path:
 
 
 def resolve(name: str) -> str:
-    """What to load for `model.name`: a folder or a hub id.
+    """What to load for `model.name`: a folder, a GGUF file or a hub id.
 
     Args:
-        name: `tiny`, an alias, a local folder, or a hub id; an alias goes before a folder of the
+        name: `tiny`, an alias, a local folder or GGUF file, or a hub id; an alias goes before a folder of the
             same name, which is meant by `./name`.
 
     Raises:
@@ -119,45 +121,63 @@ def resolve(name: str) -> str:
     path = Path(name).expanduser()
     if name and path.exists():
         return str(path)
+    if name.lower().endswith(".gguf"):
+        raise ModelError(
+            f"There is no file {name} here. Look for a slip of the pen, or, where it is on the hub, type: "
+            "hf download ORGANISATION/NAME FILE.gguf --local-dir ."
+        )
     if HUB_ID.fullmatch(name) and not name.startswith("."):
         return name
     near = get_close_matches(name.lower(), ["tiny", *ALIASES], n=3)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise ModelError(
-        f"There is no model {name!r}: it is no folder on this machine, no alias of `ptp models`, and "
-        f"no hub id of the form organisation/name.{hint}"
+        f"There is no model {name!r}: it is no folder or GGUF file on this machine, no alias of "
+        f"`ptp models`, and no hub id of the form organisation/name.{hint}"
     )
 
 
 def check_local_model(path: str | Path) -> None:
-    """Refuse a folder that does not hold a base model, before anything is loaded from it.
+    """Refuse what does not hold a base model, before anything is loaded from it.
+
+    Args:
+        path: a folder, or a GGUF file, of which nothing but its beginning is looked at.
 
     Raises:
-        ModelError: it is a file, an adapter, GGUF, or lacks its config or its weights.
+        ModelError: it is another file, an adapter, a folder of GGUF files, or lacks its config or its weights.
     """
     folder = Path(path)
+    if is_gguf(folder):
+        return
     if not folder.is_dir():
         raise ModelError(
-            f"{folder} is a file; a base model is a folder with config.json and weights."
+            f"{folder} is a file, and no GGUF file; a base model is a folder with config.json and weights, or one "
+            "GGUF file."
         )
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ModelError(
                 f"{folder} is an adapter, not a base model. Its base is {_base_of(folder)}."
             )
-        if any(folder.glob("*.gguf")):
-            raise ModelError(
-                f"{folder} holds GGUF weights, which cannot be trained. Take the model's safetensors."
-            )
+        _check_no_gguf(folder)
         raise ModelError(f"{folder} is not a model: it has no config.json.")
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{folder / 'config.json'} is not JSON: {error}") from None
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        _check_no_gguf(folder)
         raise ModelError(
             f"{folder} has a config.json but no weights (*.safetensors or *.bin): is the download whole?"
         )
+
+
+def _check_no_gguf(folder: Path) -> None:
+    """Refuse a folder whose weights are GGUF files: several of them are one model at several precisions."""
+    if files := sorted(folder.glob("*.gguf")):
+        which = "one of them" if len(files) > 1 else "the file itself"
+        more = f" (and {len(files) - 3} more)" if len(files) > 3 else ""
+        lines = ", or ".join(f"--model {shlex.quote(str(file))}" for file in files[:3])
+        raise ModelError(f"{folder} holds GGUF files; give {which}: {lines}{more}")
 
 
 def _base_of(adapter: Path) -> str:

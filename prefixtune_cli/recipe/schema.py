@@ -105,7 +105,8 @@ class Section(BaseModel):
 
 class ModelSection(Section):
     name: str = Field(
-        "tiny", description="`tiny`, a local folder, a hub id, or an alias of `ptp models`."
+        "tiny",
+        description="`tiny`, a local folder, a GGUF file, a hub id, or an alias of `ptp models`.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     bits: Literal[4, 8, 16, 32] = Field(
@@ -552,5 +553,6 @@ class Recipe(Section):
     def run_name(self) -> str:
         """The run directory's default name: model, data and method, as a file name."""
         data = Path(self.data.train or "data").stem.replace("sample:", "")
-        parts = (self.model.name.rstrip("/").split("/")[-1], data, self.adapter.method)
+        model = re.sub(r"\.gguf$", "", self.model.name.rstrip("/").split("/")[-1])
+        parts = (model, data, self.adapter.method)
         return re.sub(r"[^\w.-]+", "-", "-".join(parts)).strip("-")

@@ -63,7 +63,8 @@ def test_what_is_no_form_of_a_model_is_refused(name: str) -> None:
         ({}, "is not a model: it has no config.json"),
         ({"config.json": "{}"}, "has a config.json but no weights"),
         ({"config.json": "{"}, "is not JSON"),
-        ({"model.gguf": ""}, "holds GGUF weights"),
+        ({"a model.gguf": ""}, "holds GGUF files; give the file itself: --model '"),
+        ({"config.json": "{}", "q4.gguf": "", "q8.gguf": ""}, "give one of them: --model "),
         (
             {"adapter_config.json": '{"base_model_name_or_path": "org/base"}'},
             "is an adapter, not a base model. Its base is org/base.",
@@ -79,6 +80,20 @@ def test_a_folder_that_holds_no_model_is_refused(
     with pytest.raises(ModelError) as caught:
         check_local_model(tmp_path)
     assert message in str(caught.value)
+
+
+def test_a_gguf_file_is_a_model_by_its_first_bytes(tmp_path: Path) -> None:
+    (tmp_path / "sha256-00ff").write_bytes(b"GGUF\x03")
+    check_local_model(tmp_path / "sha256-00ff")
+    (tmp_path / "named.gguf").write_bytes(b"<html>")
+    with pytest.raises(ModelError, match="is a file, and no GGUF file"):
+        check_local_model(tmp_path / "named.gguf")
+
+
+@pytest.mark.parametrize("name", ["models/missing.gguf", "missing.gguf", "org/name/missing.gguf"])
+def test_a_missing_gguf_file_is_not_taken_for_a_hub_id(name: str) -> None:
+    with pytest.raises(ModelError, match=r"There is no file .*hf download"):
+        resolve(name)
 
 
 def test_a_file_is_not_a_model(tmp_path: Path) -> None:

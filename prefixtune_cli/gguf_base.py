@@ -1,0 +1,222 @@
+"""A base in a GGUF file: its configuration, its tokenizer, and its weights as the plain numbers that training needs.
+
+transformers reads such files (`gguf_file=`), with the package `gguf`. Two things are put right around it: it leaves out
+how rotary frequencies are scaled, and it would take the tokenizer of another model that lies beside the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import io
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefixtune_cli.errors import ModelError
+from prefixtune_cli.recipe.gguf_header import GgufHeader, read_header
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
+_IN_ITS_FOLDER = "model.gguf"
+# Llama 3.1 and later, as Meta gives them; a file has only the frequencies' factors that come of these.
+_LLAMA_3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def check(path: str | Path) -> None:
+    """Refuse a GGUF file that cannot be a base here, before its weights are read.
+
+    Raises:
+        ModelError: it is a part of a model, an adapter, cut off, of an architecture that transformers cannot read, or
+            the package `gguf` is missing.
+    """
+    from transformers.utils import is_gguf_available
+
+    part = _PART.search(str(path))
+    header = read_header(path)
+    count = max(header.parts, int(part[1]) if part else 1)
+    if count > 1:
+        raise ModelError(
+            f"{path} is one of {count} files of a model, and transformers reads GGUF from one file. Put them together "
+            "with llama.cpp, and give what it writes: llama-gguf-split --merge FIRST-OF-THEM.gguf WHOLE.gguf"
+        )
+    kind = header.metadata.get("general.type", "model")
+    if kind != "model":
+        raise ModelError(
+            f"{path} is a GGUF file of type {kind!r}, not a model. Give the file of the model that it belongs to."
+        )
+    if not is_gguf_available():
+        raise ModelError(
+            f"{path} is a GGUF file, and the package that reads those is not installed. Type: "
+            "pip install 'prefixtune-cli[gguf]'"
+        )
+    load_config(path)
+
+
+def load_config(path: str | Path) -> PreTrainedConfig:
+    """The base's configuration, from the file's metadata.
+
+    Raises:
+        ModelError: transformers cannot read it.
+    """
+    about = os.stat(path)
+    return copy.deepcopy(_config(str(path), about.st_size, about.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=4)  # transformers takes seconds for a vocabulary
+def _config(path: str, size: int, time: int) -> PreTrainedConfig:
+    from transformers import AutoConfig, __version__
+
+    header = read_header(path)
+    try:
+        with _alone(path) as folder:
+            config = AutoConfig.from_pretrained(folder, gguf_file=_IN_ITS_FOLDER)
+    except (OSError, ValueError, LookupError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "architecture" in reason:
+            raise ModelError(
+                f"{path} is a GGUF file of the architecture {header.architecture!r}, which transformers {__version__} "
+                "cannot read from GGUF. Take the model's safetensors: its id on the hub, or their folder."
+            ) from error
+        raise ModelError(
+            f"{path}, a GGUF file of the architecture {header.architecture!r}, cannot be read: {reason.rstrip('.')}. "
+            "Compare its size with that of its source, or take the model's safetensors."
+        ) from error
+    _scale_frequencies(header, config)
+    config.name_or_path = path
+    return config
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that is in the file, with its chat template."""
+    from transformers import AutoTokenizer
+
+    with _alone(path) as folder:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, gguf_file=_IN_ITS_FOLDER
+        )
+    tokenizer.name_or_path = str(path)
+    return tokenizer
+
+
+def load_model(
+    path: str | Path, config: PreTrainedConfig, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The base, whose weights are plain numbers, and what transformers says of the loading.
+
+    Args:
+        path: the file.
+        config: see `load_config`.
+        options: of `from_pretrained`. Where they ask bitsandbytes to quantize, the weights become plain numbers in main
+            memory first: transformers does not do both in one go.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    settings = options.pop("quantization_config", None)
+    place = {"device_map": {"": torch.device("cpu")}} if settings is not None else {}
+    with (
+        _alone(path) as folder,
+        contextlib.redirect_stderr(io.StringIO()),
+    ):  # a bar of transformers'
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=_IN_ITS_FOLDER,
+            config=config,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+            **{**options, **place},
+        )
+    if settings is not None and not loaded["missing_keys"]:
+        model = type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=model.state_dict(),
+            quantization_config=settings,
+            **options,
+        )
+    model.name_or_path = model.config.name_or_path = str(path)
+    return model, loaded
+
+
+@contextlib.contextmanager
+def _alone(path: str | Path) -> Iterator[str]:
+    """Within the block there is a folder with this file and nothing else.
+
+    Beside the file there may be the tokenizer of another model, which transformers would take.
+    """
+    with tempfile.TemporaryDirectory(prefix="ptp-gguf-") as folder:
+        (Path(folder) / _IN_ITS_FOLDER).symlink_to(Path(path).resolve())
+        yield folder
+
+
+def _scale_frequencies(header: GgufHeader, config: PreTrainedConfig) -> None:
+    """Have rotary frequencies scaled as the file says; transformers leaves that out for all but gpt-oss.
+
+    Raises:
+        ModelError: in a way that cannot be given to transformers.
+    """
+    if header.architecture == "gpt-oss":
+        return
+    about = f"{header.architecture}.rope.scaling"
+    kind = header.metadata.get(f"{about}.type", "none")
+    factor = header.metadata.get(f"{about}.factor")
+    factors = header.floats("rope_freqs.weight")
+    original = header.metadata.get(f"{about}.original_context_length")
+    if factors is not None and any(each != 1 for each in factors):
+        if _set(config, "llama3", factor=max(factors), **_LLAMA_3) and _gives(config, factors):
+            return
+        kind = "rope_freqs.weight"
+    elif any(name.startswith("rope_factors_") for name in header.tensors):
+        kind = "rope_factors_long.weight"
+    elif kind == "none" or (
+        factor
+        and (
+            (kind == "linear" and _set(config, "linear", factor=factor))
+            or (
+                kind == "yarn"
+                and original
+                and _set(config, "yarn", factor=factor, original_max_position_embeddings=original)
+            )
+        )
+    ):
+        return
+    raise ModelError(
+        f"{header.path} scales its rotary frequencies ({kind}) in a way that cannot be taken over from GGUF, so the "
+        "model would answer otherwise than it should. Take the model's safetensors: its id on the hub, or their folder."
+    )
+
+
+def _set(config: PreTrainedConfig, kind: str, **numbers: Any) -> bool:
+    """Write a scaling into the configuration; where layers differ, to those that attend to everything, as Gemma 3 does.
+
+    False where the configuration has no place for it.
+    """
+    parameters = getattr(config, "rope_parameters", None)
+    if not isinstance(parameters, dict):
+        return False
+    parameters.get("full_attention", parameters).update(rope_type=kind, **numbers)
+    return True
+
+
+def _gives(config: PreTrainedConfig, factors: list[float]) -> bool:
+    """Whether transformers computes the file's frequencies from the configuration."""
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    found, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    theta, width = config.rope_parameters["rope_theta"], 2 * len(factors)
+    plain = 1 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    return found.shape == plain.shape and torch.allclose(
+        plain / torch.tensor(factors), found, rtol=1e-3
+    )
