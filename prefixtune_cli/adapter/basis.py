@@ -188,7 +188,8 @@ class _Moments:
             by_token, output = by_token[kept], output[kept]
         if not len(by_token):
             return
-        grouped = by_token.unflatten(1, (self.memory.heads, -1)).transpose(0, 1).flatten(1, 2)
+        shape = (self.memory.heads, -1, by_token.shape[-1])
+        grouped = by_token.reshape(len(by_token), *shape).transpose(0, 1).flatten(1, 2)
         parameter = getattr(self.memory, self.memory.factor_name)
         with torch.autocast(query.device.type, enabled=False):
             value = self.memory.features(grouped.to(parameter.dtype))  # [h, n·g, f]

@@ -74,8 +74,8 @@ class Memory(nn.Module):
             self.M_up = starts_at_zero
         self.basis: Tensor | None
         self.register_buffer("basis", None, persistent=False)
-        self.register_state_dict_post_hook(_fold_into_state_dict)
-        self.register_load_state_dict_pre_hook(_take_from_state_dict)
+        self.register_state_dict_post_hook(_fold_into_state_dict)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_take_from_state_dict)  # type: ignore[no-untyped-call]
         if feature_map == "mlp":
             self.W_phi = nn.Parameter(torch.empty(heads, d_phi, d_query, dtype=torch.float32))
             self.b_phi = nn.Parameter(torch.empty(heads, d_phi, dtype=torch.float32))
@@ -173,7 +173,8 @@ class Memory(nn.Module):
 
 def _coordinates(basis: Tensor, factor: Tensor) -> Tensor:
     """What times `basis` is `factor`, in float64, as a basis has short and long directions."""
-    return torch.linalg.solve(basis.double(), factor.double())
+    solved: Tensor = torch.linalg.solve(basis.double(), factor.double())
+    return solved
 
 
 def _fold_into_state_dict(

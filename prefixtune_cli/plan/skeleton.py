@@ -25,7 +25,7 @@ from prefixtune_cli import model as models
 from prefixtune_cli.errors import ModelError
 from prefixtune_cli.plan.kernels import GpuAttention, QuantizedLinear
 from prefixtune_cli.quantization import stored_settings
-from prefixtune_cli.recipe.schema import ModelSection
+from prefixtune_cli.recipe.schema import AdapterSection, ModelSection
 from prefixtune_cli.tokenizer import cannot_load
 
 
@@ -53,7 +53,7 @@ class Skeleton:
     def __init__(
         self,
         section: ModelSection,
-        adapter: models.AdapterSection,
+        adapter: AdapterSection,
         config: PreTrainedConfig,
         *,
         on_gpu: bool,

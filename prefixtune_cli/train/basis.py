@@ -110,7 +110,8 @@ class Basis(TrainerCallback):
         trainer = self.trainer
         lengths = row_lengths(trainer.train_dataset)[: trainer.real_rows]
         generator = torch.Generator().manual_seed(trainer.args.seed)
-        chosen, tokens = [], 0
+        chosen: list[int] = []
+        tokens = 0
         for row in torch.randperm(len(lengths), generator=generator)[:ROWS].tolist():
             tokens += lengths[row]
             if chosen and tokens > TOKENS:

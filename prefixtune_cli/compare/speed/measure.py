@@ -21,9 +21,8 @@ from prefixtune_cli.compare.comparison import Cost, Measured
 from prefixtune_cli.compare.speed.random_base import random_base
 from prefixtune_cli.compare.speed.turn import Figures, Shape, take_turn
 from prefixtune_cli.errors import Interrupted, PtpError, ResourceError, UsageError
-from prefixtune_cli.model import AdapterSection
 from prefixtune_cli.progress import Reporter
-from prefixtune_cli.recipe.schema import ModelSection
+from prefixtune_cli.recipe.schema import AdapterSection, ModelSection
 
 BASE = "base"
 TRAINING = "training_tokens_per_second"

@@ -18,6 +18,7 @@ from prefixtune_cli.compare.memory import available_bytes, peak_memory
 from prefixtune_cli.compare.speed.inference import Answer, cache_bytes
 from prefixtune_cli.compare.speed.training import TrainingStep
 from prefixtune_cli.errors import ModelError, ResourceError
+from prefixtune_cli.recipe.schema import AdapterSection
 
 # What method full takes a weight: itself, its gradient and AdamW's two moments, in float32.
 BYTES_OF_FULL = 16
@@ -77,7 +78,7 @@ class Figures:
 
 
 def take_turn(
-    base: PreTrainedModel, adapter: models.AdapterSection | None, shape: Shape, *, autocast: bool
+    base: PreTrainedModel, adapter: AdapterSection | None, shape: Shape, *, autocast: bool
 ) -> Figures:
     """Measure one contestant once; the base is as it was afterwards, also where this fails.
 
@@ -123,7 +124,7 @@ def take_turn(
 
 @contextlib.contextmanager
 def attached(
-    base: PreTrainedModel, adapter: models.AdapterSection | None, count: int = 1
+    base: PreTrainedModel, adapter: AdapterSection | None, count: int = 1
 ) -> Iterator[PeftModel | PreTrainedModel]:
     """Within the block the base has random adapters; afterwards it has none, and nothing of it is trainable.
 
