@@ -100,7 +100,9 @@ class Basis(TrainerCallback):
                 [trainer.train_dataset[i] for i in rows[start : start + size]]
             )
             yield {
-                key: value.to(trainer.args.device) for key, value in batch.items() if key != "row"
+                key: value.to(trainer.args.device) if isinstance(value, torch.Tensor) else value
+                for key, value in batch.items()
+                if key != "row"
             }
             done = min(start + size, len(rows))
             self.reporter.progress("basis", done, len(rows), {})

@@ -116,8 +116,8 @@ def forget_peak_memory() -> None:
 class LossWatch(TrainerCallback):
     """Says once, while there is time to stop, that the training loss has risen.
 
-    The last steps are compared with the first ones, which the warm-up keeps near the base: more than three standard
-    errors above them, and more than 2 %, is no noise of the batches.
+    The last steps are compared with the first ones, at which the warm-up has hardly begun, so that their loss is the
+    base's. More than 2 % and three standard errors above it is no noise of the batches.
 
     Args:
         losses: of each step, by the steps behind it; the trainer adds to them.
@@ -134,23 +134,23 @@ class LossWatch(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        steps = sorted(self._losses)
-        after_warmup = state.global_step >= args.get_warmup_steps(state.max_steps) + self._LAST
-        if self._said or not after_warmup or len(steps) < self._FIRST + self._LAST:
+        warmup = args.get_warmup_steps(state.max_steps)
+        first = [
+            self._losses[i]
+            for i in range(max(1, min(self._FIRST, warmup // 2)))
+            if i in self._losses
+        ]  # none of a run that is resumed
+        if self._said or not first or state.global_step < warmup + self._LAST:
             return
-        first, error = _mean_and_error([self._losses[i] for i in steps[: self._FIRST]])
-        last, other = _mean_and_error([self._losses[i] for i in steps[-self._LAST :]])
-        if last > 1.02 * first and last - first > 3 * math.hypot(error, other):
+        last = [self._losses[i] for i in sorted(self._losses)[-self._LAST :]]
+        began, now = statistics.fmean(first), statistics.fmean(last)
+        error = statistics.stdev(last) * math.sqrt(1 / len(first) + 1 / len(last))
+        if now > 1.02 * began and now - began > 3 * error:
             self._said = True
             self._reporter.warning(
-                f"The training loss has risen: it is {last:.4g} over the last {self._LAST} steps, and was {first:.4g} "
+                f"The training loss has risen: it is {now:.4g} over the last {self._LAST} steps, and was {began:.4g} "
                 f"at first. {slower(args.learning_rate)}"
             )
-
-
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and its standard error."""
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
 def slower(rate: float) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from prefixtune_cli.errors import RecipeError
 from prefixtune_cli.recipe.load import difference, dump, find, resolve, shipped, summary
-from prefixtune_cli.recipe.schema import METHOD_DEFAULTS, Lora, Peft, PrefixTuningPlus, Recipe
+from prefixtune_cli.recipe.schema import Lora, Peft, PrefixTuningPlus, Recipe, default_rate
 
 
 def problems(*given: Any) -> list[str]:
@@ -220,13 +220,36 @@ def test_another_method_drops_what_the_recipe_says_of_its_own(write: Any) -> Non
     file = write("adapter: {feature_map: gelu}\ntrain: {learning_rate: 0.01, seed: 3}\n")
     found = resolve(file, [], {"adapter": {"method": "lora"}})
     assert found.adapter == Lora()
-    assert found.train.learning_rate == METHOD_DEFAULTS["lora"]["learning_rate"]
+    assert found.train.learning_rate is None
     assert found.train.seed == 3
 
 
-def test_another_method_keeps_a_learning_rate_that_was_chosen(write: Any) -> None:
+def test_a_learning_rate_that_is_typed_goes_with_any_method(write: Any) -> None:
     file = write("adapter: {method: prefix-tuning-plus}\ntrain: {learning_rate: 0.002}\n")
-    assert resolve(file, ["adapter.method=lora"]).train.learning_rate == 0.002
+    assert resolve(file, ["adapter.method=lora"]).train.learning_rate is None
+    typed = ["adapter.method=lora", "train.learning_rate=0.004"]
+    assert resolve(file, typed).train.learning_rate == 0.004
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "hra"])
+def test_default_rates_of_weights_fall_with_the_bases_width(method: str) -> None:
+    found = resolve(None, [f"adapter.method={method}"])
+    rates = [found.with_learning_rate(width).train.learning_rate for width in (192, 576, 4096)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] / rates[2] == pytest.approx((4096 / 192) ** 0.781, rel=0.05)
+
+
+def test_the_rate_of_a_relative_change_is_one_for_all_widths() -> None:
+    found = resolve(None)
+    assert found.train.learning_rate is None
+    rates = {found.with_learning_rate(width).train.learning_rate for width in (192, 576, 4096)}
+    assert rates == {default_rate(PrefixTuningPlus()).at}
+    paper = resolve(None, ["adapter.preset=paper"])
+    assert paper.with_learning_rate(576).train.learning_rate not in rates
+    assert (
+        resolve(None, ["train.learning_rate=0.5"]).with_learning_rate(9).train
+        == resolve(None, ["train.learning_rate=0.5"]).train
+    )
 
 
 def test_the_recipes_own_method_spelled_out_keeps_its_section(write: Any) -> None:
@@ -309,8 +332,7 @@ def test_a_method_of_pefts_has_its_settings_under_config_and_its_own_learning_ra
     file = write("adapter:\n  method: vera\n  config:\n    r: 8\n    save_projection: true\n")
     found = resolve(file, ["adapter.config.save_projection=false"])
     assert found.adapter == Peft(method="vera", config={"r": 8, "save_projection": False})
-    assert found.train.learning_rate == METHOD_DEFAULTS["vera"]["learning_rate"]
-    assert resolve(None, ["adapter.method=hra"]).train.learning_rate == 3e-3
+    assert found.with_learning_rate(576).train.learning_rate == 1e-2
     assert resolve(None, ["adapter.method=ln_tuning"]).adapter.method == "ln-tuning"
     assert resolve(file, ["adapter.method=lora"]).adapter == Lora()
 

@@ -132,7 +132,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     run_dir.summary.unlink()
     for checkpoint in run_dir.checkpoints():
         (checkpoint / "sha256.json").unlink()  # as a crash in the middle of a copy leaves it
-    run_dir.recipe.write_text(dump(chosen), encoding="utf-8")
+    run_dir.recipe.write_text(dump(chosen.with_learning_rate(64)), encoding="utf-8")
     train(chosen, resume=True)
     assert files(run_dir) == before
     steps = [row["step"] for row in run_dir.read_metrics()]
@@ -172,7 +172,7 @@ def half_done(
     run_dir.summary.unlink()
     shutil.rmtree(run_dir.adapter)
     shutil.rmtree(run_dir.checkpoint(8))
-    run_dir.recipe.write_text(dump(chosen), encoding="utf-8")
+    run_dir.recipe.write_text(dump(chosen.with_learning_rate(64)), encoding="utf-8")
     return chosen, run_dir, whole
 
 

@@ -98,7 +98,7 @@ def test_metrics_have_a_row_each_log_step_with_every_figure(
 ) -> None:
     rows = finished[0].read_metrics()
     trained = [row for row in rows if "loss" in row]
-    assert [row["step"] for row in trained] == list(range(2, 61, 2))
+    assert [row["step"] for row in trained] == [1, *range(2, 61, 2)]
     for row in trained:
         assert set(row) == {
             "step",
@@ -252,7 +252,7 @@ def test_resuming_another_recipe_or_other_data_shows_the_difference(
     train(chosen)
     RunDir(tmp_path / "run").summary.unlink()
     changed = recipe(random_base, data, tmp_path / "run", train={"learning_rate": 0.5})
-    with pytest.raises(RunDirError, match=r"train\.learning_rate: 0\.01 → 0\.5"):
+    with pytest.raises(RunDirError, match=r"train\.learning_rate: 0\.03 → 0\.5"):
         train(changed, resume=True)
     data.write_text(data.read_text().replace("RED", "ROT"))
     with pytest.raises(RunDirError, match=r"data of the run .* has changed"):
