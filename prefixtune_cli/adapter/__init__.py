@@ -19,6 +19,7 @@ from prefixtune_cli.adapter.attention import (
 from prefixtune_cli.adapter.basis import (
     basis_state,
     fold_basis,
+    identity_basis,
     initialize_basis,
     load_basis_state,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "basis_state",
     "feed_forward_modules",
     "fold_basis",
+    "identity_basis",
     "initialize_basis",
     "load_basis_state",
 ]

@@ -80,6 +80,14 @@ def initialize_basis(
             memory.M_down.data.copy_(directions[..., : memory.rank])
 
 
+def identity_basis(model: nn.Module) -> None:
+    """Give every M the identity for a basis: what a step computes and keeps is that of any other, to plan and time."""
+    for memory in _memories(model).values():
+        factor = getattr(memory, memory.factor_name)
+        identity = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
+        memory.basis = identity.repeat(memory.heads, 1, 1)
+
+
 def fold_basis(model: nn.Module) -> None:
     """Have every adapter hold M itself again; what the model computes stays the same."""
     for memory in _memories(model).values():

@@ -207,7 +207,7 @@ Preset = Annotated[
         "--preset",
         panel=ADAPTER,
         metavar="NAME",
-        help="Prefix-Tuning+: paper is the paper's form exactly, wide reads M beside the FFN as well.",
+        help="Prefix-Tuning+: paper is the paper's form exactly: elu, at attention alone, no basis.",
     ),
 ]
 FeatureMap = Annotated[

@@ -22,10 +22,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from prefixtune_cli import model as models
+from prefixtune_cli.adapter import identity_basis
 from prefixtune_cli.errors import ModelError
 from prefixtune_cli.plan.kernels import GpuAttention, QuantizedLinear
 from prefixtune_cli.quantization import stored_settings
-from prefixtune_cli.recipe.schema import AdapterSection, ModelSection
+from prefixtune_cli.recipe.schema import AdapterSection, ModelSection, PrefixTuningPlus
 from prefixtune_cli.tokenizer import cannot_load
 
 
@@ -74,6 +75,8 @@ class Skeleton:
             if bits is not None:
                 _quantize(self.base, *bits, on_gpu=on_gpu)
             self.model = models.attach(self.base, adapter)
+            if isinstance(adapter, PrefixTuningPlus) and adapter.basis:
+                identity_basis(self.model)
         with self.mode:
             _materialize(self.model)
         self.model.train()

@@ -132,7 +132,9 @@ def _step(
     model = skeleton.model
     trained = [p for p in model.parameters() if p.requires_grad]
     accountant.phase = ("start",)
-    accountant.add(model.buffers(), WEIGHTS)
+    bases = [value for name, value in model.named_buffers() if name.endswith(".basis")]
+    accountant.add(bases, ADAPTER)
+    accountant.add((b for b in model.buffers() if all(b is not one for one in bases)), WEIGHTS)
     accountant.add((p for p in model.parameters() if not p.requires_grad), WEIGHTS)
     accountant.add(trained, ADAPTER if skeleton.has_adapter else WEIGHTS)
     optimizer = make_optimizer(trained)

@@ -91,8 +91,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "share_heads": "query",
         "layers": "all",
     },
-    # Ahead of attention alone on the built-in base, over five seeds: see the README.
-    "wide": {"feature_map": "gelu", "sites": "attention+ffn"},
 }
 
 
@@ -159,12 +157,11 @@ class PrefixTuningPlus(Section):
     """Prefix-Tuning+: M is trained, and φ(q)ᵀM added to each head's output (paper, eq. 7), or to the FFN's."""
 
     method: Literal["prefix-tuning-plus"] = "prefix-tuning-plus"
-    preset: Literal["paper", "wide"] | None = Field(
-        None,
-        description="Settings below by name: `paper` is the paper's form exactly, `wide` reads M beside the FFN, too.",
+    preset: Literal["paper"] | None = Field(
+        None, description="Settings below by name: `paper` is the paper's form exactly."
     )
     feature_map: Literal["elu", "gelu", "mlp"] = Field(
-        "gelu", description="φ of eq. 7: the paper's default is elu, the sweep's gelu."
+        "elu", description="φ of eq. 7; elu is the paper's."
     )
     feature_dim: int | None = Field(
         None, ge=1, description="Features a head of `mlp`; null is the query's width."
@@ -173,8 +170,8 @@ class PrefixTuningPlus(Section):
         False, description="φ sees the query divided by its root mean square."
     )
     sites: Literal["attention", "ffn", "attention+ffn"] = Field(
-        "attention",
-        description="Where M is read; at the FFN its input's blocks are the queries, with the same φ.",
+        "attention+ffn",
+        description="Where M is read, attention being the paper's; at the FFN its input's blocks are the queries, with the same φ.",
     )
     block_size: int | None = Field(
         None,

@@ -40,11 +40,11 @@ def test_all_methods_are_planned_side_by_side_and_their_parts_add_up(recipe: Mak
 def test_weights_adapter_and_optimizer_are_counted_to_the_byte(recipe: MakeRecipe) -> None:
     model, whole = plan(recipe(), methods=["prefix-tuning-plus", "full"])
     elements = 2 * 2048 * 256 + 2 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 704 + 2 * 256) + 256
-    memories = 2 * 4 * 64 * 64
+    memories = 2 * 2 * 4 * 64 * 64  # at attention, and beside the FFN in blocks of 64
     rotary_tables = 2 * 32 * FLOAT32
     assert model.parts.weights == BFLOAT16 * elements + rotary_tables
-    assert model.parts.adapter == FLOAT32 * memories
-    assert model.parts.optimizer == 2 * FLOAT32 * memories + 2 * FLOAT32  # and two step counts
+    assert model.parts.adapter == 2 * FLOAT32 * memories  # each M has a basis of its size
+    assert model.parts.optimizer == 2 * FLOAT32 * memories + 4 * FLOAT32  # and four step counts
     assert whole.parts.weights == FLOAT32 * elements + rotary_tables
     assert whole.parts.adapter == 0
 

@@ -138,7 +138,7 @@ def test_a_flag_puts_a_recipes_wrong_value_right(write: Any) -> None:
         ),
         (
             ["adapter.feature_dim=3"],
-            "adapter.feature_dim belongs to feature_map mlp; gelu has the query's width. Leave it out.",
+            "adapter.feature_dim belongs to feature_map mlp; elu has the query's width. Leave it out.",
         ),
         (
             ["adapter.block_size=32"],
@@ -410,15 +410,6 @@ def test_a_preset_stands_for_all_settings_of_the_adapter(tmp_path: Path) -> None
     again = tmp_path / "again.yaml"
     again.write_text(dump(found), encoding="utf-8")
     assert resolve(str(again)) == found
-
-
-def test_what_a_preset_leaves_open_may_be_set_beside_it() -> None:
-    found = resolve(flags={"adapter": {"preset": "wide", "block_size": 8}}).adapter.model_dump()
-    assert (found["sites"], found["feature_map"], found["block_size"]) == (
-        "attention+ffn",
-        "gelu",
-        8,
-    )
 
 
 def test_a_setting_that_contradicts_the_preset_is_refused() -> None:

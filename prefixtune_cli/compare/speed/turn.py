@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefixtune_cli import model as models
+from prefixtune_cli.adapter import fold_basis, identity_basis
 from prefixtune_cli.compare.memory import available_bytes, peak_memory
 from prefixtune_cli.compare.speed.inference import Answer, cache_bytes
 from prefixtune_cli.compare.speed.training import TrainingStep
 from prefixtune_cli.errors import ModelError, ResourceError
-from prefixtune_cli.recipe.schema import AdapterSection
+from prefixtune_cli.recipe.schema import AdapterSection, PrefixTuningPlus
 
 # What method full takes a weight: itself, its gradient and AdamW's two moments, in float32.
 BYTES_OF_FULL = 16
@@ -104,7 +105,10 @@ def take_turn(
     with attached(base, adapter, shape.adapters) as model:
         trained = [p for p in model.parameters() if p.requires_grad]
         with in_float32(trained) if full else contextlib.nullcontext():
+            if isinstance(adapter, PrefixTuningPlus) and adapter.basis:
+                identity_basis(model)
             step_seconds, peak_bytes = _train(model, base, shape, autocast=autocast)
+            fold_basis(model)
         size = 4 * sum(p.numel() for p in trained) if full else _adapter_bytes(model)
         model.requires_grad_(False)
         if shape.cast_adapters and not full:
