@@ -93,7 +93,7 @@ def _config(path: str, size: int, time: int) -> PreTrainedConfig:
             "Compare its size with that of its source, or take the model's safetensors."
         ) from error
     _scale_frequencies(header, config)
-    config.name_or_path = path
+    config.name_or_path = os.path.abspath(path)
     return config
 
 
@@ -105,7 +105,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, gguf_file=_IN_ITS_FOLDER
         )
-    tokenizer.name_or_path = str(path)
+    tokenizer.name_or_path = os.path.abspath(path)
     return tokenizer
 
 
@@ -145,7 +145,8 @@ def load_model(
             quantization_config=settings,
             **options,
         )
-    model.name_or_path = model.config.name_or_path = str(path)
+    # In full: peft writes it beside the adapter, and asks the hub about names that look like the hub's.
+    model.name_or_path = model.config.name_or_path = os.path.abspath(path)
     return model, loaded
 
 

@@ -43,7 +43,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token.
 
     Raises:
-        ModelError: there is no tokenizer.
+        ModelError: there is no tokenizer, or no model at all.
     """
     from transformers import AutoTokenizer
 
@@ -56,6 +56,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
                 name, revision=section.revision, trust_remote_code=section.trust_remote_code
             )
     except (OSError, ValueError, ImportError, KeyError) as error:
+        if Path(name).exists():
+            check_base(section)  # which says what it is, where it is no model
         raise ModelError(cannot_load("tokenizer", section, error)) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from prefixtune_cli import gguf_base
 from prefixtune_cli import model as models
@@ -18,7 +24,7 @@ from prefixtune_cli.evaluate.subjects import assemble, hash_of_base
 from prefixtune_cli.merge import merge_into_base
 from prefixtune_cli.plan.base import base_config
 from prefixtune_cli.progress import Silent
-from prefixtune_cli.recipe.gguf_header import is_gguf, read_header
+from prefixtune_cli.recipe.gguf_header import GgufHeader, is_gguf, read_header
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import Lora, ModelSection, PrefixTuningPlus
 from prefixtune_cli.tokenizer import check_base, load_tokenizer
@@ -104,8 +110,12 @@ def test_a_file_without_an_ending_is_recognised_and_what_lies_beside_it_is_not_r
     models.load_base(section)
 
 
-def test_an_adapter_names_the_file_and_is_found_on_it_again(file: Path, tmp_path: Path) -> None:
-    base = models.load_base(ModelSection(name=str(file), bits=32))
+def test_an_adapter_names_the_file_in_full_and_is_found_on_it_again(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(file.parent.parent)
+    short = str(file.relative_to(file.parent.parent))  # which could be the hub's
+    base = models.load_base(ModelSection(name=short, bits=32))
     model = models.attach(base, PrefixTuningPlus())
     model.save_pretrained(tmp_path / "adapter")
     stored = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -204,6 +214,15 @@ def test_linear_and_yarn_scaling_come_through(random_base: Path, tmp_path: Path)
     assert gguf_base.load_config(yarn).rope_parameters["original_max_position_embeddings"] == 1024
 
 
+def test_gemma_3_has_its_scaling_where_it_attends_to_everything() -> None:
+    config = Gemma3TextConfig(num_hidden_layers=2)
+    about = {"general.architecture": "gemma3", "gemma3.rope.scaling.type": "linear"}
+    header = GgufHeader(Path("g.gguf"), {**about, "gemma3.rope.scaling.factor": 8.0}, {})
+    gguf_base._scale_frequencies(header, config)
+    assert config.rope_parameters["full_attention"]["factor"] == 8.0
+    assert config.rope_parameters["sliding_attention"]["rope_type"] == "default"
+
+
 def test_frequencies_that_cannot_be_taken_over_are_refused(
     random_base: Path, llama_3: Path, tmp_path: Path
 ) -> None:
@@ -221,6 +240,11 @@ def test_without_the_package_one_line_says_what_to_install(
     monkeypatch.setattr("transformers.utils.is_gguf_available", lambda: False)
     said = refusal(file)
     assert "pip install 'prefixtune-cli[gguf]'" in said and "\n" not in said
+
+
+def test_looking_at_data_says_which_of_a_folder_of_gguf_files_to_give(file: Path) -> None:
+    with pytest.raises(ModelError, match=f"--model {file}"):
+        load_tokenizer(ModelSection(name=str(file.parent)))
 
 
 def test_an_architecture_that_transformers_cannot_read_is_refused_by_name(tmp_path: Path) -> None:
