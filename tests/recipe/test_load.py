@@ -141,7 +141,7 @@ def test_a_flag_puts_a_recipes_wrong_value_right(write: Any) -> None:
             "adapter.feature_dim belongs to feature_map mlp; elu has the query's width. Leave it out.",
         ),
         (
-            ["adapter.block_size=32"],
+            ["adapter.sites=attention", "adapter.block_size=32"],
             "adapter.block_size belongs to sites ffn and attention+ffn; at attention an M has its head's width. "
             "Leave it out, or type --sites ffn.",
         ),
