@@ -27,6 +27,14 @@ def train(
             "--overwrite", help="Delete the run that --out holds.", rich_help_panel=options.RUN
         ),
     ] = False,
+    find_learning_rate: Annotated[
+        bool,
+        typer.Option(
+            "--find-learning-rate",
+            help="First try a few rates around the default in short runs, and take the best.",
+            rich_help_panel=options.TRAINING,
+        ),
+    ] = False,
     as_json: options.Json = False,
     sets: options.Sets = None,
     revision: options.Revision = None,
@@ -86,6 +94,11 @@ def train(
     if resume not in (None, "auto", "must"):
         raise UsageError(f"--resume stands alone, or as --resume auto, got --resume {resume}.")
 
+    if find_learning_rate and (resume is not None or settings.train.gpus not in (None, 1)):
+        raise UsageError(
+            "--find-learning-rate is for a fresh run of one process. Leave out --resume and --gpus; give the rate that "
+            "it finds as --learning-rate to the run on several GPUs."
+        )
     if _launches(settings, nodes, node_rank, rendezvous):
         return
     from prefixtune_cli.cli import console
@@ -95,12 +108,20 @@ def train(
         console.quiet_libraries()
         from prefixtune_cli import train as training
         from prefixtune_cli.parallel.processes import leads
+        from prefixtune_cli.shared_base import SharedBase
 
+    bases = None
     with reporter() as shown:
+        if find_learning_rate:
+            from prefixtune_cli.compare.rates import find_learning_rate as found
+
+            bases = SharedBase()
+            settings = found(settings, bases, shown)
         summary = training.train(
             settings,
             resume=resume if resume == "auto" else resume is not None,
             overwrite=overwrite,
+            bases=bases,
             reporter=shown,
         )
     if not leads():

@@ -171,7 +171,7 @@ class PrefixTuningPlus(Section):
     )
     sites: Literal["attention", "ffn", "attention+ffn"] = Field(
         "attention+ffn",
-        description="Where M is read, attention being the paper's; at the FFN its input's blocks are the queries, with the same φ.",
+        description="Where M is read (the paper: attention); at the FFN its input's blocks are the queries.",
     )
     block_size: int | None = Field(
         None,

@@ -1,0 +1,94 @@
+"""`ptp train --find-learning-rate`: short runs at a few rates before the long one, on one loaded base."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+
+from prefixtune_cli import model as models
+from prefixtune_cli.compare.contest import NEVER, Entry
+from prefixtune_cli.errors import TrainingError
+from prefixtune_cli.progress import Reporter
+from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.shared_base import SharedBase
+from prefixtune_cli.tokenizer import check_base
+from prefixtune_cli.train import train
+
+RATES = 5  # a factor of √10 apart, the recipe's own in the middle
+STEPS = 30
+LAST = 10  # of those, whose loss is compared
+
+
+def find_learning_rate(recipe: Recipe, bases: SharedBase, reporter: Reporter) -> Recipe:
+    """The recipe with the best of a few rates around its own, or around its method's default.
+
+    Each is tried in a short run with a whole schedule. What decides is the training loss of its last steps: their rows
+    are new to it, and the held-out rows have no part in the choice.
+
+    Args:
+        recipe: of a run of one process.
+        bases: lends the base, to all of these runs and the one after them.
+        reporter: hears each rate with its loss.
+
+    Raises:
+        PtpError: what `train` raises; a rate at which the loss is no number is out of the question, but no error.
+    """
+    check_base(recipe.model)
+    recipe = recipe.with_learning_rate(models.hidden_size(recipe.model))
+    rates = Entry("", {}, recipe).learning_rates(RATES)
+    losses = {}
+    with TemporaryDirectory(prefix="ptp-rates-") as folder:
+        for done, rate in enumerate(rates):
+            reporter.progress("learning rates", done, len(rates), {})
+            losses[rate] = _loss(recipe, rate, Path(folder) / f"{rate:g}", bases)
+            said = f"{losses[rate]:.4f}" if math.isfinite(losses[rate]) else "no number"
+            reporter.notice(f"learning rate {rate:g}: training loss {said} after {STEPS} steps")
+    reporter.progress("learning rates", len(rates), len(rates), {})
+    best = min(rates, key=losses.__getitem__)
+    if not math.isfinite(losses[best]):
+        raise TrainingError(
+            f"The loss is no number at any of the rates {', '.join(f'{r:g}' for r in rates)}. Begin with a lower one: "
+            f"--find-learning-rate --learning-rate {rates[0] / 10:g}"
+        )
+    edge = (
+        " It is the last of them: the best may lie beyond." if best in (rates[0], rates[-1]) else ""
+    )
+    reporter.notice(f"Training with --learning-rate {best:g}.{edge}")
+    return _at(recipe, best)
+
+
+def _at(recipe: Recipe, rate: float) -> Recipe:
+    return recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"learning_rate": rate})}
+    )
+
+
+def _loss(recipe: Recipe, rate: float, out: Path, bases: SharedBase) -> float:
+    """The mean training loss of the last steps of a short run; infinite where it is no number."""
+    steps = min(STEPS, recipe.train.max_steps or STEPS)
+    at_rate = _at(recipe, rate)
+    short = {
+        "max_steps": steps,
+        "log_steps": 1,
+        "eval_steps": None,
+        "save_steps": NEVER,
+        "save_minutes": None,
+        "track": "none",
+    }
+    judged = {"max_rows": 1, "max_new_tokens": 1}
+    run = at_rate.model_copy(
+        update={
+            "train": at_rate.train.model_copy(update=short),
+            "evaluate": at_rate.evaluate.model_copy(update=judged),
+            "out": str(out),
+        }
+    )
+    try:
+        train(run, bases=bases)
+    except TrainingError:
+        return math.inf
+    losses = [row["loss"] for row in RunDir(out).read_metrics() if "loss" in row]
+    return fmean(losses[-LAST:])
