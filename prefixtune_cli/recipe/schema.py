@@ -9,6 +9,7 @@ layer does not import: `peft_methods` checks the name and its settings.
 
 from __future__ import annotations
 
+import math
 import re
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -38,23 +39,25 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 class Rate(NamedTuple):
     """A default learning rate: `at` for a base whose hidden size is 2,000, times (2,000 / hidden size)^power.
 
-    The power is that of the tinker cookbook's fit over models of many widths (0.781 for Llama); 0 is one rate for all.
+    The power is that of the tinker cookbook's fit over models of many widths (0.781 for Llama), which small bases do
+    not follow to the end: `most` is the highest rate. A power of 0 is one rate for all.
     """
 
     at: float
     power: float
     why: str
+    most: float = math.inf
 
     def of(self, width: int) -> float:
         """The rate for a base of this hidden size, to two digits."""
-        return float(f"{self.at * (2000 / width) ** self.power:.1e}")
+        return float(f"{min(self.most, self.at * (2000 / width) ** self.power):.1e}")
 
 
 # Chosen by sweeps, on the built-in base (hidden size 192) and on SmolLM2-135M (576): see the README.
 IN_THE_BASIS = Rate(0.03, 0, "a step changes what M adds to by about 3 % of its size")
 WITHOUT_A_BASIS = Rate(1e-3, 0, "without a basis, whatever the size of what M adds to")
 RATES: dict[str, Rate] = {
-    "lora": Rate(1e-3, 0.781, "LoRA's falls with the base's hidden size"),
+    "lora": Rate(1.1e-3, 0.781, "it falls with the base's hidden size", most=3e-3),
     "prefix-tuning": Rate(3e-2, 0, "one rate for all bases"),
     "full": Rate(5e-5, 0.781, "it falls with the base's hidden size"),
     # Not swept: the vectors of these are few and small, or the weights many.
