@@ -76,7 +76,8 @@ def initialize_basis(
         except ValueError as error:
             raise ValueError(f"There is no basis for {name}: {error}") from None
         memory.set_basis(basis)
-        if memory.rank is not None and not memory.M_up.any():
+        fresh = memory.rank is not None and memory.M_up.numel() and not memory.M_up.any()
+        if fresh:
             memory.M_down.data.copy_(directions[..., : memory.rank])
 
 

@@ -146,13 +146,15 @@ class Memory(nn.Module):
         self.fold()
         parameter = getattr(self, self.factor_name)
         self.basis = basis.to(parameter)
-        parameter.copy_(_coordinates(self.basis, parameter))
+        if parameter.any():  # a fresh M is zero in any basis
+            parameter.copy_(_coordinates(self.basis, parameter))
 
     @torch.no_grad()
     def fold(self) -> None:
         """Have the parameter hold M (M_down) itself again, without a basis."""
-        getattr(self, self.factor_name).copy_(self.factor())
-        self.basis = None
+        if self.basis is not None:
+            getattr(self, self.factor_name).copy_(self.factor())
+            self.basis = None
 
     def weights(self) -> Weights:
         """M, or the product that stands for it, and the trained map."""

@@ -68,10 +68,8 @@ class Basis(TrainerCallback):
             initialize_basis(model, self._batches(), forward_fn=forward)
         except ValueError as error:
             raise ModelError(f"{error} Type --no-basis to train without it.") from error
-        state_of_leader = self.trainer.processes.told(
-            basis_state(model) if self.trainer.processes.leads else {}
-        )
-        load_basis_state(model, state_of_leader)
+        mine = {key: value.cpu() for key, value in basis_state(model).items()}
+        load_basis_state(model, self.trainer.processes.told(mine))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig, SFTTrainer
@@ -22,7 +23,12 @@ from trl import SFTConfig, SFTTrainer
 from prefixtune_cli.errors import TrainingError
 from prefixtune_cli.parallel.devices import device
 from prefixtune_cli.parallel.processes import Processes
-from prefixtune_cli.parallel.sharding import deepspeed_settings, is_sharded, reshard
+from prefixtune_cli.parallel.sharding import (
+    adapter_at_hand,
+    deepspeed_settings,
+    is_sharded,
+    reshard,
+)
 from prefixtune_cli.recipe.schema import IN_FRONT, IN_THE_CACHE, Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.basis import Basis
@@ -261,6 +267,11 @@ class SafeTrainer(SFTTrainer):
         reshard(self.model)
         if self.processes.leads or self.is_deepspeed_enabled:  # whose weights are gathered from all
             super().save_model(output_dir, _internal_call)
+        if self.is_deepspeed_enabled and output_dir and isinstance(self.model, PeftModel):
+            # What DeepSpeed gathers are the parameters, which hold no M while there is a basis.
+            with adapter_at_hand(self.model):
+                if self.processes.leads:
+                    self.model.save_pretrained(output_dir)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._run_dir.checkpoint_part if self._saving else self._run_dir.path)
