@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -368,14 +369,17 @@ def _does_not_fit(base: PreTrainedModel, folder: Path, config: PeftConfig, error
         (line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error)
     )
     # At an FFN shapes tell of blocks, not of heads, and the first that differs says more.
-    of_heads = isinstance(config, PrefixTuningPlusConfig) and config.sites == "attention"
+    of_heads = isinstance(config, PrefixTuningPlusConfig) and "attention" in config.sites
     if of_heads and isinstance(error, RuntimeError):
-        matrices = (".M", ".M_up")  # whole, and of low rank: both [heads, _, d_value]
+        modules = prefix_tuning_plus.attention_modules(base)
+        here = next(iter(modules.values()))
+        places = {name.rpartition(".")[2] for name in modules}
+        # Whole, and of low rank: both [heads, _, d_value].
+        matrix = re.compile(rf".*\.({'|'.join(places)})\.prefix_tuning_plus_memory\.(M|M_up)")
         with safe_open(folder / _WEIGHTS, framework="pt") as file:
-            names = [key for key in file.keys() if key.endswith(matrices)]  # noqa: SIM118
+            names = [key for key in file.keys() if matrix.fullmatch(key)]  # noqa: SIM118
             shapes = [file.get_slice(name).get_shape() for name in names]
         heads, _, width = shapes[0]
-        here = next(iter(prefix_tuning_plus.attention_modules(base).values()))
         said = (
             f"it was trained for {len(shapes)} layers with {heads} heads of width {width}, and this base has "
             f"{base.config.get_text_config().num_hidden_layers} layers with {here.heads} heads of width {here.d_value} "

@@ -18,7 +18,7 @@ from typing import Any
 from prefixtune_cli.errors import UsageError
 from prefixtune_cli.recipe import load, read
 from prefixtune_cli.recipe.explain import METHODS
-from prefixtune_cli.recipe.schema import Peft, Recipe, canonical, method_defaults
+from prefixtune_cli.recipe.schema import Peft, Recipe, canonical
 
 DEFAULT_METHODS = ("prefix-tuning-plus", "lora", "prefix-tuning", "full")
 STEP = 10**0.5  # between two learning rates of a sweep
@@ -296,8 +296,7 @@ def _recipe(typed: Typed, method: str, settings: Mapping[str, Any]) -> Recipe:
     if typed.recipe is not None and not _types_a_rate(typed):
         written = load.resolve(typed.recipe)
         if written.adapter.method != method:  # whose rate was chosen for it
-            rate = method_defaults(method)["learning_rate"]
-            nested["train"] = {**nested.get("train", {}), "learning_rate": rate}
+            nested["train"] = {**nested.get("train", {}), "learning_rate": None}
     for key, value in settings.items():
         *above, last = key.split(".")
         inner = nested

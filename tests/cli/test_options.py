@@ -17,6 +17,7 @@ NO_SETTINGS = {
     "resume",
     "overwrite",
     "as_json",
+    "find_learning_rate",
     "nodes",
     "node_rank",
     "rendezvous",

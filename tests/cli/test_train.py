@@ -20,7 +20,7 @@ def test_a_run_prints_parameters_scores_and_what_to_type_next(
     typed = ["train", "--model", random_base, "--data", colours, "--out", out, "--steps", 4]
     code, printed, said = ptp(*typed, "--bits", 32, "--max-length", 64)
     assert code == 0, said
-    assert "Trained 2,048 of 207,168 parameters (0.99 %) in 4 steps" in printed
+    assert "Trained 4,096 of 209,216 parameters (1.96 %) in 4 steps" in printed
     assert "MiB" in printed
     for row in ("base", "adapter"):
         line = next(line for line in printed.splitlines() if line.startswith(row))

@@ -232,7 +232,7 @@ def test_the_same_command_goes_on_where_a_signal_stopped_it(
     ]  # fmt: skip
     typed = list(map(str, command))
     with subprocess.Popen(typed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        second = tmp_path / "out/cells/prefix-tuning-plus/lr-0.01/seed-0"
+        second = tmp_path / "out/cells/prefix-tuning-plus/lr-0.03/seed-0"
         while not list(second.glob("checkpoint-*/sha256.json")):
             assert run.poll() is None, run.communicate()
             time.sleep(0.05)

@@ -1,0 +1,57 @@
+"""What a newcomer gets: every method at its defaults, on the model that comes inside the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune_cli.recipe.load import resolve
+from prefixtune_cli.train import train
+
+STEPS = 24
+
+
+class Warned:
+    """A reporter that keeps warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def notice(self, text: str) -> None:
+        pass
+
+    def warning(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def progress(self, task: str, done: int, total: int, figures: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("adapter", "most"),
+    [
+        ({}, 0.4),
+        ({"preset": "paper"}, 0.9),
+        ({"method": "lora"}, 0.5),
+        ({"method": "prefix-tuning"}, 0.9),
+        ({"method": "full"}, 0.5),
+    ],
+    ids=str,
+)
+def test_every_method_at_its_defaults_ends_well_below_the_base(
+    tmp_path: Path, adapter: dict[str, Any], most: float
+) -> None:
+    flags = {
+        "data": {"train": "sample:intents-train", "eval": "sample:intents-test", "max_length": 128},
+        "train": {"max_steps": STEPS, "batch_size": 16},
+        "evaluate": {"max_rows": 64, "max_new_tokens": 1},
+        "adapter": adapter,
+        "out": str(tmp_path / "run"),
+    }
+    warned = Warned()
+    found = train(resolve(None, [], flags), reporter=warned)
+    print(f"{adapter}: {found.adapter.loss:.3f} of {found.base.loss:.3f}")
+    assert found.adapter.loss < most * found.base.loss
+    assert warned.warnings == []
