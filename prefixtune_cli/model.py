@@ -43,6 +43,7 @@ from prefixtune_cli.recipe.schema import (
     Peft,
     PrefixTuning,
     PrefixTuningPlus,
+    Recipe,
 )
 from prefixtune_cli.tokenizer import cannot_load
 
@@ -123,9 +124,26 @@ def hidden_size(section: ModelSection) -> int:
     """The width of the base's hidden states.
 
     Raises:
-        ModelError: the model cannot be found or read.
+        ModelError: the model cannot be found or read, or does not say it.
     """
-    return int(load_config(section).get_text_config().hidden_size)
+    width = getattr(load_config(section).get_text_config(), "hidden_size", None)
+    if not isinstance(width, int):
+        raise ModelError(
+            f"{section.name} does not say the width of its hidden states (config.hidden_size), by which a default "
+            "learning rate is chosen. Type one, such as --learning-rate 1e-3."
+        )
+    return width
+
+
+def with_learning_rate(recipe: Recipe) -> Recipe:
+    """The recipe with the default rate for its method and its base, where it has none.
+
+    Raises:
+        ModelError: see `hidden_size`.
+    """
+    if recipe.train.learning_rate is not None:
+        return recipe
+    return recipe.with_learning_rate(hidden_size(recipe.model))
 
 
 def skeleton(section: ModelSection) -> PreTrainedModel:

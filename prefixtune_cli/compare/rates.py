@@ -37,7 +37,7 @@ def find_learning_rate(recipe: Recipe, bases: SharedBase, reporter: Reporter) ->
         PtpError: what `train` raises; a rate at which the loss is no number is out of the question, but no error.
     """
     check_base(recipe.model)
-    recipe = recipe.with_learning_rate(models.hidden_size(recipe.model))
+    recipe = models.with_learning_rate(recipe)
     rates = Entry("", {}, recipe).learning_rates(RATES)
     losses = {}
     with TemporaryDirectory(prefix="ptp-rates-") as folder:

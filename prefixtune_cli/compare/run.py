@@ -96,8 +96,7 @@ def _compare(
         models.check_precision(entry.recipe.model, entry.method)
         models.check_method(entry.recipe.model, entry.recipe.adapter)
     check_base(recipe.model)
-    width = models.hidden_size(recipe.model)
-    contest = [replace(one, recipe=one.recipe.with_learning_rate(width)) for one in contest]
+    contest = [replace(one, recipe=models.with_learning_rate(one.recipe)) for one in contest]
     recipe = contest[0].recipe
     window = _window(contest, settings)
     mark(folder)

@@ -9,7 +9,12 @@ import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from prefixtune_cli.adapter import MemoryLayer, PrefixTuningPlusConfig
+from prefixtune_cli.adapter import (
+    MemoryLayer,
+    PrefixTuningPlusConfig,
+    fold_basis,
+    initialize_basis,
+)
 from prefixtune_cli.quantization import keep_as_loaded
 
 from .architectures import (
@@ -155,3 +160,17 @@ def test_the_gradient_after_an_evaluation_is_the_one_before_and_no_weight_change
     logits(base, tokens())
     assert all(torch.equal(p, b) for p, b in zip(base.parameters(), before, strict=True))
     assert torch.equal(gradient(base), gradient(load(folder, bits)))
+
+
+@SITES
+def test_the_basis_of_a_quantized_base_is_found_and_folded(quantized, sites):
+    config = PrefixTuningPlusConfig(task_type="CAUSAL_LM", sites=sites)
+    model = get_peft_model(quantized, config).eval()
+    expected = logits(model, tokens())
+    initialize_basis(model, [{"input_ids": tokens(batch=4, positions=12)}])
+    assert torch.equal(logits(model, tokens()), expected)
+    fill(model, std=0.05)
+    trained = logits(model, tokens())
+    assert not torch.allclose(trained, expected, atol=1e-3)
+    fold_basis(model)
+    torch.testing.assert_close(logits(model, tokens()), trained, rtol=2e-2, atol=2e-2)
