@@ -13,20 +13,7 @@ from prefixtune_cli.errors import TrainingError, UsageError
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.shared_base import SharedBase
-
-
-class Heard:
-    def __init__(self) -> None:
-        self.notices: list[str] = []
-
-    def notice(self, text: str) -> None:
-        self.notices.append(text)
-
-    def warning(self, text: str) -> None:
-        pass
-
-    def progress(self, task: str, done: int, total: int, figures: Any) -> None:
-        pass
+from tests.heard import Heard
 
 
 @pytest.fixture

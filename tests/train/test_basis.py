@@ -14,24 +14,7 @@ from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train import train
-
-
-class Heard:
-    """A reporter that remembers."""
-
-    def __init__(self) -> None:
-        self.notices: list[str] = []
-        self.warnings: list[str] = []
-        self.tasks: list[str] = []
-
-    def notice(self, text: str) -> None:
-        self.notices.append(text)
-
-    def warning(self, text: str) -> None:
-        self.warnings.append(text)
-
-    def progress(self, task: str, done: int, total: int, figures: Any) -> None:
-        self.tasks.append(task)
+from tests.heard import Heard
 
 
 def recipe(base: Path, data: Path, out: Path, **more: Any) -> Recipe:

@@ -9,24 +9,9 @@ import pytest
 
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.train import train
+from tests.heard import Heard
 
 STEPS = 24
-
-
-class Warned:
-    """A reporter that keeps warnings."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def notice(self, text: str) -> None:
-        pass
-
-    def warning(self, text: str) -> None:
-        self.warnings.append(text)
-
-    def progress(self, task: str, done: int, total: int, figures: Any) -> None:
-        pass
 
 
 @pytest.mark.parametrize(
@@ -50,8 +35,8 @@ def test_every_method_at_its_defaults_ends_well_below_the_base(
         "adapter": adapter,
         "out": str(tmp_path / "run"),
     }
-    warned = Warned()
-    found = train(resolve(None, [], flags), reporter=warned)
+    heard = Heard()
+    found = train(resolve(None, [], flags), reporter=heard)
     print(f"{adapter}: {found.adapter.loss:.3f} of {found.base.loss:.3f}")
     assert found.adapter.loss < most * found.base.loss
-    assert warned.warnings == []
+    assert heard.warnings == []
