@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from prefixtune_cli.train.order import row_lengths
 STATE = "basis.safetensors"
 ROWS = 64
 TOKENS = 16_384  # of long rows fewer are taken, and at least one
+AT_ONCE = 2048  # tokens of a pass, which keeps no activations
 
 
 class Basis(TrainerCallback):
@@ -89,26 +90,27 @@ class Basis(TrainerCallback):
         """A finished run's adapter holds M, and needs no basis."""
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches that do not depend on the size of those that are trained on, nor on the number of processes."""
         trainer = self.trainer
-        rows, lengths = self._rows(), row_lengths(trainer.train_dataset)
-        size = trainer.args.per_device_train_batch_size
-        rows.sort(key=lengths.__getitem__)  # little padding
-        for start in range(0, len(rows), size):
-            batch = trainer.data_collator(
-                [trainer.train_dataset[i] for i in rows[start : start + size]]
-            )
+        lengths = row_lengths(trainer.train_dataset)[: trainer.real_rows]
+        rows = sorted(self._rows(lengths), key=lengths.__getitem__)  # little padding
+        done = 0
+        while done < len(rows):
+            end = done + 1
+            while end < len(rows) and (end + 1 - done) * lengths[rows[end]] <= AT_ONCE:
+                end += 1
+            batch = trainer.data_collator([trainer.train_dataset[i] for i in rows[done:end]])
             yield {
                 key: value.to(trainer.args.device) if isinstance(value, torch.Tensor) else value
                 for key, value in batch.items()
                 if key != "row"
             }
-            done = min(start + size, len(rows))
+            done = end
             self.reporter.progress("basis", done, len(rows), {})
 
-    def _rows(self) -> list[int]:
-        """The numbers of the rows, the same for any number of processes."""
+    def _rows(self, lengths: Sequence[int]) -> list[int]:
+        """The numbers of the rows."""
         trainer = self.trainer
-        lengths = row_lengths(trainer.train_dataset)[: trainer.real_rows]
         generator = torch.Generator().manual_seed(trainer.args.seed)
         chosen: list[int] = []
         tokens = 0

@@ -97,7 +97,7 @@ def _trainer(
     recipe: Recipe,
     model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    checkpoint: Path | None,
+    checkpoint: Path | None = None,
 ) -> SafeTrainer:
     """The trainer for `recipe`, whose batches may be smaller than the job's."""
     run_dir, data, processes = job.run_dir, job.data, job.processes
