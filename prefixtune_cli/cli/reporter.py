@@ -24,6 +24,20 @@ def _shown(figures: Mapping[str, float]) -> str:
     return "  ".join(form.format(figures[name]) for name, form in _SHOWN.items() if name in figures)
 
 
+class _Beginnings:
+    """When each task began, and with how much done; one that has gone back has begun anew, as in the next run."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[float, int]] = {}
+        self._done: dict[str, int] = {}
+
+    def of(self, task: str, done: int) -> tuple[float, int]:
+        if done < self._done.get(task, done + 1):
+            self._found[task] = time.monotonic(), done
+        self._done[task] = done
+        return self._found[task]
+
+
 def _rate(done: int, started: float) -> str:
     """Items a second, where something was done."""
     seconds = time.monotonic() - started
@@ -54,7 +68,7 @@ class LiveReporter:
         )
         self._tasks: dict[str, Any] = {}
         self._measured: set[str] = set()  # tasks that tell figures of their own
-        self._started: dict[str, tuple[float, int]] = {}
+        self._started = _Beginnings()
 
     def __enter__(self) -> LiveReporter:
         self._progress.start()
@@ -72,7 +86,7 @@ class LiveReporter:
     def progress(self, task: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         if task not in self._tasks:
             self._tasks[task] = self._progress.add_task(task, total=total, figures="")
-        started, first = self._started.setdefault(task, (time.monotonic(), done))
+        started, first = self._started.of(task, done)
         self._progress.update(self._tasks[task], completed=done, total=total)
         if figures:
             self._measured.add(task)
@@ -87,7 +101,7 @@ class LineReporter:
     def __init__(self) -> None:
         self._last: dict[str, float] = {}
         self._measured: set[str] = set()
-        self._started: dict[str, tuple[float, int]] = {}
+        self._started = _Beginnings()
 
     def __enter__(self) -> LineReporter:
         return self
@@ -104,7 +118,7 @@ class LineReporter:
         now = time.monotonic()
         if figures:
             self._measured.add(task)
-        started, first = self._started.setdefault(task, (now, done))
+        started, first = self._started.of(task, done)
         silent_for = now - self._last.setdefault(task, now)
         if not figures and silent_for < SECONDS_BETWEEN_LINES and (done < total or first == total):
             return

@@ -74,3 +74,16 @@ def test_work_without_figures_tells_how_much_of_it_is_done_a_second(
             lines.progress("mmlu, base", done, 90, {})
     last = written(made).splitlines()[-1]
     assert re.fullmatch(r"mmlu, base 60/90  [\d,.]+/s  ETA 0 s", last), last
+
+
+def test_a_task_that_begins_anew_has_a_pace_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `ptp compare`, whose runs follow each other in one process."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    said: list[str] = []
+    monkeypatch.setattr(console, "notice", said.append)
+    lines = reporter.LineReporter()
+    for seconds, done in ((0, 0), (1000, 100), (1000, 0), (1010, 10)):
+        clock[0] = seconds
+        lines.progress("training", done, 100, {"loss": 1.0} if done else {})
+    assert said[-1].endswith("ETA 90 s")
