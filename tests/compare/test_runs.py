@@ -45,7 +45,7 @@ def run(
             "train": {"max_steps": 30, "seed": seed, **sections.get("train", {})},
             "out": str(out),
         }
-    )
+    ).with_learning_rate(192)
     about = {
         "packages": {"torch": "2.12.0"},
         "gpus": [],

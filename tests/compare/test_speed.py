@@ -140,7 +140,7 @@ def test_the_cache_is_that_of_the_formula_and_prefix_tuning_adds_its_tokens(spee
 
 def test_what_is_trained_and_saved_is_counted(speeds: Speeds, base: PreTrainedModel) -> None:
     heads, width, layers = 4, 16, 2
-    memory = layers * heads * width * width
+    memory = 2 * layers * heads * width * width  # at attention and beside the FFN
     prefix = layers * 2 * 5 * 2 * width
     assert speeds.parameters[BASE] == speeds.parameters["full"] == base.num_parameters()
     assert speeds.parameters["prefix-tuning-plus"] == memory

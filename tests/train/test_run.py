@@ -123,7 +123,7 @@ def test_the_summary_compares_base_and_adapter_on_held_out_rows(
     assert stored["adapter"]["exact_match"] == summary.adapter.exact_match
     assert summary.adapter.loss < summary.base.loss
     assert summary.held_out_rows == 8
-    assert summary.trainable_parameters == 2 * 4 * 16 * 16
+    assert summary.trainable_parameters == 2 * 2 * 4 * 16 * 16  # two sites
     assert summary.steps == 60
     answers = [json.loads(line) for line in run_dir.answers.read_text().splitlines()]
     assert len(answers) == 8
