@@ -303,6 +303,19 @@ class PrefixTuning(WithConfig):
     prefix_projection: bool = Field(
         False, description="Reparametrise the prefix by an MLP while it trains."
     )
+    init: Literal["random", "rows"] = Field(
+        "random",
+        description="What the prefix starts as: `random`, or the base's own keys and values of the first training rows.",
+    )
+
+    @model_validator(mode="after")
+    def _an_mlp_has_no_start_of_its_own(self) -> PrefixTuning:
+        if self.init == "rows" and self.prefix_projection:
+            raise ValueError(
+                "init: rows does not go with prefix_projection, whose MLP makes the keys and values. "
+                "Leave out one of the two."
+            )
+        return self
 
 
 class Full(Section):

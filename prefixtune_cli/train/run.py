@@ -47,6 +47,7 @@ from prefixtune_cli.train.checks import (
 )
 from prefixtune_cli.train.environment import describe_environment
 from prefixtune_cli.train.fit import Job, fit
+from prefixtune_cli.train.prefix import start_at_rows
 from prefixtune_cli.train.prepare import Data, prepare_data
 from prefixtune_cli.train.stop import StopRequest
 
@@ -216,6 +217,7 @@ def _train(
     base = load()
     set_seed(recipe.train.seed)  # after the base, which may be there already
     model = models.attach(base, recipe.adapter)
+    start_at_rows(model, recipe.adapter, data.train, recipe.train.seed)
     trained, total = _counted(model)
     if isinstance(model, PeftModel) and recipe.train.parallel == "fsdp":
         shard(model, processes.size, device(recipe.model.device))

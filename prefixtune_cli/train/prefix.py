@@ -1,0 +1,50 @@
+"""Where Prefix-Tuning starts: at random, or at the keys and values that the base itself has for the first rows.
+
+A prefix that begins as a real prompt learns faster than a random one (Li and Liang 2021, section 7.4; Eyuboglu et al.
+2025, "Cartridges").
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import cast
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, initialize_kv_prefix_from_past_key_values
+from transformers import PreTrainedModel
+
+from prefixtune_cli.errors import DataError
+from prefixtune_cli.model import without_adapter
+from prefixtune_cli.recipe.schema import AdapterSection, PrefixTuning
+
+
+def start_at_rows(
+    model: PeftModel | PreTrainedModel, section: AdapterSection, rows: Dataset, seed: int
+) -> None:
+    """Give a fresh prefix the base's keys and values of training rows, one behind the other, where the recipe asks so.
+
+    Args:
+        model: with the fresh adapter.
+        section: the recipe's adapter; nothing is done for other methods, and for `init: random`.
+        rows: tokenized rows; the seed chooses which, until they fill the prefix.
+        seed: the run's.
+
+    Raises:
+        DataError: all rows together have fewer tokens than the prefix.
+    """
+    if not isinstance(section, PrefixTuning) or section.init != "rows":
+        return
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    tokens = (token for row in order for token in rows[row]["input_ids"])
+    ids = list(islice(tokens, section.num_virtual_tokens))
+    if len(ids) < section.num_virtual_tokens:
+        raise DataError(
+            f"adapter.init is rows, and all rows together have {len(ids)} tokens, fewer than the prefix's "
+            f"{section.num_virtual_tokens}. Type --num-virtual-tokens {len(ids)}, or --set adapter.init=random."
+        )
+    peft_model = cast(PeftModel, model)
+    place = next(peft_model.get_base_model().parameters()).device
+    with torch.no_grad(), without_adapter(peft_model):
+        cache = peft_model(input_ids=torch.tensor([ids], device=place), use_cache=True)
+    initialize_kv_prefix_from_past_key_values(peft_model, past_key_values=cache.past_key_values)
