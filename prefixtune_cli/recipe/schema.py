@@ -305,7 +305,7 @@ class PrefixTuning(WithConfig):
     )
     init: Literal["random", "rows"] = Field(
         "random",
-        description="What the prefix starts as: `random`, or the base's own keys and values of the first training rows.",
+        description="What the prefix starts as: `random`, or the base's own keys and values of some training rows.",
     )
 
     @model_validator(mode="after")

@@ -49,7 +49,7 @@ def test_the_seed_chooses_the_rows(random_base):
 
 def test_rows_that_do_not_fill_the_prefix_are_refused(random_base):
     model, section = attached(random_base, init="rows")
-    with pytest.raises(DataError, match="have 3 tokens.*--num-virtual-tokens 3"):
+    with pytest.raises(DataError, match=r"have 3 tokens.*--num-virtual-tokens 3"):
         start_at_rows(model, section, Dataset.from_dict({"input_ids": [[5, 6, 7]]}), 0)
 
 
