@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
@@ -23,14 +21,14 @@ from transformers import (
 
 from prefixtune_cli import model as models
 from prefixtune_cli.agreement import any_prompt, check_generation
+from prefixtune_cli.answer_file import AnswerFile
 from prefixtune_cli.data.encode import end_of_turn_id, start_ids
 from prefixtune_cli.data.question import Messages
-from prefixtune_cli.data.read import Row
 from prefixtune_cli.data.template import ChatTemplate, chat_template
 from prefixtune_cli.errors import UsageError
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import resolve
-from prefixtune_cli.run_dir import RunDir, write_atomically
+from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.tokenizer import check_base, load_tokenizer
 
 
@@ -87,6 +85,7 @@ def answer_batched(
     batch_size: int = 32,
     task: str = "generating",
     reporter: Reporter | None = None,
+    made: Callable[[int, str], object] | None = None,
 ) -> list[str]:
     """Answers to tokenized prompts, in their order.
 
@@ -101,6 +100,7 @@ def answer_batched(
         batch_size: prompts a forward pass.
         task: what the reporter calls the work.
         reporter: is told how many are done.
+        made: is given each answer with its prompt's number, as soon as it is there.
     """
     reporter = reporter or Silent()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -123,6 +123,8 @@ def answer_batched(
             )
         for i, tokens in zip(chosen, output[:, width:], strict=True):
             answers[i] = tokenizer.decode(tokens, skip_special_tokens=True)
+            if made is not None:
+                made(i, answers[i])
         reporter.progress(task, start + len(chosen), len(order), {})
     model.train(was_training)
     return answers
@@ -227,29 +229,25 @@ def conversation(text: str | None, system: str | None) -> Messages:
 
 def answer_file(
     speaker: Speaker,
-    asked: Sequence[tuple[Row, Messages]],
-    out: Path,
+    asked: Sequence[Messages],
+    out: AnswerFile,
     *,
     sampling: Sampling,
     batch_size: int,
     reporter: Reporter,
 ) -> None:
-    """Answer every question of `asked` into `out`, a JSONL of the rows with an `answer` added."""
+    """Answer every conversation of `asked` into `out`, which is open."""
     with speaker.mode():
-        answers = answer_batched(
+        answer_batched(
             speaker.model,
             speaker.tokenizer,
-            [speaker.prompt(messages) for _, messages in asked],
+            [speaker.prompt(messages) for messages in asked],
             end_id=speaker.end_id,
             sampling=sampling,
             batch_size=batch_size,
             reporter=reporter,
+            made=out.add,
         )
-    lines = (
-        json.dumps({**row, "answer": answer}, ensure_ascii=False, default=str)
-        for (row, _), answer in zip(asked, answers, strict=True)
-    )
-    write_atomically(out, "".join(f"{line}\n" for line in lines))
 
 
 class _Stop(StoppingCriteria):

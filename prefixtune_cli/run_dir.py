@@ -51,7 +51,22 @@ def write_json(path: Path, value: Any) -> None:
 
 def to_json(value: Any) -> str:
     """`value` as indented JSON; numbers that are not finite, which JSON does not know, become null."""
-    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    return _encodable(_finite(value), indent=2, allow_nan=False)
+
+
+def json_line(row: Any) -> str:
+    """`row` as a line of JSON Lines; what JSON does not know, such as a date, becomes a text."""
+    return _encodable(_finite(row), default=str, allow_nan=False) + "\n"
+
+
+def _encodable(value: Any, **settings: Any) -> str:
+    """JSON in plain characters; where one of them is half a surrogate pair, which no file can hold, in escapes."""
+    text = json.dumps(value, ensure_ascii=False, **settings)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, **settings)
+    return text
 
 
 def _finite(value: Any) -> Any:

@@ -54,7 +54,7 @@ def final_answer(text: str) -> float | str | None:
 
 def is_right(row: dict[str, str]) -> bool:
     """Whether a row that `ptp generate` answered has its reference's final answer."""
-    said = final_answer(row["prompt"] + row["answer"])
+    said = final_answer(row["prompt"] + row["generated"])
     return said is not None and said == final_answer(row["completion"])
 
 

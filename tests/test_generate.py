@@ -15,6 +15,7 @@ from prefixtune_cli.generate import Sampling, answer_batched, answer_streamed, c
 from prefixtune_cli.recipe.schema import ModelSection, PrefixTuningPlus
 
 GREEDY = Sampling(max_new_tokens=6)
+CASES = Path(__file__).parents[2] / "shared" / "cases"
 
 
 @pytest.fixture(scope="module")
@@ -153,10 +154,25 @@ def test_a_file_is_answered_row_by_row_and_keeps_its_columns(
     )
     assert done.exit_code == 0, done.output
     answered = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row | {"answer": None} for row in answered] == [row | {"answer": None} for row in rows]
-    assert all(isinstance(row["answer"], str) for row in answered)
+    said = [row.pop("generated") for row in answered]
+    assert answered == rows
+    assert all(isinstance(text, str) for text in said)
+    assert sorted(tmp_path.iterdir()) == [out, asked]
     one = CliRunner().invoke(app, [*arguments, "--prompt", "One?", "--max-new-tokens", "4"])
-    assert one.stdout.strip() == answered[0]["answer"].strip()
+    assert one.stdout.strip() == said[0].strip()
+
+
+def test_a_half_surrogate_of_an_unused_column_comes_out_as_it_went_in(
+    random_base: Path, tmp_path: Path
+) -> None:
+    asked, out = CASES / "half-surrogate.jsonl", tmp_path / "answers.jsonl"
+    if not asked.exists():
+        pytest.skip(f"{asked} is not here")
+    arguments = ["generate", "--model", str(random_base), "--data", str(asked), "--out", str(out)]
+    done = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "2"])
+    assert done.exit_code == 0, done.output
+    answered = [json.loads(line)["id"] for line in out.read_text(encoding="utf-8").splitlines()]
+    assert answered == [json.loads(line)["id"] for line in asked.read_text().splitlines()]
 
 
 def test_a_row_without_a_prompt_is_told_by_line(random_base: Path, tmp_path: Path) -> None:

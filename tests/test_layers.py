@@ -23,7 +23,7 @@ LAYERS = {
     "recipe": 2,
     "adapter": 3, "data": 3, "parallel": 3,
     "gguf_base": 4, "tokenizer": 4, "quantization": 4, "optimizer": 4, "model": 4, "shared_base": 4, "peft_methods": 4,
-    "agreement": 4,
+    "agreement": 4, "answer_file": 4,
     "train": 5, "evaluate": 5, "generate": 5, "export": 5, "plan": 5, "merge": 5, "merge_info": 5,
     "compare": 6, "report": 6, "doctor": 6,
     "cli": 7,

@@ -33,6 +33,11 @@ def test_content_may_be_text_bytes_or_a_writer(tmp_path: Path) -> None:
     assert (tmp_path / "c").read_text() == "c"
 
 
+def test_half_a_surrogate_pair_is_written_as_the_escape_that_it_was(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"id": "é\ud83d"})
+    assert (tmp_path / "a.json").read_text() == '{\n  "id": "\\u00e9\\ud83d"\n}\n'
+
+
 def checkpoint(run_dir: RunDir, step: int, content: bytes = b"weights") -> Path:
     part = run_dir.checkpoint_part / f"checkpoint-{step}"
     part.mkdir(parents=True)

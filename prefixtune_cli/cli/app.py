@@ -111,7 +111,8 @@ def _tell(error: PtpError) -> int:
         return 0  # the first process says it
     # Why a process of `ptp`'s own has lost the others, the launcher knows better.
     is_error = error.exit_code and (follows or not (launched and isinstance(error, LostWorker)))
-    (console.error if is_error else console.notice)(str(error))
+    said = " ".join([str(error), *getattr(error, "__notes__", ())])
+    (console.error if is_error else console.notice)(said)
     return error.exit_code
 
 

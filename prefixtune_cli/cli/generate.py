@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prefixtune_cli.cli import options, typed
 from prefixtune_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from prefixtune_cli.answer_file import AnswerFile
+    from prefixtune_cli.data.question import Messages
 
 
 def generate(
@@ -25,6 +32,9 @@ def generate(
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="Where the answers to --data go, as JSONL.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file that --out names.")
+    ] = False,
     map: options.Map = None,
     system: options.System = None,
     bits: options.Bits = None,
@@ -44,43 +54,54 @@ def generate(
         raise UsageError(
             "--data FILE and --out FILE belong together; one prompt's answer goes to stdout."
         )
-    import sys
-    from pathlib import Path
-
     from prefixtune_cli.cli import console
     from prefixtune_cli.cli.reporter import reporter
+
+    asked, answers = ([], None) if data is None else _asked(data, str(out), map or [], overwrite)
+    with answers or contextlib.nullcontext():
+        console.quiet_libraries()
+        from prefixtune_cli import generate as generation
+
+        sampling = generation.Sampling(max_new_tokens, temperature, top_p)
+        speaker = generation.load_speaker(
+            run=run,
+            model=model,
+            adapter=adapter,
+            no_adapter=no_adapter,
+            bits=bits,
+            device=device,
+            seed=seed,
+        )
+        if prompt is not None:
+            text = sys.stdin.read() if prompt == "-" else prompt
+            messages = generation.conversation(text, system)
+            for piece in generation.answer_streamed(speaker, messages, sampling=sampling):
+                print(piece, end="", flush=True)
+            print()
+            return
+        assert answers is not None
+        before = generation.conversation(None, system)
+        with reporter() as shown:
+            generation.answer_file(
+                speaker,
+                [[*before, *messages] for messages in asked],
+                answers,
+                sampling=sampling,
+                batch_size=batch_size,
+                reporter=shown,
+            )
+    console.notice(f"{len(asked)} answers written to {out}, in the column {answers.column}.")
+
+
+def _asked(
+    data: str, out: str, mapping: list[str], overwrite: bool
+) -> tuple[list[Messages], AnswerFile]:
+    """The conversations that wait for an answer, and where the answers go."""
+    from prefixtune_cli.answer_file import AnswerFile
+    from prefixtune_cli.data.locate import local_files
     from prefixtune_cli.data.question import questions
 
-    asked = list(questions(data, typed.parse_map(map or []))) if data is not None else []
-    console.quiet_libraries()
-    from prefixtune_cli import generate as generation
-
-    sampling = generation.Sampling(max_new_tokens, temperature, top_p)
-    speaker = generation.load_speaker(
-        run=run,
-        model=model,
-        adapter=adapter,
-        no_adapter=no_adapter,
-        bits=bits,
-        device=device,
-        seed=seed,
-    )
-    if prompt is not None:
-        text = sys.stdin.read() if prompt == "-" else prompt
-        messages = generation.conversation(text, system)
-        for piece in generation.answer_streamed(speaker, messages, sampling=sampling):
-            print(piece, end="", flush=True)
-        print()
-        return
-    if system is not None:
-        asked = [(row, [*generation.conversation(None, system), *m]) for row, m in asked]
-    with reporter() as shown:
-        generation.answer_file(
-            speaker,
-            asked,
-            Path(str(out)),
-            sampling=sampling,
-            batch_size=batch_size,
-            reporter=shown,
-        )
-        shown.notice(f"{len(asked)} answers written to {out}.")
+    found = list(questions(data, typed.parse_map(mapping)))
+    rows, asked = [row for row, _ in found], [messages for _, messages in found]
+    files = local_files(data) or []
+    return asked, AnswerFile(Path(out), rows, files, overwrite=overwrite)

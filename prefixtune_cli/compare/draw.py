@@ -7,7 +7,6 @@ the training data, so that no choice sees the test rows. Few-shot takes K of the
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from prefixtune_cli.data.load import LoadedData, load_rows
 from prefixtune_cli.errors import DataError
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import Recipe
-from prefixtune_cli.run_dir import write_atomically
+from prefixtune_cli.run_dir import json_line, write_atomically
 
 TRAIN, VALIDATION = "train", "validation"
 VALIDATION_SHARE = 0.1  # of the training rows, and at most evaluate.max_rows of them
@@ -122,7 +121,7 @@ def draw(
 
 def _line(row: Mapping[str, Any]) -> str:
     kept = {name: row[name] for name in COLUMNS if name in row}
-    return json.dumps(kept, ensure_ascii=False) + "\n"
+    return json_line(kept)
 
 
 def _counted(drawn: Mapping[int, LoadedData]) -> str:

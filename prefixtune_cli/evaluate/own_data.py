@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +47,7 @@ from prefixtune_cli.evaluate.paired import (
 )
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import DataSection, EvaluateSection
+from prefixtune_cli.run_dir import json_line
 
 MOST_LABELS = 100  # more distinct answers than these are no set of labels
 
@@ -289,7 +289,7 @@ def _answer_rows(data: OwnData, origins: Sequence[str], judged: Mapping[str, Jud
             "reference": data.questions[i].answer,
             "answers": {model: found.answers[i] for model, found in judged.items()},
         }
-        lines.append(json.dumps(shown, ensure_ascii=False) + "\n")
+        lines.append(json_line(shown))
     return "".join(lines)
 
 

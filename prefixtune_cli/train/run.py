@@ -32,7 +32,7 @@ from prefixtune_cli.parallel.sharding import adapter_at_hand, is_sharded, reshar
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import dump
 from prefixtune_cli.recipe.schema import Recipe, default_rate
-from prefixtune_cli.run_dir import RunDir, write_atomically, write_json
+from prefixtune_cli.run_dir import RunDir, json_line, write_atomically, write_json
 from prefixtune_cli.shared_base import SharedBase
 from prefixtune_cli.tokenizer import check_base, load_tokenizer
 from prefixtune_cli.train.callbacks import forget_peak_memory, peak_memory_gib, slower
@@ -334,9 +334,7 @@ def _conclude(
         {"answer": q.answer, "base": b, "adapter": a}
         for q, b, a in zip(data.questions, base[1], adapter[1], strict=True)
     )
-    write_atomically(
-        run_dir.answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
-    )
+    write_atomically(run_dir.answers, "".join(map(json_line, answers)))
     found = summary.to_json()
     write_json(run_dir.eval_result(HELD_OUT), {"base": found["base"], "adapter": found["adapter"]})
     write_json(run_dir.summary, found)

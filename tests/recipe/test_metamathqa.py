@@ -163,7 +163,7 @@ def test_the_final_answer_is_what_peft_reads(script: ModuleType, text: str, answ
 def test_no_answer_is_no_right_answer(script: ModuleType) -> None:
     row = {"prompt": "Question: …\nAnswer:", "completion": "#### 5"}
     said = (" The answer is: 5.0", " The answer is: 6", " It is 5")
-    assert [script.is_right({**row, "answer": text}) for text in said] == [True, False, False]
+    assert [script.is_right({**row, "generated": text}) for text in said] == [True, False, False]
 
 
 def test_the_commands_of_the_header_make_the_data_and_the_score(
@@ -202,5 +202,5 @@ def test_the_commands_of_the_header_make_the_data_and_the_score(
     first = json.loads(Path("metamathqa/valid.jsonl").read_text().splitlines()[0])
     assert first["completion"] == f"#### {FIRST_VALID + 1}"
     asked = [json.loads(line) for line in Path("metamathqa/test.jsonl").read_text().splitlines()]
-    write(Path("answers.jsonl"), [{**row, "answer": "The answer is: 7"} for row in asked])
+    write(Path("answers.jsonl"), [{**row, "generated": "The answer is: 7"} for row in asked])
     assert typed("score") == "1 of 1319 right: 0.1 %\n"
