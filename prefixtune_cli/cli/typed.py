@@ -92,6 +92,12 @@ def parse_map(given: list[str]) -> dict[str, str]:
             raise UsageError(
                 f"--map takes FIELD=COLUMN,…, as in prompt=question,completion=answer, got {','.join(given)!r}"
             )
+    fields = [left.strip() for left, _, _ in pairs]
+    repeated = [field for field in fields if fields.count(field) > 1]
+    if repeated:
+        raise UsageError(
+            f"--map names the field {repeated[0]!r} twice, in {','.join(given)!r}. Name one column for it."
+        )
     return {left.strip(): right.strip() for left, _, right in pairs}
 
 

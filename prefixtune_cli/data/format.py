@@ -6,7 +6,9 @@ Whatever comes in leaves as one of three layouts: `messages` (a list of {role, c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import json
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,6 +54,18 @@ def _text(row: Row, column: str, where: str) -> str:
     return value
 
 
+def _written(row: Row, column: str, where: str) -> str:
+    """A text, or a number as it is written: classes are often numbers.
+
+    Raises:
+        DataError: it is neither.
+    """
+    value = row[column]
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return json.dumps(value)
+    return _text(row, column, where)
+
+
 def _check_unicode(value: str, column: str, where: str) -> None:
     try:
         value.encode()
@@ -78,11 +92,13 @@ def _named(value: object) -> str:
 def _instead(column: str, value: object) -> str:
     if value is None:
         return 'Remove the row, or write "" for an empty text.'
+    if isinstance(value, list) and value and not isinstance(value[0], dict):
+        return 'Write it as one text, such as "a, b".'
     if isinstance(value, list):
         return "A list of messages belongs in a column named messages: --map messages=COLUMN."
     if isinstance(value, dict):
         return "Write its text alone."
-    return f'Quote it: "{column}": "{value}".'
+    return f'Write it as text: "{column}": "{value}".'
 
 
 def _messages(column: str) -> Callable[[Row, str], Row]:
@@ -128,8 +144,8 @@ def _message(turn: Any, where: str) -> dict[str, str]:
 def _pair(prompt: str, completion: str) -> Callable[[Row, str], Row]:
     def convert(row: Row, where: str) -> Row:
         return {
-            "prompt": _text(row, prompt, where),
-            "completion": _text(row, completion, where),
+            "prompt": _written(row, prompt, where),
+            "completion": _written(row, completion, where),
         }
 
     return convert
@@ -140,7 +156,7 @@ def _alpaca(row: Row, where: str) -> Row:
     context = _text(row, "input", where) if row.get("input") is not None else ""
     return {
         "prompt": f"{instruction}\n\n{context}" if context else instruction,
-        "completion": _text(row, "output", where),
+        "completion": _written(row, "output", where),
     }
 
 
@@ -168,43 +184,9 @@ FORMATS = {
 }
 
 
-def rename(row: Row, mapping: Mapping[str, str], where: str) -> Row:
-    """The row with its columns renamed by {destination: source}; other columns stay.
-
-    Raises:
-        DataError: a source column is missing.
-    """
-    if not mapping:
-        return row
-    for destination, source in mapping.items():
-        if source not in row:
-            raise DataError(
-                f"{where}: --map {destination}={source} names a column that is missing; the columns are "
-                f"{', '.join(row) or 'none'}. The form is --map DESTINATION=COLUMN."
-            )
-    kept = {name: value for name, value in row.items() if name not in mapping.values()}
-    return kept | {destination: row[source] for destination, source in mapping.items()}
-
-
 def fitting(columns: Collection[str]) -> list[Format]:
     """The formats whose columns are all there, the preferred one first."""
     return [format for format in FORMATS.values() if set(format.columns) <= set(columns)]
-
-
-def recognise(columns: Collection[str], mapping: Mapping[str, str], where: str) -> Format:
-    """The format of a data set from its columns; those that `--map` names decide first.
-
-    Raises:
-        DataError: no format fits, or the columns fit in part only.
-    """
-    found = fitting(mapping.keys()) or fitting(columns)
-    if found:
-        return found[0]
-    listed = "; ".join(f"{f.name}: {' + '.join(f.columns)}" for f in FORMATS.values())
-    raise DataError(
-        f"{where}: no known format has the columns {', '.join(columns) or '(none)'}. The formats are {listed}. "
-        "Rename the columns: --map prompt=COLUMN,completion=COLUMN, or --map messages=COLUMN for a list of messages."
-    )
 
 
 def convert(row: Row, format: Format, where: str, *, needs_assistant: bool) -> Row:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefixtune_cli.data import locate
-from prefixtune_cli.data.format import FORMATS, Format, Layout, convert, recognise, rename
+from prefixtune_cli.data.columns import check_map, missing, recognise, rename
+from prefixtune_cli.data.format import FORMATS, Format, Layout, convert
 from prefixtune_cli.data.read import Row, origin, read
 from prefixtune_cli.errors import DataError, ResourceError
 from prefixtune_cli.recipe.schema import DataSection
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # Part of the cache's key: raise it whenever the same files give other rows than before.
-VERSION = 1
+VERSION = 2
 ROWS_A_BATCH = 1000
 CHARACTERS_A_BATCH = 16 * 2**20
 
@@ -116,6 +117,7 @@ def load_rows(source: str, section: DataSection) -> LoadedData:
     """
     from datasets import Dataset, config
 
+    check_map(section.map)
     files = locate.local_files(source)
     names = (source,) if files is None else tuple(map(str, files))
     # A sample is named by what the user typed, not by a path inside the package.
@@ -149,16 +151,26 @@ def load_rows(source: str, section: DataSection) -> LoadedData:
         fingerprint=str(key),
         source=source,
         files=names,
-        notices=_notices(format, about["columns"], section),
+        notices=_notices(format, about["columns"], about["numbers"], section),
     )
 
 
-def _notices(format: Format, columns: list[str], section: DataSection) -> tuple[str, ...]:
+def _notices(
+    format: Format, columns: list[str], numbers: list[str], section: DataSection
+) -> tuple[str, ...]:
+    """What is said of the columns of all rows, in the names of the files."""
     how = "forced by --format" if section.format != "auto" else "recognised"
-    used = [name for name in (*format.columns, *format.optional) if name in columns]
-    said = f"Format: {format.name} ({how}; columns {', '.join(used)})"
-    unused = [name for name in columns if name not in used]
-    notices = [said + (f"; not used: {', '.join(unused)}." if unused else ".")]
+    own = {name: section.map.get(name, name) for name in (*format.columns, *format.optional)}
+    used = {name: column for name, column in own.items() if column in columns}
+    said = ", ".join(c if c == name else f"{c} as {name}" for name, c in used.items())
+    unused = [column for column in columns if column not in used.values()]
+    end = f"; not used: {', '.join(unused)}." if unused else "."
+    notices = [f"Format: {format.name} ({how}; columns {said}){end}"]
+    if numbers:
+        notices.append(
+            f"Numbers in {' and '.join(own[name] for name in numbers)} are trained as they are written. Where they "
+            "stand for classes, the names of the classes are learned better."
+        )
     if format.layout == "text" and section.train_on == "completion":
         notices.append("A text has no completion, so every token of it is trained.")
     return tuple(notices)
@@ -216,9 +228,11 @@ def _write(
     first = next(origins, None)
     if first is None:
         raise DataError(f"{source} is empty: it has no row.")
-    columns = list(rename(first[3], section.map, first[2]))
-    forced = FORMATS.get(section.format)
-    format = forced or recognise(columns, section.map, first[2])
+    format = recognise(
+        rename(first[3], section.map, first[2]), section.map, section.format, first[2]
+    )
+    columns: Row = {}  # of all rows, each with its first value
+    numbers: set[str] = set()
     schema = _schema(format.layout)
     needs_assistant = section.train_on == "completion"
     digest = hashlib.sha256(_settings(section).encode())
@@ -226,7 +240,10 @@ def _write(
     characters = 0
     with pa.RecordBatchStreamWriter(str(folder / "rows.arrow"), schema) as writer:
         for file, line, where, raw in itertools.chain([first], origins):
+            if not raw.keys() <= columns.keys():
+                columns = columns | {k: v for k, v in raw.items() if k not in columns}
             row = rename(raw, section.map, where)
+            numbers |= {name for name in format.columns if isinstance(row.get(name), (int, float))}
             row = convert(row, format, where, needs_assistant=needs_assistant)
             if files is None:
                 digest.update(json.dumps(row).encode())
@@ -236,7 +253,16 @@ def _write(
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
                 batch, characters = [], 0
         writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-    about = {"format": format.name, "columns": columns}
+    for field, column in section.map.items():
+        if column not in columns:
+            raise missing(field, column, columns, source)
+    if format.name == "text":
+        recognise(rename(columns, section.map, source), section.map, section.format, source)
+    about = {
+        "format": format.name,
+        "columns": list(columns),
+        "numbers": [name for name in format.columns if name in numbers],
+    }
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
     return digest.hexdigest()
 

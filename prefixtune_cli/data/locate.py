@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
-from prefixtune_cli.data.read import READERS, Rows, start_of
+from prefixtune_cli.data.read import READERS, Rows, dataset_rows, start_of
 from prefixtune_cli.errors import DataError, ResourceError
 
 SUFFIXES = ", ".join(READERS)
@@ -106,7 +104,7 @@ def hub_rows(source: str) -> Rows:
             f"The hub data set {source} cannot be loaded: {_first_line(error)} "
             "The form is ID, ID:SPLIT or ID:CONFIG:SPLIT."
         ) from error
-    return _numbered(data)
+    return dataset_rows(data)
 
 
 def ask_hub(name: str, instead: str) -> None:
@@ -147,11 +145,6 @@ def ask_hub(name: str, instead: str) -> None:
             f"The hub data set {name} cannot be fetched: no network ({_first_line(error)}). Set "
             f"HF_HUB_OFFLINE=1 to use a copy in the cache. {instead}"
         ) from error
-
-
-def _numbered(data: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    for i, row in enumerate(data):
-        yield i + 1, row
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from prefixtune_cli.data import locate
-from prefixtune_cli.data.format import FORMATS, rename
+from prefixtune_cli.data.columns import check_map, rename
+from prefixtune_cli.data.format import FORMATS
 from prefixtune_cli.data.read import Row, origin, read
 from prefixtune_cli.errors import DataError
 
@@ -20,6 +21,7 @@ def questions(source: str, mapping: Mapping[str, str]) -> Iterator[tuple[Row, Me
     Raises:
         DataError: the source is no local file, or a row has no prompt.
     """
+    check_map(mapping)
     files = locate.local_files(source)
     if files is None:
         raise DataError(

@@ -9,11 +9,14 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefixtune_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
 
 MAX_LINE_BYTES = 64 * 2**20
 MAX_JSON_ARRAY_BYTES = 2**30
@@ -210,6 +213,7 @@ def _read_csv(path: Path) -> Rows:
 
 
 def _read_parquet(path: Path) -> Rows:
+    import datasets
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -221,15 +225,42 @@ def _read_parquet(path: Path) -> Rows:
                 raise DataError(
                     f"{path}: the column {sorted(repeated)[0]!r} stands twice. Rename one."
                 )
-            number = 0
-            for batch in file.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
+            schema = file.schema_arrow
+            described = b"huggingface" in (schema.metadata or {})
+            classes = _classes(datasets.Features.from_arrow_schema(schema)) if described else {}
+            yield from _numbered(file.iter_batches(batch_size=1000), classes)
     except pa.ArrowException as error:
         raise DataError(
             f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}). Write the file anew."
         ) from error
+
+
+def dataset_rows(data: Dataset) -> Rows:
+    """The rows of a data set as they are stored, with the names of classes in place of their numbers."""
+    yield from _numbered(data.with_format("arrow").iter(batch_size=1000), _classes(data.features))
+
+
+def _classes(features: Features) -> dict[str, dict[int, str]]:
+    """The names of the classes of each column that holds classes, or lists of them."""
+    kinds = {name: getattr(feature, "feature", feature) for name, feature in features.items()}
+    return {
+        name: dict(enumerate(kind.names)) for name, kind in kinds.items() if hasattr(kind, "names")
+    }
+
+
+def _numbered(batches: Iterable[Any], classes: dict[str, dict[int, str]]) -> Rows:
+    """Rows of batches (pyarrow's tables), counted from 1; a class without a name, such as -1, is null."""
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            for column, names in classes.items():
+                row[column] = _class(row[column], names)
+            yield number, row
+
+
+def _class(value: Any, names: dict[int, str]) -> Any:
+    return [names.get(v) for v in value] if isinstance(value, list) else names.get(value)
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {

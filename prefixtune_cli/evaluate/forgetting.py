@@ -180,12 +180,7 @@ def _documents(source: str) -> tuple[list[tuple[str, str]], str]:
         content = _read_plain(path)
         found, fingerprint = [(source, content)], hashlib.sha256(content.encode()).hexdigest()
     else:
-        rows = load_rows(source, DataSection())
-        if rows.layout != "text":
-            raise DataError(
-                f"{source} is of the format {rows.format}, and forgetting is measured on plain text. Give a .txt file, "
-                "or rows with a column named text."
-            )
+        rows = load_rows(source, DataSection(format="text"))
         found = [(rows.row_origin(i), row["text"]) for i, row in enumerate(rows.dataset)]
         fingerprint = rows.fingerprint
     found = [(where, text) for where, text in found if text.strip()]

@@ -89,6 +89,11 @@ def test_a_map_without_both_sides_is_a_usage_error(given: str) -> None:
         typed.parse_map([given])
 
 
+def test_a_field_that_is_mapped_twice_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="--map names the field 'prompt' twice"):
+        typed.parse_map(["prompt=a", "prompt=b"])
+
+
 @pytest.mark.parametrize(
     ("given", "layers"),
     [("all", "all"), ("last:4", "last:4"), ("3", [3]), ("0,1, 5", [0, 1, 5]), ("[0,1]", [0, 1])],

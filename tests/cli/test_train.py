@@ -117,9 +117,13 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], list[str]]] = {
         write("n.jsonl", GOOD + '{"prompt": null, "completion": "b"}\n'),
         ["n.jsonl, line 2: the column 'prompt' must be text, got null"],
     ),
-    "a numeric field": (
-        write("n.jsonl", GOOD + '{"prompt": "a", "completion": 7}\n'),
-        ["n.jsonl, line 2: the column 'completion' must be text, got a number: '7'", "Quote it"],
+    "an answer that is a list": (
+        write("n.jsonl", GOOD + '{"prompt": "a", "completion": ["b"]}\n'),
+        ["n.jsonl, line 2: the column 'completion' must be text, got a list", "one text"],
+    ),
+    "a text and its label": (
+        write("t.csv", "text,label\nCard lost.,card\n"),
+        ["t.csv, line 2", "--map prompt=text,completion=label", "--format text"],
     ),
     "a one-gigabyte line": (giant_line, ["giant.jsonl, line 1: the line is longer than 64 MiB"]),
     "duplicate keys": (

@@ -81,9 +81,142 @@ def test_map_decides_the_format_over_other_columns(write):
     assert content(rows) == [PAIR]
 
 
-def test_map_of_an_unknown_column_lists_the_columns(write):
-    told = refusal(write("a.jsonl", [PAIR]), map={"prompt": "qestion"})
-    assert "line 1" in told and "prompt=qestion" in told and "prompt, completion" in told
+def test_map_of_an_unknown_column_lists_the_columns_and_the_nearest(write):
+    told = refusal(write("a.jsonl", [PAIR]), map={"prompt": "promt"})
+    assert "line 1" in told and "prompt=promt" in told and "prompt, completion" in told
+    assert told.endswith("Did you mean --map prompt=prompt?")
+
+
+@pytest.mark.parametrize(
+    ("mapping", "meant"),
+    [
+        ({"complition": "completion"}, "--map completion=completion"),
+        ({"prompt": "completion", "anwser": "prompt"}, "--map answer=prompt"),
+        ({"utterance": "prompt"}, "--map prompt=utterance"),  # the two sides changed places
+    ],
+)
+def test_map_of_an_unknown_field_names_the_one_that_was_meant(write, mapping, meant):
+    told = refusal(write("a.jsonl", [PAIR]), map=mapping)
+    assert "there is no field" in told and "messages, conversations, prompt" in told
+    assert told.endswith(f"Did you mean {meant}?")
+
+
+def test_a_mapped_field_that_the_format_does_not_read_is_refused(write):
+    file = write("a.jsonl", [{"messages": TURNS, "q": "Why?"}])
+    told = refusal(file, map={"prompt": "q"})
+    assert "line 1: --map prompt=q: the format is messages, which has no field 'prompt'" in told
+
+
+def test_an_optional_column_may_be_mapped_where_some_rows_lack_it_but_not_where_all_do(write):
+    row = {"instruction": "Why", "output": "Because."}
+    file = write("a.jsonl", [row, row | {"context": "me?"}])
+    rows = load_rows(file, DataSection(map={"input": "context"}))
+    assert rows.dataset["prompt"][:] == ["Why", "Why\n\nme?"]
+    assert "columns instruction, output, context as input)." in rows.notices[0]
+    told = refusal(file, map={"input": "contxt"})
+    assert "a.jsonl: --map input=contxt names a column that is missing" in told
+    assert "Did you mean --map input=context?" in told
+
+
+def test_not_used_lists_the_columns_of_all_rows_in_the_names_of_the_file(write):
+    more = {"system": "Shout.", "id": 7}
+    file = write("a.jsonl", [PAIR, PAIR | more, PAIR | {"answer": "No."}])
+    for _ in range(2):  # the second time from the cache
+        assert load_rows(file, DataSection()).notices[0].endswith("not used: system, id, answer.")
+    told = load_rows(
+        write("b.jsonl", [PAIR | {"answer": "No."}]), DataSection(map={"completion": "answer"})
+    )
+    assert told.notices[0].endswith("columns prompt, answer as completion); not used: completion.")
+
+
+@pytest.mark.parametrize(
+    ("row", "pair"),
+    [
+        ({"text": "card charged twice", "category": "payment"}, "prompt=text,completion=category"),
+        ({"text": "Fine film.", "label": 1}, "prompt=text,completion=label"),
+        ({"id": 3, "label": 1, "text": "Fine film.", "label_text": "good"}, "prompt=text,completion=label_text"),
+        ({"text": "a", "Class Index": "3", "title": "b"}, "'prompt=text,completion=Class Index'"),
+        ({"text": "a", "intents": ["b", "c"]}, "prompt=text,completion=intents"),
+        ({"text": "A long story.", "summary": "Short."}, "prompt=text,completion=summary"),
+        ({"text": "the cat", "french": "le chat"}, "prompt=text,completion=french"),
+        ({"prompt": "Why?", "text": "Because."}, "prompt=prompt,completion=text"),
+    ],
+)  # fmt: skip
+def test_a_text_beside_what_may_be_its_answer_is_refused_with_both_lines_to_type(write, row, pair):
+    file = write("a.jsonl", [row])
+    told = refusal(file)
+    assert "line 1: the columns text and " in told
+    assert f"--map {pair}." in told and "--format text" in told
+    assert content(load_rows(file, DataSection(format="text"))) == [{"text": row["text"]}]
+
+
+def test_a_pair_that_shows_in_a_later_row_alone_is_refused_too(write):
+    told = refusal(write("a.jsonl", [{"text": "a"}, {"text": "b", "label": "c"}]))
+    assert "the columns text and label" in told
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"timestamp": "2020", "url": "https://example.com"},
+        {"id": "12", "title": "Lima"},
+        {"meta": {"pile_set_name": "Books"}},
+        {"length": 12},
+        {"": "0"},
+        {"Unnamed: 0": "0", "source": "web"},
+    ],
+)
+def test_a_text_beside_what_is_about_it_is_a_text(write, about):
+    rows = load_rows(write("a.jsonl", [{"text": "Lima lies by the sea."} | about]), DataSection())
+    assert rows.format == "text"
+    assert f"not used: {', '.join(about)}." in rows.notices[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        (
+            {"review": "Fine film.", "sentiment": "good"},
+            "--map prompt=review,completion=sentiment.",
+        ),
+        ({"": "0", "label": "2", "sentence": "x"}, "--map prompt=sentence,completion=label."),
+        ({"de": "Hund", "en": "dog"}, "--map prompt=de,completion=en."),
+        ({"dialog": TURNS}, "--map messages=dialog."),
+        ({"body": "Lima lies by the sea."}, "--map text=body, if it is text."),
+    ],
+)
+def test_unknown_columns_are_answered_with_the_line_to_type(write, row, line):
+    assert refusal(write("a.jsonl", [row])).endswith(f"Name the columns: {line}")
+
+
+def test_a_forced_format_whose_columns_are_missing_says_so(write):
+    told = refusal(write("a.jsonl", [PAIR]), format="text")
+    assert "line 1: the format text needs the column 'text'; the columns are prompt" in told
+
+
+def test_numbers_are_taken_as_they_are_written_and_said_aloud(write):
+    file = write("a.jsonl", [PAIR, *({"prompt": "a", "completion": v} for v in (5, True, 0.5))])
+    rows = load_rows(file, DataSection())
+    assert rows.dataset["completion"][:] == ["Because.", "5", "true", "0.5"]
+    assert "Numbers in completion are trained as they are written" in rows.notices[1]
+    assert len(load_rows(write("b.jsonl", [PAIR]), DataSection()).notices) == 1
+
+
+def test_classes_of_a_data_set_are_trained_by_name(tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    from prefixtune_cli.data.read import dataset_rows
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    data = Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    assert [row["label"] for _, row in dataset_rows(data)] == ["good", "bad"]
+    file = str(tmp_path / "a.parquet")
+    data.to_parquet(file)
+    rows = load_rows(file, DataSection(map={"prompt": "text", "completion": "label"}))
+    assert rows.dataset["completion"][:] == ["good", "bad"]
+    data.add_item({"text": "c", "label": -1}).to_parquet(str(tmp_path / "b.parquet"))
+    told = refusal(str(tmp_path / "b.parquet"), map={"prompt": "text", "completion": "label"})
+    assert "row 3: the column 'completion' must be text, got null" in told
 
 
 def test_text_says_aloud_that_every_token_is_trained(write):
@@ -245,6 +378,8 @@ def test_mixed_formats_are_refused(write):
 def test_unknown_columns_list_the_formats_and_the_map(write):
     told = refusal(write("a.jsonl", [{"context": "a", "response": "b"}]))
     assert "context, response" in told and "question + answer" in told
+    assert told.endswith("--map prompt=context,completion=response.")
+    told = refusal(write("b.jsonl", [{"a": "1", "b": "2", "c": "3"}]))
     assert "--map prompt=COLUMN,completion=COLUMN" in told
 
 
@@ -252,9 +387,9 @@ def test_unknown_columns_list_the_formats_and_the_map(write):
     ("value", "got", "instead"),
     [
         (None, "null", 'write ""'),
-        (5, "a number: '5'", 'Quote it: "completion": "5"'),
-        (True, "a boolean", "Quote it"),
-        (["x"], "a list", "--map messages=COLUMN"),
+        (float("nan"), "a number: 'nan'", 'Write it as text: "completion"'),
+        (["x"], "a list", 'Write it as one text, such as "a, b"'),
+        (TURNS, "a list", "--map messages=COLUMN"),
         ({"x": 1}, "an object", "its text alone"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 
 from prefixtune_cli.data.load import load_rows
 from prefixtune_cli.data.tokenize import prompts_and_answers, tokenize
+from prefixtune_cli.errors import DataError
 from prefixtune_cli.recipe.schema import DataSection, ModelSection
 from prefixtune_cli.tokenizer import load_tokenizer
 
@@ -29,6 +30,11 @@ def test_banking77_is_read_by_mapped_columns_and_its_answers_are_labels() -> Non
         rows.dataset["completion"]
     )
     assert len(set(rows.dataset["completion"])) == 77
+
+
+def test_banking77_without_a_map_asks_what_its_columns_are() -> None:
+    with pytest.raises(DataError, match=r"--map prompt=text,completion=category\..*--format text"):
+        load_rows(str(FOLDER / "banking77" / "train.csv"), DataSection())
 
 
 def test_gsm8k_is_recognised_as_questions_and_answers() -> None:

@@ -1,0 +1,191 @@
+"""From the columns of a file to its format: by their names, by `--map`, and by a question where both readings fit.
+
+A guess that is wrong costs a whole training, so what may be meant in two ways is refused with the lines to type.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Collection, Mapping
+
+from prefixtune_cli.data.format import FORMATS, Format, fitting
+from prefixtune_cli.data.read import Row
+from prefixtune_cli.errors import DataError
+
+# Whatever a format may have; only the optional fields may be missing in a row.
+OPTIONAL = {name for format in FORMATS.values() for name in format.optional}
+FIELDS = tuple(dict.fromkeys(name for f in FORMATS.values() for name in (*f.columns, *f.optional)))
+# Words in the names of columns that hold what a model is to answer, what it is asked, and what is about a row.
+ANSWERS = {
+    "answer", "category", "class", "completion", "emotion", "gold", "intent", "label", "output", "rating",
+    "reply", "response", "sentiment", "solution", "stars", "summary", "tag", "target", "topic", "translation",
+}  # fmt: skip
+QUESTIONS = {
+    "comment", "content", "context", "document", "headline", "input", "instruction", "message", "post", "prompt",
+    "query", "question", "request", "review", "sentence", "text", "tweet", "utterance",
+}  # fmt: skip
+ABOUT = {
+    "author", "date", "dump", "file", "hash", "id", "idx", "index", "lang", "language", "license", "meta",
+    "metadata", "name", "origin", "path", "source", "split", "subset", "time", "timestamp", "title", "unnamed", "url",
+}  # fmt: skip
+
+
+def rename(row: Row, mapping: Mapping[str, str], where: str) -> Row:
+    """The row with its columns renamed by {field: column}; other columns stay.
+
+    Raises:
+        DataError: the column of a field that every row needs is missing.
+    """
+    if not mapping:
+        return row
+    for field, column in mapping.items():
+        if column not in row and field not in OPTIONAL:
+            raise missing(field, column, row, where)
+    kept = {name: value for name, value in row.items() if name not in mapping.values()}
+    return kept | {field: row[column] for field, column in mapping.items() if column in row}
+
+
+def missing(field: str, column: str, columns: Collection[str], where: str) -> DataError:
+    """The error for a column that `--map` names and that is not there."""
+    near = difflib.get_close_matches(column, columns, n=1)
+    return DataError(
+        f"{where}: --map {field}={column} names a column that is missing; the columns are "
+        f"{', '.join(columns) or 'none'}. "
+        + (f"Did you mean --map {field}={near[0]}?" if near else "The form is --map FIELD=COLUMN.")
+    )
+
+
+def check_map(mapping: Mapping[str, str]) -> None:
+    """Raise DataError for a field that no format has, with the one that was meant."""
+    for field, column in mapping.items():
+        if field in FIELDS:
+            continue
+        near = difflib.get_close_matches(field.lower(), FIELDS, n=1)
+        turned = [(column, field)] if column in FIELDS else []
+        meant = [(near[0], column)] if near else turned
+        hint = f" Did you mean --map {meant[0][0]}={meant[0][1]}?" if meant else ""
+        raise DataError(
+            f"--map {field}={column}: there is no field {field!r}. The form is --map FIELD=COLUMN, and the fields "
+            f"are {', '.join(FIELDS)}.{hint}"
+        )
+
+
+def recognise(row: Row, mapping: Mapping[str, str], forced: str, where: str) -> Format:
+    """The format of rows like this one, renamed before; the columns that `--map` names decide first.
+
+    Args:
+        row: one row, or the columns of several with a value of each.
+        mapping: {field: column}, checked before.
+        forced: the format's name, or `auto`.
+        where: file and line of the row.
+
+    Raises:
+        DataError: no format fits; one fits that has no use for a mapped field; or the only text may be a question.
+    """
+    by_map = fitting(mapping.keys())
+    found = [FORMATS[forced]] if forced in FORMATS else by_map or fitting(row)
+    if not found:
+        listed = "; ".join(f"{f.name}: {' + '.join(f.columns)}" for f in FORMATS.values())
+        raise DataError(
+            f"{where}: no known format has the columns {', '.join(row) or '(none)'}. The formats are {listed}. "
+            f"Name the columns: {_suggestion(row, mapping)}."
+        )
+    format = found[0]
+    lacking = [name for name in format.columns if name not in row]
+    if lacking:
+        raise DataError(
+            f"{where}: the format {format.name} needs the column {lacking[0]!r}; the columns are "
+            f"{', '.join(row) or 'none'}. Rename one, or name it with --map {lacking[0]}=COLUMN."
+        )
+    for field, column in mapping.items():
+        if field not in (*format.columns, *format.optional):
+            raise DataError(
+                f"{where}: --map {field}={column}: the format is {format.name}, which has no field {field!r}; its "
+                f"fields are {', '.join((*format.columns, *format.optional))}. Map these, or name another --format."
+            )
+    if format.name == "text" and forced not in FORMATS and not by_map:
+        _refuse_a_pair(row, where)
+    return format
+
+
+def _refuse_a_pair(row: Row, where: str) -> None:
+    """`text` beside a label, an answer or a question is most often one half of a pair."""
+    others = _others(row, "text")
+    asked = [name for name in others if _words(name) & QUESTIONS]
+    answers = [name for name in others if _words(name) & ANSWERS]
+    is_text = (
+        len(others) == 1 and isinstance(row[others[0]], str) and not _is_number(row[others[0]])
+    )
+    alone = others[0] if is_text else None
+    if answers:
+        pair = ("text", answers[0])
+    elif asked:
+        pair = (asked[0], "text")
+    elif alone is not None:
+        pair = ("text", alone)
+    else:
+        return
+    other = pair[0] if pair[1] == "text" else pair[1]
+    raise DataError(
+        f"{where}: the columns text and {other} may be a question and its answer, or {other} may be no part of what "
+        f"is learned. To learn to answer with {pair[1]}: {_map_of(*pair)}. To learn the text alone, as it stands: "
+        "--format text."
+    )
+
+
+def _suggestion(row: Row, mapping: Mapping[str, str]) -> str:
+    """The `--map` for these columns, in the names of the file, as far as they tell it."""
+    own = {mapping.get(name, name): value for name, value in row.items()}
+    for name, value in own.items():
+        first = value[0] if isinstance(value, list) and value else None
+        if isinstance(first, dict) and {"role", "from"} & first.keys():
+            return f"--map {shlex.quote(f'messages={name}')}"
+    others = _others(own, "")
+    answers = [name for name in others if _words(name) & ANSWERS]
+    answer = answers[0] if answers else others[1] if len(others) == 2 else None
+    asked = [name for name in others if name != answer]
+    asked = [name for name in asked if _words(name) & QUESTIONS] or asked
+    if answer is not None and asked:
+        return _map_of(asked[0], answer)
+    if len(own) == 1:
+        return (
+            f"--map {shlex.quote(f'text={others[0]}')}, if it is text"
+            if others
+            else "--map text=COLUMN"
+        )
+    return "--map prompt=COLUMN,completion=COLUMN, or --map messages=COLUMN for a list of messages"
+
+
+def _others(row: Row, name: str) -> list[str]:
+    """The columns beside `name` that may be asked or answered, names of classes before their numbers."""
+    found = [
+        column
+        for column, value in row.items()
+        if column != name
+        and not _words(column) <= ABOUT
+        and (not isinstance(value, (dict, list)) or _words(column) & ANSWERS)
+    ]
+    return sorted(found, key=lambda column: _is_number(row[column]))
+
+
+def _is_number(value: object) -> bool:
+    return re.fullmatch(r"[-+\d.,]+", str(value)) is not None
+
+
+def _words(name: str) -> set[str]:
+    """`labelText`, `Class Index` and `intents` as {label, text}, {class, index} and {intent}."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+|[^\W\d_a-zA-Z]+", name)
+    return {_singular(word.lower()) for word in words}
+
+
+def _singular(word: str) -> str:
+    for plural, end in (("ies", "y"), ("sses", "ss"), ("s", "")):
+        if word.endswith(plural) and word.removesuffix(plural) + end in ANSWERS | QUESTIONS | ABOUT:
+            return word.removesuffix(plural) + end
+    return word
+
+
+def _map_of(asked: str, answer: str) -> str:
+    return f"--map {shlex.quote(f'prompt={asked},completion={answer}')}"
