@@ -63,13 +63,20 @@ class Catalogue:
         self.entries = entries
 
     def find(self, pattern: str = "*") -> list[Listed]:
-        """Entries whose name matches a glob, or contains the text, in either case."""
+        """Entries whose name matches a glob, or contains the text, in either case.
+
+        The nearest come first: the name itself, names that begin with it, names with it as a word, the others.
+        """
         glob = (pattern if set("*?[") & set(pattern) else f"*{pattern}*").lower()
-        return [
-            self.entries[name]
-            for name in sorted(self.entries)
-            if fnmatch.fnmatchcase(name.lower(), glob)
-        ]
+        text = pattern.lower().strip("*")
+
+        def distance(name: str) -> tuple[int, str]:
+            words = f"_{re.sub(r'[^a-z0-9]+', '_', name.lower())}_"
+            nearness = name.lower() == text, name.lower().startswith(text), f"_{text}_" in words
+            return next((i for i, near in enumerate(nearness) if near), len(nearness)), name
+
+        found = [name for name in self.entries if fnmatch.fnmatchcase(name.lower(), glob)]
+        return [self.entries[name] for name in sorted(found, key=distance)]
 
     def check(self, names: Iterable[str], own: Iterable[str]) -> None:
         """Refuse names that are neither lm-eval's nor among our `own`.

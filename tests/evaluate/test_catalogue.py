@@ -211,6 +211,16 @@ def test_a_glob_and_a_part_of_a_name_are_found(catalogue: Catalogue) -> None:
     assert names("*") == names("") == sorted(catalogue.entries)
 
 
+def test_the_names_nearest_to_what_was_typed_come_first(catalogue: Catalogue) -> None:
+    found = [listed.name for listed in catalogue.find("mmlu")]
+    assert found[0] == "mmlu"
+    begins = [name.startswith("mmlu") for name in found]
+    assert begins == sorted(begins, reverse=True)
+    as_a_word = found.index("AraDiCE_ArabicMMLU_lev"), found.index("global_mmlu_en")
+    assert begins.count(True) <= as_a_word[1] < as_a_word[0]
+    assert found == [listed.name for listed in catalogue.find("*MMLU*")]
+
+
 # Members
 
 
