@@ -109,8 +109,10 @@ def _tell(error: PtpError) -> int:
     follows, launched = os.environ.get("RANK", "0") != "0", LAUNCHER_PID in os.environ
     if isinstance(error, Interrupted) and follows:
         return 0  # the first process says it
-    # Why a process of `ptp`'s own has lost the others, the launcher knows better.
-    is_error = error.exit_code and (follows or not (launched and isinstance(error, LostWorker)))
+    # A stop that was asked for is no error; why a process of `ptp`'s own has lost the others, the launcher knows.
+    is_error = not isinstance(error, Interrupted) and (
+        follows or not (launched and isinstance(error, LostWorker))
+    )
     said = " ".join([str(error), *getattr(error, "__notes__", ())])
     (console.error if is_error else console.notice)(said)
     return error.exit_code

@@ -12,7 +12,7 @@ import typer
 
 from prefixtune_cli import __version__
 from prefixtune_cli.cli import app as application
-from prefixtune_cli.errors import Interrupted, PtpError, RecipeError, UsageError
+from prefixtune_cli.errors import Interrupted, Preempted, PtpError, RecipeError, UsageError
 
 HEAVY = {
     "torch",
@@ -154,17 +154,20 @@ def test_wrong_settings_are_told_before_anything_heavy_is_imported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (RecipeError("a [b] is wrong"), 1),
-        (UsageError("a [b] is wrong"), 2),
-        (Interrupted("a [b] is wrong"), 130),
-    ],
+    ("error", "code"), [(RecipeError("a [b] is wrong"), 1), (UsageError("a [b] is wrong"), 2)]
 )
 def test_an_error_of_ours_is_told_in_one_line_and_sets_the_exit_code(
     error: PtpError, code: int, failing: Callable[[BaseException], tuple[int, str]]
 ) -> None:
     assert failing(error) == (code, "error: a [b] is wrong\n")
+
+
+@pytest.mark.parametrize(("stop", "code"), [(Interrupted, 130), (Preempted, 0)])
+def test_a_stop_that_was_asked_for_is_no_error(
+    stop: type[PtpError], code: int, failing: Callable[[BaseException], tuple[int, str]]
+) -> None:
+    said = "Stopped by SIGINT at step 3 of 8; a checkpoint is saved."
+    assert failing(stop(said)) == (code, f"{said}\n")
 
 
 def test_a_long_error_is_not_wrapped_where_nobody_is_at_a_terminal(
