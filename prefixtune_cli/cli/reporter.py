@@ -100,7 +100,7 @@ class LineReporter:
 
     def __init__(self) -> None:
         self._last: dict[str, float] = {}
-        self._measured: set[str] = set()
+        self._figures: dict[str, dict[str, float]] = {}  # each task's latest
         self._started = _Beginnings()
 
     def __enter__(self) -> LineReporter:
@@ -116,8 +116,10 @@ class LineReporter:
 
     def progress(self, task: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         now = time.monotonic()
-        if figures:
-            self._measured.add(task)
+        if done == 0:  # it begins, perhaps anew, as in the next run
+            self._figures.pop(task, None)
+        latest = self._figures.setdefault(task, {})
+        latest.update(figures)
         started, first = self._started.of(task, done)
         silent_for = now - self._last.setdefault(task, now)
         if not figures and silent_for < SECONDS_BETWEEN_LINES and (done < total or first == total):
@@ -127,8 +129,7 @@ class LineReporter:
         self._last[task] = now
         speed = (done - first) / (now - started) if now > started else 0
         left = f"  ETA {int((total - done) / speed)} s" if speed and done < total else ""
-        rate = "" if task in self._measured else _rate(done - first, started)
-        said = _shown(figures) or rate
+        said = _shown(figures or latest) or _rate(done - first, started)
         console.notice(f"{task} {done}/{total}  {said}{left}".rstrip())
 
 

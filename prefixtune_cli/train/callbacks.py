@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ class Journal(TrainerCallback):
     ) -> None:
         if state.global_step == state.max_steps:
             control.should_log = True  # a short run has a line of metrics, too
-        self.reporter.progress("training", state.global_step, state.max_steps, {})
+        if not control.should_log:  # else it is told with its figures
+            self.reporter.progress("training", state.global_step, state.max_steps, {})
 
     def on_log(
         self,
@@ -62,7 +64,7 @@ class Journal(TrainerCallback):
             return
         if "loss" in logs:
             names = [name for name in ("loss", "learning_rate", "grad_norm") if name in logs]
-            row: dict[str, float] = {name: float(logs[name]) for name in names}
+            row: dict[str, Any] = {name: float(logs[name]) for name in names}
             row["tokens_per_second"] = self._clock.tokens_per_second(
                 float(logs.get("num_tokens", 0))
             )
@@ -71,7 +73,9 @@ class Journal(TrainerCallback):
             row = {"eval_loss": float(logs["eval_loss"])}
         else:
             return
-        self.run_dir.append_metrics({"step": state.global_step, **row})
+        at = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.run_dir.append_metrics({**at, **row, "time": now})
         self.reporter.progress("training", state.global_step, state.max_steps, row)
 
     def on_save(

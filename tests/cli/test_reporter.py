@@ -59,7 +59,28 @@ def test_a_pipe_gets_a_line_a_measurement_and_one_at_the_end(
     found = written(made).splitlines()
     assert len(found) == 2
     assert found[0].startswith(f"training 4/8  {SHOWN}  ETA")
-    assert found[1] == "training 8/8"
+    assert found[1] == f"training 8/8  {SHOWN}"
+
+
+def test_a_line_between_two_measurements_has_the_latest_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where training is slow, a line comes every ten seconds, and a measurement every ten steps."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    said: list[str] = []
+    monkeypatch.setattr(console, "notice", said.append)
+    lines = reporter.LineReporter()
+    for step in range(4):
+        lines.progress("training", step, 40, {"loss": 2.5} if step == 1 else {})
+        clock[0] += 11
+    assert [text.partition("  ETA")[0] for text in said] == [
+        f"training {step}/40  loss 2.5000" for step in (1, 2, 3)
+    ]
+    lines.progress("training", 0, 40, {})  # the next run
+    clock[0] += 11
+    lines.progress("training", 1, 40, {})
+    assert "loss" not in said[-1]
 
 
 def test_work_without_figures_tells_how_much_of_it_is_done_a_second(
