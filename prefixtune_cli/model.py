@@ -352,6 +352,11 @@ def detach(model: PeftModel) -> None:
         peft_methods.take_off(model)
 
 
+def drop_model_card(folder: str | Path) -> None:
+    """Remove peft's model card, a form that nobody has filled in, from a folder that peft has just written."""
+    (Path(folder) / "README.md").unlink(missing_ok=True)
+
+
 def read_adapter_config(folder: Path) -> PeftConfig:
     """The configuration of the adapter in `folder`.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,8 +13,12 @@ from prefixtune_cli.cli import options, typed
 from prefixtune_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from prefixtune_cli.recipe.schema import Recipe
+    from prefixtune_cli.recipe.schema import DataSection, Recipe
     from prefixtune_cli.train import Summary
+
+WORSE = (
+    4  # the exit code of a run that is finished and saved, and whose adapter is worse than its base
+)
 
 
 def train(
@@ -85,7 +91,8 @@ def train(
 ) -> None:
     """Fine-tune a base model on your data.
 
-    A flag wins over --set, which wins over the recipe, which wins over the default.
+    A flag wins over --set, which wins over the recipe, which wins over the default. The exit code is 4 where the
+    adapter turns out worse than its base.
     """
     flags = typed.overrides(locals())
     from prefixtune_cli.recipe import load
@@ -100,6 +107,7 @@ def train(
             "it finds as --learning-rate to the run on several GPUs."
         )
     if _launches(settings, nodes, node_rank, rendezvous):
+        _exit_by_verdict(_saved_verdict(settings))
         return
     from prefixtune_cli.cli import console
     from prefixtune_cli.cli.reporter import reporter
@@ -129,8 +137,27 @@ def train(
     if as_json:
         console.print_json(summary.to_json())
     else:
-        on_samples = (settings.data.train or "").startswith("sample:")
-        _print_summary(summary, "--bench quickstart" if on_samples else "--data FILE")
+        _print_summary(summary, settings.data)
+    from prefixtune_cli.parallel.processes import inside_a_launcher
+
+    if not inside_a_launcher():  # to which a code of its own would be a process that failed
+        _exit_by_verdict(summary.verdict)
+
+
+def _saved_verdict(settings: Recipe) -> str | None:
+    """That of the run whose processes have ended."""
+    import json
+
+    from prefixtune_cli.run_dir import RunDir
+
+    summary = RunDir(settings.folder).summary
+    found: dict[str, str] = json.loads(summary.read_text("utf-8")) if summary.exists() else {}
+    return found.get("verdict")
+
+
+def _exit_by_verdict(verdict: str | None) -> None:
+    if verdict == "worse":
+        raise typer.Exit(WORSE)
 
 
 def _launches(
@@ -162,7 +189,7 @@ def _launches(
     return True
 
 
-def _print_summary(summary: Summary, evaluation: str) -> None:
+def _print_summary(summary: Summary, data: DataSection) -> None:
     from prefixtune_cli.cli import console
 
     def percent(fraction: float | None) -> str:
@@ -182,11 +209,24 @@ def _print_summary(summary: Summary, evaluation: str) -> None:
             for name, score in (("base", summary.base), ("adapter", summary.adapter))
         ],
     )
-    out.print(f"\nThe run is in {summary.run}. Next:\n")
-    for command in (
-        f"ptp chat --run {summary.run}",
-        f'ptp generate --run {summary.run} --prompt "..."',
-        f'ptp generate --run {summary.run} --prompt "..." --no-adapter',
-        f"ptp eval --run {summary.run} {evaluation}",
-    ):
-        out.print(f"  {command}", markup=False)
+    if summary.why_no_exact_match is not None:
+        out.print(f"\n{summary.why_no_exact_match}", markup=False)
+    out.print(f"\nThe run is in {summary.run}. Next:\n", markup=False)
+    for command in _next_commands(summary, data):
+        out.print(f"  {shlex.join(command)}", markup=False)
+    if data.eval is None and not (data.train or "").startswith("sample:"):
+        run = shlex.quote(summary.run)
+        out.print(f"\nWith test data of your own: ptp eval --run {run} --data FILE", markup=False)
+
+
+def _next_commands(summary: Summary, data: DataSection) -> Iterator[list[str]]:
+    """What to type next, each as it can be pasted."""
+    run = ["--run", summary.run]
+    yield ["ptp", "chat", *run]
+    if asked := [part for name, text in summary.example.items() for part in (f"--{name}", text)]:
+        yield ["ptp", "generate", *run, *asked]
+        yield ["ptp", "generate", *run, *asked, "--no-adapter"]
+    if (data.train or "").startswith("sample:"):
+        yield ["ptp", "eval", *run, "--bench", "quickstart"]
+    elif data.eval is not None:
+        yield ["ptp", "eval", *run, "--data", data.eval]

@@ -20,27 +20,18 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixtune_cli.data.encode import MASKED
-from prefixtune_cli.data.load import LoadedData
-from prefixtune_cli.data.tokenize import prompts_and_answers
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.matching import exactly_matches
+from prefixtune_cli.evaluate.questions import Question
 from prefixtune_cli.generate import Sampling, answer_batched
 from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.progress import Reporter, Silent
-from prefixtune_cli.recipe.schema import DataSection, EvaluateSection
+from prefixtune_cli.recipe.schema import EvaluateSection
 
 TOKENS_A_BATCH = 8192  # bounds the memory for the logits, whatever the length of the rows
 
 Answer = TypeVar("Answer")
 Example = Mapping[str, Sequence[int]]  # input_ids and labels, MASKED where there is no loss
-
-
-@dataclass(frozen=True)
-class Question:
-    """A held-out example as generation sees it."""
-
-    prompt: list[int]
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -292,36 +283,6 @@ def _padded(
     rows: Sequence[Sequence[int]], width: int, value: int, device: torch.device
 ) -> torch.Tensor:
     return torch.tensor([list(row) + [value] * (width - len(row)) for row in rows], device=device)
-
-
-def short_questions(
-    rows: LoadedData,
-    tokenizer: PreTrainedTokenizerBase,
-    section: DataSection,
-    max_new_tokens: int,
-) -> list[Question]:
-    """The rows as questions, or none where a row has no answer, or one answer in twenty is long.
-
-    Args:
-        rows: held-out rows.
-        tokenizer: the model's.
-        section: chat_template is used.
-        max_new_tokens: an answer of so many tokens is long.
-    """
-    if rows.layout == "text" or not all(map(_has_answer, rows.dataset)):
-        return []
-    found = [
-        Question(asked.prompt_ids, asked.answer)
-        for asked in prompts_and_answers(rows, tokenizer, section)
-    ]
-    lengths = sorted(len(tokenizer(q.answer, add_special_tokens=False)["input_ids"]) for q in found)
-    if not lengths or lengths[int(0.95 * (len(lengths) - 1))] >= max_new_tokens:
-        return []
-    return found
-
-
-def _has_answer(row: dict[str, Any]) -> bool:
-    return "completion" in row or any(m["role"] == "assistant" for m in row["messages"])
 
 
 def evenly_spread(count: int, most: int) -> list[int]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from prefixtune_cli.evaluate.held_out import Question
 from prefixtune_cli.evaluate.matching import final_answer
+from prefixtune_cli.evaluate.questions import Question
 
 
 def label_codes(

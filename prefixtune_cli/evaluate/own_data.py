@@ -21,12 +21,7 @@ from prefixtune_cli.data.tokenize import tokenize
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.confusion_plot import draw_confusion
 from prefixtune_cli.evaluate.finished import Finished
-from prefixtune_cli.evaluate.held_out import (
-    Question,
-    evenly_spread,
-    row_answers,
-    short_questions,
-)
+from prefixtune_cli.evaluate.held_out import evenly_spread, row_answers
 from prefixtune_cli.evaluate.labels import confusion, label_codes, macro_f1
 from prefixtune_cli.evaluate.losses import (
     Judged,
@@ -45,6 +40,7 @@ from prefixtune_cli.evaluate.paired import (
     mean_difference,
     mean_interval,
 )
+from prefixtune_cli.evaluate.questions import Question, short_questions
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import DataSection, EvaluateSection
 from prefixtune_cli.run_dir import json_line
@@ -62,7 +58,8 @@ class OwnData:
         fingerprint: sha256 of the whole data.
         total: rows of the whole data; `skipped` of the chosen ones have no token with a loss, or were too long.
         examples: token ids and labels of each row.
-        questions: the same rows as prompts with their answers; empty where there are none, or long ones.
+        questions: the same rows as prompts with their answers; empty where there are none, or long ones, which
+            `why_none` then tells.
         max_new_tokens: of an answer, which `end_id` ends.
     """
 
@@ -75,6 +72,7 @@ class OwnData:
     questions: list[Question]
     max_new_tokens: int
     end_id: int | None
+    why_none: str | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -126,6 +124,7 @@ def prepare(
     check(tokenized, tokenizer)
     kept = rows.select(tokenized.dataset["row"])
     chat = chat_template(tokenizer, section.chat_template) if rows.layout != "text" else None
+    questions = short_questions(kept, tokenizer, section, evaluation)
     return OwnData(
         name=name,
         rows=kept,
@@ -133,9 +132,10 @@ def prepare(
         total=total,
         skipped=len(rows) - len(kept),
         examples=tokenized.dataset.select_columns(["input_ids", "labels"]).to_list(),
-        questions=short_questions(kept, tokenizer, section, evaluation.max_new_tokens),
+        questions=questions.asked,
         max_new_tokens=evaluation.max_new_tokens,
         end_id=end_of_turn_id(tokenizer, chat),
+        why_none=questions.why_none,
     )
 
 
@@ -215,11 +215,7 @@ def compare(data: OwnData, judged: Mapping[str, Judged]) -> Outcome:
     }
     lines = loss_lines(data.name, losses)
     if not data.questions:
-        why = (
-            "No exact match: the rows have no answers, or more than one answer in twenty is longer than "
-            f"{data.max_new_tokens} tokens (evaluate.max_new_tokens)."
-        )
-        return Outcome(data.name, lines, record, (why,))
+        return Outcome(data.name, lines, record, (str(data.why_none),))
     right = {model: _right(data, found.answers) for model, found in judged.items()}
     for i, (item, question) in enumerate(zip(items, data.questions, strict=True)):
         item["reference"] = question.answer
@@ -228,7 +224,7 @@ def compare(data: OwnData, judged: Mapping[str, Judged]) -> Outcome:
     lines.append(_match_line(data, right))
     notices = [f"An answer is right where {EXACT_MATCH_RULE}."]
     files: dict[str, str | Callable[[Path], object]] = {
-        f"{data.name}.answers.jsonl": _answer_rows(data, origins, judged)
+        f"{data.name}.answers.jsonl": _answer_rows(data, judged)
     }
     if labels := data.labels:
         codes = {
@@ -278,21 +274,15 @@ def _macro_f1_line(data: OwnData, codes: Mapping[str, NDArray[np.int64]], labels
     )
 
 
-def _answer_rows(data: OwnData, origins: Sequence[str], judged: Mapping[str, Judged]) -> str:
+def _answer_rows(data: OwnData, judged: Mapping[str, Judged]) -> str:
     """The answers file: a JSON object a row."""
     lines = []
-    for i, (row, origin) in enumerate(zip(data.rows.dataset, origins, strict=True)):
-        prompt = row["prompt"] if "prompt" in row else _before_answer(row["messages"])
+    for i, question in enumerate(data.questions):
         shown = {
-            "origin": origin,
-            "prompt": prompt,
-            "reference": data.questions[i].answer,
+            "origin": question.origin,
+            "prompt": question.asked,
+            "reference": question.answer,
             "answers": {model: found.answers[i] for model, found in judged.items()},
         }
         lines.append(json_line(shown))
     return "".join(lines)
-
-
-def _before_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    return messages[:last]

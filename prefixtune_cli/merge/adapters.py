@@ -32,7 +32,7 @@ from prefixtune_cli.merge.folder import (
     written_whole,
 )
 from prefixtune_cli.merge.source import Source, read_source
-from prefixtune_cli.model import check_fits, load_config
+from prefixtune_cli.model import check_fits, drop_model_card, load_config
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
 from prefixtune_cli.recipe.schema import ModelSection
@@ -123,7 +123,7 @@ def merge(
             raise AdapterError(_with_folders(f"{error}", sources)) from error
     with written_whole(out) as part:
         model.save_pretrained(str(part), selected_adapters=[MERGED], save_embedding_layers=False)
-        (part / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        drop_model_card(part)
         record = write_record(
             part,
             sources,

@@ -1,20 +1,43 @@
-"""loss.png: the training loss, smoothed, and the held-out loss where there is one."""
+"""loss.png: the training loss, smoothed, the held-out loss where it was measured, and the base's as a line."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from prefixtune_cli.run_dir import RunDir, write_atomically
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def draw_loss(run_dir: RunDir) -> None:
-    """Draw metrics.jsonl into loss.png; nothing is drawn before the first logged step."""
+
+def draw_loss(
+    run_dir: RunDir, *, base: float | None = None, adapter: tuple[int, float] | None = None
+) -> None:
+    """Draw metrics.jsonl into loss.png; nothing is drawn before the first logged step.
+
+    Args:
+        run_dir: the run.
+        base: the base's held-out loss, where it is known.
+        adapter: the last step, and the adapter's held-out loss after it.
+    """
     rows = run_dir.read_metrics()
+    if any("loss" in row for row in rows):
+        figure = loss_figure(rows, run_dir.path.name, base, adapter)
+        write_atomically(run_dir.loss_plot, lambda path: figure.savefig(path))
+
+
+def loss_figure(
+    rows: Sequence[Mapping[str, Any]],
+    title: str,
+    base: float | None,
+    adapter: tuple[int, float] | None,
+) -> Figure:
+    """The picture; `rows` are those of metrics.jsonl, and hold one of a training loss."""
     trained = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
-    if not trained:
-        return
+    measured = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    held_out = sorted((measured | dict([adapter] if adapter else [])).items())
     os.environ.setdefault("MPLBACKEND", "Agg")
     from matplotlib.figure import Figure
 
@@ -34,10 +57,13 @@ def draw_loss(run_dir: RunDir) -> None:
         axes.plot(steps, _smoothed(losses), color="tab:blue", label="training, smoothed")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="s", label="held-out")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=run_dir.path.name, ylim=(0, None))
+    if base is not None:
+        axes.axhline(base, color="tab:gray", linestyle="--", label="held-out, base")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title, ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    write_atomically(run_dir.loss_plot, lambda path: figure.savefig(path))
+    return figure
 
 
 def _smoothed(losses: Sequence[float]) -> list[float]:

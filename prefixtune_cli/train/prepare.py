@@ -17,7 +17,8 @@ from prefixtune_cli.data.load import load_rows
 from prefixtune_cli.data.template import chat_template
 from prefixtune_cli.data.tokenize import tokenize
 from prefixtune_cli.errors import RecipeError
-from prefixtune_cli.evaluate.held_out import Question, evenly_spread, short_questions
+from prefixtune_cli.evaluate.held_out import evenly_spread
+from prefixtune_cli.evaluate.questions import Questions, example, short_questions
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import Recipe
 
@@ -26,12 +27,16 @@ DEFAULT_EVAL_SPLIT = 0.05
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on and is judged by; `origin` tells file and line of a row of `train`."""
+    """What a run trains on and is judged by; `origin` tells file and line of a row of `train`.
+
+    `example` is a held-out prompt to try the result with: see `questions.example`.
+    """
 
     train: Dataset
     origin: Callable[[int], str]
     held_out: Dataset
-    questions: list[Question]
+    questions: Questions
+    example: dict[str, str]
     end_id: int | None
     fingerprints: dict[str, Any]
 
@@ -88,16 +93,13 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: R
     if section.chat_template is not None and chat is not None:
         digest = hashlib.sha256(chat.source.encode()).hexdigest()
         fingerprints["chat_template"] = {"source": section.chat_template, "sha256": digest}
+    kept = held_out_rows.select(held_out.dataset["row"])
     return Data(
         train=tokenized.dataset,
         origin=rows.row_origin,
         held_out=held_out.dataset,
-        questions=short_questions(
-            held_out_rows.select(held_out.dataset["row"]),
-            tokenizer,
-            section,
-            recipe.evaluate.max_new_tokens,
-        ),
+        questions=short_questions(kept, tokenizer, section, recipe.evaluate),
+        example=example(kept),
         end_id=end_of_turn_id(tokenizer, chat),
         fingerprints=fingerprints,
     )

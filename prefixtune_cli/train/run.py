@@ -6,10 +6,12 @@ import contextlib
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -47,6 +49,7 @@ from prefixtune_cli.train.checks import (
 )
 from prefixtune_cli.train.environment import describe_environment
 from prefixtune_cli.train.fit import Job, fit
+from prefixtune_cli.train.loss_plot import draw_loss
 from prefixtune_cli.train.prefix import start_at_rows
 from prefixtune_cli.train.prepare import Data, prepare_data
 from prefixtune_cli.train.stop import StopRequest
@@ -57,7 +60,14 @@ LEAST_GAIN = 0.001  # of the base's held-out loss: less is nothing learned
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended: summary.json, and what `ptp train` prints."""
+    """How a run ended: summary.json, and what `ptp train` prints.
+
+    Attributes:
+        why_no_exact_match: a sentence; None where answers were matched.
+        started, finished: in UTC.
+        seconds: from loading to the scores, since the run was started or last resumed.
+        example: a held-out `prompt` to try the result with, perhaps with its `system` message.
+    """
 
     run: str
     base: Score
@@ -68,10 +78,28 @@ class Summary:
     steps: int
     held_out_rows: int
     peak_memory_gib: float
+    model: str | None = None
+    method: str | None = None
+    started: str | None = None
+    finished: str | None = None
+    seconds: float | None = None
+    why_no_exact_match: str | None = None
+    example: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> Literal["better", "no better", "worse"]:
+        """By the held-out loss, but an adapter that gives more right answers than its base is not worse."""
+        margin = LEAST_GAIN * self.base.loss
+        if self.adapter.loss < self.base.loss - margin:
+            return "better"
+        more_right = (self.adapter.exact_match or 0) > (self.base.exact_match or 0)
+        as_good = self.adapter.loss <= self.base.loss + margin  # false of NaN, too
+        return "no better" if as_good or more_right else "worse"
 
     def to_json(self) -> dict[str, Any]:
         return {
             **self.__dict__,
+            "verdict": self.verdict,
             "base": self.base.to_json(),
             "adapter": self.adapter.to_json(),
             "exact_match_rule": EXACT_MATCH_RULE,
@@ -83,7 +111,7 @@ class Summary:
         found = json.loads(run_dir.summary.read_text(encoding="utf-8"))
         for name in ("base", "adapter"):
             found[name] = Score(found[name]["loss"], found[name]["exact_match"])
-        return cls(**{name: found[name] for name in cls.__dataclass_fields__})
+        return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name in found})
 
 
 def train(
@@ -207,6 +235,7 @@ def _train(
 ) -> Summary:
     """Load, train and score; all processes do it together."""
     forget_peak_memory()
+    started = time.monotonic()
     recipe, run_dir, data = job.recipe, job.run_dir, job.data
     processes, reporter = job.processes, job.reporter
     reporter.notice(f"Loading {recipe.model.name}.")
@@ -233,7 +262,7 @@ def _train(
             model,
             tokenizer,
             data.held_out,
-            data.questions,
+            data.questions.asked,
             recipe.evaluate,
             end_id=data.end_id,
             name=who,
@@ -266,10 +295,18 @@ def _train(
         steps=steps,
         held_out_rows=len(data.held_out),
         peak_memory_gib=max(processes.gathered(peak_memory_gib())),
+        model=recipe.model.name,
+        method=recipe.adapter.method,
+        started=_created(run_dir) if processes.leads else None,
+        finished=_now(),
+        seconds=round(time.monotonic() - started, 1),
+        why_no_exact_match=data.questions.why_none,
+        example=data.example,
     )
     if processes.leads:
-        if warning := _not_better(recipe, run_dir, before[0], after[0]):
-            reporter.warning(warning)
+        if summary.verdict != "better":
+            reporter.warning(_not_better(recipe, run_dir, before[0], after[0]))
+        draw_loss(run_dir, base=before[0].loss, adapter=(steps, after[0].loss))
         _conclude(run_dir, data, before, after, summary)
     if bases is not None and isinstance(model, PeftModel):
         models.detach(model)
@@ -286,11 +323,22 @@ def _open(
     """Make the run directory; the recipe is written last, as its presence means that there is a run."""
     run_dir.create(overwrite=overwrite)
     about = describe_environment(data.fingerprints, processes.size)
-    write_json(run_dir.environment, {**about, "base_sha256": hash_of_base(recipe.model)})
+    about = {"created": _now(), **about, "base_sha256": hash_of_base(recipe.model)}
+    write_json(run_dir.environment, about)
     if recipe.data.chat_template is not None:
         source = Path(recipe.data.chat_template).expanduser()
         write_atomically(run_dir.chat_template, source.read_bytes())
     write_atomically(run_dir.recipe, dump(recipe))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _created(run_dir: RunDir) -> str | None:
+    """When the run was first started."""
+    about: dict[str, Any] = json.loads(run_dir.environment.read_text(encoding="utf-8"))
+    return about.get("created")
 
 
 def _save_adapter(
@@ -306,6 +354,7 @@ def _save_adapter(
         if processes.leads:
             shutil.rmtree(part, ignore_errors=True)
             model.save_pretrained(part)
+            models.drop_model_card(part)
     if processes.leads:
         if not isinstance(model, PeftModel):
             tokenizer.save_pretrained(part)
@@ -316,7 +365,8 @@ def _save_adapter(
 def _check_generation(model: PeftModel | PreTrainedModel, job: Job) -> None:
     """Raise ModelError where the trained model does not generate what it computes, on a held-out row."""
     data = job.data
-    prompt = data.questions[0].prompt if data.questions else data.held_out[0]["input_ids"]
+    asked = data.questions.asked
+    prompt = asked[0].prompt if asked else data.held_out[0]["input_ids"]
     then = f"type {job.run_dir.resume_command}: what is trained is kept."
     if (untold := check_generation(model, prompt, then=then)) is not None:
         job.reporter.notice(f"Not checked whether the model generates what it computes: {untold}.")
@@ -331,8 +381,8 @@ def _conclude(
 ) -> None:
     """Write the answers, the scores and, last, the summary."""
     answers = (
-        {"answer": q.answer, "base": b, "adapter": a}
-        for q, b, a in zip(data.questions, base[1], adapter[1], strict=True)
+        {"origin": q.origin, "prompt": q.asked, "answer": q.answer, "base": b, "adapter": a}
+        for q, b, a in zip(data.questions.asked, base[1], adapter[1], strict=True)
     )
     write_atomically(run_dir.answers, "".join(map(json_line, answers)))
     found = summary.to_json()
@@ -340,10 +390,8 @@ def _conclude(
     write_json(run_dir.summary, found)
 
 
-def _not_better(recipe: Recipe, run_dir: RunDir, base: Score, adapter: Score) -> str | None:
+def _not_better(recipe: Recipe, run_dir: RunDir, base: Score, adapter: Score) -> str:
     """What to say, and what to try, where the adapter's held-out loss is not below the base's."""
-    if adapter.loss < (1 - LEAST_GAIN) * base.loss:
-        return None
     losses = [row["loss"] for row in run_dir.read_metrics() if "loss" in row]
     rate = recipe.train.learning_rate or math.nan
     first, last = (losses[0], losses[-1]) if losses else (math.nan, math.nan)

@@ -21,6 +21,7 @@ from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig, SFTTrainer
 
 from prefixtune_cli.errors import TrainingError
+from prefixtune_cli.model import drop_model_card
 from prefixtune_cli.parallel.devices import device
 from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.parallel.sharding import (
@@ -272,6 +273,8 @@ class SafeTrainer(SFTTrainer):
             with adapter_at_hand(self.model):
                 if self.processes.leads:
                     self.model.save_pretrained(output_dir)
+        if self.processes.leads and output_dir:
+            drop_model_card(output_dir)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._run_dir.checkpoint_part if self._saving else self._run_dir.path)

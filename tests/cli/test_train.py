@@ -1,6 +1,7 @@
 """`ptp train` as it is typed: what it prints, and one clear error for each kind of bad input."""
 
 import json
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -27,13 +28,45 @@ def test_a_run_prints_parameters_scores_and_what_to_type_next(
         assert line.count(".") == 2
         assert "%" in line
     commands = [line.strip() for line in printed.splitlines() if line.startswith("  ptp ")]
-    assert len(commands) == 4
-    assert commands[-1] == f"ptp eval --run {out} --data FILE"
-    assert all(f"--run {out}" in command for command in commands)
+    asked = [json.loads(line)["prompt"] for line in colours.read_text().splitlines()]
+    chat, *generate = [shlex.split(command) for command in commands]
+    assert chat == ["ptp", "chat", "--run", str(out)]
+    assert [command[:5] for command in generate] == [["ptp", "generate", *chat[2:], "--prompt"]] * 2
+    assert [command[5] in asked for command in generate] == [True, True]
+    assert generate[1][6:] == ["--no-adapter"]
+    assert f"With test data of your own: ptp eval --run {out} --data FILE" in printed
     assert "training 4/4" in said
     assert "Traceback" not in said
     code, printed, said = ptp(*typed, "--bits", 32, "--max-length", 64, "--overwrite", "--json")
     assert json.loads(printed)["steps"] == 4
+
+
+def test_an_adapter_worse_than_its_base_has_an_exit_code_of_its_own(
+    ptp: Ptp, random_base: Path, colours: Path, tmp_path: Path
+) -> None:
+    out, other = tmp_path / "my run", tmp_path / "other.jsonl"
+    asked = json.loads(colours.read_text().splitlines()[0])["prompt"]
+    other.write_text(json.dumps({"prompt": asked, "completion": "a b c d e f g h i j k"}) + "\n")
+    typed = ["train", "--model", random_base, "--data", colours, "--eval-data", other, "--out", out]
+    more = [
+        "--bits",
+        32,
+        "--steps",
+        12,
+        "--learning-rate",
+        0.3,
+        "--set",
+        "evaluate.max_new_tokens=2",
+    ]
+    code, printed, said = ptp(*typed, *more)
+    assert code == 4, said
+    assert "warning: The adapter is no better than its base" in said
+    assert json.loads((out / "summary.json").read_text())["verdict"] == "worse"
+    assert "No exact match: more than one answer in twenty has more tokens than" in printed
+    commands = [shlex.split(line) for line in printed.splitlines() if line.startswith("  ptp ")]
+    assert commands[-1] == ["ptp", "eval", "--run", str(out), "--data", str(other)]
+    again = ptp(*typed, *more, "--resume", "auto")
+    assert again[0] == 4  # a finished run says what it is as often as it is asked
 
 
 def test_a_flag_wins_over_set_and_set_over_the_recipe(

@@ -16,7 +16,6 @@ from prefixtune_cli.errors import ResourceError
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.held_out import (
     TOKENS_A_BATCH,
-    Question,
     evenly_spread,
     held_out_loss,
     row_answers,
@@ -24,6 +23,7 @@ from prefixtune_cli.evaluate.held_out import (
     score,
 )
 from prefixtune_cli.evaluate.matching import exactly_matches
+from prefixtune_cli.evaluate.questions import Question
 from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.schema import EvaluateSection, ModelSection
 from prefixtune_cli.tokenizer import load_tokenizer

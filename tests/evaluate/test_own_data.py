@@ -20,13 +20,13 @@ from prefixtune_cli.evaluate import own_data
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.confusion_plot import draw_confusion
 from prefixtune_cli.evaluate.finished import Finished
-from prefixtune_cli.evaluate.held_out import Question
 from prefixtune_cli.evaluate.labels import macro_f1
 from prefixtune_cli.evaluate.losses import Judged
 from prefixtune_cli.evaluate.matching import EXACT_MATCH_RULE
 from prefixtune_cli.evaluate.outcome import Line, Outcome
 from prefixtune_cli.evaluate.own_data import OwnData, compare
 from prefixtune_cli.evaluate.paired import aggregate_difference
+from prefixtune_cli.evaluate.questions import Question
 from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.schema import (
     DataSection,
@@ -460,9 +460,12 @@ def test_long_answers_are_judged_by_their_loss_alone(
     outcome = compare(data, {"base": judge(base, tokenizer, data)})
     assert [found.metric for found in outcome.lines] == ["loss", "perplexity"]
     assert outcome.files == {}
-    assert "max_new_tokens" in outcome.notices[0]
+    (why,) = outcome.notices
+    assert "more than one answer in twenty has more tokens than evaluate.max_new_tokens" in why
     text = prepared([{"text": long}, {"text": "short"}])
-    assert compare(text, {"base": judge(base, tokenizer, text)}).record["items"][1]["tokens"] > 0
+    outcome = compare(text, {"base": judge(base, tokenizer, text)})
+    assert outcome.record["items"][1]["tokens"] > 0
+    assert outcome.notices == ("No exact match: the rows are texts, and have no answers.",)
 
 
 def test_rows_without_a_trained_token_are_skipped_and_counted(

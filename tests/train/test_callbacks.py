@@ -3,6 +3,7 @@
 import io
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from prefixtune_cli.recipe.schema import ModelSection, PrefixTuningPlus
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train import callbacks
 from prefixtune_cli.train.callbacks import Clock, Journal, WeightWatch, peak_memory_gib
-from prefixtune_cli.train.loss_plot import draw_loss
+from prefixtune_cli.train.loss_plot import draw_loss, loss_figure
 
 
 def test_weights_that_do_not_move_and_a_base_that_does_are_told(random_base: Path) -> None:
@@ -84,3 +85,32 @@ def test_a_plot_is_drawn_from_any_number_of_points(points: int, tmp_path: Path) 
     picture = imread(io.BytesIO(run_dir.loss_plot.read_bytes()))
     assert picture.shape[:2] == (480, 840)
     assert picture[..., :3].std() > 0.01
+
+
+def test_the_plot_has_the_training_loss_from_step_1_the_held_out_ones_and_the_bases() -> None:
+    rows = [{"step": step, "loss": 3 / step} for step in (1, 10, 20)]
+    rows.insert(2, {"step": 10, "eval_loss": 0.5})
+    drawn = {
+        str(line.get_label()): list(zip(*line.get_data(), strict=True))
+        for line in loss_figure(rows, "mine", 3.5, (20, 0.4)).axes[0].get_lines()
+    }
+    assert drawn["training"] == [(1, 3.0), (10, 0.3), (20, 0.15)]
+    assert drawn["held-out"] == [(10, 0.5), (20, 0.4)]
+    assert [height for _, height in drawn["held-out, base"]] == [3.5, 3.5]
+
+
+def test_a_step_is_told_once_with_its_figures_where_it_is_logged(tmp_path: Path) -> None:
+    told: list[tuple[int, bool]] = []
+
+    class Ear(Silent):
+        def progress(self, task: str, done: int, total: int, figures: Any) -> None:
+            told.append((done, bool(figures)))
+
+    journal = Journal(RunDir(tmp_path), Ear(), writes=True)
+    arguments, state = TrainingArguments(str(tmp_path)), TrainerState(max_steps=3)
+    for step, logged in ((1, True), (2, False), (3, False)):  # of the last one the journal asks
+        state.global_step, control = step, TrainerControl(should_log=logged)
+        journal.on_step_end(arguments, state, control)
+        if control.should_log:
+            journal.on_log(arguments, state, control, {"loss": 1.0})
+    assert told == [(1, True), (2, False), (3, True)]

@@ -210,7 +210,6 @@ def assert_whole(run_dir: RunDir) -> None:
         assert run_dir.environment.exists()
     if run_dir.adapter.exists():
         assert {p.name for p in run_dir.adapter.iterdir()} == {
-            "README.md",
             "adapter_config.json",
             "adapter_model.safetensors",
         }

@@ -1,7 +1,11 @@
 """`train`: what stands in the run directory, for every method, and what is refused before the base loads."""
 
+import dataclasses
 import json
+import math
+import re
 import shutil
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prefixtune_cli.errors import ModelError, RecipeError, ResourceError, RunDirError, TrainingError
+from prefixtune_cli.evaluate.held_out import Score
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import Recipe
-from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.run_dir import RunDir, write_json
 from prefixtune_cli.train import Summary, train
 from prefixtune_cli.train.checks import check_disk
 from prefixtune_cli.train.trainer import training_arguments
@@ -80,10 +85,10 @@ def test_the_run_directory_is_complete(finished: tuple[RunDir, Summary, Listener
         "summary.json",
     ]
     assert sorted(p.name for p in run_dir.adapter.iterdir()) == [
-        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+    assert not list(run_dir.path.rglob("README.md"))  # peft's blank cards, in checkpoints as well
     assert run_dir.loss_plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -107,7 +112,11 @@ def test_metrics_have_a_row_each_log_step_with_every_figure(
             "grad_norm",
             "tokens_per_second",
             "peak_memory_gib",
+            "epoch",
+            "time",
         }
+        assert row["epoch"] == pytest.approx(row["step"] / 7, abs=1e-3)  # of 56 rows, 8 a step
+        assert datetime.fromisoformat(row["time"]).tzinfo is UTC
         assert row["tokens_per_second"] > 0
         assert row["peak_memory_gib"] > 0
     assert [row["step"] for row in rows if "eval_loss" in row] == [30, 60]
@@ -115,7 +124,7 @@ def test_metrics_have_a_row_each_log_step_with_every_figure(
 
 
 def test_the_summary_compares_base_and_adapter_on_held_out_rows(
-    finished: tuple[RunDir, Summary, Listener, Recipe],
+    finished: tuple[RunDir, Summary, Listener, Recipe], colours: Path
 ) -> None:
     run_dir, summary, *_ = finished
     stored = json.loads(run_dir.summary.read_text())
@@ -127,8 +136,56 @@ def test_the_summary_compares_base_and_adapter_on_held_out_rows(
     assert summary.steps == 60
     answers = [json.loads(line) for line in run_dir.answers.read_text().splitlines()]
     assert len(answers) == 8
+    source = [json.loads(line) for line in colours.read_text().splitlines()]
+    for row in answers:
+        number = int(row["origin"].removeprefix(f"{colours}, line "))
+        assert source[number - 1] == {"prompt": row["prompt"], "completion": row["answer"]}
     right = sum(row["adapter"].strip() == row["answer"] for row in answers)
     assert summary.adapter.exact_match == right / 8
+
+
+def test_the_summary_says_what_was_trained_when_how_long_and_with_what_verdict(
+    finished: tuple[RunDir, Summary, Listener, Recipe],
+) -> None:
+    run_dir, summary, _, chosen = finished
+    stored = json.loads(run_dir.summary.read_text())
+    assert (stored["model"], stored["method"]) == (chosen.model.name, "prefix-tuning-plus")
+    started, ended = (datetime.fromisoformat(stored[name]) for name in ("started", "finished"))
+    assert started.tzinfo is ended.tzinfo is UTC
+    assert started <= ended
+    assert 0 < stored["seconds"] <= (ended - started).total_seconds() + 30
+    assert stored["verdict"] == "better"
+    assert Summary.read(run_dir) == summary
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter", "verdict"),
+    [
+        (Score(2.0, 0.5), Score(1.9, 0.4), "better"),
+        (Score(2.0, None), Score(1.999, None), "no better"),
+        (Score(2.0, None), Score(2.001, None), "no better"),
+        (Score(2.0, None), Score(2.1, None), "worse"),
+        (Score(2.0, 0.5), Score(2.1, 0.5), "worse"),
+        (Score(2.0, 0.5), Score(2.1, 0.6), "no better"),
+        (Score(2.0, None), Score(math.nan, None), "worse"),
+    ],
+)
+def test_an_adapter_is_worse_where_its_loss_is_higher_and_no_more_answers_are_right(
+    finished: tuple[RunDir, Summary, Listener, Recipe], base: Score, adapter: Score, verdict: str
+) -> None:
+    made = dataclasses.replace(finished[1], base=base, adapter=adapter)
+    assert made.verdict == made.to_json()["verdict"] == verdict
+
+
+def test_the_summary_of_an_older_version_is_read(
+    finished: tuple[RunDir, Summary, Listener, Recipe], tmp_path: Path
+) -> None:
+    stored = json.loads(finished[0].summary.read_text())
+    for name in ("model", "method", "started", "finished", "seconds", "example"):
+        del stored[name]
+    del stored["why_no_exact_match"], stored["verdict"]
+    write_json(RunDir(tmp_path).summary, stored)
+    assert Summary.read(RunDir(tmp_path)).steps == 60
 
 
 def test_the_held_out_loss_of_the_run_is_that_of_the_trainer(
@@ -301,7 +358,11 @@ def test_chats_without_an_answer_can_be_trained_whole(random_base: Path, tmp_pat
         data={"train_on": "all"},
         train={"max_steps": 2, "batch_size": 2},
     )
-    assert train(chosen).adapter.exact_match is None
+    summary = train(chosen)
+    assert summary.adapter.exact_match is None
+    assert re.fullmatch(
+        r"No exact match: .*asked\.jsonl, line \d+ has no answer\.", str(summary.why_no_exact_match)
+    )
 
 
 def test_a_fully_trained_run_answers_with_its_own_weights(

@@ -1,0 +1,119 @@
+"""Rows as questions: which of them are put to a model, and what there is to say where none is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from prefixtune_cli.data.load import LoadedData
+from prefixtune_cli.data.tokenize import prompts_and_answers
+from prefixtune_cli.recipe.schema import DataSection, EvaluateSection
+
+Asked = str | list[dict[str, Any]]  # a prompt as the data has it: a text, or messages
+
+SHORT_PROMPT = 100  # characters of a prompt that is shown in a command
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row as generation sees it.
+
+    Attributes:
+        prompt: token ids.
+        answer: the reference.
+        asked: the prompt as the data has it.
+        origin: where the row stands: `my.jsonl, line 18`.
+    """
+
+    prompt: list[int]
+    answer: str
+    asked: Asked = ""
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The rows as questions, in their order; or none, and a sentence about why."""
+
+    asked: list[Question]
+    why_none: str | None = None
+
+
+def short_questions(
+    rows: LoadedData,
+    tokenizer: PreTrainedTokenizerBase,
+    section: DataSection,
+    evaluation: EvaluateSection,
+) -> Questions:
+    """The rows as questions, or none where a row has no answer, or one answer in twenty is long.
+
+    Args:
+        rows: held-out rows.
+        tokenizer: the model's.
+        section: chat_template is used.
+        evaluation: an answer of `max_new_tokens` is long.
+    """
+    if rows.layout == "text":
+        return Questions([], "No exact match: the rows are texts, and have no answers.")
+    for i, row in enumerate(rows.dataset):
+        if not _has_answer(row):
+            return Questions([], f"No exact match: {rows.row_origin(i)} has no answer.")
+    found = [
+        Question(each.prompt_ids, each.answer, asked(row), rows.row_origin(i))
+        for i, (row, each) in enumerate(
+            zip(rows.dataset, prompts_and_answers(rows, tokenizer, section), strict=True)
+        )
+    ]
+    lengths = sorted(len(tokenizer(q.answer, add_special_tokens=False)["input_ids"]) for q in found)
+    if lengths[int(0.95 * (len(lengths) - 1))] >= evaluation.max_new_tokens:
+        return Questions(
+            [],
+            "No exact match: more than one answer in twenty has more tokens than evaluate.max_new_tokens, which is "
+            f"{evaluation.max_new_tokens}; the longest has {lengths[-1]}.",
+        )
+    return Questions(found)
+
+
+def asked(row: Mapping[str, Any]) -> Asked:
+    """A row's prompt as the data has it: all before the last answer."""
+    if "prompt" in row:
+        return str(row["prompt"])
+    last = max(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
+    before: list[dict[str, Any]] = row["messages"][:last]
+    return before
+
+
+def example(rows: LoadedData) -> dict[str, str]:
+    """A short prompt to try a model with, and the `system` message before it where there is one; empty if none fits."""
+    every = (_single_question(row) for row in rows.dataset)
+    found = [each for each in every if each and each["prompt"].strip()]
+    plain = [each for each in found if each["prompt"].isprintable()]
+    short = [each for each in plain if len(each["prompt"]) <= SHORT_PROMPT]
+    if short:
+        return short[0]
+    return min(plain or found, key=lambda each: len(each["prompt"]), default={})
+
+
+def _single_question(row: Mapping[str, Any]) -> dict[str, str] | None:
+    """What `ptp generate` takes on the command line: one question, perhaps with a system message."""
+    if "text" in row:
+        return {"prompt": " ".join(row["text"].split()[:6])}
+    if not _has_answer(row):
+        return None
+    before = asked(row)
+    if isinstance(before, str):
+        return {"prompt": before}
+    roles = [message["role"] for message in before]
+    if roles not in (["user"], ["system", "user"]):
+        return None
+    return {
+        "prompt" if message["role"] == "user" else "system": message["content"]
+        for message in before
+    }
+
+
+def _has_answer(row: Mapping[str, Any]) -> bool:
+    return "completion" in row or any(m["role"] == "assistant" for m in row["messages"])
