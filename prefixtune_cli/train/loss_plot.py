@@ -40,6 +40,7 @@ def loss_figure(
     held_out = sorted((measured | dict([adapter] if adapter else [])).items())
     os.environ.setdefault("MPLBACKEND", "Agg")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -59,7 +60,7 @@ def loss_figure(
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="s", label="held-out")
     if base is not None:
         axes.axhline(base, color="tab:gray", linestyle="--", label="held-out, base")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=title, ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
