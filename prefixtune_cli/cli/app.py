@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from prefixtune_cli.cli import (
     chat,
@@ -17,6 +16,7 @@ from prefixtune_cli.cli import (
     console,
     eval,
     generate,
+    help,
     inspect_data,
     merge,
     merge_info,
@@ -45,31 +45,24 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-class PlainGroup(TyperGroup):
-    """`ptp --help` and usage errors as plain text; a command's own help keeps its panels.
-
-    rich takes 70 ms of the quarter of a second in which `ptp --help` has to answer.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**{**settings, "rich_markup_mode": None})
+class Ptp(help.Group):
+    """The commands, and what is done to arguments before Typer sees them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, typed.with_resume_value(args))
 
 
 app = typer.Typer(
-    cls=PlainGroup,
+    cls=Ptp,
     name="ptp",
     help="Fine-tune large language models by Prefix-Tuning+.",
     epilog="`ptp COMMAND --help` explains a command. PTP_TRACEBACK=1 shows where an error comes from.",
     no_args_is_help=True,
-    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["--help", "-h"]},
+    context_settings=help.SETTINGS,
 )
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name, cls=help.Command)(_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -267,10 +267,10 @@ def _print(found: Comparison, *, markdown: bool, as_json: bool) -> None:
     if markdown:
         print(table.markdown(found))
         return
-    console.print_table(*table.columns(found), whole=True)
-    print()
+    console.print_table(*table.columns(found))
+    console.say("")
     for line in legend.legend(found):
-        print(line)
+        console.say(line)
 
 
 def _write(found: Comparison, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """What the user reads: results on stdout, everything else on stderr.
 
 rich is imported when something is printed, not when a command's file is. It leaves colours out where
-NO_COLOR is set or nobody is at a terminal; there, lines are not wrapped either.
+NO_COLOR is set or nobody is at a terminal; there, lines are not wrapped either. At a terminal they are, between words.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import contextlib
 import gc
 import os
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 PIPED_WIDTH = 10_000
 
 
-def _console(*, stderr: bool, width: int | None = None) -> Console:
+def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    width = width or (None if stream.isatty() else PIPED_WIDTH)
+    width = None if stream.isatty() else PIPED_WIDTH
     return Console(stderr=stderr, width=width, soft_wrap=True, highlight=False)
 
 
@@ -74,19 +75,55 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
+def say(text: str, *, style: str = "") -> None:
+    """Say something on stdout that belongs to a result."""
+    _print(stdout(), text, style)
+
+
 def notice(text: str) -> None:
     """Say something on stderr that the user may skip."""
-    stderr().print(text, markup=False, style="dim")
+    _print(stderr(), text, "dim")
 
 
 def warning(text: str) -> None:
     """Say something on stderr that the user should know."""
-    _labelled("warning", "yellow", text)
+    _print(stderr(), text, label="warning: ", label_style="bold yellow")
 
 
 def error(text: str) -> None:
     """Say on stderr why the command fails."""
-    _labelled("error", "red", text)
+    _print(stderr(), text, label="error: ", label_style="bold red")
+
+
+def _print(
+    out: Console, text: str, style: str = "", *, label: str = "", label_style: str = ""
+) -> None:
+    """Print text; at a terminal its lines wrap at spaces, but for commands, which can so be pasted."""
+    from rich.text import Text
+
+    shown = f"{label}{text}"
+    if out.is_terminal and not _is_command(text):
+        shown = "\n".join(_wrapped(line, out.width) for line in shown.split("\n"))
+    told = Text(shown, style=style)
+    told.stylize(label_style, 0, len(label))
+    out.print(told, soft_wrap=True)
+
+
+def _is_command(text: str) -> bool:
+    return text.lstrip().startswith("ptp ")
+
+
+def _wrapped(line: str, width: int) -> str:
+    text = line.lstrip("- ")
+    if not text or _is_command(text):
+        return line
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=" " * (len(line) - len(text)),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def print_json(value: Any) -> None:
@@ -96,25 +133,29 @@ def print_json(value: Any) -> None:
     print(to_json(value))
 
 
-def print_table(columns: list[str], rows: list[list[str]], *, whole: bool = False) -> None:
+def print_table(
+    columns: list[str],
+    rows: list[list[str]],
+    *,
+    optional: Sequence[str] = (),
+    by_column: bool = False,
+) -> None:
     """Print a result for people: a table without rules, which `cut` and `grep` read as well.
 
     Args:
         columns: the head.
         rows: as many cells each.
-        whole: no cell is folded or cut; what is too wide for the terminal runs on in its next line.
+        optional: columns that a narrow terminal may go without, the first one first.
+        by_column: a column, not a row, tells of one thing, and is kept together at a narrow terminal.
     """
-    from rich.table import Table
-    from rich.text import Text
+    from prefixtune_cli.cli.table import lay_out
 
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    out = _console(stderr=False, width=PIPED_WIDTH) if whole else stdout()
-    out.print(table, soft_wrap=False)
-
-
-def _labelled(label: str, colour: str, text: str) -> None:
-    from rich.text import Text
-
-    stderr().print(Text.assemble((f"{label}: ", f"bold {colour}"), text))
+    tables, left_out = lay_out(
+        [columns, *rows], stdout().width, optional=optional, by_column=by_column
+    )
+    for i, (title, table) in enumerate(tables):
+        if title:
+            say(f"\n{title}" if i else title, style="bold")
+        stdout().print(table, soft_wrap=False)
+    if left_out:
+        notice(f"Left out, as the terminal is narrow: {', '.join(left_out)}.")

@@ -9,6 +9,8 @@ from prefixtune_cli.cli import console
 
 BASE = "base"  # evaluate.outcome's, which is not worth an import of torch
 
+OPTIONAL = ("McNemar p", "items", "metric")  # where the terminal is narrow
+
 if TYPE_CHECKING:
     from prefixtune_cli.evaluate.outcome import Line, Outcome
     from prefixtune_cli.evaluate.paired import Difference, Interval
@@ -40,7 +42,9 @@ def print_benchmarks(pattern: str, *, as_json: bool) -> None:
         ]
         for listed in found
     ]
-    console.print_table(["name", "kind", "what", "data set"], rows)
+    console.print_table(
+        ["name", "kind", "what", "data set"], rows, optional=("kind", "what", "data set")
+    )
 
 
 def print_found(found: Found, *, show_all: bool, markdown: bool, as_json: bool) -> None:
@@ -63,10 +67,10 @@ def print_found(found: Found, *, show_all: bool, markdown: bool, as_json: bool) 
         elif len(adapters) > 1 and _width(head, rows) > console.stdout().width:
             for name in adapters:
                 part = table(found.outcomes, show_all=show_all, only=(BASE, name))
-                console.print_table(*part, whole=True)
-                print()
+                console.print_table(*part, optional=OPTIONAL)
+                console.say("")
         else:
-            console.print_table(head, rows, whole=True)
+            console.print_table(head, rows, optional=OPTIONAL)
     for outcome in found.outcomes:
         for notice in outcome.notices:
             console.notice(notice)

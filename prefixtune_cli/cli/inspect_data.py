@@ -80,14 +80,14 @@ def _print(found: Inspection) -> None:
     for text in found.notices:
         console.notice(text)
     for shown in found.examples:
-        out.print(f"── {shown.origin}: {_counts(shown)}", markup=False, style="bold")
+        console.say(f"── {shown.origin}: {_counts(shown)}", style="bold")
         out.print(_coloured(shown, marks=marks))
         out.print()
     how = f"between {OPEN} and {CLOSE}" if marks else "on green"
     legend = f"Tokens {how} are trained; the others are masked."
-    out.print(legend, markup=False, style="dim")
+    console.say(legend, style="dim")
     for line in facts(found.statistics):
-        out.print(line, markup=False)
+        console.say(line)
     for line in warnings(found.statistics):
         console.warning(line)
 

@@ -27,18 +27,16 @@ def print_facts(facts: Sequence[Facts]) -> None:
     for alike in zip(*columns, strict=True):  # so that rows of one kind stand together
         for label in dict.fromkeys(label for group in alike for label in group):
             rows.append([label, *(group.get(label, NONE) for group in alike)])
-    console.print_table(["adapter", *distinct_names(facts)], rows, whole=True)
+    console.print_table(["adapter", *distinct_names(facts)], rows, by_column=True)
     for one in facts:
         if one.base_problem is not None:
             told = "its costs in per cent and its keys are not checked"
             console.warning(f"Without the base of {one.adapter.name}, {told}: {one.base_problem}")
     reasons = {one.adapter.method: one.folding for one in facts if not one.folding.possible}
     for method, folding in reasons.items():
-        console.stdout().print(
-            f"\nWhy {method} does not fold into the base:", style="bold", markup=False
-        )
+        console.say(f"\nWhy {method} does not fold into the base:", style="bold")
         for line in folding.reason:
-            console.stdout().print(line, markup=False)
+            console.say(line)
     for one in facts:
         _print_findings(one)
     if len(facts) == 1 and facts[0].learned is not None:
@@ -49,11 +47,10 @@ def print_facts(facts: Sequence[Facts]) -> None:
 
 def print_pairs(pairs: Sequence[Pair]) -> None:
     """Of every two adapters: whether they can be merged, and how alike they are."""
-    out = console.stdout()
     for pair in pairs:
-        out.print(f"\n{pair.first} and {pair.second}", style="bold", markup=False)
+        console.say(f"\n{pair.first} and {pair.second}", style="bold")
         for line in _verdict(pair):
-            out.print(line, markup=False)
+            console.say(line)
         if pair.whole is not None:
             rows = [
                 _likeness_row(str(NONE if one.layer is None else one.layer), one)
@@ -70,8 +67,8 @@ def print_pairs(pairs: Sequence[Pair]) -> None:
 def print_tables(tables: Sequence[tuple[str, list[str], list[list[str]]]]) -> None:
     """Tables with their titles."""
     for title, columns, rows in tables:
-        console.stdout().print(f"\n{title}", style="bold", markup=False)
-        console.print_table(columns, rows, whole=True)
+        console.say(f"\n{title}", style="bold")
+        console.print_table(columns, rows)
 
 
 def _rows(facts: Facts) -> list[dict[str, str]]:
@@ -185,18 +182,15 @@ def _print_findings(facts: Facts) -> None:
 
 def _print_learned(facts: Facts, found: Learned) -> None:
     by_head = bool(facts.heads)
-    out = console.stdout()
-    out.print(
-        f"\nWhat it has learned: {'M' if by_head else 'ΔW = B·A·scale'} by layer",
-        style="bold",
-        markup=False,
+    console.say(
+        f"\nWhat it has learned: {'M' if by_head else 'ΔW = B·A·scale'} by layer", style="bold"
     )
     table = _head_table(found) if by_head else _module_table(found)
-    console.print_table(*table, whole=True)
+    console.print_table(*table)
     unit = "heads" if by_head else "modules"
     main = _ranges([layer for layer in found.main_layers if layer is not None])
     held = f"{main or NONE} ({len(found.main_layers)} of {len(found.by_layer)})"
-    out.print(f"\nLayers that hold 90 % of the squared norm: {held}", markup=False)
+    console.say(f"\nLayers that hold 90 % of the squared norm: {held}")
     spare = [
         _cell_name(cell, by_head=by_head, sites=len(found.columns) > 1) for cell in found.spare
     ]
@@ -204,10 +198,9 @@ def _print_learned(facts: Facts, found: Learned) -> None:
         f" and {len(spare) - SHOWN_SPARE} more" if len(spare) > SHOWN_SPARE else ""
     )
     rule = f"the smallest {unit} that hold under 1 % of the squared norm, all together"
-    out.print(
+    console.say(
         f"{unit.capitalize()} that could be dropped ({rule}): {shown or 'none'}"
-        + (f" ({len(spare)} of {len(found.cells)})" if spare else ""),
-        markup=False,
+        + (f" ({len(spare)} of {len(found.cells)})" if spare else "")
     )
 
 

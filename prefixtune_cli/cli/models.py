@@ -23,4 +23,8 @@ def models(as_json: options.Json = False) -> None:
         for model in MODELS
     ]
     rows.insert(0, ["tiny", "(inside of ptp)", "", "Apache-2.0", "no"])
-    console.print_table(["alias", "hub id", "parameters", "licence", "gated"], rows)
+    console.print_table(
+        ["alias", "hub id", "parameters", "licence", "gated"],
+        rows,
+        optional=("licence", "gated", "parameters"),
+    )

@@ -135,18 +135,16 @@ def _print(recipe: Recipe, found: dict[str, Any]) -> None:
         rows.append(["fits", *("yes" if plan["fits"] else "no" for plan in plans)])
         rows.append(["largest batch", *(str(plan["largest_batch"]) for plan in plans)])
     per = f" on each of {found['gpus']} GPUs ({found['parallel']})" if found["gpus"] > 1 else ""
-    out = console.stdout()
-    out.print(
+    console.say(
         f"GiB{per} for {recipe.model.name} with {found['batch_size']} rows of {found['max_length']} tokens a forward "
-        "pass, at the fullest moment of a step:\n",
-        markup=False,
+        "pass, at the fullest moment of a step:\n"
     )
-    console.print_table(["", *(plan["method"] for plan in plans)], rows, whole=True)
-    out.print("\nShorter rows take less.", markup=False)
+    console.print_table(["", *(plan["method"] for plan in plans)], rows, by_column=True)
+    console.say("\nShorter rows take less.")
     for method, problem in found["problems"].items():
         console.notice(f"Without {method}: {problem}")
     for line in _verdict(recipe, found):
-        out.print(line, markup=False)
+        console.say(line)
 
 
 def _verdict(recipe: Recipe, found: dict[str, Any]) -> list[str]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from prefixtune_cli.cli import console
 
 SECONDS_BETWEEN_LINES = 10
 
-# What a bar or a line shows of the figures, in this order.
+# What a bar or a line shows of the figures, in this order; where there is no room for all, the later ones go first.
 _SHOWN = {
     "loss": "loss {:.4f}",
     "eval_loss": "held-out loss {:.4f}",
@@ -20,8 +21,8 @@ _SHOWN = {
 }
 
 
-def _shown(figures: Mapping[str, float]) -> str:
-    return "  ".join(form.format(figures[name]) for name, form in _SHOWN.items() if name in figures)
+def _shown(figures: Mapping[str, float]) -> list[str]:
+    return [form.format(figures[name]) for name, form in _SHOWN.items() if name in figures]
 
 
 class _Beginnings:
@@ -44,8 +45,54 @@ def _rate(done: int, started: float) -> str:
     return f"{done / seconds:,.1f}/s" if done and seconds > 0 else ""
 
 
+BAR, NARROW_BAR = 24, 8
+NAME = 12  # of a task; a longer one is cut, for the sake of the bar and the loss
+TIME = len(" ETA 100:00:00")
+
+
+@dataclass
+class _Task:
+    """What a line of the display is made of, before it is fitted to the terminal."""
+
+    name: str
+    total: int
+    figures: list[str] = field(default_factory=list)
+
+
+def fitted(tasks: Sequence[_Task], width: int) -> tuple[int, int, int]:
+    """How wide the names, the bar and the figures of a display may be, so that the count and the time left stay.
+
+    Args:
+        tasks: its lines.
+        width: of the terminal.
+    """
+    count = max(2 * len(str(task.total)) + 1 for task in tasks)
+    name = max(len(task.name) for task in tasks)
+    every = max(len("  ".join(task.figures)) for task in tasks)
+    first = max(len(task.figures[0]) if task.figures else 0 for task in tasks)
+    room = width - count - TIME - 4  # a space between two columns
+    bar = BAR if room - name - BAR >= every else NARROW_BAR
+    name = min(name, max(NAME, room - bar - first), room - bar)
+    return name, bar, max(room - bar - name, 0)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: max(width - 1, 0)]}…"
+
+
+def _as_fits(parts: Sequence[str], width: int) -> str:
+    """As many of the first parts as fit."""
+    text = ""
+    for part in parts:
+        longer = f"{text}  {part}" if text else part
+        if len(longer) > width:
+            break
+        text = longer
+    return text
+
+
 class LiveReporter:
-    """A progress bar with loss, learning rate, tokens per second, ETA and peak memory."""
+    """A progress bar with loss, learning rate, tokens per second, ETA and peak memory, as far as there is room."""
 
     def __init__(self) -> None:
         from rich.progress import (
@@ -56,9 +103,10 @@ class LiveReporter:
             TimeRemainingColumn,
         )
 
+        self._bar = BarColumn(bar_width=BAR)
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            self._bar,
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TextColumn("ETA"),
@@ -66,7 +114,8 @@ class LiveReporter:
             console=console.stderr(),
             refresh_per_second=1,  # what it draws, the computation loses
         )
-        self._tasks: dict[str, Any] = {}
+        self._ids: dict[str, Any] = {}
+        self._tasks: dict[str, _Task] = {}
         self._measured: set[str] = set()  # tasks that tell figures of their own
         self._started = _Beginnings()
 
@@ -85,14 +134,27 @@ class LiveReporter:
 
     def progress(self, task: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         if task not in self._tasks:
-            self._tasks[task] = self._progress.add_task(task, total=total, figures="")
+            self._tasks[task] = _Task(task, total)
+            self._ids[task] = self._progress.add_task(task, total=total, figures="")
         started, first = self._started.of(task, done)
-        self._progress.update(self._tasks[task], completed=done, total=total)
+        self._tasks[task].total = total
+        self._progress.update(self._ids[task], completed=done, total=total)
         if figures:
             self._measured.add(task)
         rate = "" if task in self._measured else _rate(done - first, started)
-        if said := _shown(figures) or rate:
-            self._progress.update(self._tasks[task], figures=said)
+        if said := _shown(figures) or ([rate] if rate else []):
+            self._tasks[task].figures = said
+        self._fit()
+
+    def _fit(self) -> None:
+        """Lay the display out for the terminal as wide as it is now."""
+        name, self._bar.bar_width, figures = fitted([*self._tasks.values()], console.stderr().width)
+        for key, task in self._tasks.items():
+            self._progress.update(
+                self._ids[key],
+                description=_cut(task.name, name),
+                figures=_as_fits(task.figures, figures),
+            )
 
 
 class LineReporter:
@@ -129,7 +191,7 @@ class LineReporter:
         self._last[task] = now
         speed = (done - first) / (now - started) if now > started else 0
         left = f"  ETA {int((total - done) / speed)} s" if speed and done < total else ""
-        said = _shown(figures or latest) or _rate(done - first, started)
+        said = "  ".join(_shown(figures or latest)) or _rate(done - first, started)
         console.notice(f"{task} {done}/{total}  {said}{left}".rstrip())
 
 

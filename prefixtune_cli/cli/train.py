@@ -196,12 +196,11 @@ def _print_summary(summary: Summary, data: DataSection) -> None:
         return "-" if fraction is None else f"{100 * fraction:.1f} %"
 
     share = 100 * summary.trainable_parameters / summary.total_parameters
-    out = console.stdout()
-    out.print(
+    console.say(
         f"Trained {summary.trainable_parameters:,} of {summary.total_parameters:,} parameters ({share:.2f} %) "
         f"in {summary.steps} steps; the adapter has {summary.adapter_bytes / 2**20:.2f} MiB."
     )
-    out.print(f"On {summary.held_out_rows} held-out rows:\n")
+    console.say(f"On {summary.held_out_rows} held-out rows:\n")
     console.print_table(
         ["", "loss", "exact match"],
         [
@@ -210,13 +209,13 @@ def _print_summary(summary: Summary, data: DataSection) -> None:
         ],
     )
     if summary.why_no_exact_match is not None:
-        out.print(f"\n{summary.why_no_exact_match}", markup=False)
-    out.print(f"\nThe run is in {summary.run}. Next:\n", markup=False)
+        console.say(f"\n{summary.why_no_exact_match}")
+    console.say(f"\nThe run is in {summary.run}. Next:\n")
     for command in _next_commands(summary, data):
-        out.print(f"  {shlex.join(command)}", markup=False)
+        console.say(f"  {shlex.join(command)}")
     if data.eval is None and not (data.train or "").startswith("sample:"):
         run = shlex.quote(summary.run)
-        out.print(f"\nWith test data of your own: ptp eval --run {run} --data FILE", markup=False)
+        console.say(f"\nWith test data of your own: ptp eval --run {run} --data FILE")
 
 
 def _next_commands(summary: Summary, data: DataSection) -> Iterator[list[str]]:

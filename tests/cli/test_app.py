@@ -55,7 +55,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         def fail() -> None:
             raise error
 
-        broken = typer.Typer(cls=application.PlainGroup, pretty_exceptions_enable=False)
+        broken = typer.Typer(cls=application.Ptp, pretty_exceptions_enable=False)
         broken.command("fail")(fail)
         broken.command("other")(lambda: None)
         monkeypatch.setattr(application, "app", broken)

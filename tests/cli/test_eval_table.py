@@ -36,11 +36,12 @@ def test_no_figure_is_cut_and_adapters_get_tables_of_their_own_where_one_is_too_
     width: int,
     tables: int,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(console, "stdout", lambda: Console(file=io.StringIO(), width=width))
+    made = Console(file=io.StringIO(), width=width)
+    monkeypatch.setattr(console, "stdout", lambda: made)
     eval_table.print_found(found(), show_all=False, markdown=False, as_json=False)
-    printed = capsys.readouterr().out
+    assert isinstance(made.file, io.StringIO)
+    printed = made.file.getvalue()
     assert "…" not in printed
     assert printed.count("benchmark") == tables
     assert printed.count("mmlu_0") == tables
