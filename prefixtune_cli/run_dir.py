@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune_cli.errors import RunDirError
+from prefixtune_cli.lock import LOCK
 
 HASHES = "sha256.json"
 
@@ -252,7 +253,7 @@ class RunDir:
 
     def _taken(self) -> bool:
         """Whether more is in the folder than a run leaves that was killed before it had written its recipe."""
-        first = {self.environment, self.chat_template}
+        first = {self.environment, self.chat_template, self.path / LOCK}
         return any(
             path not in first and not (path.name.startswith(".") and ".part" in path.name)
             for path in self.path.iterdir()
@@ -275,6 +276,8 @@ class RunDir:
         self.path.mkdir(parents=True, exist_ok=True)
         # The recipe goes last: while it is there, the folder is known to be a run's.
         for inside in sorted(self.path.iterdir(), key=lambda path: path == self.recipe):
+            if inside.name == LOCK:  # of who makes the folder
+                continue
             if inside.is_dir() and not inside.is_symlink():
                 shutil.rmtree(inside)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,6 +76,7 @@ def merge_info(
     from prefixtune_cli.cli import console, merge_info_table
 
     console.quiet_libraries()
+    from prefixtune_cli.lock import locked
     from prefixtune_cli.merge_info.facts import gather
     from prefixtune_cli.merge_info.together import pairs
 
@@ -87,10 +89,16 @@ def merge_info(
     facts = [gather(adapter, section) for adapter in adapters]
     found = pairs(facts)
     folders = _folders(facts, out)
-    written = _drawn(facts, folders)
     asked |= {"bits": bits, "device": device}
-    measured = None if data is None else _on_data(facts, asked, data, rows, Path(out or folders[0]))
-    written += [] if measured is None else measured.written
+    measured = None
+    with contextlib.ExitStack() as opened:
+        for one in facts if out is None else ():
+            if one.adapter.run is not None:
+                opened.enter_context(locked(one.adapter.run.path, shared=True))
+        written = _drawn(facts, folders)
+        if data is not None:
+            measured = _on_data(facts, asked, data, rows, Path(out or folders[0]))
+            written += measured.written
     if as_json:
         console.print_json(
             {

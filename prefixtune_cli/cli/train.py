@@ -122,7 +122,12 @@ def train(
     with reporter() as shown:
         if find_learning_rate:
             from prefixtune_cli.compare.rates import find_learning_rate as found
+            from prefixtune_cli.lock import locked
+            from prefixtune_cli.run_dir import RunDir
 
+            run_dir = RunDir(settings.folder)
+            with locked(run_dir.path):
+                run_dir.check_free(overwrite=overwrite)
             bases = SharedBase()
             settings = found(settings, bases, shown)
         summary = training.train(

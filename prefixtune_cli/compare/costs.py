@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from prefixtune_cli import model as models
 from prefixtune_cli.compare.comparison import Comparison, Contestant, Cost, Group
 from prefixtune_cli.compare.contest import OF_A_COST, Entry, Settings, entries, spelled
-from prefixtune_cli.compare.folder import check_free
+from prefixtune_cli.compare.folder import claimed
 from prefixtune_cli.compare.speed import (
     BASE,
     DECODE,
@@ -61,8 +61,8 @@ def compare_costs(settings: Settings, reporter: Reporter | None = None) -> tuple
     shapes = {label: shape_of(recipe, settings, room) for label, recipe in recipes.items()}
     name = f"{contest[0].recipe.model.name.rstrip('/').split('/')[-1]}-speed"
     folder = Path(settings.out) if settings.out else Path("compare") / name
-    check_free(folder)
-    speeds = _measured(groups, shapes, reporter)
+    with claimed(folder):
+        speeds = _measured(groups, shapes, reporter)
     known = {label: each for label, each in speeds.items() if isinstance(each, Speeds)}
     parameters = {k: count for each in known.values() for k, count in each.parameters.items()}
     stored = {k: size for each in known.values() for k, size in each.adapter_bytes.items()}

@@ -42,7 +42,7 @@ from prefixtune_cli.compare.costs import (
     with_costs,
 )
 from prefixtune_cli.compare.draw import VALIDATION, Rows, draw
-from prefixtune_cli.compare.folder import RESULTS, check_free, mark
+from prefixtune_cli.compare.folder import RESULTS, claimed, mark
 from prefixtune_cli.compare.workers import Ended, Work, Workers, told_to_stop
 from prefixtune_cli.errors import Interrupted, PtpError
 from prefixtune_cli.evaluate.evaluations import WINDOW
@@ -89,9 +89,20 @@ def _compare(
     settings: Settings, reporter: Reporter, begin: Callable[[], object] | None
 ) -> tuple[Comparison, Path]:
     contest = entries(settings)
+    folder = settings.folder(contest[0].recipe)
+    with claimed(folder):
+        return _compared(contest, settings, folder, reporter, begin), folder
+
+
+def _compared(
+    contest: Sequence[Entry],
+    settings: Settings,
+    folder: Path,
+    reporter: Reporter,
+    begin: Callable[[], object] | None,
+) -> Comparison:
+    """What is found, in a folder that is claimed."""
     recipe = contest[0].recipe
-    folder = settings.folder(recipe)
-    check_free(folder)
     for entry in contest:
         models.check_precision(entry.recipe.model, entry.method)
         models.check_method(entry.recipe.model, entry.recipe.adapter)
@@ -119,7 +130,7 @@ def _compare(
         write_json(folder / RESULTS, found.to_json())
         found = _with_costs(found, contest, settings, reporter)
     write_json(folder / RESULTS, found.to_json())
-    return found, folder
+    return found
 
 
 class _Cells:

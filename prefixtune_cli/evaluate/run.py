@@ -10,7 +10,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -23,6 +23,7 @@ from prefixtune_cli.evaluate.evaluations import OWN_BENCHMARKS, Evaluation, Sett
 from prefixtune_cli.evaluate.finished import Finished, check_room, digest
 from prefixtune_cli.evaluate.outcome import Outcome
 from prefixtune_cli.evaluate.subjects import Cast, assemble
+from prefixtune_cli.lock import locked
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.run_dir import RunDir, write_atomically, write_json
 from prefixtune_cli.shared_base import SharedBase
@@ -76,11 +77,12 @@ def evaluate(
     requests = sum(e.requests for e in evaluations) * len(cast.subjects)
     if settings.cache is not None:
         check_room(settings.cache, requests)
-    for folder in folders:
-        _check_writable(folder)
-
-    reporter.notice(f"Loading {cast.recipe.model.name}.")
-    with cast.loaded(bases) as base:
+    with ExitStack() as opened:
+        for folder in folders:
+            opened.enter_context(locked(folder.path, shared=True))
+            _check_writable(folder)
+        reporter.notice(f"Loading {cast.recipe.model.name}.")
+        base = opened.enter_context(cast.loaded(bases))
         limit = (
             BatchLimit.automatic(base.device, reporter)
             if settings.batch_size is None

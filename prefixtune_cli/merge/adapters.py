@@ -26,7 +26,7 @@ from prefixtune_cli.adapter.arithmetic import differing_setting
 from prefixtune_cli.errors import AdapterError, UsageError
 from prefixtune_cli.merge.folder import (
     Merged,
-    check_free,
+    claimed,
     weights_bytes,
     write_record,
     written_whole,
@@ -95,13 +95,29 @@ def merge(
     out = Path(out)
     scales = _checked_weights(adapters, method, weights, density)
     sources = [read_source(given) for given in adapters]
-    check_free(out, sources, overwrite=overwrite)
-    _check_fit_each_other(sources)
-    section = sources[0].section
-    check_base(section)
-    for source in sources:
-        check_fits(section, source.folder)
+    with claimed(out, sources, overwrite=overwrite):
+        _check_fit_each_other(sources)
+        section = sources[0].section
+        check_base(section)
+        for source in sources:
+            check_fits(section, source.folder)
+        record = _write_merged(sources, out, method, scales, density, seed, reporter)
+    base, folder = shlex.quote(section.name), shlex.quote(str(out))
+    following = f'ptp generate --model {base} --adapter {folder} --prompt "…"'
+    return Merged(out, record, weights_bytes(out), following)
 
+
+def _write_merged(
+    sources: Sequence[Source],
+    out: Path,
+    method: str,
+    scales: list[float],
+    density: float | None,
+    seed: int,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Merge and write; what stands in the result's merge.json."""
+    section = sources[0].section
     is_lora = sources[0].method == "lora"
     combination = METHODS[method][is_lora]
     kept = (DENSITY if density is None else density) if method in PRUNING else None
@@ -124,7 +140,7 @@ def merge(
     with written_whole(out) as part:
         model.save_pretrained(str(part), selected_adapters=[MERGED], save_embedding_layers=False)
         drop_model_card(part)
-        record = write_record(
+        return write_record(
             part,
             sources,
             method=method,
@@ -133,9 +149,6 @@ def merge(
             density=kept,
             seed=seed if method == "dare" else None,
         )
-    base, folder = shlex.quote(section.name), shlex.quote(str(out))
-    following = f'ptp generate --model {base} --adapter {folder} --prompt "…"'
-    return Merged(out, record, weights_bytes(out), following)
 
 
 def _checked_weights(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune_cli.errors import ResourceError, RunDirError
+from prefixtune_cli.lock import LOCK, locked
 from prefixtune_cli.merge.source import Source
 from prefixtune_cli.run_dir import RunDir, write_json
 
@@ -37,15 +38,24 @@ class Merged:
         }
 
 
-def check_free(out: Path, sources: Sequence[Source], *, overwrite: bool) -> None:
-    """Refuse a folder that is taken.
+@contextlib.contextmanager
+def claimed(out: Path, sources: Sequence[Source], *, overwrite: bool) -> Iterator[None]:
+    """Within the block no other command writes there.
 
     Raises:
-        RunDirError: it is a file, one of the sources, or holds something that is not to be overwritten.
+        RunDirError: it is a file, one of the sources, or holds something that is not to be overwritten; or another
+            command writes there already.
+        ResourceError: it cannot be written to.
     """
+    _check_free(out, sources, overwrite=overwrite)
+    with locked(out):
+        yield
+
+
+def _check_free(out: Path, sources: Sequence[Source], *, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise RunDirError(f"--out {out} is a file. Give another name.")
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or all(path.name == LOCK for path in out.iterdir()):
         return
     if any(out.resolve() in (s.folder.resolve(), Path(s.given).resolve()) for s in sources):
         raise RunDirError(f"--out {out} is one of the adapters that are merged. Give another name.")

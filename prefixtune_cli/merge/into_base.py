@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -15,7 +15,7 @@ from prefixtune_cli.errors import AdapterError, ModelError, ResourceError
 from prefixtune_cli.gguf_base import load_model
 from prefixtune_cli.merge.folder import (
     Merged,
-    check_free,
+    claimed,
     weights_bytes,
     write_record,
     written_whole,
@@ -51,7 +51,14 @@ def merge_into_base(
     """
     out = Path(out)
     source = read_source(adapter)
-    check_free(out, [source], overwrite=overwrite)
+    with claimed(out, [source], overwrite=overwrite):
+        record = _write_folded(source, out, reporter)
+    following = f'ptp generate --model {shlex.quote(str(out))} --prompt "…"'
+    return Merged(out, record, weights_bytes(out), following)
+
+
+def _write_folded(source: Source, out: Path, reporter: Reporter) -> dict[str, Any]:
+    """Check, fold and write; what stands in the result's merge.json."""
     _check_foldable(source)
     section = source.section
     check_base(section)
@@ -76,9 +83,7 @@ def merge_into_base(
     with written_whole(out) as part:
         model.save_pretrained(str(part))
         tokenizer.save_pretrained(str(part))
-        record = write_record(part, [source], method="into-base")
-    following = f'ptp generate --model {shlex.quote(str(out))} --prompt "…"'
-    return Merged(out, record, weights_bytes(out), following)
+        return write_record(part, [source], method="into-base")
 
 
 def _check_foldable(source: Source) -> None:

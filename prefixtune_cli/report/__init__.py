@@ -10,7 +10,7 @@ import base64
 from pathlib import Path
 
 from prefixtune_cli.compare.comparison import Comparison
-from prefixtune_cli.compare.folder import RESULTS, TABLE, check_free, mark
+from prefixtune_cli.compare.folder import RESULTS, TABLE, claimed, mark
 from prefixtune_cli.compare.pictures import Picture, draw, pictures
 from prefixtune_cli.compare.table import markdown
 from prefixtune_cli.report import tables
@@ -29,12 +29,12 @@ def publish(comparison: Comparison, folder: Path) -> list[Path]:
     Raises:
         UsageError: the folder holds something else.
     """
-    check_free(folder)
-    mark(folder)
-    results, table = folder / RESULTS, folder / TABLE
-    write_json(results, comparison.to_json())
-    write_atomically(table, markdown(comparison))
-    return [results, table, *draw(comparison, folder), write(comparison, folder)]
+    with claimed(folder):
+        mark(folder)
+        results, table = folder / RESULTS, folder / TABLE
+        write_json(results, comparison.to_json())
+        write_atomically(table, markdown(comparison))
+        return [results, table, *draw(comparison, folder), write(comparison, folder)]
 
 
 def write(comparison: Comparison, folder: Path) -> Path:

@@ -21,6 +21,7 @@ from prefixtune_cli.agreement import check_generation
 from prefixtune_cli.evaluate.held_out import Score, score
 from prefixtune_cli.evaluate.matching import EXACT_MATCH_RULE
 from prefixtune_cli.evaluate.subjects import hash_of_base
+from prefixtune_cli.lock import locked
 from prefixtune_cli.optimizer import check_optimizer
 from prefixtune_cli.parallel.devices import (
     count_of,
@@ -145,6 +146,7 @@ def train(
         stop.listening(),
         told_in_words(run_dir, stop),
         joined(count_of(gpus)) as processes,
+        contextlib.ExitStack() as lock,
     ):
         end_with_the_launcher()
         reporter = reporter if reporter and processes.leads else Silent()
@@ -152,7 +154,7 @@ def train(
             reporter.notice(f"The run in {run_dir.path} is finished already.")
             return Summary.read(run_dir)
         ready = processes.first_on_each_node(
-            lambda: _prepare(recipe, run_dir, resume, overwrite, processes, reporter)
+            lambda: _prepare(recipe, run_dir, resume, overwrite, processes, reporter, lock)
         )
         processes.form_group(device(recipe.model.device))
         resuming, recipe = processes.told((ready.resume, ready.recipe))
@@ -177,8 +179,11 @@ def _prepare(
     overwrite: bool,
     processes: Processes,
     reporter: Reporter,
+    lock: contextlib.ExitStack,
 ) -> _Ready:
-    """Check everything, and read the data; the run directory is the leader's affair."""
+    """Check everything, and read the data; the run directory is the leader's affair, who locks it."""
+    if processes.leads:
+        lock.enter_context(locked(run_dir.path))
     check_optimizer(recipe.train.optimizer)
     check_tracker(recipe.train.track)
     check_parallel(recipe.train.parallel, processes.size)

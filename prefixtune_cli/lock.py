@@ -1,0 +1,129 @@
+"""A lock on a folder: no two commands write there at once.
+
+It is `flock` on a file in the folder. The kernel gives it up when the process ends, however it ends, and Linux carries
+it over NFS to other machines. The file tells who holds the lock, and goes with it; what a killed process leaves of it
+locks nothing. On a file system without locks nothing is locked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from prefixtune_cli.errors import ResourceError, RunDirError
+
+LOCK = ".lock"
+_NO_LOCKS_HERE = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+_held: set[int] = set()  # open files
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Within the block no other command writes into `folder`, which is made; if it stays empty, it goes again.
+
+    Args:
+        folder: of a run, a comparison or a merge.
+        shared: others that share it may write there, too, as those do that only add whole files.
+
+    Raises:
+        RunDirError: another command writes there, which is named.
+        ResourceError: the folder cannot be made or written to.
+    """
+    new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _take(folder, shared=shared)
+    except OSError as error:
+        files = [path for path in (folder, *folder.parents) if path.is_file()]
+        why = f"{files[0]} is a file" if files else error.strerror
+        raise ResourceError(f"{folder} cannot be written to: {why}. Give another --out.") from error
+    try:
+        yield
+    finally:
+        _give_up(folder / LOCK, file)
+        for one in new:
+            with contextlib.suppress(OSError):
+                one.rmdir()
+
+
+def _take(folder: Path, *, shared: bool) -> int:
+    """The open file that holds the lock."""
+    while True:
+        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        _held.add(file)
+        try:
+            alone = _lock(file, fcntl.LOCK_EX)
+            if alone:
+                os.ftruncate(file, 0)  # what dead processes have left
+            if not (alone if not shared else _lock(file, fcntl.LOCK_SH)):
+                raise RunDirError(
+                    f"{folder} is in use: {_holders(file)} writes there. Wait until it ends, or give another --out."
+                )
+            if os.fstat(file).st_nlink:
+                since = datetime.now(UTC).isoformat(timespec="seconds")
+                os.write(file, f"{os.getpid()} {socket.gethostname()} {since}\n".encode())
+                return file
+        except BaseException:
+            _close(file)
+            raise
+        _close(file)  # whoever held it has deleted it meanwhile
+
+
+def _lock(file: int, how: int) -> bool:
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS_HERE:
+            raise
+    return True
+
+
+def _give_up(path: Path, file: int) -> None:
+    if file not in _held:  # in a process that was forked
+        return
+    with contextlib.suppress(FileNotFoundError):
+        if _lock(file, fcntl.LOCK_EX) and os.path.samestat(path.stat(), os.fstat(file)):
+            path.unlink()
+    _close(file)
+
+
+def _close(file: int) -> None:
+    _held.discard(file)
+    os.close(file)
+
+
+def _holders(file: int) -> str:
+    """Who has written into the file, but for processes of this machine that are no more."""
+    found = []
+    for line in os.pread(file, 4096, 0).decode(errors="replace").splitlines():
+        pid, host, since = line.split()
+        if host != socket.gethostname() or _lives(int(pid)):
+            found.append(f"process {pid} on {host}, since {since},")
+    return " and ".join(found) or "another process"
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def _forget() -> None:
+    """In a process that was forked: it keeps no lock that its parent gives up."""
+    for file in list(_held):
+        _close(file)
+
+
+os.register_at_fork(after_in_child=_forget)
