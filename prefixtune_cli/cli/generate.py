@@ -103,5 +103,6 @@ def _asked(
 
     found = list(questions(data, typed.parse_map(mapping)))
     rows, asked = [row for row, _ in found], [messages for _, messages in found]
-    files = local_files(data) or []
+    local = local_files(data)
+    files = local.files if local is not None else []
     return asked, AnswerFile(Path(out), rows, files, overwrite=overwrite)

@@ -22,6 +22,7 @@ from prefixtune_cli.data import locate
 from prefixtune_cli.data.columns import check_map, missing, recognise, rename
 from prefixtune_cli.data.format import FORMATS, Format, Layout, convert
 from prefixtune_cli.data.read import Row, origin, read
+from prefixtune_cli.data.stored import saved_files
 from prefixtune_cli.errors import DataError, ResourceError
 from prefixtune_cli.recipe.schema import DataSection
 
@@ -118,7 +119,8 @@ def load_rows(source: str, section: DataSection) -> LoadedData:
     from datasets import Dataset, config
 
     check_map(section.map)
-    files = locate.local_files(source)
+    found = locate.local_files(source)
+    files = found.files if found is not None else None
     names = (source,) if files is None else tuple(map(str, files))
     # A sample is named by what the user typed, not by a path inside the package.
     if source.startswith("sample:"):
@@ -151,7 +153,10 @@ def load_rows(source: str, section: DataSection) -> LoadedData:
         fingerprint=str(key),
         source=source,
         files=names,
-        notices=_notices(format, about["columns"], about["numbers"], section),
+        notices=(
+            *([found.notice] if found is not None and found.notice else ()),
+            *_notices(format, about["columns"], about["numbers"], section),
+        ),
     )
 
 
@@ -185,16 +190,20 @@ def _settings(section: DataSection) -> str:
 
 
 def _key(files: list[Path], section: DataSection) -> str:
-    digests = []
-    for path in files:
-        try:
-            with open(path, "rb") as file:
-                digests.append(
-                    path.suffix.lower() + hashlib.file_digest(file, "sha256").hexdigest()
-                )
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    try:
+        digests = [_digest(path) for path in files]
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or files[0]} cannot be read: {error.strerror or error}."
+        ) from error
     return _sha256(" ".join([_settings(section), *digests]).encode())
+
+
+def _digest(path: Path) -> str:
+    if path.is_dir():
+        return " ".join(map(_digest, saved_files(path)))
+    with open(path, "rb") as file:
+        return path.suffix.lower() + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _publish(beside: Path, folder: Path) -> None:

@@ -7,7 +7,10 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from prefixtune_cli.data.read import READERS, Rows, dataset_rows, start_of
+from prefixtune_cli.data import folders
+from prefixtune_cli.data.folders import LocalFiles
+from prefixtune_cli.data.read import READERS, Rows, start_of
+from prefixtune_cli.data.stored import dataset_rows
 from prefixtune_cli.errors import DataError, ResourceError
 
 SUFFIXES = ", ".join(READERS)
@@ -32,40 +35,34 @@ def near_names(path: Path) -> str:
     return f"The data files in {folder} are: {', '.join(data) or 'none'}."
 
 
-def local_files(source: str) -> list[Path] | None:
+def local_files(source: str) -> LocalFiles | None:
     """The files that `source` stands for, or None where it is a hub data set id.
 
     Raises:
         DataError: there is no such file, folder or sample, or it has no data of a known type.
     """
     if source.startswith("sample:"):
-        name = source.removeprefix("sample:")
-        path = samples_folder() / f"{name}.jsonl"
-        known = sorted(p.stem for p in samples_folder().glob("*.jsonl"))
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean sample:{near[0]}?" if near else ""
-            raise DataError(
-                f"There is no sample {name!r}; the samples are {', '.join(known) or 'none'}.{hint}"
-            )
-        return [path]
+        return _sample(source.removeprefix("sample:"))
     path = Path(source).expanduser()
     if path.is_dir():
-        found = sorted(
-            p
-            for p in path.iterdir()
-            if p.suffix.lower() in READERS and p.is_file() and not p.name.startswith(".")
-        )
-        if not found:
-            raise DataError(f"The folder {path} has no data file. The types are {SUFFIXES}.")
-        return found
+        return folders.in_folder(path, None)
     if path.exists():
-        if path.suffix.lower() not in READERS:
+        suffix = path.suffix.lower()
+        if suffix not in READERS:
+            packed = suffix in (".gz", ".zst", ".bz2", ".xz", ".zip")
             raise DataError(
-                f"{path}: the type {path.suffix or '(no suffix)'!r} is not known; the types are {SUFFIXES}. Rename "
-                "the file, or convert it."
+                f"{path}: the type {suffix or '(no suffix)'!r} is not known; the types are {SUFFIXES}. "
+                + (
+                    "Unpack it first."
+                    if packed
+                    else "Convert it, or rename it if it is one of these."
+                )
             )
-        return [path]
+        return LocalFiles([path])
+    folders.refuse_dangling(path)
+    folder, _, split = source.rpartition(":")
+    if folder and Path(folder).expanduser().is_dir():
+        return folders.in_folder(Path(folder).expanduser(), split)
     looks_like_a_path = (
         path.suffix.lower() in READERS
         or not HUB_ID.fullmatch(source)
@@ -75,6 +72,17 @@ def local_files(source: str) -> list[Path] | None:
     if looks_like_a_path:
         raise DataError(f"The data file {source} does not exist. {near_names(path)}")
     return None
+
+
+def _sample(name: str) -> LocalFiles:
+    known = sorted(p.stem for p in samples_folder().glob("*.jsonl"))
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean sample:{near[0]}?" if near else ""
+        raise DataError(
+            f"There is no sample {name!r}; the samples are {', '.join(known) or 'none'}.{hint}"
+        )
+    return LocalFiles([samples_folder() / f"{name}.jsonl"])
 
 
 def hub_rows(source: str) -> Rows:

@@ -22,12 +22,14 @@ def questions(source: str, mapping: Mapping[str, str]) -> Iterator[tuple[Row, Me
         DataError: the source is no local file, or a row has no prompt.
     """
     check_map(mapping)
-    files = locate.local_files(source)
-    if files is None:
+    found = locate.local_files(source)
+    if found is None:
         raise DataError(
             f"{source} is no file on this machine. Give a local file of prompts with --data."
         )
-    for path in files:
+    if found.notice is not None:
+        raise DataError(f"{source} is more than one part. {found.notice} Name one file or part.")
+    for path in found.files:
         for line, raw in read(path):
             where = origin(str(path), line)
             yield raw, _question(rename(raw, mapping, where), where)

@@ -1,4 +1,4 @@
-"""Readers of the four file types: checked rows, each with the line that it came from.
+"""Readers of the file types: checked rows, each with the line that it came from.
 
 Why not pandas or `datasets` readers: they name no line, take a duplicate key's last value in
 silence, and hold a one-gigabyte line whole. These stream, and stop with one clear error.
@@ -7,28 +7,36 @@ silence, and hold a one-gigabyte line whole. These stream, and stop with one cle
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from prefixtune_cli.data.stored import parquet_rows, saved_rows
 from prefixtune_cli.errors import DataError
-
-if TYPE_CHECKING:
-    from datasets import Dataset, Features
 
 MAX_LINE_BYTES = 64 * 2**20
 MAX_JSON_ARRAY_BYTES = 2**30
 BOM = b"\xef\xbb\xbf"
+BLANK = re.compile(r"[ \t\r\n]*")
+# The keys of an object around the rows.
+AROUND = {
+    "data", "dataset", "dev", "entries", "examples", "instances", "items", "records", "rows", "samples", "test",
+    "train", "validation",
+}  # fmt: skip
+SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
+SEPARATED = (".csv", ".tsv")  # their cells have no types
+BY_LINE = (".jsonl", ".ndjson", ".json", *SEPARATED)
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[int, Row]]
 
 
 def origin(file: str, line: int) -> str:
-    """Where a row came from, in words: `my.jsonl, line 18`; Parquet and hub rows have no lines."""
-    return f"{file}, {'line' if file.endswith(('.jsonl', '.json', '.csv')) else 'row'} {line}"
+    """Where a row came from, in words: `my.jsonl, line 18`; Parquet's and a data set's rows have no lines."""
+    return f"{file}, {'line' if file.lower().endswith(BY_LINE) else 'row'} {line}"
 
 
 def start_of(text: str, length: int = 60) -> str:
@@ -37,18 +45,18 @@ def start_of(text: str, length: int = 60) -> str:
 
 
 def read(path: Path) -> Rows:
-    """Yield (line, row) of a file, by its suffix; a line counts from 1, and so do Parquet rows.
+    """Yield (line, row) of a file, by its suffix, or of a saved data set; lines count from 1, and so do stored rows.
 
     Raises:
         DataError: the file is empty, unreadable, or wrong in a line, which is named.
     """
-    rows = READERS[path.suffix.lower()](path)
+    rows = saved_rows(path) if path.is_dir() else READERS[path.suffix.lower()](path)
     try:
         first = next(rows, None)
         if first is None:
-            size = path.stat().st_size
+            size = "" if path.is_dir() else f"{path.stat().st_size} bytes and "
             raise DataError(
-                f"{path} is empty: it has {size} bytes and no row. Give a file with at least one row."
+                f"{path} is empty: it has {size}no row. Give a file with at least one row."
             )
         yield first
         yield from rows
@@ -122,9 +130,12 @@ def _parse(parse: Callable[[], Any], where: str, text: str) -> Any:
 
 def _checked(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
+        array = (
+            " Where the whole file is one array, name it .json." if isinstance(row, list) else ""
+        )
         raise DataError(
             f"{where}: a row must be a JSON object with named columns, got {start_of(json.dumps(row))}. Write it as "
-            '{"text": …} or {"prompt": …, "completion": …}.'
+            f'{{"text": …}} or {{"prompt": …, "completion": …}}.{array}'
         )
     return row
 
@@ -138,10 +149,8 @@ def _read_jsonl(path: Path) -> Rows:
 
 
 def _read_json(path: Path) -> Rows:
-    """An array of objects; a .json file that begins with an object is read as one object a line."""
-    with open(path, "rb") as file:
-        head = file.read(4096).removeprefix(BOM).lstrip()
-    if head[:1] != b"[":
+    """An array of objects, one object a line, or one object around the array, as in {"data": […]}."""
+    if _is_by_line(path):
         yield from _read_jsonl(path)
         return
     if path.stat().st_size > MAX_JSON_ARRAY_BYTES:
@@ -151,25 +160,100 @@ def _read_json(path: Path) -> Rows:
             f"jq -c '.[]' {path} > {path.stem}.jsonl"
         )
     text = _decode(path.read_bytes().removeprefix(BOM), path, 1)
-    blank = re.compile(r"[ \t\r\n]*")
-    position, line, counted = text.index("[") + 1, 1, 0
-    more = True
+    start = _after_blank(text, 0)
+    if text[start : start + 1] == "[":
+        end = yield from _array(text, start, path)
+    else:
+        end = yield from _object_or_its_rows(text, start, path)
+    if text[end:].strip():
+        behind = _after_blank(text, end)
+        raise DataError(
+            f"{origin(str(path), text.count(chr(10), 0, behind) + 1)}: broken JSON, got "
+            f"{start_of(text[behind : behind + 61])} behind the end of the whole."
+        )
+
+
+def _is_by_line(path: Path) -> bool:
+    """Whether a file has an object on its first line, and more lines."""
+    with open(path, "rb") as file:
+        first = file.readline(MAX_LINE_BYTES).removeprefix(BOM)
+        while first and not first.strip():
+            first = file.readline(MAX_LINE_BYTES)
+        more = any(chunk.strip() for chunk in iter(lambda: file.read(2**16), b""))
+    first = first.strip()
+    return not first or (more and first[:1] == b"{" and first[-1:] == b"}")
+
+
+def _array(text: str, opening: int, path: Path) -> Generator[tuple[int, Row], None, int]:
+    """The rows of the array that opens there; returns where it ends."""
+    position, line, counted = opening + 1, text.count("\n", 0, opening) + 1, opening
+    more, end = True, opening
     while more:
-        start = blank.match(text, position).end()  # type: ignore[union-attr]
+        start = _after_blank(text, position)
         line, counted = line + text.count("\n", counted, start), start
-        if text[start : start + 1] == "]" and position == text.index("[") + 1:
-            return
+        if text[start : start + 1] == "]" and position == opening + 1:
+            return start + 1
         where = origin(str(path), line)
-        row, end = _parse(lambda s=start: _decode_at(text, s), where, text[start : start + 61])  # type: ignore[misc]
+        row, behind = _parse(lambda s=start: _decode_at(text, s), where, text[start : start + 61])  # type: ignore[misc]
         yield line, _checked(row, where)
-        end = blank.match(text, end).end()  # type: ignore[union-attr]
+        end = _after_blank(text, behind)
         more, position = text[end : end + 1] == ",", end + 1
-        if not more and text[end:].strip() != "]":
-            line += text.count("\n", counted, end)
-            raise DataError(
-                f"{origin(str(path), line)}: broken JSON, expected ',' or the closing ']' of the array, got "
-                f"{start_of(text[end : end + 61]) if text[end:] else 'the end of the file'}."
-            )
+    if text[end : end + 1] != "]":
+        line += text.count("\n", counted, end)
+        raise DataError(
+            f"{origin(str(path), line)}: broken JSON, expected ',' or the closing ']' of the array, got "
+            f"{start_of(text[end : end + 61]) if text[end:] else 'the end of the file'}."
+        )
+    return end + 1
+
+
+def _object_or_its_rows(text: str, start: int, path: Path) -> Generator[tuple[int, Row], None, int]:
+    """One object: a row, or what stands around the rows; returns where it ends."""
+    line = text.count("\n", 0, start) + 1
+    where = origin(str(path), line)
+    whole, end = _parse(lambda: _decode_at(text, start), where, text[start : start + 61])
+    whole = _checked(whole, where)
+    lists = [name for name, value in whole.items() if _are_rows(value)]
+    around = [name for name in lists if name.lower() in AROUND or len(whole) == 1]
+    if len(around) > 1:
+        raise DataError(
+            f"{path}: one object with the lists {' and '.join(around)}. Give each a file of its own: "
+            f"jq .{around[0]} {path} > {path.stem}-{around[0]}.json"
+        )
+    if not around:
+        yield line, whole
+        return int(end)
+    position = _value_of(around[0], text, start)
+    yield from _array(text, position, path)
+    return int(end)
+
+
+def _value_of(name: str, text: str, opening: int) -> int:
+    """Where the value of a key begins, in an object that opens there and is known to have it."""
+    position, key = opening, None
+    while key != name:
+        if key is not None:
+            position = _decode_at(text, position)[1]
+        comma = _after_blank(text, position)  # or the opening brace
+        key, position = _decode_at(text, _after_blank(text, comma + 1))
+        position = _after_blank(text, _after_blank(text, position) + 1)  # behind the colon
+    return position
+
+
+def _are_rows(value: Any) -> bool:
+    """A list of objects that are no messages, as a row may hold a list of these."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], dict)
+        and not {"role", "from"} & value[0].keys()
+    )
+
+
+def _after_blank(text: str, position: int) -> int:
+    found = BLANK.match(text, position)
+    assert found is not None, "it matches nothing at all, too"
+    return found.end()
 
 
 def _decode_at(text: str, start: int) -> tuple[Any, int]:
@@ -183,9 +267,12 @@ def _read_csv(path: Path) -> Rows:
     previous_limit = csv.field_size_limit(MAX_LINE_BYTES)
     line = 1
     try:
-        reader = csv.reader((text for _, text in _lines(path)), strict=True)
-        header = next(reader, None)
-        if header is None:
+        lines = (text for _, text in _lines(path))
+        first = next(lines, "")
+        separator = "\t" if path.suffix.lower() == ".tsv" else _separator(first)
+        reader = csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
+        header = next(reader) if first else []
+        if not header:
             return
         repeated = {name for name in header if header.count(name) > 1}
         if repeated:
@@ -197,8 +284,8 @@ def _read_csv(path: Path) -> Rows:
             if cells and len(cells) != len(header):
                 raise DataError(
                     f"{origin(str(path), line)}: {len(cells)} cells, but the header names {len(header)} columns "
-                    f"({', '.join(header)}). The row begins with {start_of(','.join(cells))}. Quote text that holds "
-                    'a comma or a line break: "…"; double a quote within it: "".'
+                    f"({', '.join(header)}). The row begins with {start_of(separator.join(cells))}. Quote text that "
+                    f'holds {SEPARATORS[separator]} or a line break: "…"; double a quote within it: "".'
                 )
             if cells:
                 yield line, dict(zip(header, cells, strict=True))
@@ -212,60 +299,16 @@ def _read_csv(path: Path) -> Rows:
         csv.field_size_limit(previous_limit)
 
 
-def _read_parquet(path: Path) -> Rows:
-    import datasets
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            repeated = {name for name in names if names.count(name) > 1}
-            if repeated:
-                raise DataError(
-                    f"{path}: the column {sorted(repeated)[0]!r} stands twice. Rename one."
-                )
-            schema = file.schema_arrow
-            described = b"huggingface" in (schema.metadata or {})
-            classes = _classes(datasets.Features.from_arrow_schema(schema)) if described else {}
-            yield from _numbered(file.iter_batches(batch_size=1000), classes)
-    except pa.ArrowException as error:
-        raise DataError(
-            f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}). Write the file anew."
-        ) from error
-
-
-def dataset_rows(data: Dataset) -> Rows:
-    """The rows of a data set as they are stored, with the names of classes in place of their numbers."""
-    yield from _numbered(data.with_format("arrow").iter(batch_size=1000), _classes(data.features))
-
-
-def _classes(features: Features) -> dict[str, dict[int, str]]:
-    """The names of the classes of each column that holds classes, or lists of them."""
-    kinds = {name: getattr(feature, "feature", feature) for name, feature in features.items()}
-    return {
-        name: dict(enumerate(kind.names)) for name, kind in kinds.items() if hasattr(kind, "names")
-    }
-
-
-def _numbered(batches: Iterable[Any], classes: dict[str, dict[int, str]]) -> Rows:
-    """Rows of batches (pyarrow's tables), counted from 1; a class without a name, such as -1, is null."""
-    number = 0
-    for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            for column, names in classes.items():
-                row[column] = _class(row[column], names)
-            yield number, row
-
-
-def _class(value: Any, names: dict[int, str]) -> Any:
-    return [names.get(v) for v in value] if isinstance(value, list) else names.get(value)
+def _separator(header: str) -> str:
+    """What parts the cells: of the usual signs the one that makes the most columns, a comma where all make one."""
+    return max(SEPARATORS, key=lambda sign: len(next(csv.reader([header], delimiter=sign), [])))
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
-    ".parquet": _read_parquet,
+    ".parquet": parquet_rows,
+    ".tsv": _read_csv,
+    ".ndjson": _read_jsonl,
 }

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from prefixtune_cli.data.read import Row, origin
+from prefixtune_cli.data.read import SEPARATED, Row, origin
 from prefixtune_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def check(line: Line, columns: Iterable[str]) -> None:
                 f"{', '.join(line.row)}."
             )
         value = line.row[name]
-        if value is None or (value == "" and line.file.suffix.lower() == ".csv"):
+        if value is None or (value == "" and line.file.suffix.lower() in SEPARATED):
             raise DataError(
                 f"{line.where}: the column {name!r} is {'null' if value is None else 'empty'}. Give it a value, or "
                 "remove the row."
@@ -46,7 +46,7 @@ def check(line: Line, columns: Iterable[str]) -> None:
 
 def refuse_bare_numbers(lines: list[Line], columns: tuple[str, ...]) -> None:
     """CSV has no types, and a label that is the text "1" counts as a wrong answer without a word."""
-    rows = [line.row for line in lines if line.file.suffix.lower() == ".csv"]
+    rows = [line.row for line in lines if line.file.suffix.lower() in SEPARATED]
     for name in (columns or rows[0]) if rows else ():
         if all(re.fullmatch(r"-?\d+(\.\d+)?", str(row.get(name))) for row in rows):
             raise DataError(

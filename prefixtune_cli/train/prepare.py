@@ -64,6 +64,9 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: R
     }
     if section.eval is not None:
         held_out_rows = load_rows(section.eval, section)
+        for notice in held_out_rows.notices:
+            if notice not in rows.notices:
+                reporter.notice(f"held-out: {notice}")
         fingerprints["eval"] = {
             "source": section.eval,
             "rows": len(held_out_rows),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,13 @@ TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "
 
 def content(rows: LoadedData) -> list[dict]:
     return rows.dataset.remove_columns(["file", "line"]).to_list()
+
+
+def case(name: str) -> Path:
+    file = Path(__file__).parents[3] / "shared" / "cases" / name
+    if not file.exists():
+        pytest.skip("needs ../shared/cases beside the repository")
+    return file
 
 
 def refusal(source: str, **values) -> str:
@@ -205,7 +213,7 @@ def test_numbers_are_taken_as_they_are_written_and_said_aloud(write):
 def test_classes_of_a_data_set_are_trained_by_name(tmp_path):
     from datasets import ClassLabel, Dataset, Features, Value
 
-    from prefixtune_cli.data.read import dataset_rows
+    from prefixtune_cli.data.stored import dataset_rows
 
     features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
     data = Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
@@ -224,7 +232,7 @@ def test_text_says_aloud_that_every_token_is_trained(write):
     assert "every token of it is trained" in rows.notices[1]
 
 
-def test_all_four_file_types_give_the_same_rows(write, tmp_path):
+def test_all_file_types_give_the_same_rows(write, tmp_path):
     from datasets import Dataset
 
     data = [PAIR, {"prompt": 'Say "hi",\nplease', "completion": "hi ☃"}]
@@ -232,9 +240,14 @@ def test_all_four_file_types_give_the_same_rows(write, tmp_path):
         write("a.jsonl", data),
         write("a.json", json.dumps(data, indent=2)),
         write("a.csv", 'prompt,completion\nWhy?,Because.\n"Say ""hi"",\nplease",hi ☃\n'),
+        write("b.csv", 'prompt;completion\nWhy?;Because.\n"Say ""hi"",\nplease";hi ☃\n'),
+        write("a.tsv", 'prompt\tcompletion\nWhy?\tBecause.\n"Say ""hi"",\nplease"\thi ☃\n'),
+        write("b.json", json.dumps({"version": "1", "data": data}, indent=2)),
         str(tmp_path / "a.parquet"),
+        str(tmp_path / "saved"),
     ]
-    Dataset.from_list(data).to_parquet(files[3])
+    Dataset.from_list(data).to_parquet(files[6])
+    Dataset.from_list(data).save_to_disk(files[7])
     loaded = [load_rows(file, DataSection()) for file in files]
     for rows in loaded:
         assert content(rows) == data
@@ -242,13 +255,149 @@ def test_all_four_file_types_give_the_same_rows(write, tmp_path):
         "/a.jsonl, line 2",
         "/a.json, line 6",
         "/a.csv, line 3",
+        "/b.csv, line 3",
+        "/a.tsv, line 3",
+        "/b.json, line 8",
         "/a.parquet, row 2",
+        "/saved, row 2",
     ]
 
 
 def test_a_json_file_of_one_object_a_line_is_read_too(write):
     file = write("a.json", json.dumps(PAIR) + "\n" + json.dumps(PAIR))
     assert content(load_rows(file, DataSection())) == [PAIR, PAIR]
+
+
+def test_a_json_file_of_one_object_is_a_row_or_what_stands_around_the_rows(write):
+    for text in (json.dumps(PAIR), json.dumps(PAIR, indent=2)):
+        assert content(load_rows(write("a.json", text), DataSection())) == [PAIR]
+    chat = {"id": 1, "messages": TURNS}
+    assert content(load_rows(write("b.json", json.dumps(chat)), DataSection())) == [
+        {"messages": TURNS}
+    ]
+    rows = load_rows(write("c.json", json.dumps({"facts": [PAIR, PAIR]})), DataSection())
+    assert content(rows) == [PAIR, PAIR]
+    told = refusal(write("d.json", json.dumps({"train": [PAIR], "test": [PAIR]})))
+    assert "one object with the lists train and test" in told and "jq .train" in told
+    told = refusal(write("e.json", json.dumps({"data": [PAIR, 5]}, indent=1)))
+    assert "e.json, line 7: a row must be a JSON object" in told
+
+
+def test_an_array_in_a_jsonl_file_is_answered_with_the_name_to_give(write):
+    assert "name it .json" in refusal(write("a.jsonl", json.dumps([PAIR])))
+
+
+def test_a_row_of_another_width_names_the_sign_that_parts_the_cells(write):
+    told = refusal(write("a.csv", "prompt;completion\na;b;c\n"))
+    assert "line 2: 3 cells" in told and "holds a semicolon" in told
+    told = refusal(write("a.tsv", "prompt\tcompletion\na, b\n"))
+    assert "line 2: 1 cells" in told and "holds a tab" in told
+
+
+def test_the_named_cases_are_read_as_they_lie():
+    for name in ("semi.csv", "tab.tsv"):
+        rows = load_rows(str(case(name)), DataSection())
+        assert content(rows) == [{"prompt": "Translate\n\ncat", "completion": "chat"}]
+    assert load_rows(str(case("wrapped.json")), DataSection()).dataset["completion"][:] == [
+        "Wren.",
+        "Cod.",
+    ]
+    rows = load_rows(str(case("differing-keys.jsonl")), DataSection())
+    assert "id, meta." in rows.notices[0] and "system" in rows.notices[0]
+
+
+def test_a_saved_data_set_is_read_by_its_splits_and_its_classes_by_name(tmp_path):
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+    features = Features(
+        {"prompt": Value("string"), "completion": ClassLabel(names=["bad", "good"])}
+    )
+    parts = {
+        split: Dataset.from_dict({"prompt": [split], "completion": [1]}, features=features)
+        for split in ("train", "test", "extra")
+    }
+    DatasetDict(parts).save_to_disk(str(tmp_path / "all"))
+    rows = load_rows(str(tmp_path / "all"), DataSection())
+    assert content(rows) == [{"prompt": "train", "completion": "good"}]
+    assert f"test ({tmp_path}/all:test)" in rows.notices[0]
+    rows = load_rows(f"{tmp_path}/all:extra", DataSection())
+    assert content(rows) == [{"prompt": "extra", "completion": "good"}]
+    told = refusal(f"{tmp_path}/all:tset")
+    assert "has no split 'tset'; the splits are extra, test, train" in told
+    (tmp_path / "all/train/data-00000-of-00001.arrow").unlink()
+    assert "all/train cannot be read as a data set of save_to_disk" in refusal(
+        str(tmp_path / "all")
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "read", "said"),
+    [
+        ("train test validation", "train", "--eval-data D:validation"),
+        ("train-00000-of-00002 train-00001-of-00002 test-00000-of-00001",
+         "train-00000-of-00002 train-00001-of-00002", "test-00000-of-00001.csv (D:test)"),
+        ("my_training my.dev", "my_training", "Not read: my.dev.csv (D:validation)"),
+        ("a b test", "a b", "Read of D: a.csv, b.csv. Not read: test.csv (D:test)"),
+        ("train more", "train", "Not read: more.csv"),
+        ("protest latest", "latest protest", None),
+        ("test-1 test-2", "test-1 test-2", None),
+    ],
+)  # fmt: skip
+def test_of_a_folder_with_splits_the_training_files_alone_are_read_and_the_others_named(
+    write, tmp_path, names, read, said
+):
+    for name in names.split():
+        write(f"d/{name}.csv", f"prompt,completion\n{name},x\n")
+    rows = load_rows(str(tmp_path / "d"), DataSection())
+    assert rows.dataset["prompt"][:] == read.split()
+    folder = str(tmp_path / "d")
+    assert (said is None) == ("Format: " in rows.notices[0])
+    assert said is None or said in rows.notices[0].replace(folder, "D")
+
+
+def test_a_split_of_a_folder_is_read_by_its_name(write, tmp_path):
+    for name in ("dev", "test"):
+        write(f"d/{name}.jsonl", [PAIR | {"prompt": name}])
+    folder = str(tmp_path / "d")
+    for name, prompt in (("validation", "dev"), ("dev", "dev"), ("test", "test")):
+        rows = load_rows(f"{folder}:{name}", DataSection())
+        assert rows.dataset["prompt"][:] == [prompt]
+    told = refusal(folder)
+    assert (
+        f"has no split train. Name the one to read: {folder}:validation or {folder}:test." in told
+    )
+
+
+def test_what_a_folder_holds_besides_is_named(write, tmp_path):
+    write("d/a.jsonl", [PAIR])
+    write("d/b.jsonl.gz", b"")
+    write("d/more/c.jsonl", [PAIR])
+    write("d/README.md", "")
+    rows = load_rows(str(tmp_path / "d"), DataSection())
+    assert rows.notices[0] == f"Read of {tmp_path}/d: a.jsonl. Not read: b.jsonl.gz, more/."
+    write("e/more/c.jsonl", [PAIR])
+    assert f"These have: {tmp_path}/e/more/." in refusal(str(tmp_path / "e"))
+
+
+def test_a_link_that_leads_nowhere_is_named(write, tmp_path):
+    write("d/a.jsonl", [PAIR])
+    (tmp_path / "d/b.jsonl").symlink_to("/gone/b.jsonl")
+    told = f"{tmp_path}/d/b.jsonl is a link to /gone/b.jsonl, which does not exist"
+    assert told in refusal(str(tmp_path / "d"))
+    assert told in refusal(str(tmp_path / "d/b.jsonl"))
+    (tmp_path / "e").symlink_to("/gone")
+    assert f"{tmp_path}/e is a link to /gone" in refusal(str(tmp_path / "e"))
+
+
+def test_prompts_of_a_folder_with_splits_are_asked_about(write, tmp_path):
+    from prefixtune_cli.data.question import questions
+
+    for name in ("train", "test"):
+        write(f"d/{name}.jsonl", [PAIR | {"prompt": name}])
+    with pytest.raises(DataError, match="more than one part"):
+        list(questions(str(tmp_path / "d"), {}))
+    asked = list(questions(f"{tmp_path}/d:test", {}))
+    assert asked[0][1] == [{"role": "user", "content": "test"}]
 
 
 def test_a_folder_is_read_in_the_order_of_its_names(write, tmp_path):
@@ -345,7 +494,8 @@ def test_broken_json_names_line_17_and_shows_its_start(write):
         ('[{"prompt": "a", "completion": "b"}\n', "got the end of the file"),
         ('[{"prompt": "a", "completion": "b"}\n{"prompt"', "line 2: broken JSON, expected ','"),
         ('[{"prompt": "a", "completion": "b"},', "broken JSON (Expecting value"),
-        ('{\n  "prompt": "a"\n}', "line 1: broken JSON"),
+        ('{\n  "prompt": "a"\n', "line 1: broken JSON"),
+        ('[{"prompt": "a", "completion": "b"}]\n]', "line 2: broken JSON, got ']' behind"),
     ],
 )
 def test_broken_json_arrays_name_the_place(write, text, expected):

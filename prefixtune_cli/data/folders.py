@@ -1,0 +1,131 @@
+"""A folder of data: which of its files are trained, and what is said of the others.
+
+As with `datasets.load_dataset`, files named as a split belong to it, and `train` is read where no split is named:
+to train on test data in silence would make every figure of a run worthless.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefixtune_cli.data.read import READERS
+from prefixtune_cli.data.stored import is_saved
+from prefixtune_cli.errors import DataError
+
+# The names of splits, and the words for them in the names of files, as `datasets` has them.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+UNNAMED = ""  # files that are named as no split
+UNREAD = (".txt", ".arrow", ".xlsx", ".xls", ".gz", ".zst", ".bz2", ".xz", ".zip")  # may be data
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """What is read.
+
+    Attributes:
+        files: data files, or folders of saved data sets.
+        notice: what a folder holds besides, and how to name it; None where that is nothing.
+    """
+
+    files: list[Path]
+    notice: str | None = None
+
+
+def in_folder(folder: Path, split: str | None) -> LocalFiles:
+    """The files of one split of a folder; without a name those of `train`, or those named as no split.
+
+    Raises:
+        DataError: there is no data, no such split, or only several others; or a link leads nowhere.
+    """
+    try:
+        splits, others = _contents(folder)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror or error}.") from error
+    if not splits:
+        inside = [name for name in others if name.endswith("/")]
+        hint = f" These have: {', '.join(f'{folder}/{name}' for name in inside)}." if inside else ""
+        raise DataError(
+            f"The folder {folder} has no data file.{hint} The types are {', '.join(READERS)}."
+        )
+    if split is not None:
+        return LocalFiles(splits[_canonical(folder, split, splits)])
+    named = [name for name in splits if name != UNNAMED]
+    wanted = next(name for name in ("train", UNNAMED, *named) if name in splits)
+    if wanted not in ("train", UNNAMED) and len(named) > 1:
+        ways = " or ".join(f"{folder}:{name}" for name in named)
+        raise DataError(f"The folder {folder} has no split train. Name the one to read: {ways}.")
+    left = [
+        _short(splits[name]) + (f" ({folder}:{name})" if name != UNNAMED else "")
+        for name in splits
+        if name != wanted
+    ] + others
+    if not left:
+        return LocalFiles(splits[wanted])
+    notice = f"Read of {folder}: {_short(splits[wanted])}. Not read: {', '.join(left)}."
+    held_out = [name for name in ("validation", *named) if name in named and name != wanted]
+    if held_out:
+        notice += f" To hold out {held_out[0]}: --eval-data {folder}:{held_out[0]}."
+    return LocalFiles(splits[wanted], notice)
+
+
+def _canonical(folder: Path, split: str, splits: dict[str, list[Path]]) -> str:
+    """The split that is meant by `val`, `dev` and the like."""
+    if split in splits:
+        return split
+    meant = next((name for name, words in SPLITS.items() if split in words), split)
+    if meant in splits:
+        return meant
+    named = [name for name in splits if name != UNNAMED]
+    known = f"the splits are {', '.join(named)}" if named else "no file is named as one"
+    raise DataError(f"The folder {folder} has no split {split!r}; {known}.")
+
+
+def _contents(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """(files by split, names of what may be data and is not read); a folder within ends with a slash."""
+    if is_saved(folder):
+        return {UNNAMED: [folder]}, []
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    saved = [path for path in entries if is_saved(path)]
+    if saved:  # DatasetDict.save_to_disk
+        return {path.name: [path] for path in saved}, []
+    splits: dict[str, list[Path]] = {}
+    others = []
+    for path in entries:
+        suffix = path.suffix.lower()
+        if suffix in READERS:
+            refuse_dangling(path)
+        if path.is_dir():
+            if any(p.suffix.lower() in READERS for p in path.iterdir()):
+                others.append(f"{path.name}/")
+        elif suffix in READERS and path.is_file():
+            splits.setdefault(_split_of(path), []).append(path)
+        elif suffix in UNREAD:
+            others.append(path.name)
+    return splits, others
+
+
+def _split_of(file: Path) -> str:
+    for split, words in SPLITS.items():
+        if re.search(rf"(^|[-._ 0-9])({'|'.join(words)})[-._ 0-9]", file.name.lower()):
+            return split
+    return UNNAMED
+
+
+def _short(files: list[Path]) -> str:
+    names = [path.name for path in files]
+    return ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]} ({len(names)})"
+
+
+def refuse_dangling(path: Path) -> None:
+    """Raise DataError for a link to what is not there: to pass over it would lose its rows in silence."""
+    if path.is_symlink() and not path.exists():
+        raise DataError(
+            f"{path} is a link to {os.readlink(path)}, which does not exist. Mend the link, or remove it."
+        )
