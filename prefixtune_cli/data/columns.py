@@ -97,7 +97,7 @@ def recognise(row: Row, mapping: Mapping[str, str], forced: str, where: str) -> 
     if lacking:
         raise DataError(
             f"{where}: the format {format.name} needs the column {lacking[0]!r}; the columns are "
-            f"{', '.join(row) or 'none'}. Rename one, or name it with --map {lacking[0]}=COLUMN."
+            f"{', '.join(row) or 'none'}. Name one of them so, in the file or by --map {lacking[0]}=COLUMN."
         )
     for field, column in mapping.items():
         if field not in (*format.columns, *format.optional):

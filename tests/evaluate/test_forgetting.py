@@ -232,7 +232,11 @@ def test_a_plain_text_may_have_any_other_suffix(
         ("blank.jsonl", b'{"text": " "}\n', "is empty"),
         ("one.txt", b"a", "fewer than two tokens"),
         ("latin.txt", "Tromsø".encode("latin1"), "not UTF-8: byte 0xf8 at position 6"),
-        ("pairs.jsonl", b'{"prompt": "a", "completion": "b"}\n', "format prompt-completion"),
+        (
+            "pairs.jsonl",
+            b'{"prompt": "a", "completion": "b"}\n',
+            "line 1: the format text needs the column 'text'; the columns are prompt",
+        ),
     ],
 )
 def test_text_that_cannot_be_used_is_refused_before_a_model_loads(
@@ -255,3 +259,9 @@ def test_a_window_of_one_token_and_a_limit_of_none_are_refused(
         prepare(str(prose), tokenizer, 1, None)
     with pytest.raises(UsageError, match="--limit must be at least 1, got 0"):
         prepare(str(prose), tokenizer, 10, 0)
+
+
+def test_a_text_beside_a_label_is_a_text_here(tokenizer, tmp_path):
+    file = tmp_path / "labelled.jsonl"
+    file.write_text('{"text": "Lima lies by the sea.", "label": "city"}\n', encoding="utf-8")
+    assert prepare(str(file), tokenizer, window=16, limit=None).documents == 1
