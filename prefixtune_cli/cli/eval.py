@@ -87,6 +87,7 @@ def eval(
     ] = None,
     format: options.Format = None,
     map: options.Map = None,
+    answer_pattern: options.AnswerPattern = None,
     list_them: Annotated[
         bool, options.option("--list", panel=WHAT, help="List the benchmarks, and stop.")
     ] = False,
@@ -169,6 +170,7 @@ def eval(
             "trust_remote_code": trust_remote_code,
             "format": format,
             "map": map,
+            "answer_pattern": answer_pattern,
         }
     )
     size = _batch_size(batch_size)
@@ -196,6 +198,7 @@ def eval(
         adapters=tuple(adapters or ()),
         model_settings=flags.get("model", {}),
         data_settings=flags.get("data", {}),
+        judging=flags.get("evaluate", {}),
         base=not no_base,
         benches=typed.names(bench or []),
         data=tuple(data or ()),

@@ -164,6 +164,15 @@ TrainOn = Annotated[
     str | None,
     option("--train-on", panel=DATA, metavar="WHAT", help="Tokens with a loss: completion or all."),
 ]
+AnswerPattern = Annotated[
+    str | None,
+    option(
+        "--answer-pattern",
+        panel=DATA,
+        metavar="REGEX",
+        help="What of an answer has to match the reference: '#### (.*)' for worked answers.",
+    ),
+]
 MaxLength = Annotated[
     int | None,
     option(

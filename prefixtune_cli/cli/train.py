@@ -56,6 +56,7 @@ def train(
     max_length: options.MaxLength = None,
     on_long: options.OnLong = None,
     chat_template: options.ChatTemplate = None,
+    answer_pattern: options.AnswerPattern = None,
     method: options.Method = None,
     preset: options.Preset = None,
     feature_map: options.FeatureMap = None,
@@ -213,8 +214,13 @@ def _print_summary(summary: Summary, data: DataSection) -> None:
             for name, score in (("base", summary.base), ("adapter", summary.adapter))
         ],
     )
-    if summary.why_no_exact_match is not None:
-        console.say(f"\n{summary.why_no_exact_match}")
+    said = summary.why_no_exact_match
+    if summary.answer_pattern is not None:
+        from prefixtune_cli.evaluate.matching import match_rule
+
+        said = f"An answer is right where {match_rule(summary.answer_pattern)}."
+    if said is not None:
+        console.say(f"\n{said}")
     console.say(f"\nThe run is in {summary.run}. Next:\n")
     for command in _next_commands(summary, data):
         console.say(f"  {shlex.join(command)}")

@@ -26,6 +26,7 @@ KEYS = {
     "max_length": "data.max_length",
     "on_long": "data.on_long",
     "chat_template": "data.chat_template",
+    "answer_pattern": "evaluate.answer_pattern",
     "method": "adapter.method",
     "preset": "adapter.preset",
     "feature_map": "adapter.feature_map",

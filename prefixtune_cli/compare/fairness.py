@@ -122,7 +122,8 @@ def _reading(run: FinishedRun) -> str:
     where = {"train": None, "eval": None, "eval_split": None, "chat_template": None}
     template = run.fingerprints.get("chat_template", {}).get("sha256")
     settings = run.recipe.data.model_copy(update=where).model_dump(exclude_none=True)
-    return json.dumps({**settings, "chat_template": template}, sort_keys=True)
+    settings |= {"chat_template": template, "answer_pattern": run.recipe.evaluate.answer_pattern}
+    return json.dumps(settings, sort_keys=True)
 
 
 def held_out_rows(run: FinishedRun) -> Hashable:

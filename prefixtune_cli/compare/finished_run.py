@@ -85,7 +85,8 @@ class FinishedRun:
 
     def held_out(self, who: str) -> Result:
         """On its held-out rows: the loss is kept as their mean alone, right and wrong row by row."""
-        right = [exactly_matches(row[who], row["answer"]) for row in self.answers]
+        pattern = self.recipe.evaluate.answer_pattern
+        right = [exactly_matches(row[who], row["answer"], pattern) for row in self.answers]
         return Result([float(self.summary[who]["loss"])], [1], right or None)
 
 

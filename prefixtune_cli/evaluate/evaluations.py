@@ -24,11 +24,14 @@ from prefixtune_cli.evaluate.outcome import Outcome
 from prefixtune_cli.evaluate.subjects import Cast, Subject
 from prefixtune_cli.model import load_config
 from prefixtune_cli.progress import Reporter
+from prefixtune_cli.recipe.load import resolve
+from prefixtune_cli.recipe.schema import EvaluateSection
 
 QUICKSTART = "quickstart"
 SAMPLES = {"intents": "sample:intents-test", "records": "sample:records-test"}
 OWN_BENCHMARKS = (QUICKSTART, forgetting.NAME)
 WINDOW = 1024
+NO_PATTERN = {"answer_pattern": None}
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Settings:
         runs: run directories; or else `model` with `adapters`.
         model_settings: settings of the recipe's model section.
         data_settings: settings of the recipe's data section, for `data`.
+        judging: settings of the recipe's evaluate section, for `data`.
         base: the base takes part.
         benches: names of benchmarks.
         data: the user's own test data.
@@ -58,6 +62,7 @@ class Settings:
     adapters: tuple[str, ...] = ()
     model_settings: Mapping[str, Any] = field(default_factory=dict)
     data_settings: Mapping[str, Any] = field(default_factory=dict)
+    judging: Mapping[str, Any] = field(default_factory=dict)
     base: bool = True
     benches: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
@@ -116,6 +121,10 @@ def prepare(
             "--bench forgetting and --text FILE belong together: the file holds text that has nothing to do with the "
             "task, such as a chapter of a book."
         )
+    if settings.judging and not settings.data:
+        raise UsageError(
+            "--answer-pattern belongs to --data FILE: benchmarks have prompts, answers and metrics of their own."
+        )
     check_limit(settings.limit)
     if settings.num_fewshot is not None and settings.num_fewshot < 0:
         raise UsageError(f"--num-fewshot must be 0 or more, got {settings.num_fewshot}.")
@@ -163,11 +172,12 @@ def _of_data(
     section = cast.recipe.data.model_copy(
         update={"chat_template": cast.template, **settings.data_settings}
     )
+    judging = _judging(cast.recipe.evaluate, settings.judging if bench is None else NO_PATTERN)
     parts = [
         own_data.prepare(
             source,
             section if bench is None else section.model_copy(update={"map": {}, "format": "auto"}),
-            cast.recipe.evaluate,
+            judging,
             tokenizer,
             reporter,
             name=name,
@@ -199,6 +209,11 @@ def _of_data(
 
     name = bench or parts[0].name
     return Evaluation(name, sum(2 * len(part) for part in parts), judge, compare)
+
+
+def _judging(section: EvaluateSection, typed: Mapping[str, Any]) -> EvaluateSection:
+    """The run's way to judge answers, with what was typed; raises RecipeError for what cannot be."""
+    return resolve(flags={"evaluate": {**section.model_dump(), **typed}}).evaluate
 
 
 def _joined(bench: str, each: list[Outcome]) -> Outcome:

@@ -109,7 +109,8 @@ def score(
     )
     found = processes.joined(found)
     answers = [found[i] for i in range(len(questions))]
-    hits = [exactly_matches(a, q.answer) for a, q in zip(answers, questions, strict=True)]
+    pairs = zip(answers, questions, strict=True)
+    hits = [exactly_matches(a, q.answer, section.answer_pattern) for a, q in pairs]
     return Score(loss, sum(hits) / len(hits)), answers
 
 

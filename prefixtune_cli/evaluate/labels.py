@@ -7,24 +7,37 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from prefixtune_cli.evaluate.matching import final_answer
+from prefixtune_cli.evaluate.matching import compared_part
 from prefixtune_cli.evaluate.questions import Question
 
 
 def label_codes(
-    labels: Sequence[str], questions: Sequence[Question], answers: Sequence[str]
+    labels: Sequence[str],
+    questions: Sequence[Question],
+    answers: Sequence[str],
+    pattern: str | None = None,
 ) -> NDArray[np.int64]:
-    """Each row as reference · (labels + 1) + answered label, where one more label stands for any other answer."""
-    number = {label: i for i, label in enumerate(labels)}
+    """Each row as reference · (labels + 1) + answered label, where one more label stands for any other answer.
+
+    With a `pattern`, the labels are what it finds in references and answers.
+    """
+    number: dict[str | None, int] = {label: i for i, label in enumerate(labels)}
     other = len(number)
     return np.array(
         [
-            number.get(q.answer.strip(), other) * (other + 1)
-            + number.get(final_answer(answer), other)
+            number.get(label_of(q, pattern), other) * (other + 1)
+            + number.get(compared_part(answer, pattern), other)
             for q, answer in zip(questions, answers, strict=True)
         ],
         dtype=np.int64,
     )
+
+
+def label_of(question: Question, pattern: str | None) -> str:
+    """The reference as a label."""
+    if pattern is None:
+        return question.answer.strip()
+    return compared_part(question.answer, pattern) or ""
 
 
 def confusion(codes: NDArray[np.int64], labels: int) -> NDArray[np.int64]:

@@ -22,7 +22,7 @@ from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.confusion_plot import draw_confusion
 from prefixtune_cli.evaluate.finished import Finished
 from prefixtune_cli.evaluate.held_out import evenly_spread, row_answers
-from prefixtune_cli.evaluate.labels import confusion, label_codes, macro_f1
+from prefixtune_cli.evaluate.labels import confusion, label_codes, label_of, macro_f1
 from prefixtune_cli.evaluate.losses import (
     Judged,
     check_limit,
@@ -31,7 +31,7 @@ from prefixtune_cli.evaluate.losses import (
     loss_items,
     loss_lines,
 )
-from prefixtune_cli.evaluate.matching import EXACT_MATCH_RULE, exactly_matches
+from prefixtune_cli.evaluate.matching import exactly_matches, match_rule
 from prefixtune_cli.evaluate.outcome import Line, Outcome
 from prefixtune_cli.evaluate.paired import (
     Floats,
@@ -61,6 +61,7 @@ class OwnData:
         questions: the same rows as prompts with their answers; empty where there are none, or long ones, which
             `why_none` then tells.
         max_new_tokens: of an answer, which `end_id` ends.
+        pattern: finds what of an answer is compared with the reference.
     """
 
     name: str
@@ -73,6 +74,7 @@ class OwnData:
     max_new_tokens: int
     end_id: int | None
     why_none: str | None = None
+    pattern: str | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -80,7 +82,7 @@ class OwnData:
     @property
     def labels(self) -> list[str]:
         """The distinct answers, sorted, where they are few and come back; else none."""
-        found = sorted({question.answer.strip() for question in self.questions})
+        found = sorted({label_of(question, self.pattern) for question in self.questions})
         few = 2 <= len(found) <= MOST_LABELS and len(self.questions) >= 2 * len(found)
         return found if few else []
 
@@ -100,7 +102,7 @@ def prepare(
     Args:
         source: a file, a folder, `sample:NAME` or a hub data set id.
         section: how the run's data was read and tokenized; its `train` and `eval` are not used.
-        evaluation: max_new_tokens is used.
+        evaluation: max_new_tokens and answer_pattern are used.
         tokenizer: the base's.
         reporter: hears what was found.
         name: of the evaluation.
@@ -125,6 +127,8 @@ def prepare(
     kept = rows.select(tokenized.dataset["row"])
     chat = chat_template(tokenizer, section.chat_template) if rows.layout != "text" else None
     questions = short_questions(kept, tokenizer, section, evaluation)
+    if questions.notice is not None:
+        reporter.notice(questions.notice)
     return OwnData(
         name=name,
         rows=kept,
@@ -133,9 +137,10 @@ def prepare(
         skipped=len(rows) - len(kept),
         examples=tokenized.dataset.select_columns(["input_ids", "labels"]).to_list(),
         questions=questions.asked,
-        max_new_tokens=evaluation.max_new_tokens,
+        max_new_tokens=questions.room,
         end_id=end_of_turn_id(tokenizer, chat),
         why_none=questions.why_none,
+        pattern=evaluation.answer_pattern,
     )
 
 
@@ -220,15 +225,16 @@ def compare(data: OwnData, judged: Mapping[str, Judged]) -> Outcome:
     for i, (item, question) in enumerate(zip(items, data.questions, strict=True)):
         item["reference"] = question.answer
         item["right"] = {model: bool(found[i]) for model, found in right.items()}
-    record["exact_match_rule"] = EXACT_MATCH_RULE
+    rule = match_rule(data.pattern)
+    record["exact_match_rule"] = rule
     lines.append(_match_line(data, right))
-    notices = [f"An answer is right where {EXACT_MATCH_RULE}."]
+    notices = [f"An answer is right where {rule}."]
     files: dict[str, str | Callable[[Path], object]] = {
         f"{data.name}.answers.jsonl": _answer_rows(data, judged)
     }
     if labels := data.labels:
         codes = {
-            model: label_codes(labels, data.questions, found.answers)
+            model: label_codes(labels, data.questions, found.answers, data.pattern)
             for model, found in judged.items()
         }
         lines.append(_macro_f1_line(data, codes, len(labels)))
@@ -243,7 +249,8 @@ def compare(data: OwnData, judged: Mapping[str, Judged]) -> Outcome:
 def _right(data: OwnData, answers: Sequence[str]) -> Floats:
     """1 where the answer is right, else 0."""
     pairs = zip(answers, data.questions, strict=True)
-    return np.array([exactly_matches(answer, q.answer) for answer, q in pairs], dtype=float)
+    hits = [exactly_matches(answer, q.answer, data.pattern) for answer, q in pairs]
+    return np.array(hits, dtype=float)
 
 
 def _match_line(data: OwnData, right: Mapping[str, Floats]) -> Line:

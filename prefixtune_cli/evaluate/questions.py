@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from prefixtune_cli.data.load import LoadedData
 from prefixtune_cli.data.tokenize import prompts_and_answers
+from prefixtune_cli.errors import DataError
+from prefixtune_cli.evaluate.matching import compared_part
 from prefixtune_cli.recipe.schema import DataSection, EvaluateSection
 
 Asked = str | list[dict[str, Any]]  # a prompt as the data has it: a text, or messages
 
-SHORT_PROMPT = 100  # characters of a prompt that is shown in a command
+SHORT_PROMPT = 100  # characters of a text that is shown in a command or an error
+MARGIN = 1.25  # answers may be longer than the longest reference
+LEAVE_OUT = "To compare no part, type --answer-pattern ''."
 
 
 @dataclass(frozen=True)
@@ -36,10 +42,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions:
-    """The rows as questions, in their order; or none, and a sentence about why."""
+    """The rows as questions, in their order; or none, and a sentence about why.
+
+    `room` is the most tokens of an answer: the recipe's, or what worked answers need, which `notice` then tells.
+    """
 
     asked: list[Question]
+    room: int
     why_none: str | None = None
+    notice: str | None = None
 
 
 def short_questions(
@@ -54,13 +65,16 @@ def short_questions(
         rows: held-out rows.
         tokenizer: the model's.
         section: chat_template is used.
-        evaluation: an answer of `max_new_tokens` is long.
+        evaluation: an answer of `max_new_tokens` is long, unless `answer_pattern` finds the part that counts.
+
+    Raises:
+        DataError: there is an `answer_pattern`, and a row has no answer, or one in which it finds nothing.
     """
-    if rows.layout == "text":
-        return Questions([], "No exact match: the rows are texts, and have no answers.")
-    for i, row in enumerate(rows.dataset):
-        if not _has_answer(row):
-            return Questions([], f"No exact match: {rows.row_origin(i)} has no answer.")
+    room, pattern = evaluation.max_new_tokens, evaluation.answer_pattern
+    if (why := _no_answers(rows)) is not None:
+        if pattern is not None:
+            raise DataError(f"{why}, in which --answer-pattern could find something. {LEAVE_OUT}")
+        return Questions([], room, f"No exact match: {why}.")
     found = [
         Question(each.prompt_ids, each.answer, asked(row), rows.row_origin(i))
         for i, (row, each) in enumerate(
@@ -68,13 +82,40 @@ def short_questions(
         )
     ]
     lengths = sorted(len(tokenizer(q.answer, add_special_tokens=False)["input_ids"]) for q in found)
-    if lengths[int(0.95 * (len(lengths) - 1))] >= evaluation.max_new_tokens:
+    if pattern is not None:
+        _check_references(found, pattern)
+        needed = math.ceil(MARGIN * lengths[-1])
+        notice = f"Answers may have {needed} tokens, as the longest reference has {lengths[-1]}."
+        return Questions(found, max(room, needed), notice=notice if needed > room else None)
+    if lengths[int(0.95 * (len(lengths) - 1))] >= room:
         return Questions(
             [],
+            room,
             "No exact match: more than one answer in twenty has more tokens than evaluate.max_new_tokens, which is "
-            f"{evaluation.max_new_tokens}; the longest has {lengths[-1]}.",
+            f"{room}; the longest has {lengths[-1]}. Where a part of them counts, --answer-pattern finds it, as in "
+            "--answer-pattern '#### (.*)'.",
         )
-    return Questions(found)
+    return Questions(found, room)
+
+
+def _no_answers(rows: LoadedData) -> str | None:
+    if rows.layout == "text":
+        return "the rows are texts, and have no answers"
+    without = (i for i, row in enumerate(rows.dataset) if not _has_answer(row))
+    first = next(without, None)
+    return None if first is None else f"{rows.row_origin(first)} has no answer"
+
+
+def _check_references(questions: Sequence[Question], pattern: str) -> None:
+    lost = [q for q in questions if compared_part(q.answer, pattern) is None]
+    if lost:
+        answer = lost[0].answer
+        shown = repr(answer if len(answer) <= SHORT_PROMPT else f"…{answer[-SHORT_PROMPT:]}")
+        more = f", nor in {len(lost) - 1} more of {len(questions)} answers" if lost[1:] else ""
+        raise DataError(
+            f"{lost[0].origin}: --answer-pattern {shlex.quote(pattern)} finds nothing in the answer {shown}{more}. "
+            f"Give a pattern that fits all answers. {LEAVE_OUT}"
+        )
 
 
 def asked(row: Mapping[str, Any]) -> Asked:

@@ -229,7 +229,8 @@ def _reading(run: str, recipe: Recipe) -> str:
     where = {"train": None, "eval": None, "eval_split": None, "chat_template": None}
     template = RunDir(run).chat_template
     text = template.read_text(encoding="utf-8") if template.exists() else recipe.data.chat_template
-    return json.dumps([recipe.data.model_copy(update=where).model_dump(), text], sort_keys=True)
+    data = recipe.data.model_copy(update=where).model_dump()
+    return json.dumps([data, text, recipe.evaluate.answer_pattern], sort_keys=True)
 
 
 def _check_same_base(recipes: list[Recipe], runs: Sequence[str]) -> None:

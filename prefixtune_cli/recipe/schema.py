@@ -454,11 +454,33 @@ class EvaluateSection(Section):
     max_new_tokens: int = Field(
         32, ge=1, description="Answers longer than this count as long, and are not matched exactly."
     )
+    answer_pattern: str | None = Field(
+        None,
+        description="A regular expression of Python's re, such as `#### (.*)`: what its group finds first is matched, "
+        "in answer and reference alike, however long both are.",
+    )
     batch_size: int = Field(32, ge=1)
     bench_data: dict[str, str] = Field(
         default_factory=dict,
         description="Local copies of benchmarks' data, as in {mmlu: /data/mmlu}, for `ptp eval`.",
     )
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _pattern_finds_one_part(cls, value: str | None) -> str | None:
+        if not value:
+            return None
+        try:
+            groups = re.compile(value).groups
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"must be a regular expression of Python's re, got {value!r}: {error}"
+            ) from None
+        if groups > 1:
+            raise ValueError(
+                f"must have one group, got {groups} in {value!r}. Write the other brackets as (?:…)"
+            )
+        return value
 
 
 class Recipe(Section):

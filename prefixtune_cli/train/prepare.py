@@ -97,11 +97,14 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: R
         digest = hashlib.sha256(chat.source.encode()).hexdigest()
         fingerprints["chat_template"] = {"source": section.chat_template, "sha256": digest}
     kept = held_out_rows.select(held_out.dataset["row"])
+    questions = short_questions(kept, tokenizer, section, recipe.evaluate)
+    if questions.notice is not None:
+        reporter.notice(questions.notice)
     return Data(
         train=tokenized.dataset,
         origin=rows.row_origin,
         held_out=held_out.dataset,
-        questions=short_questions(kept, tokenizer, section, recipe.evaluate),
+        questions=questions,
         example=example(kept),
         end_id=end_of_turn_id(tokenizer, chat),
         fingerprints=fingerprints,

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from prefixtune_cli import model as models
 from prefixtune_cli.agreement import check_generation
 from prefixtune_cli.evaluate.held_out import Score, score
-from prefixtune_cli.evaluate.matching import EXACT_MATCH_RULE
+from prefixtune_cli.evaluate.matching import match_rule
 from prefixtune_cli.evaluate.subjects import hash_of_base
 from prefixtune_cli.lock import locked
 from prefixtune_cli.optimizer import check_optimizer
@@ -85,6 +85,7 @@ class Summary:
     finished: str | None = None
     seconds: float | None = None
     why_no_exact_match: str | None = None
+    answer_pattern: str | None = None
     example: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -103,7 +104,7 @@ class Summary:
             "verdict": self.verdict,
             "base": self.base.to_json(),
             "adapter": self.adapter.to_json(),
-            "exact_match_rule": EXACT_MATCH_RULE,
+            "exact_match_rule": match_rule(self.answer_pattern),
         }
 
     @classmethod
@@ -262,13 +263,15 @@ def _train(
         # The trained weights and AdamW's two moments, in float32.
         check_disk(run_dir.path, 3 * 4 * trained * max(kept, 1))
 
+    judging = recipe.evaluate.model_copy(update={"max_new_tokens": data.questions.room})
+
     def judge(who: str) -> tuple[Score, list[str]]:
         return score(
             model,
             tokenizer,
             data.held_out,
             data.questions.asked,
-            recipe.evaluate,
+            judging,
             end_id=data.end_id,
             name=who,
             processes=Processes() if is_sharded(model) else processes,
@@ -279,7 +282,7 @@ def _train(
         with models.without_adapter(model):
             if bases is None:
                 return judge("base")
-            asked = (recipe.model, whole, recipe.evaluate.model_dump_json(), data.held_out_sha256)
+            asked = (recipe.model, whole, judging.model_dump_json(), data.held_out_sha256)
             found: tuple[Score, list[str]] = bases.once(asked, lambda: judge("base"))
             return found
 
@@ -306,6 +309,7 @@ def _train(
         finished=_now(),
         seconds=round(time.monotonic() - started, 1),
         why_no_exact_match=data.questions.why_none,
+        answer_pattern=recipe.evaluate.answer_pattern,
         example=data.example,
     )
     if processes.leads:

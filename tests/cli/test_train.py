@@ -193,6 +193,22 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], list[str]]] = {
         typed("--feature-map", "relu"),
         ["adapter.feature_map must be elu, gelu or mlp, got 'relu'. Did you mean 'elu'?"],
     ),
+    "a pattern that is no regular expression": (
+        typed("--answer-pattern", "#### (.*"),
+        ["evaluate.answer_pattern must be a regular expression of Python's re, got '#### (.*'"],
+    ),
+    "a pattern with two groups": (
+        typed("--answer-pattern", "(a)|(b)"),
+        ["evaluate.answer_pattern must have one group, got 2 in '(a)|(b)'"],
+    ),
+    "a pattern that a held-out answer lacks": (
+        lambda folder: [
+            *write("p.jsonl", GOOD.replace("b", "It is #### b"))(folder),
+            *("--eval-data", write("q.jsonl", GOOD.replace("b", "#### b") + GOOD)(folder)[1]),
+            *("--answer-pattern", "#### (.*)"),
+        ],
+        ["q.jsonl, line 2: --answer-pattern '#### (.*)' finds nothing in the answer 'b'"],
+    ),
     "GPUs that are not there": (
         typed("--gpus", 4000),
         ["train.gpus is 4000, but this machine has"],

@@ -502,4 +502,4 @@ def test_what_cannot_be_evaluated_is_told_before_a_model_loads(
     with pytest.raises(DataError, match="None of the 2 rows"):
         prepared(pairs(" ", ""))
     with pytest.raises(DataError, match="line 1"):
-        prepared([{"prompt": "a", "completion": 3}])
+        prepared([{"prompt": "a", "completion": None}])
