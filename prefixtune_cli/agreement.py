@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixtune_cli import model as models
-from prefixtune_cli.data.encode import start_ids
+from prefixtune_cli.data.encode import start_ids, with_start
 from prefixtune_cli.errors import ModelError, PtpError
 from prefixtune_cli.parallel.sharding import is_sharded
 from prefixtune_cli.recipe.schema import canonical
@@ -64,7 +64,7 @@ def check_generation(
 def any_prompt(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids of a sentence, for adapters that come without data."""
     ids = tokenizer("Say what you have learned about this.", add_special_tokens=False)["input_ids"]
-    return [*start_ids(tokenizer), *ids]
+    return with_start(start_ids(tokenizer), ids)
 
 
 def _verdict(model: Any, prompt: list[int], then: str) -> str | None:

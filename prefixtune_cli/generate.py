@@ -22,8 +22,8 @@ from transformers import (
 from prefixtune_cli import model as models
 from prefixtune_cli.agreement import any_prompt, check_generation
 from prefixtune_cli.answer_file import AnswerFile
-from prefixtune_cli.data.encode import end_of_turn_id, start_ids
-from prefixtune_cli.data.question import Messages
+from prefixtune_cli.data.conversation import Conversation
+from prefixtune_cli.data.encode import end_of_turn_id, plain, start_ids, with_start
 from prefixtune_cli.data.template import ChatTemplate, chat_template
 from prefixtune_cli.errors import UsageError
 from prefixtune_cli.progress import Reporter, Silent
@@ -155,13 +155,14 @@ class Speaker:
     def end_id(self) -> int | None:
         return end_of_turn_id(self.tokenizer, self.template)
 
-    def prompt(self, messages: Messages) -> list[int]:
+    def prompt(self, asked: Conversation) -> list[int]:
         """The token ids of a conversation that waits for an answer, as training saw them."""
         if self.template is None:
-            start, text = start_ids(self.tokenizer), "\n".join(m["content"] for m in messages)
+            start, text = start_ids(self.tokenizer), plain(asked.messages)
         else:
-            start, text = [], self.template.render(messages, "The conversation", ask=True)
-        return [*start, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+            asked = self.template.accepted(asked, "The conversation")
+            start, text = [], self.template.render(asked, "The conversation", ask=True)
+        return with_start(start, self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def mode(self) -> contextlib.AbstractContextManager[None]:
         """Within it the model is with or without its adapter, as `use_adapter` says."""
@@ -221,15 +222,17 @@ def load_speaker(
     return Speaker(loaded.eval(), tokenizer, chat, run or str(model), use_adapter=not no_adapter)
 
 
-def conversation(text: str | None, system: str | None) -> Messages:
+def conversation(text: str | None, system: str | None) -> Conversation:
     """The beginning of a conversation: a system message, a question, or both."""
     messages = [] if system is None else [{"role": "system", "content": system}]
-    return messages if text is None else [*messages, {"role": "user", "content": text}]
+    return Conversation(
+        messages if text is None else [*messages, {"role": "user", "content": text}]
+    )
 
 
 def answer_file(
     speaker: Speaker,
-    asked: Sequence[Messages],
+    asked: Sequence[Conversation],
     out: AnswerFile,
     *,
     sampling: Sampling,
@@ -241,7 +244,7 @@ def answer_file(
         answer_batched(
             speaker.model,
             speaker.tokenizer,
-            [speaker.prompt(messages) for messages in asked],
+            [speaker.prompt(question) for question in asked],
             end_id=speaker.end_id,
             sampling=sampling,
             batch_size=batch_size,
@@ -261,7 +264,7 @@ class _Stop(StoppingCriteria):
 
 
 def answer_streamed(
-    speaker: Speaker, messages: Messages, *, sampling: Sampling
+    speaker: Speaker, asked: Conversation, *, sampling: Sampling
 ) -> Generator[str, None, None]:
     """The answer to a conversation, in pieces as they are generated; pieces join to the whole text.
 
@@ -269,7 +272,7 @@ def answer_streamed(
     """
     tokenizer = speaker.tokenizer
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ids = torch.tensor([speaker.prompt(messages)], device=speaker.model.device)
+    ids = torch.tensor([speaker.prompt(asked)], device=speaker.model.device)
     stop, failure = _Stop(), list[BaseException]()
 
     def work() -> None:

@@ -37,7 +37,7 @@ def chat(
         seed=seed,
     )
     console.notice(f"{speaker.description}. {HELP}")
-    messages = generation.conversation(None, system)
+    talk = generation.conversation(None, system)
     while True:
         console.stderr().print("you: ", end="", style="bold")
         try:
@@ -50,7 +50,7 @@ def chat(
             case "/quit" | "/exit":
                 return
             case "/reset":
-                messages = generation.conversation(None, system)
+                talk = generation.conversation(None, system)
                 continue
             case "/base" | "/adapter" if not speaker.has_adapter:
                 console.notice(f"{speaker.description} has no adapter to switch.")
@@ -59,9 +59,9 @@ def chat(
                 speaker.use_adapter = command == "/adapter"
                 console.notice(f"{speaker.description}.")
                 continue
-        messages.append({"role": "user", "content": text})
+        talk.messages.append({"role": "user", "content": text})
         answer = ""
-        pieces = generation.answer_streamed(speaker, messages, sampling=sampling)
+        pieces = generation.answer_streamed(speaker, talk, sampling=sampling)
         try:
             for piece in pieces:
                 print(piece, end="", flush=True)
@@ -69,4 +69,4 @@ def chat(
         except KeyboardInterrupt:  # ends the answer, not the chat
             pieces.close()
         print()
-        messages.append({"role": "assistant", "content": answer})
+        talk.messages.append({"role": "assistant", "content": answer})

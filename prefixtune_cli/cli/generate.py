@@ -14,7 +14,7 @@ from prefixtune_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from prefixtune_cli.answer_file import AnswerFile
-    from prefixtune_cli.data.question import Messages
+    from prefixtune_cli.data.conversation import Conversation
 
 
 def generate(
@@ -80,11 +80,10 @@ def generate(
             print()
             return
         assert answers is not None
-        before = generation.conversation(None, system)
         with reporter() as shown:
             generation.answer_file(
                 speaker,
-                [[*before, *messages] for messages in asked],
+                [question.with_system(system) for question in asked],
                 answers,
                 sampling=sampling,
                 batch_size=batch_size,
@@ -95,14 +94,14 @@ def generate(
 
 def _asked(
     data: str, out: str, mapping: list[str], overwrite: bool
-) -> tuple[list[Messages], AnswerFile]:
+) -> tuple[list[Conversation], AnswerFile]:
     """The conversations that wait for an answer, and where the answers go."""
     from prefixtune_cli.answer_file import AnswerFile
     from prefixtune_cli.data.locate import local_files
     from prefixtune_cli.data.question import questions
 
     found = list(questions(data, typed.parse_map(mapping)))
-    rows, asked = [row for row, _ in found], [messages for _, messages in found]
+    rows, asked = [row for row, _ in found], [question for _, question in found]
     local = local_files(data)
     files = local.files if local is not None else []
     return asked, AnswerFile(Path(out), rows, files, overwrite=overwrite)

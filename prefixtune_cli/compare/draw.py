@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from prefixtune_cli.compare.comparison import OOD, TEST
+from prefixtune_cli.data.conversation import Conversation
 from prefixtune_cli.data.load import LoadedData, load_rows
 from prefixtune_cli.errors import DataError
 from prefixtune_cli.progress import Reporter
@@ -160,7 +161,7 @@ def _few_shot(rows: LoadedData, count: int, seed: int, notices: list[str]) -> Lo
 def _answer(row: Mapping[str, Any], origin: Any, i: int) -> str:
     if "completion" in row:
         return str(row["completion"]).strip()
-    turns = [m["content"] for m in row.get("messages", ()) if m["role"] == "assistant"]
-    if not turns:
+    talk = Conversation.of(row) if "messages" in row else Conversation([])
+    if not talk.learned:
         raise DataError(f"--few-shot needs answers, and {origin(i)} has none. Leave it out.")
-    return str(turns[-1]).strip()
+    return str(talk.messages[talk.learned[-1]]["content"]).strip()

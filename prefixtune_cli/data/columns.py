@@ -16,7 +16,8 @@ from prefixtune_cli.errors import DataError
 
 # Whatever a format may have; only the optional fields may be missing in a row.
 OPTIONAL = {name for format in FORMATS.values() for name in format.optional}
-FIELDS = tuple(dict.fromkeys(name for f in FORMATS.values() for name in (*f.columns, *f.optional)))
+COLUMNS = dict.fromkeys(name for format in FORMATS.values() for name in format.columns)
+FIELDS = (*COLUMNS, *sorted(OPTIONAL))
 # Words in the names of columns that hold what a model is to answer, what it is asked, and what is about a row.
 ANSWERS = {
     "answer", "category", "class", "completion", "emotion", "gold", "intent", "label", "output", "rating",

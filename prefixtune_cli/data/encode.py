@@ -6,8 +6,12 @@ prompt and answer is exact, and the prompt's tokens are those that the model see
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from prefixtune_cli.data.conversation import Conversation
 from prefixtune_cli.data.load import LoadedData
 from prefixtune_cli.data.read import origin
 from prefixtune_cli.data.template import OPTIONS, ChatTemplate, chat_template
@@ -31,6 +35,17 @@ class _Segment(NamedTuple):
     text: str
     trained: bool
     ends_turn: bool = False
+    masked: bool = False
+
+
+class Remark(StrEnum):
+    """What is told of a row beside its tokens, where need be with a name behind it, as in `printed: name`."""
+
+    CONTROL = "control"  # its own text spells this control token
+    OPENING = "opening"  # it begins with an answer
+    OPENING_LEFT_OUT = "opening left out"  # that the template refuses
+    PRINTED = "printed"  # the template takes this key of its messages
+    UNPRINTED = "unprinted"
 
 
 class Encoder:
@@ -61,6 +76,9 @@ class Encoder:
             )
         self.end_id = end_id
         self.start_ids = [] if self.chat else start_ids(tokenizer)
+        self.printed: set[str] = set()  # keys of messages that the template is known to take
+        tokens = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+        self.control = re.compile("|".join(re.escape(t) for t in tokens if t.strip()) or "(?!)")
         # SentencePiece puts a space before every text: later segments are tokenized behind a line break.
         newline, joined = self._ids(["\n", "\na"])
         plain = self._ids(["a"])[0]
@@ -73,27 +91,40 @@ class Encoder:
         where = origin(self.files[row["file"]], row["line"])
         if "text" in row:
             raise DataError(f"{where}: a text has no answer to compare with.")
+        conversation = Conversation.of(row)
         if self.chat is None:
-            text, answer = row["prompt"], row["completion"]
+            text, answer = plain(conversation.messages[:-1]), row["completion"]
         else:
-            messages = _messages(row)
-            turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            conversation = self.chat.accepted(conversation, where)
+            turns = conversation.learned
             if not turns:
-                raise DataError(
-                    f"{where}: no message has the role assistant, so there is no answer."
-                )
-            text = self.chat.render(messages[: turns[-1]], where, ask=True)
-            answer = messages[turns[-1]]["content"]
-        return PromptAndAnswer([*self.start_ids, *self._rows_ids([[text]])[0][0]], answer)
+                raise DataError(f"{where}: no message is an answer that is trained.")
+            text = self.chat.render(conversation.until(turns[-1]), where, ask=True)
+            answer = self._reference(self.chat, conversation.until(turns[-1] + 1), where)
+        return PromptAndAnswer(with_start(self.start_ids, self._rows_ids([[text]])[0][0]), answer)
+
+    def _reference(self, chat: ChatTemplate, conversation: Conversation, where: str) -> str:
+        """What the last message says; of one that calls a tool, what the model has to generate."""
+        last = conversation.messages[-1]
+        if "tool_calls" not in last:
+            return str(last["content"])
+        text, answers = chat.answers(conversation, where)
+        ids = self._ids([text[answers[-1].start : answers[-1].end]])[0]
+        said = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return said.rpartition("</think>")[2].strip()
 
     def __call__(self, table: Any, numbers: list[int]) -> Any:
-        """A batch of rows (pyarrow table) to input_ids, labels, length, trained, ended and row."""
+        """A batch of rows (pyarrow table) to input_ids, labels, length, trained, ended, remarks and row."""
         import numpy as np
         import pyarrow as pa
 
         rows = table.to_pylist()
         origins = [origin(self.files[row["file"]], row["line"]) for row in rows]
-        segments = [self._segments(row, where) for row, where in zip(rows, origins, strict=True)]
+        remarks: list[list[str]] = [[] for _ in rows]
+        segments = [
+            self._segments(row, where, said)
+            for row, where, said in zip(rows, origins, remarks, strict=True)
+        ]
         ids = self._rows_ids([[segment.text for segment in row] for row in segments])
         flat: list[int] = []
         counts, flags, offsets, lengths, trained, ended = [], [], [0], [], [], []
@@ -101,7 +132,7 @@ class Encoder:
             length = used = turn_end = row_trained = 0
             for segment, part in zip(
                 [_Segment("", row[0].trained if row else False), *row],
-                [self.start_ids, *parts],
+                [self._start(parts), *parts],
                 strict=True,
             ):
                 part = self._ended(part, where) if segment.ends_turn else part
@@ -127,35 +158,60 @@ class Encoder:
                 "length": pa.array(lengths, pa.int32()),
                 "trained": pa.array(trained, pa.int32()),
                 "ended": pa.array(ended),
+                "remarks": pa.array(remarks, pa.list_(pa.string())),
                 "row": pa.array(numbers, pa.int32()),
             }
         )
 
-    def _segments(self, row: dict[str, Any], where: str) -> list[_Segment]:
+    def _start(self, parts: list[list[int]]) -> list[int]:
+        """What stands before these parts of a row."""
+        first = next(filter(None, parts), [])
+        return [] if first[: len(self.start_ids)] == self.start_ids else self.start_ids
+
+    def _segments(self, row: dict[str, Any], where: str, remarks: list[str]) -> list[_Segment]:
         if self.chat is not None:
-            segments = self._chat_segments(self.chat, _messages(row), where)
+            segments = self._chat_segments(self.chat, Conversation.of(row), where, remarks)
         elif "text" in row:
             segments = [_Segment(row["text"], bool(row["text"].strip()), ends_turn=True)]
         else:
-            prompt, completion = join(row["prompt"], row["completion"])
+            conversation = Conversation.of(row)
+            remarks += [f"{Remark.UNPRINTED}: {key}" for key in sorted(conversation.extra)]
+            prompt, completion = join(plain(conversation.messages[:-1]), row["completion"])
             said = bool(completion.strip())
             segments = [_Segment(prompt, False), _Segment(completion, said, ends_turn=True)]
         if self.section.train_on == "all":
             said = any(segment.text.strip() for segment in segments)
-            return [segment._replace(trained=said) for segment in segments]
+            return [segment._replace(trained=said and not segment.masked) for segment in segments]
         return segments
 
     def _chat_segments(
-        self, chat: ChatTemplate, messages: list[dict[str, str]], where: str
+        self, chat: ChatTemplate, conversation: Conversation, where: str, remarks: list[str]
     ) -> list[_Segment]:
         """The rendered conversation, cut where training begins and ends."""
-        text, spans = chat.spans(messages, where)
+        accepted = chat.accepted(conversation, where)
+        remarks += self._remarks(chat, conversation, accepted, where)
+        text, answers = chat.answers(accepted, where)
         segments, at = [], 0
-        for (start, end), said in spans:
-            segments.append(_Segment(text[at:start], False))
-            segments.append(_Segment(text[start:end], said, ends_turn=True))
-            at = end
+        for answer in answers:
+            segments.append(_Segment(text[at : answer.start], False))
+            part = text[answer.start : answer.end]
+            segments.append(_Segment(part, answer.trained, ends_turn=True, masked=answer.masked))
+            at = answer.end
         return [*segments, _Segment(text[at:].rstrip(), False)]
+
+    def _remarks(
+        self, chat: ChatTemplate, conversation: Conversation, accepted: Conversation, where: str
+    ) -> Iterator[str]:
+        for token in sorted(set(self.control.findall(conversation.text))):
+            yield f"{Remark.CONTROL}: {token}"
+        if conversation.opening:
+            yield Remark.OPENING if accepted.opening else Remark.OPENING_LEFT_OUT
+        unknown = accepted.extra - self.printed
+        if unknown:
+            unprinted = chat.unprinted(accepted, where, unknown)
+            self.printed |= unknown - unprinted
+            for key in sorted(unknown):
+                yield f"{Remark.UNPRINTED if key in unprinted else Remark.PRINTED}: {key}"
 
     def _ended(self, ids: list[int], where: str) -> list[int]:
         """The ids of a turn, which end with the end-of-turn token."""
@@ -224,17 +280,19 @@ def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [first] if first == tokenizer.bos_token_id else []
 
 
+def with_start(start: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """The ids behind `start`, which a text may begin with already."""
+    start, ids = list(start), list(ids)
+    return ids if ids[: len(start)] == start else start + ids
+
+
+def plain(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Messages as text where there is no template: a line break between them."""
+    return "\n".join(message["content"] for message in messages)
+
+
 def join(prompt: str, completion: str) -> tuple[str, str]:
     """Prompt and completion as they are put together without a template: a space between words."""
     if prompt and completion and not prompt[-1].isspace() and not completion[0].isspace():
         return prompt, " " + completion
     return prompt, completion
-
-
-def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
-    if "messages" in row:
-        return list(row["messages"])
-    return [
-        {"role": "user", "content": row["prompt"]},
-        {"role": "assistant", "content": row["completion"]},
-    ]

@@ -152,6 +152,21 @@ def warnings(statistics: DataStatistics) -> list[str]:
         (s.rows_without_end_of_turn, "are cut before their end-of-turn token"),
         (s.rows_without_trained_tokens, "have nothing to train on and are left out"),
     ]
+    found += [
+        (s.openings, "begin with an answer, which is context and not trained"),
+        (
+            s.openings_left_out,
+            "begin with an answer that the chat template refuses: it is left out",
+        ),
+    ]
+    found += [
+        (count, f"have {key!r}, which neither the chat template nor ptp takes")
+        for key, count in s.unprinted_keys.items()
+    ]
+    found += [
+        (count, f"spell {token} in their own text: the model sees a control token there")
+        for token, count in s.control_tokens.items()
+    ]
     return [
         f"{count:,} of {s.rows:,} rows ({100 * count / s.rows:.1f} %) {what}"
         for count, what in found

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from prefixtune_cli.data import locate
 from prefixtune_cli.data.columns import check_map, missing, recognise, rename
 from prefixtune_cli.data.format import FORMATS, Format, Layout, convert
+from prefixtune_cli.data.message import weights_said
 from prefixtune_cli.data.read import Row, origin, read
 from prefixtune_cli.data.stored import saved_files
 from prefixtune_cli.errors import DataError, ResourceError
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # Part of the cache's key: raise it whenever the same files give other rows than before.
-VERSION = 2
+VERSION = 3
 ROWS_A_BATCH = 1000
 CHARACTERS_A_BATCH = 16 * 2**20
 
@@ -40,8 +42,8 @@ class LoadedData:
     """Checked rows.
 
     Attributes:
-        dataset: columns of one layout (`messages`; `prompt` and `completion`; or `text`), and `file` and
-            `line`, the row's origin as numbers; memory-mapped.
+        dataset: columns of one layout (see `format`), and `file` and `line`, the row's origin as numbers;
+            memory-mapped.
         format: the recognised or forced format of the files.
         layout: the layout of `dataset`.
         fingerprint: sha256 of the files' content and of how it is read, but not of names and times.
@@ -156,6 +158,7 @@ def load_rows(source: str, section: DataSection) -> LoadedData:
         notices=(
             *([found.notice] if found is not None and found.notice else ()),
             *_notices(format, about["columns"], about["numbers"], section),
+            *_weight_notices(about["weights"], section),
         ),
     )
 
@@ -179,6 +182,18 @@ def _notices(
     if format.layout == "text" and section.train_on == "completion":
         notices.append("A text has no completion, so every token of it is trained.")
     return tuple(notices)
+
+
+def _weight_notices(weights: dict[str, int], section: DataSection) -> list[str]:
+    """What comes of `weight`, `train` and the like, where messages have them."""
+    found = [(weights.get("answers masked"), "answers are not trained, as their weight says.")]
+    if section.train_on == "completion":
+        others = "messages that are no answers ask to be trained; only answers are, without --train-on all."
+        found.append((weights.get("others asked for"), others))
+    else:
+        others = "messages that are no answers ask not to be trained; with --train-on all they are."
+        found.append((weights.get("others masked"), others))
+    return [f"{count:,} {what}" for count, what in found if count]
 
 
 def _sha256(content: bytes) -> str:
@@ -247,6 +262,7 @@ def _write(
     digest = hashlib.sha256(_settings(section).encode())
     batch: list[Row] = []
     characters = 0
+    weights: Counter[str] = Counter()
     with pa.RecordBatchStreamWriter(str(folder / "rows.arrow"), schema) as writer:
         for file, line, where, raw in itertools.chain([first], origins):
             if not raw.keys() <= columns.keys():
@@ -256,6 +272,7 @@ def _write(
             row = convert(row, format, where, needs_assistant=needs_assistant)
             if files is None:
                 digest.update(json.dumps(row).encode())
+            weights.update(weights_said(row.get("messages", [])))
             characters += _characters(row)
             batch.append(row | {"file": file, "line": line})
             if len(batch) == ROWS_A_BATCH or characters >= CHARACTERS_A_BATCH:
@@ -271,25 +288,27 @@ def _write(
         "format": format.name,
         "columns": list(columns),
         "numbers": [name for name in format.columns if name in numbers],
+        "weights": weights,
     }
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
     return digest.hexdigest()
 
 
 def _characters(row: Row) -> int:
-    if "messages" in row:
-        return sum(len(message["content"]) for message in row["messages"])
-    return sum(map(len, row.values()))
+    turns = row.get("messages") or row.get("before") or ()
+    texts = (*row.values(), *(text for turn in turns for text in turn.values()))
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _schema(layout: Layout) -> Any:
     import pyarrow as pa
 
     text = pa.string()
-    message = pa.struct({"role": text, "content": text})
+    turn = {"role": text, "content": text, "trained": pa.bool_(), "more": text}
+    turns = pa.list_(pa.struct(turn))
     columns: dict[Layout, dict[str, Any]] = {
-        "messages": {"messages": pa.list_(message)},
-        "prompt-completion": {"prompt": text, "completion": text},
+        "messages": {"messages": turns, "tools": text},
+        "prompt-completion": {"prompt": text, "completion": text, "before": turns, "tools": text},
         "text": {"text": text},
     }
     return pa.schema(columns[layout] | {"file": pa.int32(), "line": pa.int64()})

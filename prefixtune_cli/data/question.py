@@ -6,14 +6,13 @@ from collections.abc import Iterator, Mapping
 
 from prefixtune_cli.data import locate
 from prefixtune_cli.data.columns import check_map, rename
+from prefixtune_cli.data.conversation import ANSWERS, Conversation
 from prefixtune_cli.data.format import FORMATS
 from prefixtune_cli.data.read import Row, origin, read
 from prefixtune_cli.errors import DataError
 
-Messages = list[dict[str, str]]
 
-
-def questions(source: str, mapping: Mapping[str, str]) -> Iterator[tuple[Row, Messages]]:
+def questions(source: str, mapping: Mapping[str, str]) -> Iterator[tuple[Row, Conversation]]:
     """Each row of a local source, as it stands in the file, and as a conversation that waits for an answer.
 
     The formats are those of training, but the answer may be missing, and is left out where it is there.
@@ -35,19 +34,16 @@ def questions(source: str, mapping: Mapping[str, str]) -> Iterator[tuple[Row, Me
             yield raw, _question(rename(raw, mapping, where), where)
 
 
-def _question(row: Row, where: str) -> Messages:
+def _question(row: Row, where: str) -> Conversation:
     for format in FORMATS.values():
         if format.name == "text" or format.columns[0] not in row:
             continue
         unanswered = row | {column: "" for column in format.columns[1:]}
-        converted = format.convert(unanswered, where)
-        if "prompt" in converted:
-            return [{"role": "user", "content": converted["prompt"]}]
-        messages: Messages = converted["messages"]
-        while messages and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        if messages:
-            return messages
+        conversation = Conversation.of(format.convert(unanswered, where))
+        messages = conversation.messages
+        asked = max((i for i, m in enumerate(messages) if m["role"] not in ANSWERS), default=-1)
+        if asked >= 0:
+            return conversation.until(asked + 1)
         raise DataError(f"{where}: the conversation has no question, only answers.")
     names = ", ".join(format.columns[0] for format in FORMATS.values() if format.name != "text")
     raise DataError(

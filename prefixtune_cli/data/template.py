@@ -9,10 +9,11 @@ sees when it is asked for that turn.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from prefixtune_cli.data.conversation import Conversation
 from prefixtune_cli.data.locate import near_names
 from prefixtune_cli.data.read import start_of
 from prefixtune_cli.errors import DataError
@@ -20,7 +21,6 @@ from prefixtune_cli.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages = list[dict[str, str]]
 Span = tuple[int, int]
 
 OPTIONS = (
@@ -29,6 +29,15 @@ OPTIONS = (
     "columns prompt and completion"
 )
 _PROBE = "PROBE"
+
+
+class Answer(NamedTuple):
+    """Where an answer stands in the rendered conversation, whether it is trained, and whether the data forbids it."""
+
+    start: int
+    end: int
+    trained: bool
+    masked: bool
 
 
 @dataclass(frozen=True)
@@ -47,23 +56,57 @@ class ChatTemplate:
     end_of_turn: str | None
     marked: bool
 
-    def render(self, messages: Messages, where: str, *, ask: bool) -> str:
-        """The conversation as text; with `ask`, up to where the next answer begins."""
-        return self._render(messages, where, ask, mark=False)[0]
+    def accepted(self, conversation: Conversation, where: str) -> Conversation:
+        """The conversation as the template takes it.
 
-    def spans(self, messages: Messages, where: str) -> tuple[str, list[tuple[Span, bool]]]:
-        """The rendered conversation, and each answer's (start, end) in it with whether it says anything.
+        ShareGPT's function_call becomes `tool_calls` where the template knows them, and stays text where it
+        does not. Answers before the first question are left out where the template refuses them.
+        """
+        conversation = conversation.with_calls("tool_calls" in self.source)
+        if conversation.opening:
+            try:
+                self._render(conversation, where, ask=False, mark=False)
+            except DataError:
+                return conversation.without_opening()
+        return conversation
+
+    def render(self, conversation: Conversation, where: str, *, ask: bool) -> str:
+        """The conversation as text; with `ask`, up to where the next answer begins."""
+        return self._render(conversation, where, ask, mark=False)[0]
+
+    def unprinted(self, conversation: Conversation, where: str, keys: set[str]) -> set[str]:
+        """Those of `keys` that make no difference to the rendered text: the template does not take them."""
+        text = self.render(conversation, where, ask=False)
+
+        def changes(without: set[str]) -> bool:
+            try:
+                return self.render(conversation.without(without), where, ask=False) != text
+            except DataError:  # it cannot do without them
+                return True
+
+        return {key for key in keys if not changes({key})} if changes(keys) else keys
+
+    def answers(self, conversation: Conversation, where: str) -> tuple[str, list[Answer]]:
+        """The rendered conversation, and its answers, in order.
+
+        An answer is trained where it says anything, the data does not mask it, and something was asked before.
 
         Raises:
             DataError: the template refuses the conversation, or its answers cannot be told apart.
         """
+        masked, answers = {*conversation.masked, *conversation.opening}, conversation.answers
         if not self.marked:
-            text, _ = self._render(messages, where, ask=False, mark=False)
-            return text, self._search(text, messages, where)
-        text, marks = self._render(messages, where, ask=False, mark=True)
+            text, _ = self._render(conversation, where, ask=False, mark=False)
+            return text, self._search(text, conversation, masked, where)
+        text, marks = self._render(conversation, where, ask=False, mark=True)
+        if masked and len(marks) != len(answers):
+            raise DataError(
+                f"{where}: the template has {len(marks)} {{% generation %}} blocks for {len(answers)} answers, "
+                "so those that are not to be trained cannot be told. Put each answer in one block."
+            )
         end_of_turn = self.end_of_turn or ""
-        spans = []
-        for start, end in marks:
+        found = []
+        for number, (start, end) in enumerate(marks):
             trained = text[start:end].rstrip()
             if not trained.endswith(end_of_turn):
                 raise DataError(
@@ -71,25 +114,63 @@ class ChatTemplate:
                     f"{end_of_turn!r}, so the model would never learn to stop. Put {{% endgeneration %}} behind it."
                 )
             said = bool(trained.removesuffix(end_of_turn).strip())
-            spans.append(((start, start + len(trained)), said))
-        return text, spans
+            i = answers[number] if masked else -1
+            wanted = said and i not in masked
+            found.append(Answer(start, start + len(trained), wanted, i in conversation.masked))
+        return text, found
 
-    def _search(self, text: str, messages: Messages, where: str) -> list[tuple[Span, bool]]:
-        spans: list[tuple[Span, bool]] = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self.render(messages[:i], where, ask=True)
-            content = message["content"].strip()
-            end = self._end(text, len(prompt), content) if text.startswith(prompt) else None
-            if end is None:
+    def _search(
+        self, text: str, conversation: Conversation, masked: set[int], where: str
+    ) -> list[Answer]:
+        found: list[Answer] = []
+        for i in conversation.answers:
+            span = self._turn(text, conversation, i, where)
+            if span is not None:
+                said = i not in masked and self._says(text, conversation, i, span, where)
+                found.append(Answer(*span, said, i in conversation.masked))
+            elif i not in conversation.opening:  # those are context, wherever they begin
                 raise DataError(
                     f"{where}, message {i + 1}: the chat template renders this answer differently within the "
                     "conversation than after the messages before it, so which tokens to train cannot be told. "
                     f"{OPTIONS}."
                 )
-            spans.append(((len(prompt), end), bool(content)))
-        return spans
+        return found
+
+    def _turn(self, text: str, conversation: Conversation, i: int, where: str) -> Span | None:
+        """Where answer `i` stands in the text of the whole conversation, its end-of-turn token included."""
+        message = conversation.messages[i]
+        try:
+            prompt = self.render(conversation.until(i), where, ask=True)
+        except DataError:
+            if i in conversation.opening:
+                return None
+            raise
+        if not text.startswith(prompt):
+            return None
+        start, content = len(prompt), message["content"].strip()
+        has_more = message.keys() > {"role", "content"}  # which may stand behind the content
+        end = None if has_more else self._end(text, start, content)
+        if end is not None:
+            return start, end
+        whole = self.render(conversation.until(i + 1), where, ask=False).rstrip()
+        if text.startswith(whole) and whole.endswith(self.end_of_turn or ""):
+            return (start, len(whole)) if content in whole[start:] else None
+        end = self._end(text, start, content) if has_more else None
+        if end is None and has_more and self.end_of_turn is not None:
+            stop = text.find(self.end_of_turn, start)
+            end = (
+                stop + len(self.end_of_turn) if content in text[start : max(stop, start)] else None
+            )
+        return None if end is None else (start, end)
+
+    def _says(self, text: str, conversation: Conversation, i: int, span: Span, where: str) -> bool:
+        """Whether the answer is more than an empty turn; it may be a call without a text."""
+        message = conversation.messages[i]
+        if message["content"].strip() or message.keys() == {"role", "content"}:
+            return bool(message["content"].strip())
+        blank = conversation.until(i)
+        blank = replace(blank, messages=[*blank.messages, {"role": message["role"], "content": ""}])
+        return not self.render(blank, where, ask=False).startswith(text[: span[1]])
 
     def _end(self, text: str, start: int, content: str) -> int | None:
         """Where the answer that begins at `start` ends, its end-of-turn token included."""
@@ -107,20 +188,21 @@ class ChatTemplate:
         return None
 
     def _render(
-        self, messages: Messages, where: str, ask: bool, mark: bool
+        self, conversation: Conversation, where: str, ask: bool, mark: bool
     ) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             texts, marks = render_jinja_template(
-                conversations=[messages],
+                conversations=[conversation.messages],
+                tools=conversation.tools,
                 chat_template=self.source,
                 add_generation_prompt=ask,
                 return_assistant_tokens_mask=mark,
                 **self.variables,
             )
         except Exception as error:  # a template is a program, and may raise anything
-            roles = ", ".join(message["role"] for message in messages) or "none"
+            roles = ", ".join(message["role"] for message in conversation.messages) or "none"
             raise DataError(
                 f"{where}: the chat template refuses the conversation (roles: {roles}): {start_of(str(error), 200)}. "
                 f"Change the conversation. {OPTIONS}."
@@ -153,7 +235,9 @@ def chat_template(
     variables = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     marked = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
     template = ChatTemplate(source, variables, None, marked)
-    question = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
+    question = Conversation(
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
+    )
     text = template.render(question, file or "The tokenizer's chat template", ask=False)
     if _PROBE not in text:
         raise DataError(

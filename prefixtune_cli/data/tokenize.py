@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from prefixtune_cli.data.encode import Encoder, PromptAndAnswer
+from prefixtune_cli.data.encode import Encoder, PromptAndAnswer, Remark
 from prefixtune_cli.data.load import LoadedData
 from prefixtune_cli.errors import DataError
 from prefixtune_cli.recipe.schema import DataSection
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Part of the cache's key: raise it whenever the same rows give other tokens than before.
-VERSION = 2
+VERSION = 3
 ROWS_A_BATCH = 1000
 
 
@@ -38,6 +39,9 @@ class DataStatistics:
         rows_without_trained_tokens: neither truncation nor dropping: rows left out because no token
             of what remains of them is trained.
         rows_without_end_of_turn: kept rows whose last end-of-turn token was truncated.
+        control_tokens: rows by the control token that their own text spells.
+        openings: rows that begin with an answer; `openings_left_out`: those where the template refuses it.
+        unprinted_keys: rows by a key of their messages, or `tools`, that the template takes in no row.
     """
 
     format: str
@@ -51,6 +55,10 @@ class DataStatistics:
     dropped: int
     rows_without_trained_tokens: int
     rows_without_end_of_turn: int
+    control_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
+    openings: int = 0
+    openings_left_out: int = 0
+    unprinted_keys: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +68,8 @@ class TokenizedData:
     Attributes:
         dataset: `input_ids` and `labels` (int32 lists; MASKED where not trained) of the kept rows, and
             `row`, their numbers in `rows`.
-        every_row: the same for all rows, as row i of the loaded data, with `length`, `trained` and `ended`.
+        every_row: the same for all rows, as row i of the loaded data, with `length`, `trained`, `ended` and
+            `remarks`.
         statistics: of both.
         rows: what was tokenized.
         notices: what the user should hear.
@@ -163,6 +172,9 @@ def _count(
         )
     dropped = long if section.on_long == "drop" else np.zeros_like(long)
     kept = ~dropped & (trained > 0)
+    remarks = _remarks(every_row)
+    left_out = remarks[Remark.OPENING_LEFT_OUT].total()
+    printed = remarks[Remark.PRINTED].keys()
     percentiles = np.percentile(length, [5, 50, 95, 99, 100], method="inverted_cdf")
     return DataStatistics(
         format=rows.format,
@@ -178,7 +190,23 @@ def _count(
         dropped=int(dropped.sum()),
         rows_without_trained_tokens=int((~dropped & (trained == 0)).sum()),
         rows_without_end_of_turn=int((kept & ~ended).sum()),
+        control_tokens=dict(remarks[Remark.CONTROL]),
+        openings=remarks[Remark.OPENING].total() + left_out,
+        openings_left_out=left_out,
+        unprinted_keys={k: n for k, n in remarks[Remark.UNPRINTED].items() if k not in printed},
     ), np.flatnonzero(kept)
+
+
+def _remarks(every_row: Dataset) -> dict[Remark, Counter[str]]:
+    """How many rows say what: {what: {the name of the token or key, "" where there is none: rows}}."""
+    import pyarrow.compute as pc
+
+    found: dict[Remark, Counter[str]] = {remark: Counter() for remark in Remark}
+    flat = pc.list_flatten(every_row.data.column("remarks").combine_chunks())
+    for entry in pc.value_counts(flat).to_pylist():
+        remark, _, name = entry["values"].partition(": ")
+        found[Remark(remark)][name] = entry["counts"]
+    return found
 
 
 def prompts_and_answers(

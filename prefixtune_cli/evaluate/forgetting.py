@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefixtune_cli.data.encode import start_ids
+from prefixtune_cli.data.encode import start_ids, with_start
 from prefixtune_cli.data.load import load_rows
 from prefixtune_cli.data.locate import near_names
 from prefixtune_cli.data.read import BOM, READERS
@@ -209,9 +209,9 @@ def _windows(
     where: str, text: str, tokenizer: PreTrainedTokenizerBase, window: int
 ) -> Iterator[Window]:
     """The windows of one document; the last one may be shorter."""
-    start = start_ids(tokenizer)
     own, ends = _tokens_with_ends(text, tokenizer)
-    ids, ends = [*start, *own], [*([0] * len(start)), *ends]
+    ids = with_start(start_ids(tokenizer), own)
+    ends = [*([0] * (len(ids) - len(own))), *ends]
     for first in range(0, len(ids) - 1, window - 1):
         last = min(first + window, len(ids)) - 1
         predicted = text[ends[first] : ends[last]]

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from prefixtune_cli.data.conversation import Conversation
 from prefixtune_cli.data.load import LoadedData
 from prefixtune_cli.data.tokenize import prompts_and_answers
 from prefixtune_cli.errors import DataError
@@ -119,12 +120,11 @@ def _check_references(questions: Sequence[Question], pattern: str) -> None:
 
 
 def asked(row: Mapping[str, Any]) -> Asked:
-    """A row's prompt as the data has it: all before the last answer."""
-    if "prompt" in row:
+    """A row's prompt as the data has it: all before the last answer that is learned."""
+    if "prompt" in row and not row["before"]:
         return str(row["prompt"])
-    last = max(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
-    before: list[dict[str, Any]] = row["messages"][:last]
-    return before
+    conversation = Conversation.of(row)
+    return conversation.until(conversation.learned[-1]).messages
 
 
 def example(rows: LoadedData) -> dict[str, str]:
@@ -157,4 +157,4 @@ def _single_question(row: Mapping[str, Any]) -> dict[str, str] | None:
 
 
 def _has_answer(row: Mapping[str, Any]) -> bool:
-    return "completion" in row or any(m["role"] == "assistant" for m in row["messages"])
+    return bool(Conversation.of(row).learned)

@@ -1,0 +1,134 @@
+"""A conversation as chat templates take it: messages, the tools that they may call, and what is not to be learned."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+# The roles whose turns a model says; a function_call is ShareGPT's answer that calls a tool.
+ANSWERS = ("assistant", "function_call")
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Messages for `apply_chat_template`.
+
+    Attributes:
+        messages: role, content (a text), and whatever else the data has for the template.
+        tools: their JSON schemas; None where there are none.
+        masked: the numbers of the messages that the data wants not learned.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    masked: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Conversation:
+        """A row of the layouts `messages` and `prompt-completion`, as `format.convert` makes them."""
+        turns = row.get("messages")
+        if turns is None:
+            pair = (("user", row["prompt"]), ("assistant", row["completion"]))
+            said = [{"role": role, "content": content} for role, content in pair]
+            turns = [*(row["before"] or ()), *said]
+        messages = [
+            {"role": turn["role"], "content": turn["content"]}
+            | (json.loads(turn["more"]) if turn.get("more") else {})
+            for turn in turns
+        ]
+        masked = frozenset(i for i, turn in enumerate(turns) if turn.get("trained") is False)
+        tools = json.loads(row["tools"]) if row["tools"] else None
+        return cls(messages, tools, masked)
+
+    def until(self, i: int) -> Conversation:
+        """The messages before message `i`."""
+        return dataclasses.replace(self, messages=self.messages[:i])
+
+    def with_system(self, system: str | None) -> Conversation:
+        """With a system message in front, unless it begins with its own."""
+        if system is None or (self.messages and self.messages[0]["role"] == "system"):
+            return self
+        front = {"role": "system", "content": system}
+        shifted = frozenset(i + 1 for i in self.masked)
+        return dataclasses.replace(self, messages=[front, *self.messages], masked=shifted)
+
+    @property
+    def answers(self) -> list[int]:
+        """The numbers of the messages that a model says."""
+        return [i for i, message in enumerate(self.messages) if message["role"] in ANSWERS]
+
+    @property
+    def learned(self) -> list[int]:
+        """The numbers of the answers that the data lets be learned; those of an opening are among them."""
+        return [i for i in self.answers if i not in self.masked]
+
+    @property
+    def opening(self) -> list[int]:
+        """The answers before the first question; empty where nothing is asked at all."""
+        silent = (*ANSWERS, "system")
+        asked = (i for i, message in enumerate(self.messages) if message["role"] not in silent)
+        first = next(asked, 0)
+        return [i for i in self.answers if i < first]
+
+    def without_opening(self) -> Conversation:
+        """What is left where a template takes no answer before the first question."""
+        opening = self.opening
+        kept = [i for i in range(len(self.messages)) if i not in opening]
+        return dataclasses.replace(
+            self,
+            messages=[self.messages[i] for i in kept],
+            masked=frozenset(new for new, i in enumerate(kept) if i in self.masked),
+        )
+
+    def without(self, keys: set[str]) -> Conversation:
+        """Without these keys of its messages; the key `tools` is the row's."""
+        return dataclasses.replace(
+            self,
+            messages=[
+                {k: v for k, v in message.items() if k not in keys} for message in self.messages
+            ],
+            tools=None if "tools" in keys else self.tools,
+        )
+
+    @property
+    def text(self) -> str:
+        """All that is said in it, a line each."""
+        said = [text for message in self.messages for key, text in message.items() if key != "role"]
+        said += self.tools or []
+        return "\n".join(x if isinstance(x, str) else json.dumps(x) for x in said)
+
+    @property
+    def extra(self) -> set[str]:
+        """The keys of its messages beside role and content; `tools` where the row has some."""
+        keys = {key for message in self.messages for key in message} - {"role", "content"}
+        return keys | {"tools"} if self.tools else keys
+
+    def with_calls(self, as_tool_calls: bool) -> Conversation:
+        """ShareGPT's function_call turns as the assistant's: as `tool_calls`, else as the text that they are."""
+        messages = [_called(message, as_tool_calls) for message in self.messages]
+        return dataclasses.replace(self, messages=messages)
+
+
+def _called(message: dict[str, Any], as_tool_calls: bool) -> dict[str, Any]:
+    if message["role"] != "function_call":
+        return message
+    calls = _calls(message["content"]) if as_tool_calls else None
+    said = {"content": "", "tool_calls": calls} if calls else {"content": message["content"]}
+    return {**message, "role": "assistant", **said}
+
+
+def _calls(text: str) -> list[dict[str, Any]] | None:
+    """The calls that ShareGPT writes as one JSON object or a list of them; None for any other text."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    calls = found if isinstance(found, list) else [found]
+    if not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):
+        return None
+    return [
+        {"type": "function", "function": {key: call[key] for key in ("name", "arguments")}}
+        for call in calls
+    ]
