@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from threading import Event, Thread
 from typing import Any
 
@@ -30,6 +32,8 @@ from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.tokenizer import check_base, load_tokenizer
+
+SECONDS_BETWEEN_LOOKS = 1.0  # at a batch that is being answered
 
 
 @dataclass(frozen=True)
@@ -116,10 +120,14 @@ def answer_batched(
             ids[row, width - len(prompts[i]) :] = torch.tensor(list(prompts[i]))
             mask[row, width - len(prompts[i]) :] = 1
         with torch.no_grad():
+            how = sampling.arguments(model, tokenizer, end_id)
+            told = partial(_report, reporter, task, start, len(order))
+            pace = _Pace(width, sampling.max_new_tokens, how["eos_token_id"] or [], told)
             output = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                **sampling.arguments(model, tokenizer, end_id),
+                stopping_criteria=StoppingCriteriaList([pace]),
+                **how,
             )
         for i, tokens in zip(chosen, output[:, width:], strict=True):
             answers[i] = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -128,6 +136,38 @@ def answer_batched(
         reporter.progress(task, start + len(chosen), len(order), {})
     model.train(was_training)
     return answers
+
+
+def _report(reporter: Reporter, task: str, before: int, total: int, made: int) -> None:
+    reporter.progress(task, before + made, total, {})
+
+
+class _Pace(StoppingCriteria):
+    """Tells every second how much of a batch is done, in answers, and stops none of them.
+
+    An answer that has not ended counts by its share of the most tokens.
+
+    Args:
+        width: tokens of the prompts, padding included.
+        most: tokens that an answer may have.
+        ends: the tokens that end one.
+        told: is called with the number of answers.
+    """
+
+    def __init__(
+        self, width: int, most: int, ends: Sequence[int], told: Callable[[int], object]
+    ) -> None:
+        self._width, self._most, self._ends, self._told = width, most, ends, told
+        self._at = time.monotonic()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        if time.monotonic() - self._at >= SECONDS_BETWEEN_LOOKS:
+            made = input_ids[:, self._width :]
+            ended = torch.isin(made, torch.tensor(self._ends).to(made)).any(dim=1)
+            share = torch.where(ended, 1.0, made.shape[1] / self._most)
+            self._told(int(share.sum()))
+            self._at = time.monotonic()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @dataclass

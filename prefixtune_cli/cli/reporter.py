@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from threading import Event, RLock, Thread
 from typing import Any
 
 from prefixtune_cli.cli import console
@@ -158,17 +159,29 @@ class LiveReporter:
 
 
 class LineReporter:
-    """A line for each measurement, and every ten seconds where there is none."""
+    """A line for each measurement, and every ten seconds where there is none, however long a step of the work takes."""
 
     def __init__(self) -> None:
         self._last: dict[str, float] = {}
         self._figures: dict[str, dict[str, float]] = {}  # each task's latest
         self._started = _Beginnings()
+        self._at_work: tuple[str, int, int] | None = (
+            None  # the task, what is done of it, and all of it
+        )
+        self._lock, self._over = RLock(), Event()
 
     def __enter__(self) -> LineReporter:
+        Thread(target=self._watch, daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(1, SECONDS_BETWEEN_LINES)):
+            with self._lock:
+                if self._at_work is not None:
+                    self.progress(*self._at_work, {})
 
     def notice(self, text: str) -> None:
         console.notice(text)
@@ -177,6 +190,11 @@ class LineReporter:
         console.warning(text)
 
     def progress(self, task: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        with self._lock:
+            self._at_work = (task, done, total) if done < total else None
+            self._tell(task, done, total, figures)
+
+    def _tell(self, task: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         now = time.monotonic()
         if done == 0:  # it begins, perhaps anew, as in the next run
             self._figures.pop(task, None)

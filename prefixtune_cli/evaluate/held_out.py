@@ -201,9 +201,11 @@ def row_answers(
     def answer(batch: Sequence[int]) -> list[str]:
         prompts = [questions[i].prompt for i in batch]
         return answer_batched(
-            model, tokenizer, prompts, end_id=end_id, sampling=sampling, batch_size=len(batch)
-        )
+            model, tokenizer, prompts,
+            end_id=end_id, sampling=sampling, batch_size=len(batch), reporter=within,
+        )  # fmt: skip
 
+    within = _Within(reporter, task, len(questions) if rows is None else len(rows))
     _in_batches(
         model,
         range(len(questions)) if rows is None else rows,
@@ -212,8 +214,23 @@ def row_answers(
         limit,
         keep,
         task,
-        reporter,
+        within,
     )
+
+
+class _Within(Silent):
+    """Tells a batch's progress as that of the whole task."""
+
+    def __init__(self, reporter: Reporter, task: str, total: int) -> None:
+        self._reporter, self._task, self._total = reporter, task, total
+        self._done = 0
+
+    def progress(self, task: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        if task == self._task:  # of whole batches
+            self._done = done
+        else:
+            done += self._done
+        self._reporter.progress(self._task, done, self._total, figures)
 
 
 def _in_batches(
@@ -235,6 +252,10 @@ def _in_batches(
         done += len(batch)
         reporter.progress(task, done, len(rows), {})
 
+    if rows:
+        reporter.progress(
+            task, 0, len(rows), {}
+        )  # it has begun, though the first batch may take minutes
     was_training = model.training
     model.eval()
     try:

@@ -108,3 +108,20 @@ def test_a_task_that_begins_anew_has_a_pace_of_its_own(monkeypatch: pytest.Monke
         clock[0] = seconds
         lines.progress("training", done, 100, {"loss": 1.0} if done else {})
     assert said[-1].endswith("ETA 90 s")
+
+
+def test_a_step_that_takes_long_is_told_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one large batch of an evaluation may take minutes."""
+    said: list[str] = []
+    monkeypatch.setattr(console, "notice", said.append)
+    monkeypatch.setattr(reporter, "SECONDS_BETWEEN_LINES", 0.05)
+    with reporter.LineReporter() as lines:
+        lines.progress("loss of base", 0, 64, {})
+        deadline = time.monotonic() + 20
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert said[:1] == ["loss of base 0/64"]
+        lines.progress("loss of base", 64, 64, {})
+        told = len(said)
+        time.sleep(0.2)
+        assert len(said) == told

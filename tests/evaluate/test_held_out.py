@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefixtune_cli import generate
 from prefixtune_cli import model as models
 from prefixtune_cli.errors import ResourceError
 from prefixtune_cli.evaluate.batches import BatchLimit
@@ -168,7 +169,7 @@ def test_losses_of_rows_are_kept_batch_by_batch_and_only_of_those_wanted(loaded:
         reporter=listener,
     )
     assert [sorted(some) for some in kept] == [[0, 4], [1]]
-    assert listener.done == [("loss", 2, 3), ("loss", 3, 3)]
+    assert listener.done == [("loss", 0, 3), ("loss", 2, 3), ("loss", 3, 3)]
     for row, (nats, tokens) in (kept[0] | kept[1]).items():
         with torch.no_grad():
             log_probabilities = model(torch.tensor([ROWS[row]])).logits[0, :-1].log_softmax(-1)
@@ -266,3 +267,32 @@ def test_questions_that_do_not_fit_together_get_the_same_answers(loaded: Loaded)
         assert answers() == whole
     assert len(listener.warnings) == 1
     assert listener.done[-1] == ("answers", 5, 5)
+
+
+def test_a_batch_that_is_being_answered_tells_how_far_it_is(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = loaded
+    monkeypatch.setattr(generate, "SECONDS_BETWEEN_LOOKS", 0)
+    told: list[tuple[int, int]] = []
+
+    class Ear(Silent):
+        def progress(self, task: str, done: int, total: int, figures: Any) -> None:
+            assert task == "answers"
+            told.append((done, total))
+
+    row_answers(
+        model,
+        tokenizer,
+        [Question(row, "?") for row in ROWS],
+        BatchLimit.of_rows(len(ROWS) - 1, Silent()),
+        dict[int, str]().update,
+        max_new_tokens=8,
+        end_id=None,
+        task="answers",
+        reporter=Ear(),
+    )
+    assert told[0] == (0, len(ROWS))
+    assert told[-1] == (len(ROWS), len(ROWS))
+    assert told == sorted(told)
+    assert len({done for done, _ in told}) > 3
