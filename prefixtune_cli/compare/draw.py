@@ -17,6 +17,7 @@ import numpy as np
 
 from prefixtune_cli.compare.comparison import OOD, TEST
 from prefixtune_cli.data.conversation import Conversation
+from prefixtune_cli.data.format import as_written
 from prefixtune_cli.data.load import LoadedData, load_rows
 from prefixtune_cli.errors import DataError
 from prefixtune_cli.progress import Reporter
@@ -25,7 +26,6 @@ from prefixtune_cli.run_dir import json_line, write_atomically
 
 TRAIN, VALIDATION = "train", "validation"
 VALIDATION_SHARE = 0.1  # of the training rows, and at most evaluate.max_rows of them
-COLUMNS = ("messages", "prompt", "completion", "text")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def draw(
     about: dict[str, dict[str, Any]] = {}
 
     def write(name: str, chosen: LoadedData, source: str) -> Path:
-        text = "".join(map(_line, chosen.dataset))
+        text = "".join(json_line(as_written(row, chosen.format)) for row in chosen.dataset)
         digest = hashlib.sha256(text.encode()).hexdigest()
         file = folder / f"{name}.jsonl"
         if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
@@ -118,11 +118,6 @@ def draw(
         f"Rows: {_counted(drawn)} to train on, {len(validation)} to choose learning rates by, {len(test)} to test on."
     )
     return Rows(train, files[VALIDATION], files[TEST], files.get(OOD), about, tuple(notices))
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    kept = {name: row[name] for name in COLUMNS if name in row}
-    return json_line(kept)
 
 
 def _counted(drawn: Mapping[int, LoadedData]) -> str:

@@ -1,18 +1,19 @@
 """The column layouts that a data set may have, and their one common form.
 
-Whatever comes in leaves as one of three layouts: `messages` (as `message` makes them) and `tools`;
+Whatever comes in leaves as one of three layouts: `messages` (as message.py makes them) and `tools`;
 `prompt` + `completion`, with the messages `before` them, and `tools`; or `text`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
+from prefixtune_cli.data import message
 from prefixtune_cli.data.conversation import ANSWERS
 from prefixtune_cli.data.field import named, text, written
-from prefixtune_cli.data.message import conversation, history, message, system, tools
 from prefixtune_cli.data.read import Row
 from prefixtune_cli.errors import DataError
 
@@ -39,8 +40,10 @@ def _messages(column: str) -> Callable[[Row, str], Row]:
                 f"{where}: the column {column!r} must be a list of messages, got {got}. Write "
                 '[{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}].'
             )
-        checked = [message(turn, f"{where}, message {i + 1}") for i, turn in enumerate(turns)]
-        return conversation(checked, row, where)
+        checked = [
+            message.checked(turn, f"{where}, message {i + 1}") for i, turn in enumerate(turns)
+        ]
+        return message.conversation(checked, row, where)
 
     return convert
 
@@ -50,7 +53,7 @@ def _pair(prompt: str, completion: str) -> Callable[[Row, str], Row]:
         return {
             "prompt": written(row, prompt, where),
             "completion": written(row, completion, where),
-            "before": system(row, where),
+            "before": message.system(row, where),
             "tools": None,
         }
 
@@ -63,8 +66,8 @@ def _alpaca(row: Row, where: str) -> Row:
     return {
         "prompt": f"{instruction}\n\n{context}" if context else instruction,
         "completion": written(row, "output", where),
-        "before": [*system(row, where), *history(row, where)],
-        "tools": tools(row, where),
+        "before": [*message.system(row, where), *message.history(row, where)],
+        "tools": message.tools(row, where),
     }
 
 
@@ -131,10 +134,30 @@ def convert(row: Row, format: Format, where: str, *, needs_assistant: bool) -> R
         )
     converted = format.convert(row, where)
     if needs_assistant and format.layout == "messages":
-        roles = [message["role"] for message in converted["messages"]]
+        roles = [turn["role"] for turn in converted["messages"]]
         if not {*ANSWERS} & {*roles}:
             raise DataError(
                 f"{where}: no message has the role assistant (the roles are {', '.join(roles)}), so there is nothing "
                 "to train on. Add an answer, remove the row, or use --train-on all."
             )
     return converted
+
+
+def as_written(row: Row, format: str) -> Row:
+    """A converted row as a file of its format has it: read again and converted, it is the same.
+
+    Pairs of other names come as prompt and completion.
+    """
+    if "text" in row:
+        return {"text": row["text"]}
+    tools = {"tools": json.loads(row["tools"])} if row["tools"] else {}
+    if "messages" in row:
+        return {"messages": [message.as_written(turn) for turn in row["messages"]], **tools}
+    before = row["before"] or []
+    said = [turn["content"] for turn in before if turn["role"] != "system"]
+    system = {"system": before[0]["content"]} if len(said) < len(before) else {}
+    if format != "alpaca":
+        return {"prompt": row["prompt"], "completion": row["completion"], **system}
+    history = {"history": [*map(list, zip(said[::2], said[1::2], strict=True))]} if said else {}
+    pair = {"instruction": row["prompt"], "output": row["completion"]}
+    return {**pair, **system, **history, **tools}

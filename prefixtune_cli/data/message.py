@@ -33,7 +33,7 @@ ROLES = {
 LEARNED = ("weight", "train", "training", "loss", "loss_weight")
 
 
-def message(turn: Any, where: str) -> Row:
+def checked(turn: Any, where: str) -> Row:
     """A turn as {role, content, trained, more}.
 
     Returns:
@@ -111,6 +111,13 @@ def _more(turn: Row, taken: set[str], where: str) -> str | None:
 
 def _json(value: Any, name: str, where: str) -> str:
     return text({name: json.dumps(value, ensure_ascii=False, default=str)}, name, where)
+
+
+def as_written(turn: Row) -> Row:
+    """A checked turn as a file has it: checked again, it is the same."""
+    more = json.loads(turn["more"]) if turn["more"] else {}
+    weight = {} if turn["trained"] is None else {"weight": int(turn["trained"])}
+    return {"role": turn["role"], "content": turn["content"], **more, **weight}
 
 
 def conversation(turns: list[Row], row: Row, where: str) -> Row:

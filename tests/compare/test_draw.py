@@ -9,9 +9,11 @@ import pytest
 
 from prefixtune_cli.compare.comparison import OOD, TEST
 from prefixtune_cli.compare.draw import TRAIN, VALIDATION, Rows, draw
+from prefixtune_cli.data.load import load_rows
 from prefixtune_cli.errors import DataError
 from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.load import resolve
+from prefixtune_cli.recipe.schema import DataSection
 
 CLASSES = ("red", "green", "blue")
 
@@ -123,3 +125,31 @@ def test_other_data_may_have_columns_of_its_own(data: Path, tmp_path: Path) -> N
         assert found.ood is not None
         assert json.loads(rows(found.ood)[0]) == {"prompt": "p", "completion": "c"}
         assert found.about[OOD]["source"] == str(ood)
+
+
+SAID = [
+    {"role": "user", "content": "q", "name": "bob"},
+    {"role": "assistant", "content": "no", "weight": 0},
+    {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}], "weight": 1},
+    {"role": "function_call", "content": "{}"},
+]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "completion": "a", "system": "s"},
+        {"instruction": "q", "output": "a", "history": [["b", "c"]], "system": "s", "tools": [{}]},
+        {"instruction": "q", "output": "a", "history": [["b", "c"], ["d", "e"]]},
+        {"instruction": "q", "input": "i", "output": "a"},
+        {"messages": SAID, "tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "train": False}]},
+        {"text": "t"},
+    ],
+)  # fmt: skip
+def test_a_drawn_row_keeps_all_that_its_file_says(tmp_path: Path, row: dict[str, Any]) -> None:
+    data = write(tmp_path / "data.jsonl", [row] * 30)
+    found = drawn(data, tmp_path / "out")
+    original, again = (load_rows(str(file), DataSection()) for file in (data, found.train[0]))
+    columns = ["file", "line"]
+    assert again.dataset.remove_columns(columns)[0] == original.dataset.remove_columns(columns)[0]
