@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,10 +60,10 @@ def in_folder(folder: Path, split: str | None) -> LocalFiles:
     named = [name for name in splits if name != UNNAMED]
     wanted = next(name for name in ("train", UNNAMED, *named) if name in splits)
     if wanted not in ("train", UNNAMED) and len(named) > 1:
-        ways = " or ".join(f"{folder}:{name}" for name in named)
+        ways = " or ".join(_way(folder, name) for name in named)
         raise DataError(f"The folder {folder} has no split train. Name the one to read: {ways}.")
     left = [
-        _short(splits[name]) + (f" ({folder}:{name})" if name != UNNAMED else "")
+        _short(splits[name]) + (f" ({_way(folder, name)})" if name != UNNAMED else "")
         for name in splits
         if name != wanted
     ] + others
@@ -71,7 +72,7 @@ def in_folder(folder: Path, split: str | None) -> LocalFiles:
     notice = f"Read of {folder}: {_short(splits[wanted])}. Not read: {', '.join(left)}."
     held_out = [name for name in ("validation", *named) if name in named and name != wanted]
     if held_out:
-        notice += f" To hold out {held_out[0]}: --eval-data {folder}:{held_out[0]}."
+        notice += f" To hold out {held_out[0]}: --eval-data {_way(folder, held_out[0])}."
     return LocalFiles(splits[wanted], notice)
 
 
@@ -116,6 +117,11 @@ def _split_of(file: Path) -> str:
         if re.search(rf"(^|[-._ 0-9])({'|'.join(words)})[-._ 0-9]", file.name.lower()):
             return split
     return UNNAMED
+
+
+def _way(folder: Path, split: str) -> str:
+    """What to type for a split of a folder, in a shell."""
+    return shlex.quote(f"{folder}:{split}")
 
 
 def _short(files: list[Path]) -> str:

@@ -11,6 +11,8 @@ from prefixtune_cli.data.format import FORMATS
 from prefixtune_cli.data.read import Row, origin, read
 from prefixtune_cli.errors import DataError
 
+ASKED = {format.columns[0] for format in FORMATS.values()}
+
 
 def questions(source: str, mapping: Mapping[str, str]) -> Iterator[tuple[Row, Conversation]]:
     """Each row of a local source, as it stands in the file, and as a conversation that waits for an answer.
@@ -31,7 +33,9 @@ def questions(source: str, mapping: Mapping[str, str]) -> Iterator[tuple[Row, Co
     for path in found.files:
         for line, raw in read(path):
             where = origin(str(path), line)
-            yield raw, _question(rename(raw, mapping, where), where)
+            # Only what is asked must be there: the columns of answers may be missing.
+            there = {f: c for f, c in mapping.items() if c in raw or f in ASKED}
+            yield raw, _question(rename(raw, there, where), where)
 
 
 def _question(row: Row, where: str) -> Conversation:
@@ -46,7 +50,8 @@ def _question(row: Row, where: str) -> Conversation:
             return conversation.until(asked + 1)
         raise DataError(f"{where}: the conversation has no question, only answers.")
     names = ", ".join(format.columns[0] for format in FORMATS.values() if format.name != "text")
+    column = "text" if "text" in row else "COLUMN"
     raise DataError(
         f"{where}: no prompt; the columns are {', '.join(row) or 'none'}, and a prompt is one of {names}. "
-        "Name it with --map prompt=COLUMN."
+        f"Name it with --map prompt={column}."
     )

@@ -67,6 +67,11 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: R
         for notice in held_out_rows.notices:
             if notice not in rows.notices:
                 reporter.notice(f"held-out: {notice}")
+        if held_out_rows.fingerprint == rows.fingerprint:
+            reporter.warning(
+                f"--eval-data {section.eval} has the training rows, so the held-out figures tell nothing of new ones. "
+                "Name other rows, such as FOLDER:test, or leave --eval-data out."
+            )
         fingerprints["eval"] = {
             "source": section.eval,
             "rows": len(held_out_rows),

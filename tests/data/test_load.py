@@ -15,6 +15,7 @@ from prefixtune_cli.data import read
 from prefixtune_cli.data.load import LoadedData, load_rows, split
 from prefixtune_cli.errors import DataError, PtpError, ResourceError
 from prefixtune_cli.recipe.schema import DataSection
+from tests.heard import Heard
 
 PAIR = {"prompt": "Why?", "completion": "Because."}
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
@@ -396,6 +397,33 @@ def test_a_link_that_leads_nowhere_is_named(write, tmp_path):
     assert told in refusal(str(tmp_path / "d/b.jsonl"))
     (tmp_path / "e").symlink_to("/gone")
     assert f"{tmp_path}/e is a link to /gone" in refusal(str(tmp_path / "e"))
+
+
+def test_prompts_may_lack_the_mapped_answer_and_a_text_says_how_to_map_it(write):
+    from prefixtune_cli.data.question import questions
+
+    file = write("a.jsonl", [{"q": "Why?"}])
+    asked = list(questions(file, {"prompt": "q", "completion": "a"}))
+    assert asked[0][1].messages == [{"role": "user", "content": "Why?"}]
+    with pytest.raises(DataError, match="--map prompt=q names a column that is missing"):
+        list(questions(write("b.jsonl", [{"a": "x"}]), {"prompt": "q"}))
+    with pytest.raises(DataError, match="--map prompt=text"):
+        list(questions(write("c.jsonl", [{"text": "Why?", "label": "x"}]), {}))
+
+
+def test_held_out_rows_that_are_the_training_rows_are_warned_of(write, tmp_path):
+    from prefixtune_cli.recipe.schema import ModelSection, Recipe
+    from prefixtune_cli.tokenizer import load_tokenizer
+    from prefixtune_cli.train.prepare import prepare_data
+
+    for name in ("train", "test"):
+        write(f"d/{name}.jsonl", [PAIR | {"prompt": name, "id": 1}, PAIR])
+    folder, tokenizer = str(tmp_path / "d"), load_tokenizer(ModelSection())
+    for held_out, warned in ((folder, 1), (f"{folder}:test", 0)):
+        heard = Heard()
+        recipe = Recipe(data=DataSection(train=folder, eval=held_out))
+        prepare_data(recipe, tokenizer, heard)
+        assert len([text for text in heard.warnings if "has the training rows" in text]) == warned
 
 
 def test_prompts_of_a_folder_with_splits_are_asked_about(write, tmp_path):
