@@ -149,7 +149,8 @@ def eval(
         ),
     ] = None,
     show_all: Annotated[
-        bool, options.option("--all", panel=RESULTS, help="Show the tasks of a group, too.")
+        bool,
+        options.option("--all", panel=RESULTS, help="Show, and list, the tasks of a group, too."),
     ] = False,
     markdown: Annotated[
         bool, options.option("--markdown", panel=RESULTS, help="Print the table in Markdown.")
@@ -181,7 +182,7 @@ def eval(
     from prefixtune_cli.cli import console, eval_table
 
     if list_them:
-        eval_table.print_benchmarks(pattern or "*", as_json=as_json)
+        eval_table.print_benchmarks(pattern or "*", show_all=show_all, as_json=as_json)
         return
     from pathlib import Path
 

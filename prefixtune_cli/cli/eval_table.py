@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from prefixtune_cli.evaluate.run import Found
 
 
-def print_benchmarks(pattern: str, *, as_json: bool) -> None:
+def print_benchmarks(pattern: str, *, show_all: bool, as_json: bool) -> None:
     """The benchmarks whose name matches, lm-eval's and ours; torch is not imported."""
     from prefixtune_cli.evaluate.catalogue import Catalogue, Listed, load_catalogue
 
@@ -33,6 +33,7 @@ def print_benchmarks(pattern: str, *, as_json: bool) -> None:
         keys = ("name", "kind", "output_type", "dataset", "subset")
         console.print_json([{key: getattr(listed, key) for key in keys} for listed in found])
         return
+    shown = found if show_all else catalogue.outermost(found, pattern)
     rows = [
         [
             listed.name,
@@ -40,11 +41,13 @@ def print_benchmarks(pattern: str, *, as_json: bool) -> None:
             listed.output_type or f"{len(listed.members)} members",
             listed.dataset or "",
         ]
-        for listed in found
+        for listed in shown
     ]
     console.print_table(
         ["name", "kind", "what", "data set"], rows, optional=("kind", "what", "data set")
     )
+    if folded := len(found) - len(shown):
+        console.notice(f"{folded} more belong to the groups and tags above; --all shows them.")
 
 
 def print_found(found: Found, *, show_all: bool, markdown: bool, as_json: bool) -> None:

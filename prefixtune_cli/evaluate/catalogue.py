@@ -13,7 +13,7 @@ import fnmatch
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import distribution
 from pathlib import Path
@@ -77,6 +77,16 @@ class Catalogue:
 
         found = [name for name in self.entries if fnmatch.fnmatchcase(name.lower(), glob)]
         return [self.entries[name] for name in sorted(found, key=distance)]
+
+    def outermost(self, found: Sequence[Listed], typed: str) -> list[Listed]:
+        """Those of `found` that no group or tag among them holds, and what is named as it was typed."""
+        held = {
+            inner.name
+            for outer in found
+            for inner in self._below(outer.name, set())
+            if inner.name != outer.name
+        }
+        return [one for one in found if one.name not in held or one.name == typed]
 
     def check(self, names: Iterable[str], own: Iterable[str]) -> None:
         """Refuse names that are neither lm-eval's nor among our `own`.

@@ -138,6 +138,8 @@ class BenchmarkLM(HFLM):
     def _score(self, pairs: Sequence[Any], names: list[int], keep: Keep, total: int | None) -> None:
         """Score `pairs`, and keep the scores under `names`; without a `total` nothing is reported."""
         done: set[int] = set()  # a batch that is halved may give some scores twice
+        if total is not None:
+            self._progress(total - len(pairs), total)
 
         def kept(scores: dict[int, Any]) -> None:
             keep({names[i]: score for i, score in scores.items()})
@@ -160,6 +162,7 @@ class BenchmarkLM(HFLM):
         """See lm-eval; kept on disk text by text."""
 
         def answer(missing: list[int], keep: Keep) -> None:
+            self._progress(len(requests) - len(missing), len(requests))
             self.batch_size_per_gpu = 2**30  # all windows of a text: `limit` makes the batches
             for done, i in enumerate(missing, start=1):
                 [value] = HFLM.loglikelihood_rolling(self, [requests[i]], disable_tqdm=True)
@@ -185,6 +188,7 @@ class BenchmarkLM(HFLM):
 
         def answer(missing: list[int], keep: Keep) -> None:
             done = len(requests) - len(missing)
+            self._progress(done, len(requests))
 
             def work(batch: Sequence[int]) -> None:
                 nonlocal done

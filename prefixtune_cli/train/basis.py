@@ -95,6 +95,7 @@ class Basis(TrainerCallback):
         lengths = row_lengths(trainer.train_dataset)[: trainer.real_rows]
         rows = sorted(self._rows(lengths), key=lengths.__getitem__)  # little padding
         done = 0
+        self.reporter.progress("basis", done, len(rows), {})
         while done < len(rows):
             end = done + 1
             while end < len(rows) and (end + 1 - done) * lengths[rows[end]] <= AT_ONCE:

@@ -221,6 +221,16 @@ def test_the_names_nearest_to_what_was_typed_come_first(catalogue: Catalogue) ->
     assert found == [listed.name for listed in catalogue.find("*MMLU*")]
 
 
+def test_what_a_listed_group_holds_is_folded(catalogue: Catalogue) -> None:
+    found = catalogue.find("mmlu")
+    shown = [listed.name for listed in catalogue.outermost(found, "mmlu")]
+    assert shown[0] == "mmlu"
+    assert not {"mmlu_stem", "mmlu_anatomy"} & {*shown}
+    assert len(shown) < len(found) / 4
+    by_itself = catalogue.outermost(catalogue.find("mmlu_anatomy"), "mmlu_anatomy")
+    assert by_itself[0].name == "mmlu_anatomy"
+
+
 # Members
 
 
