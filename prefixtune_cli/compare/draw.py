@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ def draw(
     few_shot: int | None,
     ood: str | None,
     reporter: Reporter,
+    begin: Callable[[], object] | None = None,
 ) -> Rows:
     """Draw the rows and write them to `folder`, as JSONL in the layout that they were recognised to have.
 
@@ -65,6 +66,7 @@ def draw(
         few_shot: training examples a class; None takes all rows.
         ood: data of another distribution, in the same forms.
         reporter: hears what was found.
+        begin: is called when all data is read, and before the first file is written.
 
     Raises:
         DataError: data is missing, wrong or too little, or few-shot has no classes.
@@ -87,6 +89,9 @@ def draw(
     drawn = {s: rows for s in seeds}
     if few_shot is not None:
         drawn = {s: _few_shot(rows, few_shot, s, notices) for s in seeds}
+    other = None if ood is None else _other(ood, recipe)
+    if begin is not None:
+        begin()
     files: dict[str, Path] = {}
     about: dict[str, dict[str, Any]] = {}
 
@@ -110,8 +115,8 @@ def draw(
         about[TRAIN] = {**each[0], "sha256": [one["sha256"] for one in each]}
     write(VALIDATION, validation, section.train)
     write(TEST, test, test_source)
-    if ood is not None:
-        write(OOD, _other(ood, recipe), ood)
+    if ood is not None and other is not None:
+        write(OOD, other, ood)
     for notice in dict.fromkeys(notices):
         reporter.notice(notice)
     reporter.notice(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -80,7 +81,7 @@ def differences(runs: Sequence[FinishedRun]) -> list[str]:
         for run, other in twins(runs)
     ]
     finished = [run for run in runs if run.finished]
-    for what, key, shown in ASPECTS:
+    for what, key, shown in (*ASPECTS, *_of_reading(finished), *_of_answers(finished)):
         groups: dict[Hashable, list[FinishedRun]] = {}
         for run in finished:
             groups.setdefault(key(run), []).append(run)
@@ -118,21 +119,59 @@ def _shown_data(run: FinishedRun) -> str:
     return f"{train['source']} (sha256 {train['sha256'][:8]}…)"
 
 
-def _reading(run: FinishedRun) -> str:
+def _of_reading(runs: Sequence[FinishedRun]) -> Iterator[Aspect]:
+    """How their data was read: of its settings, those that differ."""
+    found = {run.given: _reading(run) for run in runs}
+    apart = sorted(
+        key
+        for key in {key for settings in found.values() for key in settings}
+        if len({json.dumps(settings.get(key)) for settings in found.values()}) > 1
+    )
+
+    def shown(run: FinishedRun) -> str:
+        own = found[run.given]
+        return ", ".join(spelled(f"data.{key}", own.get(key)) for key in apart)
+
+    yield "ways to read their data", shown, shown
+
+
+def _reading(run: FinishedRun) -> dict[str, Any]:
     where = {"train": None, "eval": None, "eval_split": None, "chat_template": None}
     template = run.fingerprints.get("chat_template", {}).get("sha256")
     settings = run.recipe.data.model_copy(update=where).model_dump(exclude_none=True)
-    settings |= {"chat_template": template, "answer_pattern": run.recipe.evaluate.answer_pattern}
-    return json.dumps(settings, sort_keys=True)
+    pattern = run.recipe.evaluate.answer_pattern
+    return {**settings, "chat_template": template, "answer_pattern": pattern}
 
 
 def held_out_rows(run: FinishedRun) -> Hashable:
     """Where they were split off, the seed chose them."""
     held_out = run.fingerprints.get("eval")
     split = None if held_out else (run.recipe.data.eval_split, run.seed)
-    references = tuple(row["answer"] for row in run.answers)
-    sha256 = held_out["sha256"] if held_out else None
-    return sha256, split, run.summary["held_out_rows"], references
+    return held_out["sha256"] if held_out else None, split, run.summary["held_out_rows"]
+
+
+def same_held_out_rows(runs: Sequence[FinishedRun]) -> bool:
+    """Whether all were judged on the same rows; where answers are matched in some, those tell no others."""
+    known = {_references(run) for run in runs if run.answers}
+    return len({held_out_rows(run) for run in runs}) == 1 and len(known) <= 1
+
+
+def _references(run: FinishedRun) -> tuple[str, ...]:
+    return tuple(row["answer"] for row in run.answers)
+
+
+def _of_answers(runs: Sequence[FinishedRun]) -> Iterator[Aspect]:
+    """What the answers were matched with, where the held-out rows are the same ones."""
+    if len({held_out_rows(run) for run in runs}) == 1:
+        yield "answers to match", _references, _shown_answers
+
+
+def _shown_answers(run: FinishedRun) -> str:
+    most = f"with evaluate.max_new_tokens {run.recipe.evaluate.max_new_tokens}"
+    if not run.answers:
+        return f"none {most}"
+    digest = hashlib.sha256(json.dumps(_references(run)).encode()).hexdigest()
+    return f"{len(run.answers)} {most} (sha256 {digest[:8]}…)"
 
 
 def _shown_held_out_rows(run: FinishedRun) -> str:
@@ -146,7 +185,6 @@ Aspect = tuple[str, Callable[[FinishedRun], Hashable], Callable[[FinishedRun], s
 ASPECTS: Sequence[Aspect] = (
     ("bases", base, _shown_base),
     ("training data", lambda run: run.fingerprints["train"]["sha256"], _shown_data),
-    ("ways to read their data", _reading, _reading),
     (
         "budgets",
         lambda run: (run.summary["steps"], run.batch),

@@ -110,11 +110,10 @@ def _compared(
     contest = [replace(one, recipe=models.with_learning_rate(one.recipe)) for one in contest]
     recipe = contest[0].recipe
     window = _window(contest, settings)
-    mark(folder)
     seeds = [recipe.train.seed + i for i in range(settings.seeds)]
     rows = draw(
         recipe, folder / "data", seeds,
-        few_shot=settings.few_shot, ood=settings.ood, reporter=reporter,
+        few_shot=settings.few_shot, ood=settings.ood, begin=lambda: mark(folder), reporter=reporter,
     )  # fmt: skip
     check_room(folder / ANSWERS, 0)
     workers = Workers(*_workers(settings, recipe), begin)

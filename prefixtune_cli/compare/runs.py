@@ -102,7 +102,7 @@ def _compared(
     labelled = fairness.labels([group[0] for group in groups.values()])
     common, left_out = _in_common([run for run in finished if run.given not in twins])
     same_base = len({fairness.base(run) for run in finished}) == 1
-    same_rows = len({fairness.held_out_rows(run) for run in finished}) == 1
+    same_rows = fairness.same_held_out_rows(finished)
     first = finished[0]
     model = first.recipe.model
     of_base = {name: first.evaluated[name].results for name in common}

@@ -35,6 +35,7 @@ Floats = NDArray[np.float64]
 Metric = Literal["exact match", "loss", "forgetting"]
 
 LEVEL = 0.05  # of a test; the intervals are 95 % ones
+DIGITS = 3  # that are shown: a tenth of a per cent, or a thousandth of a nat
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Difference:
     rows: int = 1
 
     @property
+    def is_none(self) -> bool:
+        """Whether it is zero as it is shown."""
+        return is_level(self.value, 0.0)
+
+    @property
     def larger_than_noise(self) -> bool:
         return self.p_value is not None and self.p_value < LEVEL
 
@@ -72,7 +78,7 @@ class Standing:
         deviation: the standard deviation over its seeds (divided by n - 1); None with one seed.
         seeds: how many have a result.
         failed: how many have none, as their cell failed.
-        best: no other mean is better.
+        best: no other mean is better, as means are shown.
         difference: from the first contestant; None for that one, and where no seed has both.
     """
 
@@ -124,6 +130,11 @@ class Standings:
         return bool(found := self._differences) and all(d.rows > 1 for d in found)
 
 
+def is_level(one: float | None, other: float | None) -> bool:
+    """Whether there are two figures, and they do not differ by as much as is shown."""
+    return one is not None and other is not None and round(abs(one - other), DIGITS) == 0
+
+
 def standings(comparison: Comparison) -> list[Standings]:
     """Every data set on which some contestant has a result: TEST first, OOD and FORGETTING last."""
     found = dict.fromkeys(
@@ -152,7 +163,7 @@ def standings_on(comparison: Comparison, data: str) -> Standings:
     each = [_standing(c, data, metric, origin) for c in contestants]
     better = max if metric == "exact match" else min
     best = better((s.mean for s in each if s.mean is not None), default=None)
-    each = [replace(s, best=s.mean is not None and s.mean == best) for s in each]
+    each = [replace(s, best=is_level(s.mean, best)) for s in each]
     differences = {
         i: found
         for i, c in enumerate(contestants)

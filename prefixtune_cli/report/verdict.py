@@ -88,9 +88,9 @@ def _against_first(
 ) -> str:
     by = _amount(found, abs(difference.value), of_a_difference=True)
     better = (difference.value > 0) == found.higher_is_better
+    if difference.is_none:
+        return f"{rival.contestant} is level with {first.contestant}."
     how = f"{by} {'better' if better else 'worse'} than"
-    if abs(difference.value) < 1e-12:
-        how = "level with"
     return f"{rival.contestant} is {how} {first.contestant}{_sureness(found, difference)}."
 
 
@@ -137,20 +137,28 @@ def _of_cost(comparison: Comparison) -> list[Said]:
         sizes = {c.label: c.trainable_parameters for c in contestants}
         known = {label: count for label, count in sizes.items() if count}
         if len(known) > 1:
-            label = min(known, key=lambda each: known[each])
-            lead = f"{label} trains the fewest parameters: {known[label]:,}"
-            said.append(Said(lead + _beside_first(group, label, known, "") + "."))
+            least = min(known.values())
+            who = [label for label, count in known.items() if count == least]
+            lead = f"{_who(who)} the fewest parameters: {least:,}"
+            said.append(Said(lead + _beside_first(group, who, known, "") + "."))
         speeds = {c.label: speed for c in contestants if (speed := _training_speed(c))}
         if len(speeds) > 1:
-            label = max(speeds, key=lambda each: speeds[each])
-            lead = f"{label} trains fastest: {speeds[label]:,.0f} tokens/s"
-            said.append(Said(lead + _beside_first(group, label, speeds, " tokens/s") + "."))
+            most = max(speeds.values())
+            who = [label for label, speed in speeds.items() if round(speed) == round(most)]
+            lead = f"{_who(who)} fastest: {most:,.0f} tokens/s"
+            said.append(Said(lead + _beside_first(group, who, speeds, " tokens/s") + "."))
     return said
 
 
-def _beside_first(group: Group, label: str, figures: Mapping[str, float], unit: str) -> str:
+def _who(labels: Sequence[str]) -> str:
+    return f"{_listed(labels)} {'trains' if len(labels) == 1 else 'alike train'}"
+
+
+def _beside_first(
+    group: Group, labels: Sequence[str], figures: Mapping[str, float], unit: str
+) -> str:
     first = group.contestants[0]
-    if label == first or first not in figures:
+    if first in labels or first not in figures:
         return ""
     return f" ({first}: {figures[first]:,.0f}{unit})"
 

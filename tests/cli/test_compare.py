@@ -56,6 +56,20 @@ def test_unequal_runs_are_refused_and_compared_anyway(ptp: Ptp, tmp_path: Path) 
     assert "steps" in out
 
 
+def test_a_refusal_for_its_data_leaves_no_folder(
+    ptp: Ptp, random_base: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for given in (
+        ["--data", tmp_path / "none.jsonl"],
+        ["--data", data, "--ood", tmp_path / "none.jsonl"],
+        ["--data", data, "--few-shot", "2", "--set", "evaluate.max_rows=0"],
+    ):
+        code, _, err = ptp(*small(random_base, out), "--methods", "lora", *given)
+        assert code == 1, err
+        assert not out.exists(), given
+
+
 def test_methods_are_trained_timed_and_reported(
     ptp: Ptp, random_base: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """`read_runs`: finished runs become a comparison without torch, and what would be unfair is refused all at once."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -43,6 +44,7 @@ def run(
             "data": {"train": "a.jsonl", "eval": "b.jsonl", **sections.get("data", {})},
             "adapter": {"method": method, **sections.get("adapter", {})},
             "train": {"max_steps": 30, "seed": seed, **sections.get("train", {})},
+            "evaluate": sections.get("evaluate", {}),
             "out": str(out),
         }
     ).with_learning_rate(192)
@@ -211,12 +213,42 @@ def test_everything_that_is_unfair_is_said_at_once(tmp_path: Path) -> None:
     assert said.endswith("type --anyway.")
 
 
+def test_of_runs_that_match_no_answers_what_differs_is_said_and_the_loss_compared(
+    tmp_path: Path,
+) -> None:
+    """evaluate.max_new_tokens is too small for some answers in one of them: the rows are the same."""
+    one = run(tmp_path / "a")
+    other = run(tmp_path / "b", "full", evaluate={"max_new_tokens": 2}, loss=1.25)
+    RunDir(other).answers.unlink()
+    said = refused(one, other)
+    assert re.fullmatch(
+        rf"The runs have different answers to match: 4 with evaluate.max_new_tokens 32 \(sha256 \w{{8}}…\) in {one}; "
+        rf"none with evaluate.max_new_tokens 2 in {other}\.",
+        said.splitlines()[0],
+    )
+    made = read_runs([one, other], anyway=True)
+    head, rows = columns(made)
+    assert head[1] == "loss, nats"
+    assert [row[1] for row in rows] == ["4.000", "1.500", "1.250 *"]
+
+
+def test_of_ways_to_read_the_data_those_that_differ_are_told(tmp_path: Path) -> None:
+    one = run(tmp_path / "a", data={"max_length": 512})
+    other = run(tmp_path / "b", data={"train_on": "all", "max_length": 512})
+    said = refused(one, other).splitlines()[0]
+    assert said.endswith(
+        f"ways to read their data: train_on=completion in {one}; train_on=all in {other}."
+    )
+
+
 def test_anyway_the_differences_are_notices_and_rows_are_not_tested(tmp_path: Path) -> None:
     one = run(tmp_path / "a")
     other = run(tmp_path / "b", "full", references=("red", "blue", "green", "black"))
-    assert "different held-out rows" in refused(one, other)
+    said = refused(one, other)
+    first, second = said.removeprefix("The runs have different answers to match: ").split("; ")
+    assert first.partition(" in ")[0] != second.partition(" in ")[0]  # by their hashes
     made = read_runs([one, other], anyway=True)
-    assert [notice[:38] for notice in made.notices] == ["The runs have different held-out rows:"]
+    assert [notice[:41] for notice in made.notices] == ["The runs have different answers to match:"]
     assert made.notices[0] in markdown(made)
     found = standings_on(made, TEST)
     assert found.untested is not None

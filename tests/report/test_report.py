@@ -70,6 +70,19 @@ def test_the_best_figure_is_said_and_not_only_bold(page: Page) -> None:
     assert page.words[page.words.index("93.3 ± 1.4") + 1] == " (best)"
 
 
+def test_on_a_narrow_page_each_figure_stands_beside_its_head(page: Page, tmp_path: Path) -> None:
+    """A wide table is neither cut nor scrolled there: a row is a card. Nor is a figure kept from wrapping elsewhere."""
+    heads = {word.strip() for word in page.words}
+    cells = page.all("td")
+    assert len(cells) > 100
+    assert all(cell["data-head"] in heads for cell in cells)
+    css = next(word for word in page.words if "@media" in word)
+    narrow = css.partition("@media screen and (max-width: 48rem)")[2].partition("@media print")[0]
+    assert "tbody th, td { display: block }" in narrow
+    assert "td::before { content: attr(data-head)" in narrow
+    assert "nowrap" not in css
+
+
 def test_headings_tables_and_pictures_are_marked_up(page: Page) -> None:
     levels = [int(tag[1]) for tag, _ in page.tags if tag in ("h1", "h2", "h3")]
     assert levels[0] == 1

@@ -81,7 +81,30 @@ def test_a_mean_that_is_best_by_a_failed_seed_is_not_called_a_lead() -> None:
 def test_equal_means_are_shared() -> None:
     said = verdict(of({"mine": [0.5, 0.5], "other": [0.5, 0.5]}))[0]
     assert "mine and other share the best mean: 50.0 ± 0.0 % right answers" in said.lead
-    assert said.details[0].startswith("other is level with mine")
+    assert said.details[0] == "other is level with mine."
+
+
+def test_means_that_are_shown_alike_are_a_tie() -> None:
+    found = of({"mine": [0.5], "other": [0.5]})
+    mine, other = found.contestants
+    nearly = Result([1.0002], [1], None)
+    exact = Result([1.0], [1], None)
+    cells = [[Cell(0, "r", results={TEST: result})] for result in (nearly, exact)]
+    tied = [replace(c, cells=own) for c, own in zip((mine, other), cells, strict=True)]
+    said = verdict(replace(found, contestants=tied))[0]
+    assert (
+        said.lead
+        == "On the test data, mine and other share the best mean: 1.000 nats a token of loss (one seed)."
+    )
+    assert said.details[0] == "other is level with mine."
+
+
+def test_costs_that_are_alike_have_no_winner() -> None:
+    lora = contestant("lora")
+    twins = [replace(lora, label=name) for name in ("lora a", "lora b")]
+    said = leads(comparison(contestants=[*twins, contestant("full")]))
+    assert "lora a and lora b alike train the fewest parameters: 224,256." in said
+    assert "lora a and lora b alike train fastest: 4,100 tokens/s." in said
 
 
 def test_one_seed_is_said_to_show_nothing_of_other_seeds() -> None:
