@@ -48,6 +48,7 @@ from prefixtune_cli.errors import Interrupted, PtpError
 from prefixtune_cli.evaluate.evaluations import WINDOW
 from prefixtune_cli.evaluate.finished import check_room
 from prefixtune_cli.evaluate.forgetting import prepare as prepare_text
+from prefixtune_cli.evaluate.matching import match_rule
 from prefixtune_cli.parallel.devices import device, processes_here, show_only
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.schema import Recipe
@@ -337,6 +338,8 @@ class _Cells:
 
     def _notices(self, contestants: Iterable[Contestant]) -> list[str]:
         found = list(self._rows.notices)
+        if pattern := self._contest[0].recipe.evaluate.answer_pattern:
+            found.append(f"An answer is right where {match_rule(pattern)}.")
         if len({c.steps for one in contestants for c in one.cells if c.steps is not None}) > 1:
             found.append("The contestants took different numbers of steps, as the grid asks for.")
         if self._settings.few_shot is not None and self._settings.sweep > 1:

@@ -27,6 +27,7 @@ from prefixtune_cli.compare.comparison import (
 )
 from prefixtune_cli.compare.finished_run import ADAPTER, BASE, FinishedRun, open_run
 from prefixtune_cli.errors import RunDirError, UsageError
+from prefixtune_cli.evaluate.matching import match_rule
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
 
@@ -133,7 +134,12 @@ def _compared(
             _contestant(label, group, common)
             for label, group in zip(labelled, groups.values(), strict=True)
         ],
-        notices=[*differences, *_of_other_machines(finished), *left_out],
+        notices=[
+            *differences,
+            *_of_matching(finished),
+            *_of_other_machines(finished),
+            *left_out,
+        ],
     )
 
 
@@ -247,6 +253,14 @@ def _protocol(finished: Sequence[FinishedRun]) -> dict[str, Any]:
         "few_shot": None,
         "schedule": equal([run.recipe.train.schedule for run in finished]),
     }
+
+
+def _of_matching(finished: Sequence[FinishedRun]) -> list[str]:
+    """By which pattern answers were matched, and why some were not matched at all."""
+    patterns = [run.recipe.evaluate.answer_pattern for run in finished]
+    rules = [f"An answer is right where {match_rule(pattern)}." for pattern in patterns if pattern]
+    reasons = [str(why) for run in finished if (why := run.summary.get("why_no_exact_match"))]
+    return list(dict.fromkeys([*rules, *reasons]))
 
 
 def _of_other_machines(finished: Sequence[FinishedRun]) -> list[str]:

@@ -142,7 +142,7 @@ def _single_question(row: Mapping[str, Any]) -> dict[str, str] | None:
     """What `ptp generate` takes on the command line: one question, perhaps with a system message."""
     if "text" in row:
         return {"prompt": " ".join(row["text"].split()[:6])}
-    if not _has_answer(row):
+    if not _has_answer(row) or Conversation.of(row).tools:
         return None
     before = asked(row)
     if isinstance(before, str):

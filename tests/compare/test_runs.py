@@ -16,6 +16,7 @@ from prefixtune_cli.compare.standing import standings_on
 from prefixtune_cli.compare.table import columns, markdown
 from prefixtune_cli.errors import RunDirError, UsageError
 from prefixtune_cli.evaluate.evaluations import Settings
+from prefixtune_cli.evaluate.matching import match_rule
 from prefixtune_cli.evaluate.run import evaluate
 from prefixtune_cli.recipe.load import dump
 from prefixtune_cli.recipe.schema import Recipe
@@ -339,6 +340,25 @@ def test_runs_of_other_machines_or_packages_are_compared_with_a_notice(tmp_path:
     made = read_runs([run(tmp_path / "a"), run(tmp_path / "b", "full", environment=other)])
     assert len(made.notices) == 2
     assert "their speeds and memory are not comparable" in made.notices[0]
+
+
+def test_runs_are_matched_by_their_pattern_and_the_rule_is_a_notice(tmp_path: Path) -> None:
+    worked = {"references": ("So #### 1", "So #### 2", "#### 3", "#### 4")}
+    how = {**worked, "evaluate": {"answer_pattern": "#### (.*)"}}
+    mine = run(tmp_path / "a", "lora", right="1111", **how)
+    made = read_runs([mine, run(tmp_path / "b", "prefix-tuning", right="1110", **how)])
+    assert made.notices == [f"An answer is right where {match_rule('#### (.*)')}."]
+    assert made.contestants[0].results(TEST)[0].exact_match == 1
+    plain = run(tmp_path / "c", "prefix-tuning", right="1110", **worked)
+    assert "answer_pattern" in refused(mine, plain)
+
+
+def test_runs_whose_answers_were_not_matched_say_why(tmp_path: Path) -> None:
+    runs = [run(tmp_path / m, m, right="", references=()) for m in ("lora", "prefix-tuning")]
+    for one in runs:
+        summary = json.loads(RunDir(one).summary.read_text())
+        write_json(RunDir(one).summary, {**summary, "why_no_exact_match": "No exact match: so."})
+    assert read_runs(runs).notices == ["No exact match: so."]
 
 
 def test_an_evaluation_that_not_all_runs_have_is_left_out_with_a_notice(tmp_path: Path) -> None:
