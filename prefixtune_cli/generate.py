@@ -26,7 +26,8 @@ from prefixtune_cli.agreement import any_prompt, check_generation
 from prefixtune_cli.answer_file import AnswerFile
 from prefixtune_cli.data.conversation import Conversation
 from prefixtune_cli.data.encode import end_of_turn_id, plain, start_ids, with_start
-from prefixtune_cli.data.template import ChatTemplate, chat_template
+from prefixtune_cli.data.template import ChatTemplate
+from prefixtune_cli.data.template import chat_template as template_of
 from prefixtune_cli.errors import UsageError
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import resolve
@@ -218,12 +219,16 @@ def load_speaker(
     bits: int | None,
     seed: int,
     device: str | None = None,
+    chat_template: str | None = None,
 ) -> Speaker:
     """Load what `--run`, or `--model` with `--adapter`, names.
+
+    An adapter is asked by the tokenizer and the template that it was trained with; `chat_template` wins over both.
 
     Raises:
         UsageError: both or neither are given.
         RunDirError: the run has no adapter yet.
+        DataError: the chat template cannot be read.
         ModelError: the base or the adapter cannot be loaded, or does not generate what it computes.
     """
     if (run is None) == (model is None):
@@ -234,14 +239,12 @@ def load_speaker(
         raise UsageError("--run has its own adapter. Leave --adapter out, or give --model with it.")
     chosen = {"bits": bits, "device": device}
     base: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
-    template, folder = None, adapter
+    folder = trained = adapter
     if run is not None:
         run_dir = RunDir(run)
         run_dir.check_adapter()
         recipe = resolve(str(run_dir.recipe), flags={"model": base} if base else None)
-        template, folder = recipe.data.chat_template, str(run_dir.adapter)
-        if run_dir.chat_template.exists():
-            template = str(run_dir.chat_template)
+        folder = trained = str(run_dir.adapter)
         if recipe.adapter.method == "full":  # the folder holds a whole model, and no adapter
             name = recipe.model.name if no_adapter else folder
             recipe = resolve(str(run_dir.recipe), flags={"model": {**base, "name": name}})
@@ -252,8 +255,8 @@ def load_speaker(
     models.check_precision(recipe.model)
     if folder is not None:
         models.check_fits(recipe.model, folder)
-    tokenizer = load_tokenizer(recipe.model)
-    chat = chat_template(tokenizer, template)
+    tokenizer = load_tokenizer(recipe.model, trained)
+    chat = template_of(tokenizer, chat_template)
     set_seed(seed)
     loaded: Any = models.load_base(recipe.model)
     if folder is not None:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from prefixtune_cli import gguf_base
-from prefixtune_cli.errors import ModelError
+from prefixtune_cli.errors import AdapterError, ModelError
 from prefixtune_cli.recipe.aliases import check_local_model, resolve
 from prefixtune_cli.recipe.gguf_header import is_gguf
 from prefixtune_cli.recipe.schema import ModelSection
+from prefixtune_cli.run_dir import RunDir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,29 +40,85 @@ def check_base(section: ModelSection) -> None:
         )
 
 
-def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token.
+def load_tokenizer(
+    section: ModelSection, adapter: str | Path | None = None
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token; of an adapter, the tokenizer and chat template it was trained with.
+
+    Args:
+        section: the base.
+        adapter: an adapter folder. What it carries, as `ptp train` and TRL save it, wins over the base's.
 
     Raises:
         ModelError: there is no tokenizer, or no model at all.
+        AdapterError: the adapter's tokenizer or template cannot be read.
     """
+    template = None if adapter is None else _template(Path(adapter))
+    if adapter is not None and _tokenizer_config(Path(adapter)).exists():
+        tokenizer = _adapters_tokenizer(section, Path(adapter))
+    else:
+        tokenizer = _bases_tokenizer(section)
+    if template is not None:
+        try:
+            tokenizer.chat_template = template.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise AdapterError(
+                f"The chat template {template} cannot be read: {error}. Give another with --chat-template FILE."
+            ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def carries_tokenizer(adapter: str | Path) -> bool:
+    """Whether an adapter says which tokenizer, or which chat template, it was trained with."""
+    adapter = Path(adapter)
+    return _tokenizer_config(adapter).exists() or _template(adapter) is not None
+
+
+def _tokenizer_config(adapter: Path) -> Path:
+    return adapter / "tokenizer_config.json"
+
+
+def _template(adapter: Path) -> Path | None:
+    """The adapter's template, or that of the run around it: adapters did not always carry theirs."""
+    run = RunDir(adapter.parent)
+    found = [adapter / run.chat_template.name]
+    if run.recipe.exists() and adapter.name == run.adapter.name:
+        found.append(run.chat_template)
+    return next((file for file in found if file.exists()), None)
+
+
+def _adapters_tokenizer(section: ModelSection, adapter: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(
+            str(adapter), trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise AdapterError(
+            f"The tokenizer of the adapter in {adapter} cannot be loaded: {error} To use that of {section.name}, "
+            f"delete {_tokenizer_config(adapter)}."
+        ) from error
+    return cast("PreTrainedTokenizerBase", found)
+
+
+def _bases_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     name = resolve(section.name)
     try:
         if is_gguf(name):
-            tokenizer = gguf_base.load_tokenizer(name)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(
-                name, revision=section.revision, trust_remote_code=section.trust_remote_code
-            )
+            return gguf_base.load_tokenizer(name)
+        found = AutoTokenizer.from_pretrained(
+            name, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
     except (OSError, ValueError, ImportError, KeyError) as error:
         if Path(name).exists():
             check_base(section)  # which says what it is, where it is no model
         raise ModelError(cannot_load("tokenizer", section, error)) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return cast("PreTrainedTokenizerBase", tokenizer)
+    return cast("PreTrainedTokenizerBase", found)
 
 
 def cannot_load(what: str, section: ModelSection, error: Exception) -> str:

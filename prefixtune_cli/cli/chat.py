@@ -13,6 +13,7 @@ def chat(
     adapter: options.AdapterFolder = None,
     no_adapter: options.NoAdapter = False,
     system: options.System = None,
+    chat_template: options.ChatTemplate = None,
     bits: options.Bits = None,
     device: options.Device = None,
     max_new_tokens: options.MaxNewTokens = 256,
@@ -35,6 +36,7 @@ def chat(
         bits=bits,
         device=device,
         seed=seed,
+        chat_template=chat_template,
     )
     console.notice(f"{speaker.description}. {HELP}")
     talk = generation.conversation(None, system)

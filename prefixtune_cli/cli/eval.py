@@ -88,6 +88,7 @@ def eval(
     format: options.Format = None,
     map: options.Map = None,
     answer_pattern: options.AnswerPattern = None,
+    chat_template: options.ChatTemplate = None,
     list_them: Annotated[
         bool, options.option("--list", panel=WHAT, help="List the benchmarks, and stop.")
     ] = False,
@@ -172,6 +173,7 @@ def eval(
             "format": format,
             "map": map,
             "answer_pattern": answer_pattern,
+            "chat_template": chat_template,
         }
     )
     size = _batch_size(batch_size)

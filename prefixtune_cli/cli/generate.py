@@ -37,6 +37,7 @@ def generate(
     ] = False,
     map: options.Map = None,
     system: options.System = None,
+    chat_template: options.ChatTemplate = None,
     bits: options.Bits = None,
     device: options.Device = None,
     max_new_tokens: options.MaxNewTokens = 256,
@@ -71,6 +72,7 @@ def generate(
             bits=bits,
             device=device,
             seed=seed,
+            chat_template=chat_template,
         )
         if prompt is not None:
             text = sys.stdin.read() if prompt == "-" else prompt

@@ -166,8 +166,9 @@ def _of_data(
     """The user's data, or our samples, rendered as the run renders its own."""
     if len(set(cast.readings)) > 1:
         raise UsageError(
-            "The runs read and render data differently (data.max_length, map, train_on, the chat template or the "
-            "like), so one call would not do them justice. Evaluate each by itself on --data and quickstart."
+            "The adapters read and render data differently (data.max_length, map, train_on, the chat template or the "
+            "like), so one call would not do them justice. Evaluate each by itself on --data and quickstart, or, "
+            "where their templates alone differ, give one with --chat-template."
         )
     section = cast.recipe.data.model_copy(
         update={"chat_template": cast.template, **settings.data_settings}

@@ -27,7 +27,6 @@ from prefixtune_cli.lock import locked
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.run_dir import RunDir, write_atomically, write_json
 from prefixtune_cli.shared_base import SharedBase
-from prefixtune_cli.tokenizer import load_tokenizer
 
 PACKAGES = (
     "prefixtune-cli",
@@ -70,8 +69,9 @@ def evaluate(
         adapters=settings.adapters,
         flags=dict(settings.model_settings),
         base=settings.base,
+        template=settings.data_settings.get("chat_template"),
     )
-    tokenizer = load_tokenizer(cast.recipe.model)
+    tokenizer = cast.tokenizer
     folders = _folders(settings, cast)
     evaluations = list(prepare(settings, cast, tokenizer, reporter))
     requests = sum(e.requests for e in evaluations) * len(cast.subjects)

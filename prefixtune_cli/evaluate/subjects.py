@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixtune_cli import model as models
 from prefixtune_cli.agreement import any_prompt, check_generation
@@ -68,10 +68,12 @@ class Subject:
 class Cast:
     """The base's section, the recipe that data is read by, and all subjects, the base first where it takes part.
 
-    `readings` has every run's way to read and render data, as text.
+    `tokenizer` is the adapters', with their chat template, or the base's; `template` is a file that wins over that.
+    `readings` has every adapter's way to read and render data, as text.
     """
 
     recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
     template: str | None
     readings: list[str]
     subjects: list[Subject]
@@ -116,7 +118,7 @@ class Cast:
         else:
             model = models.load_adapter(self._base, subject.adapter).eval()
         try:
-            prompt = any_prompt(load_tokenizer(self.recipe.model))
+            prompt = any_prompt(self.tokenizer)
             check_generation(model, prompt, then="type the same command again.")
         except BaseException:
             if isinstance(model, PeftModel):
@@ -150,6 +152,7 @@ def assemble(
     adapters: Sequence[str],
     flags: dict[str, Any],
     base: bool,
+    template: str | None = None,
 ) -> Cast:
     """Find out who is evaluated, without loading anything.
 
@@ -159,9 +162,11 @@ def assemble(
         adapters: adapter folders, for `model`.
         flags: the model section's settings that were typed.
         base: the base takes part.
+        template: a chat template that was typed.
 
     Raises:
-        UsageError: both or neither of runs and model are given, or the runs have different bases.
+        UsageError: both or neither of runs and model are given, or the runs have different bases, or the adapters
+            different tokenizers.
         RunDirError: a run has no adapter.
         AdapterError: a folder holds no adapter that can be read.
     """
@@ -175,27 +180,31 @@ def assemble(
         raise UsageError(
             "--no-base leaves nothing to evaluate. Give an --adapter, or leave it out."
         )
-    template: str | None = None
     if runs:
         found = [_of_run(run) for run in runs]
         recipes = [resolve(str(RunDir(run).recipe), flags={"model": flags}) for run in runs]
         _check_same_base(recipes, runs)
         recipe = recipes[0]
-        readings = [_reading(run, of) for run, of in zip(runs, recipes, strict=True)]
-        kept = RunDir(runs[0]).chat_template
-        template = str(kept) if kept.exists() else recipe.data.chat_template
     else:
         found = [_subject(Path(folder)) for folder in adapters]
         recipe = resolve(flags={"model": {**flags, "name": model}})
-        readings = []
+        recipes = [recipe for _ in found]
     check_base(recipe.model)
     models.check_precision(recipe.model)
     for subject in found:
         if subject.adapter is not None and not subject.whole:
             models.check_fits(recipe.model, subject.adapter)
+    tokenizers = [load_tokenizer(recipe.model, s.adapter) for s in found]
+    tokenizers = tokenizers or [load_tokenizer(recipe.model)]
+    _check_same_tokenizer(tokenizers, found)
+    readings = [
+        _reading(of, None if template else tokenizer.chat_template)
+        for of, tokenizer in zip(recipes, tokenizers, strict=False)
+    ]
     its = hash_of_base(recipe.model)
     subjects = [Subject(BASE, sha256=its)] if base else []
-    return Cast(recipe, template, readings, [*subjects, *_named(found)], its)
+    everyone = [*subjects, *_named(found)]
+    return Cast(recipe, tokenizers[0], template, readings, everyone, its)
 
 
 def _of_run(run: str) -> Subject:
@@ -225,12 +234,22 @@ def _named(subjects: list[Subject]) -> list[Subject]:
     ]
 
 
-def _reading(run: str, recipe: Recipe) -> str:
+def _reading(recipe: Recipe, template: Any) -> str:
     where = {"train": None, "eval": None, "eval_split": None, "chat_template": None}
-    template = RunDir(run).chat_template
-    text = template.read_text(encoding="utf-8") if template.exists() else recipe.data.chat_template
     data = recipe.data.model_copy(update=where).model_dump()
-    return json.dumps([data, text, recipe.evaluate.answer_pattern], sort_keys=True)
+    return json.dumps([data, template, recipe.evaluate.answer_pattern], sort_keys=True)
+
+
+def _check_same_tokenizer(
+    tokenizers: Sequence[PreTrainedTokenizerBase], subjects: Sequence[Subject]
+) -> None:
+    first, *others = (tokenizer.get_vocab() for tokenizer in tokenizers)
+    for vocabulary, subject in zip(others, subjects[1:], strict=True):
+        if vocabulary != first:
+            raise UsageError(
+                f"{subjects[0].adapter} and {subject.adapter} carry different tokenizers ({len(first):,} and "
+                f"{len(vocabulary):,} tokens), so one call cannot compare them. Evaluate each by itself."
+            )
 
 
 def _check_same_base(recipes: list[Recipe], runs: Sequence[str]) -> None:

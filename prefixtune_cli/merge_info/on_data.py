@@ -132,7 +132,7 @@ def analyse(
     check_base(model)
     for _, folder, _ in chosen:
         models.check_fits(model, folder)
-    examples, about = _examples(data, _reading(adapters), rows, model, reporter)
+    examples, about = _examples(data, _reading(adapters), rows, model, chosen[0][1], reporter)
 
     if model.attention not in ("auto", "sdpa", "eager"):  # masks that cannot be cut, or no float32
         model = model.model_copy(update={"attention": "auto"})
@@ -174,20 +174,24 @@ def _reading(adapters: Sequence[Path]) -> DataSection:
     run = next(runs, None)
     if run is None:
         return DataSection(train_on="all")
-    if run.chat_template.exists():
-        changes["chat_template"] = str(run.chat_template)
+    changes["chat_template"] = None  # the adapter has it
     return resolve(str(run.recipe)).data.model_copy(update=changes)
 
 
 def _examples(
-    data: str, section: DataSection, limit: int, model: ModelSection, reporter: Reporter
+    data: str,
+    section: DataSection,
+    limit: int,
+    model: ModelSection,
+    adapter: Path,
+    reporter: Reporter,
 ) -> tuple[list[list[int]], dict[str, Any]]:
     """Token ids of the chosen rows, and what stands about them in the result."""
     loaded = load_rows(data, section)
     total = len(loaded)
     if limit < total:
         loaded = loaded.select([int(i) for i in np.linspace(0, total - 1, limit)])
-    tokenized = tokenize(loaded, load_tokenizer(model), section)
+    tokenized = tokenize(loaded, load_tokenizer(model, adapter), section)
     for notice in (*loaded.notices, *tokenized.notices):
         reporter.notice(notice)
     examples = cast(list[list[int]], tokenized.dataset.with_format(None)["input_ids"][:])

@@ -259,6 +259,8 @@ def _train(
     if processes.leads:
         if not job.resume:
             _open(run_dir, recipe, data, processes, overwrite=overwrite)
+        if run_dir.chat_template.exists():
+            tokenizer.chat_template = run_dir.chat_template.read_text(encoding="utf-8-sig")
         kept = recipe.train.keep_checkpoints + 2 - len(run_dir.checkpoints())
         # The trained weights and AdamW's two moments, in float32.
         check_disk(run_dir.path, 3 * 4 * trained * max(kept, 1))
@@ -356,17 +358,18 @@ def _save_adapter(
     run_dir: RunDir,
     processes: Processes,
 ) -> None:
-    """Write the adapter folder, a plain one however the weights are spread."""
+    """Write the adapter folder, a plain one however the weights are spread, with the tokenizer and its template."""
     part = run_dir.path / ".adapter.part"
     reshard(model)
     with adapter_at_hand(model):
         if processes.leads:
             shutil.rmtree(part, ignore_errors=True)
-            model.save_pretrained(part)
+            # The embedding and the output layer are the base's, also where an adapter stands at them.
+            whole = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+            model.save_pretrained(part, **whole)
             models.drop_model_card(part)
     if processes.leads:
-        if not isinstance(model, PeftModel):
-            tokenizer.save_pretrained(part)
+        tokenizer.save_pretrained(part)
         run_dir.place(part, run_dir.adapter)
     processes.wait()
 

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from prefixtune_cli.errors import ModelError, RecipeError, ResourceError, RunDirError, TrainingError
 from prefixtune_cli.evaluate.held_out import Score
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir, write_json
+from prefixtune_cli.tokenizer import load_tokenizer
 from prefixtune_cli.train import Summary, train
 from prefixtune_cli.train.checks import check_disk
 from prefixtune_cli.train.trainer import training_arguments
@@ -87,6 +89,9 @@ def test_the_run_directory_is_complete(finished: tuple[RunDir, Summary, Listener
     assert sorted(p.name for p in run_dir.adapter.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
     ]
     assert not list(run_dir.path.rglob("README.md"))  # peft's blank cards, in checkpoints as well
     assert run_dir.loss_plot.read_bytes().startswith(b"\x89PNG")
@@ -388,6 +393,27 @@ def test_a_fully_trained_run_answers_with_its_own_weights(
         return "".join(answer_streamed(speaker, messages, sampling=Sampling(max_new_tokens=5)))
 
     assert said(no_adapter=False) != said(no_adapter=True)
+
+
+def test_the_adapter_carries_the_tokenizer_and_the_template_of_its_training(
+    random_base: Path, colours: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    chosen = recipe(
+        random_base,
+        colours,
+        tmp_path / "run",
+        data={"chat_template": str(template)},
+        train={"max_steps": 1},
+    )
+    train(chosen)
+    adapter = RunDir(tmp_path / "run").adapter
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    assert tokenizer.chat_template == template.read_text()
+    assert tokenizer("Say it").input_ids == load_tokenizer(chosen.model)("Say it").input_ids
 
 
 def test_a_changed_chat_template_is_changed_data(
