@@ -9,7 +9,7 @@ import contextlib
 import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -21,6 +21,7 @@ from peft import (
     get_peft_model_state_dict,
 )
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -294,10 +295,14 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
+    weights = base.state_dict()
+    kept = _copied(weights, base, folder, config)
     try:
         model = PeftModel.from_pretrained(base, str(folder), config=config)
     except (UnsupportedModelError, ValueError, *_FAILURES) as error:
         raise AdapterError(_does_not_fit(base, folder, config, error)) from error
+    for name, weight in kept.items():  # which peft has read from the copies
+        weights[name].copy_(weight)
     with safe_open(folder / _WEIGHTS, framework="pt") as file:
         stored = set(file.keys())
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
@@ -310,6 +315,62 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
     peft_methods.compute_in_one_dtype(model)
     peft_methods.call_the_cache_as_peft_does(model)
     return model
+
+
+def copies_of_base(
+    adapter: Iterable[str], trained: Container[str], base: Container[str]
+) -> dict[str, str]:
+    """The keys of an adapter under which peft has saved weights of the base: key → the base's name for them.
+
+    It does so where an adapter stands at the embedding or the output layer, or where the vocabulary has grown.
+
+    Args:
+        adapter: its keys.
+        trained: those that its configuration accounts for.
+        base: the names of the base's weights.
+    """
+    names = {
+        key: key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        for key in adapter
+        if key not in trained
+    }
+    return {key: name for key, name in names.items() if name in base}
+
+
+def _copied(
+    weights: Mapping[str, Tensor], base: PreTrainedModel, folder: Path, config: PeftConfig
+) -> dict[str, Tensor]:
+    """The base's weights of which the adapter has copies, by name.
+
+    Raises:
+        AdapterError: a copy is of another base, which peft would put in place of this one's.
+    """
+    saved_whole = tuple(f".{name}." for name in getattr(config, "modules_to_save", None) or ())
+    found = {}
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        keys = list(file.keys())
+        trained = [key for key in keys if any(name in key for name in saved_whole)]
+        for key, name in copies_of_base(keys, trained, weights).items():
+            here, copy = weights[name].detach().to("cpu", copy=True), file.get_tensor(key)
+            if not _same(here, copy):
+                raise AdapterError(
+                    f"The adapter in {folder} holds a copy of {name}, which is not that of the base "
+                    f"{base.name_or_path}: it was trained on a base that had been resized or changed before. Save that "
+                    "base and its tokenizer to a folder, and give the folder with --model."
+                )
+            found[name] = here
+    return found
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two weights are the same, each in its own precision; of packed ones nothing is known."""
+    if not (a.is_floating_point() and b.is_floating_point()):
+        return True
+    rounding = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
+    exact = a.dtype == b.dtype
+    return a.shape == b.shape and torch.allclose(
+        a.float(), b.float(), rtol=0 if exact else rounding, atol=0 if exact else 1e-7
+    )
 
 
 def check_fits(section: ModelSection, folder: str | Path) -> None:
@@ -326,6 +387,7 @@ def check_fits(section: ModelSection, folder: str | Path) -> None:
         fresh.num_layers = fresh.token_dim = fresh.num_attention_heads = None
     with torch.device("meta"):
         base = skeleton(section)
+        own = {name: tuple(weight.shape) for name, weight in base.state_dict().items()}
         try:
             model = PeftModel(base, fresh)
             expected = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -340,6 +402,8 @@ def check_fits(section: ModelSection, folder: str | Path) -> None:
     with safe_open(folder / _WEIGHTS, framework="pt") as file:
         stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     shapes = {key: tuple(weight.shape) for key, weight in expected.items()}
+    copies = copies_of_base(stored, shapes, own)
+    shapes |= {key: own[name] for key, name in copies.items()}
     for key in sorted(shapes.keys() | stored.keys()):
         if (there := stored.get(key)) != (here := shapes.get(key)):
             said = f"size mismatch for {key}: {there or 'nothing'} in the adapter, {here or 'nothing'} for this base."

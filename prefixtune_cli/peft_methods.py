@@ -20,6 +20,7 @@ import torch
 from peft import AdaLoraConfig, PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from torch import nn
 
@@ -194,13 +195,18 @@ def take_off(model: PeftModel) -> None:
     ours = base.__dict__.pop("_forward_in_one_dtype", None)
     if ours is not None and base.__dict__.get("forward") is ours:
         del base.__dict__["forward"]
+    for name, module in list(base.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            # peft would leave what was trained in its place.
+            base.set_submodule(name, module.original_module)
+    # peft refuses IA3's quantized layers, though nothing is merged, and of two layers on one module it takes one off.
     if model.peft_type.value != "IA3":
         model.unload()
-        return
-    # peft's own refuses this for quantized layers, though nothing is merged.
+    taken_off: tuple[str, ...] = ()
     for name, module in list(base.named_modules()):
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, BaseTunerLayer) and not name.startswith(taken_off):
             base.set_submodule(name, module.get_base_layer())
+            taken_off += (f"{name}.",)
 
 
 def _registered(method: str) -> type[PeftConfig]:

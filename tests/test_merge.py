@@ -18,9 +18,10 @@ from peft import (
     get_peft_model,
 )
 from peft.utils import merge_utils
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from prefixtune_cli import model as models
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
 from prefixtune_cli.errors import (
     AdapterError,
@@ -31,7 +32,11 @@ from prefixtune_cli.errors import (
     UsageError,
 )
 from prefixtune_cli.merge import merge, merge_into_base
+from prefixtune_cli.merge_info import saved
+from prefixtune_cli.merge_info.base import without_weights
+from prefixtune_cli.merge_info.integrity import integrity
 from prefixtune_cli.progress import Silent
+from prefixtune_cli.recipe.schema import ModelSection
 
 TOKENS = torch.arange(5, 25).view(2, 10)
 
@@ -40,15 +45,15 @@ def base_model(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def save(base: Path, folder: Path, config: PeftConfig, seed: int = 0) -> str:
-    """An adapter of random numbers, as training would leave it."""
+def save(base: Path, folder: Path, config: PeftConfig, seed: int = 0, copies: bool = False) -> str:
+    """An adapter of random numbers, as training would leave it; with `copies`, as peft alone would write it."""
     model = get_peft_model(base_model(base), config)
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(torch.randn_like(parameter) * (1 if "prompt" in name else 0.3))
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers="auto" if copies else False)
     return str(folder)
 
 
@@ -339,6 +344,89 @@ def test_a_folded_adapter_is_a_plain_model_with_the_same_logits(random_base, tmp
     assert tokenizer("hello")["input_ids"] == AutoTokenizer.from_pretrained(base)("hello").input_ids
     assert merged.record["method"] == "into-base"
     assert not (tmp_path / "m" / "adapter_config.json").exists()
+
+
+@pytest.fixture(scope="module")
+def untied(random_base, tmp_path_factory):
+    """A base whose embedding and output layer have a weight each."""
+    folder = tmp_path_factory.mktemp("untied")
+    config = AutoConfig.from_pretrained(random_base, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(random_base).save_pretrained(folder)
+    return folder
+
+
+AT_THE_ENDS = {
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head"]},
+    "both, tied": {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    "saved whole": {"modules_to_save": ["lm_head"]},
+    "tokens": {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": [5, 6]},
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "base", "copies"),
+    [
+        *((where, "random_base", True) for where in AT_THE_ENDS),
+        ("both", "random_base", False),
+        ("both", "untied", True),
+    ],
+)
+def test_an_adapter_at_the_embedding_or_the_head_fits_is_sound_folds_and_comes_off(
+    where, base, copies, tmp_path, request
+):
+    folder = tmp_path / "base"
+    base_model(request.getfixturevalue(base)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(request.getfixturevalue(base)).save_pretrained(folder)
+    adapter = save(folder, tmp_path / "a", lora(**AT_THE_ENDS[where]), copies=copies)
+    section = ModelSection(name=str(folder), bits=32)
+    models.check_fits(section, adapter)
+    loaded = models.load_adapter(models.load_base(section), adapter).eval()
+    expected = of_folder(folder, adapter)
+    torch.testing.assert_close(logits(loaded), expected)
+    models.detach(loaded)
+    assert torch.equal(logits(loaded.get_base_model()), logits(base_model(folder)))
+    found = saved.read(adapter)
+    assert not integrity(found, without_weights(section, found.config))
+    merge_into_base(adapter, out=tmp_path / "m", reporter=Silent())
+    torch.testing.assert_close(logits(base_model(tmp_path / "m")), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_loras_at_the_embedding_are_merged_whether_they_hold_copies_or_not(
+    random_base, tmp_path, method
+):
+    options = AT_THE_ENDS["both"]
+    sources = [
+        save(random_base, tmp_path / str(seed), lora(**options), seed=seed, copies=bool(seed))
+        for seed in (0, 1)
+    ]
+    merge(sources, out=tmp_path / "m", method=method, reporter=Silent())
+    models.check_fits(ModelSection(name=str(random_base)), tmp_path / "m")
+    if method == "linear":
+        parts = [of_folder(random_base, source) for source in sources]
+        assert (of_folder(random_base, tmp_path / "m") - parts[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("changed", ["value", "shape"])
+def test_a_copy_of_another_base_s_embedding_is_refused(random_base, tmp_path, changed):
+    adapter = save(random_base, tmp_path / "a", lora(**AT_THE_ENDS["embedding"]), copies=True)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    weights = load_file(file)
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    weights[key] = weights[key] + 1 if changed == "value" else weights[key][:-1].clone()
+    save_file(weights, file)
+    section = ModelSection(name=str(random_base), bits=32)
+    with pytest.raises(
+        AdapterError, match=r"holds a copy of model\.embed_tokens\.weight, which is"
+    ):
+        models.load_adapter(models.load_base(section), adapter)
+    if changed == "shape":
+        with pytest.raises(AdapterError, match=r"does not fit.*2047, 64\) in the adapter"):
+            models.check_fits(section, adapter)
 
 
 def test_a_folded_model_keeps_the_base_s_dtype_and_the_run_s_template(random_base, tmp_path):

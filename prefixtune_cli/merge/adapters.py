@@ -18,8 +18,9 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
 from prefixtune_cli.adapter.arithmetic import differing_setting
@@ -31,12 +32,12 @@ from prefixtune_cli.merge.folder import (
     write_record,
     written_whole,
 )
-from prefixtune_cli.merge.source import Source, read_source
-from prefixtune_cli.model import check_fits, drop_model_card, load_config
+from prefixtune_cli.merge.source import WEIGHTS, Source, read_source
+from prefixtune_cli.model import check_fits, copies_of_base, drop_model_card, load_config
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
 from prefixtune_cli.recipe.schema import ModelSection
-from prefixtune_cli.tokenizer import check_base
+from prefixtune_cli.tokenizer import carries_tokenizer, check_base, load_tokenizer
 
 # Method → what it is to `add_weighted_adapter` of Prefix-Tuning+ and of LoRA.
 METHODS = {
@@ -117,7 +118,7 @@ def _write_merged(
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Merge and write; what stands in the result's merge.json."""
-    section = sources[0].section
+    section, tokenizer = sources[0].section, _tokenizer(sources, reporter)
     is_lora = sources[0].method == "lora"
     combination = METHODS[method][is_lora]
     kept = (DENSITY if density is None else density) if method in PRUNING else None
@@ -140,6 +141,8 @@ def _write_merged(
     with written_whole(out) as part:
         model.save_pretrained(str(part), selected_adapters=[MERGED], save_embedding_layers=False)
         drop_model_card(part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(part))
         return write_record(
             part,
             sources,
@@ -198,6 +201,28 @@ def _check_fit_each_other(sources: Sequence[Source]) -> None:
             theirs = cast(PrefixTuningPlusConfig, other.config)
             if found := differing_setting(first.config, theirs):
                 raise AdapterError(_differ(first, other, *found))
+
+
+def _tokenizer(sources: Sequence[Source], reporter: Reporter) -> PreTrainedTokenizerBase | None:
+    """The tokenizer and chat template that the merged adapter carries, as its sources do; None where none does.
+
+    Raises:
+        AdapterError: the sources' tokenizers differ, so that one id means several tokens.
+    """
+    if not any(carries_tokenizer(source.folder) for source in sources):
+        return None
+    first, *others = [load_tokenizer(source.section, source.folder) for source in sources]
+    vocabulary = first.get_vocab()
+    for source, other in zip(sources[1:], others, strict=True):
+        if (theirs := other.get_vocab()) != vocabulary:
+            counts = (f"{len(one):,} tokens" for one in (vocabulary, theirs))
+            raise AdapterError(_differ(sources[0], source, "their tokenizers", *counts))
+        if other.chat_template != first.chat_template:
+            reporter.warning(
+                f"{source.given} was trained with another chat template than {sources[0].given}, whose template the "
+                "merged adapter carries. --chat-template FILE of generate, chat and eval takes another."
+            )
+    return first
 
 
 def _differ(first: Source, other: Source, what: str, mine: object, theirs: object) -> str:
@@ -273,6 +298,8 @@ def _with_folders(message: str, sources: Sequence[Source]) -> str:
 
 
 def _with_adapters(base: PreTrainedModel, sources: Sequence[Source]) -> PeftModel:
+    for source in sources:
+        _make_room(base, source)
     first, *others = zip(_names(sources), sources, strict=True)
     model = PeftModel.from_pretrained(
         base, str(first[1].folder), adapter_name=first[0], config=first[1].config
@@ -280,6 +307,17 @@ def _with_adapters(base: PreTrainedModel, sources: Sequence[Source]) -> PeftMode
     for name, source in others:
         model.load_adapter(str(source.folder), adapter_name=name, torch_device="cpu")
     return cast(PeftModel, model)
+
+
+def _make_room(base: PreTrainedModel, source: Source) -> None:
+    """Give the skeleton memory for what peft reads into it: weights of the base of which the adapter has copies."""
+    with safe_open(source.folder / WEIGHTS, framework="pt") as file:
+        copies = copies_of_base(file.keys(), (), base.state_dict())
+    for name in copies.values():
+        module, _, parameter = name.rpartition(".")
+        owner = base.get_submodule(module)
+        room = torch.zeros(owner.get_parameter(parameter).shape)
+        owner.register_parameter(parameter, nn.Parameter(room, requires_grad=False))
 
 
 def _merge_loras(

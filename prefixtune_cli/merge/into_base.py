@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prefixtune_cli.errors import AdapterError, ModelError, ResourceError
@@ -69,16 +70,14 @@ def _write_folded(source: Source, out: Path, reporter: Reporter) -> dict[str, An
             f"{source.folder / 'adapter_config.json'}, and give the adapter folder."
         )
     check_fits(section, source.folder)
-    tokenizer = load_tokenizer(section)
-    if source.run is not None and source.run.chat_template.exists():
-        tokenizer.chat_template = source.run.chat_template.read_text(encoding="utf-8")
+    tokenizer = load_tokenizer(section, source.folder)
     if section.bits in (4, 8):
         reporter.notice(
             f"The run trained on {section.name} at {section.bits} bits. The adapter is folded into the weights that "
             "these were made from, so the model differs from the run's by their quantization."
         )
     reporter.notice(f"Loading {section.name}.")
-    model = _folded(source)
+    model = _folded(source, reporter)
     reporter.notice(f"Writing {out}.")
     with written_whole(out) as part:
         model.save_pretrained(str(part))
@@ -100,16 +99,19 @@ def _check_foldable(source: Source) -> None:
         )
 
 
-def _folded(source: Source) -> PreTrainedModel:
+def _folded(source: Source, reporter: Reporter) -> PreTrainedModel:
     base = _load(source.section)
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     embeddings = {name for name, module in base.named_modules() if module in ends}
-    tied = bool(getattr(base.config.get_text_config(), "tie_word_embeddings", False))
+    tied = ends[1] is not None and ends[0].weight is ends[1].weight
     model = load_adapter(base, source.folder)
     if tied and (adapted := embeddings.intersection(getattr(model, "targeted_module_names", ()))):
-        raise AdapterError(
-            f"{source.given} cannot be folded into its base: it adapts {min(adapted)}, whose weights the base uses "
-            "both as its embedding and as its output layer. Keep the adapter beside the base."
+        # The adapter stands at one of two places that share a weight, or at each with a change of its own.
+        ends[1].weight = nn.Parameter(ends[1].weight.detach().clone(), requires_grad=False)
+        base.config.get_text_config().tie_word_embeddings = False
+        reporter.notice(
+            f"{source.given} adapts {' and '.join(sorted(adapted))}. {source.section.name} has one weight for its "
+            "embedding and its output layer; the merged model has one for each."
         )
     try:
         folded = cast(PeftModel, model).merge_and_unload(safe_merge=True)

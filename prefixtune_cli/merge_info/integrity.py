@@ -10,6 +10,7 @@ import torch
 from prefixtune_cli.merge_info.base import Base
 from prefixtune_cli.merge_info.saved import SavedAdapter
 from prefixtune_cli.merge_info.trained import own_keys
+from prefixtune_cli.model import copies_of_base
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,9 @@ def _keys(adapter: SavedAdapter, base: Base) -> list[Finding]:
     if base.expected is None:
         return [Finding("misfit", "", f"The adapter cannot be put on its base: {base.misfit}")]
     stored = {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()}
-    # peft saves copies of the base's embeddings where a vocabulary has grown.
-    copies = {key for key in stored if key.removeprefix("base_model.model.") in base.names}
+    copies = copies_of_base(stored, base.expected, base.names)
     found = []
-    for key in sorted(base.expected.keys() | stored.keys() - copies):
+    for key in sorted(base.expected.keys() | stored.keys() - copies.keys()):
         wanted, there = base.expected.get(key), stored.get(key)
         if there is None:
             found.append(
