@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -12,6 +13,7 @@ from prefixtune_cli.adapter.attention import LAYER_ATTRIBUTE, AttentionShape
 from prefixtune_cli.adapter.config import PrefixTuningPlusConfig
 from prefixtune_cli.adapter.feed_forward import FeedForwardShape, add_read_of_blocks
 from prefixtune_cli.adapter.memory import Memory
+from prefixtune_cli.adapter.mixed_batch import ReadByRow, reads_by_row
 
 WHY_NOT_MERGED = (
     "A Prefix-Tuning+ adapter cannot be merged into the base weights: φ is not linear, and at attention the query "
@@ -40,6 +42,7 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         self.prefix_tuning_plus_memory = nn.ModuleDict({})
         self.merged_adapters: list[str] = []
         self._reads: list[list[Memory]] = []
+        self._by_row: list[ReadByRow] | None = None
         if isinstance(shape, AttentionShape):
             object.__setattr__(base_layer, LAYER_ATTRIBUTE, self)
 
@@ -73,9 +76,18 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         """The memories that are read now: none while adapters are disabled."""
         return [memory for group in self._reads for memory in group]
 
-    def reads(self) -> list[list[Memory]]:
-        """The active memories, those together that one read is enough for."""
-        return self._reads
+    def reads(self) -> Sequence[Sequence[Any]]:
+        """The active memories, those together that one read is enough for; or the rows' own, see `read_by_row`."""
+        return self._reads if self._by_row is None else [[read] for read in self._by_row]
+
+    def read_by_row(self, adapter_names: Sequence[str] | None) -> None:
+        """Have each row of a batch read the memory of its own adapter; None, all rows those of the active ones."""
+        memories: dict[str, Any] = dict(self.prefix_tuning_plus_memory.items())
+        self._by_row = (
+            None
+            if adapter_names is None
+            else reads_by_row([memories.get(n) for n in adapter_names])
+        )
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)

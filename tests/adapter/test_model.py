@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
 
 from prefixtune_cli.adapter import MemoryLayer, PrefixTuningPlusConfig
 
@@ -277,9 +283,64 @@ def test_target_modules_narrows_the_choice_as_elsewhere_in_peft(target_modules, 
     assert adapted_layers(get_peft_model(base_model(), config), "llama") == expected
 
 
-def test_target_modules_that_are_no_attention_are_refused():
-    with pytest.raises(ValueError, match="mlp"):
-        get_peft_model(base_model(), PrefixTuningPlusConfig(target_modules=["mlp"]))
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"target_modules": ["mlp"]},
+            "'mlp'.* is an FFN, and sites is attention. Set sites to ffn",
+        ),
+        ({"target_modules": ["self_attn", "mlp"]}, "'mlp'.* is an FFN"),
+        ({"target_modules": r".*\.1\.mlp"}, "1.mlp is an FFN"),
+        ({"target_modules": ["self_attn"], "sites": "ffn"}, "is attention, and sites is ffn"),
+        ({"target_modules": ["0.self_attn"], "layers": [1]}, r"none of the layers .*\[1\]"),
+        ({"target_modules": ["q_proj"]}, "neither attention nor an FFN, .*called self_attn, mlp"),
+        ({"target_modules": ["self_attn", "atention"]}, "'atention'.*not found"),
+        ({"target_modules": "all-linear"}, "linear layers, .*Leave target_modules out"),
+    ],
+    ids=str,
+)
+def test_target_modules_that_would_be_left_out_are_refused(options, said):
+    model = base_model()
+    with pytest.raises(ValueError, match=said):
+        get_peft_model(model, PrefixTuningPlusConfig(**options))
+    assert not any(isinstance(module, MemoryLayer) for module in model.modules())
+
+
+# State dicts
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize(
+    "options", [{}, {"layers": [1]}, {"sites": "attention"}, {"sites": "ffn", "layers": "last:1"}]
+)
+def test_a_state_dict_tells_which_modules_are_adapted(options, compiled):
+    wide = adapted(sites="attention+ffn")
+    state = get_peft_model_state_dict(wide)
+    state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    base = base_model()
+    model = torch.compile(base) if compiled else base
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # PEFT tells where they differ
+        inject_adapter_in_model(
+            PrefixTuningPlusConfig(**{"sites": "attention+ffn", **options}), model, state_dict=state
+        )
+    with torch.no_grad():
+        for key, value in state.items():
+            base.get_parameter(key.replace("memory.", "memory.default.")).copy_(value)
+    assert torch.equal(logits(base, tokens()), logits(wide, tokens()))
+
+
+def test_a_compiled_base_is_adapted_without_a_state_dict_too():
+    base = base_model()
+    inject_adapter_in_model(PrefixTuningPlusConfig(layers=[0, 2]), torch.compile(base))
+    assert adapted_layers(base, "llama") == [0, 2]
+
+
+def test_a_state_dict_of_another_architecture_is_refused():
+    state = {"model.layers.0.self_attn.q_proj.prefix_tuning_plus_memory.M": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"q_proj, which is neither attention nor an FFN"):
+        inject_adapter_in_model(PrefixTuningPlusConfig(), base_model(), state_dict=state)
 
 
 @SITES
