@@ -31,8 +31,9 @@ from prefixtune_cli.data.template import chat_template as template_of
 from prefixtune_cli.errors import UsageError
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import resolve
+from prefixtune_cli.recipe.schema import ModelSection
 from prefixtune_cli.run_dir import RunDir
-from prefixtune_cli.tokenizer import check_base, load_tokenizer
+from prefixtune_cli.tokenizer import check_base, check_ids, load_tokenizer
 
 SECONDS_BETWEEN_LOOKS = 1.0  # at a batch that is being answered
 
@@ -180,6 +181,7 @@ class Speaker:
     template: ChatTemplate | None
     name: str
     use_adapter: bool
+    section: ModelSection
 
     @property
     def has_adapter(self) -> bool:
@@ -197,13 +199,20 @@ class Speaker:
         return end_of_turn_id(self.tokenizer, self.template)
 
     def prompt(self, asked: Conversation) -> list[int]:
-        """The token ids of a conversation that waits for an answer, as training saw them."""
+        """The token ids of a conversation that waits for an answer, as training saw them.
+
+        Raises:
+            DataError: the template refuses the conversation.
+            ModelError: the base has no embedding for one of them.
+        """
         if self.template is None:
             start, text = start_ids(self.tokenizer), plain(asked.messages)
         else:
             asked = self.template.accepted(asked, "The conversation")
             start, text = [], self.template.render(asked, "The conversation", ask=True)
-        return with_start(start, self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = with_start(start, self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        check_ids(self.section, self.tokenizer, ids, "The prompt")
+        return ids
 
     def mode(self) -> contextlib.AbstractContextManager[None]:
         """Within it the model is with or without its adapter, as `use_adapter` says."""
@@ -262,7 +271,7 @@ def load_speaker(
     if folder is not None:
         loaded = models.load_adapter(loaded, folder)
         check_generation(loaded, any_prompt(tokenizer), then="type the same command again.")
-    return Speaker(loaded.eval(), tokenizer, chat, run or str(model), use_adapter=not no_adapter)
+    return Speaker(loaded.eval(), tokenizer, chat, run or str(model), not no_adapter, recipe.model)
 
 
 def conversation(text: str | None, system: str | None) -> Conversation:

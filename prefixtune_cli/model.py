@@ -22,12 +22,7 @@ from peft import (
 )
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import prefixtune_cli.adapter as prefix_tuning_plus
 from prefixtune_cli import gguf_base, peft_methods, quantization
@@ -46,7 +41,7 @@ from prefixtune_cli.recipe.schema import (
     PrefixTuningPlus,
     Recipe,
 )
-from prefixtune_cli.tokenizer import cannot_load
+from prefixtune_cli.tokenizer import cannot_load, load_config
 
 _WEIGHTS = "adapter_model.safetensors"
 # What peft's methods raise where they do not fit a base.
@@ -100,25 +95,6 @@ def load_base(
         )
     quantization.settle(model, sharded=sharded)
     return cast(PreTrainedModel, model)
-
-
-def load_config(section: ModelSection) -> PreTrainedConfig:
-    """The base's configuration.
-
-    Raises:
-        ModelError: the model cannot be found or read.
-    """
-    name = resolve(section.name)
-    if is_gguf(name):
-        return gguf_base.load_config(name)
-    try:
-        return AutoConfig.from_pretrained(
-            name,
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(cannot_load("configuration", section, error)) from error
 
 
 def hidden_size(section: ModelSection) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -13,7 +15,9 @@ from prefixtune_cli.recipe.schema import ModelSection
 from prefixtune_cli.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from prefixtune_cli.data.tokenize import TokenizedData
 
 
 def check_base(section: ModelSection) -> None:
@@ -38,6 +42,27 @@ def check_base(section: ModelSection) -> None:
             f"{name} is not in the local cache, and HF_HUB_OFFLINE is set. Unset it to download the model, or give a "
             f"local folder: --model /path/to/{name.split('/')[-1]}"
         )
+
+
+def load_config(section: ModelSection) -> PreTrainedConfig:
+    """The base's configuration.
+
+    Raises:
+        ModelError: the model cannot be found or read.
+    """
+    from transformers import AutoConfig
+
+    name = resolve(section.name)
+    if is_gguf(name):
+        return gguf_base.load_config(name)
+    try:
+        return AutoConfig.from_pretrained(
+            name,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(cannot_load("configuration", section, error)) from error
 
 
 def load_tokenizer(
@@ -67,7 +92,67 @@ def load_tokenizer(
             ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is not None:
+        check_ids(section, tokenizer, [tokenizer.pad_token_id], "The tokenizer's padding")
     return tokenizer
+
+
+def check_ids(
+    section: ModelSection, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], where: str
+) -> None:
+    """Refuse token ids that the base has no embedding for.
+
+    A tokenizer may have more tokens than its base, as long as they do not occur.
+
+    Args:
+        section: the base.
+        tokenizer: the one that made the ids.
+        ids: that occur.
+        where: what they occur in.
+
+    Raises:
+        ModelError: the embedding has no row for one of them.
+    """
+    rows = _embedding_rows(section)
+    highest = max(ids, default=-1)
+    if rows is None or highest < rows:
+        return
+    name = resolve(section.name)
+    resized = f"{Path(name).name}-resized"
+    code = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f"t = T.from_pretrained({tokenizer.name_or_path or name!r}); m = M.from_pretrained({name!r}, dtype='auto'); "
+        f"m.resize_token_embeddings(len(t)); m.save_pretrained({resized!r}); t.save_pretrained({resized!r})"
+    )
+    raise ModelError(
+        f"{where} has the token {tokenizer.convert_ids_to_tokens(highest)!r}, id {highest}, and the embedding of "
+        f"{section.name} has {rows:,} rows, for ids below that: the tokenizer ({len(tokenizer):,} tokens) has been "
+        "enlarged and the base has not, or they do not belong together. Use the tokenizer that came with the base; or "
+        f"resize the base once, by the line below, and type --model ./{resized}\n  python -c {shlex.quote(code)}"
+    )
+
+
+def check_data(
+    section: ModelSection, tokenizer: PreTrainedTokenizerBase, data: TokenizedData
+) -> None:
+    """Refuse data with token ids that the base has no embedding for.
+
+    Raises:
+        ModelError: see `check_ids`; the message names the row.
+    """
+    rows = _embedding_rows(section)
+    if rows is not None and (found := data.first_from(rows)) is not None:
+        row, highest = found
+        check_ids(section, tokenizer, [highest], data.rows.row_origin(row))
+
+
+def _embedding_rows(section: ModelSection) -> int | None:
+    """How many tokens the base can embed; None where it does not say, or is a tokenizer alone, to look at data."""
+    name = resolve(section.name)
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+        return None
+    rows = getattr(load_config(section).get_text_config(), "vocab_size", None)
+    return rows if isinstance(rows, int) and rows > 0 else None
 
 
 def carries_tokenizer(adapter: str | Path) -> bool:

@@ -27,7 +27,7 @@ from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.gguf_header import GgufHeader, is_gguf, read_header
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import Lora, ModelSection, PrefixTuningPlus
-from prefixtune_cli.tokenizer import check_base, load_tokenizer
+from prefixtune_cli.tokenizer import check_base, load_config, load_tokenizer
 
 pytest.importorskip("gguf")
 from tests.gguf_files import write_gguf, write_strange
@@ -105,7 +105,7 @@ def test_a_file_without_an_ending_is_recognised_and_what_lies_beside_it_is_not_r
     assert is_gguf(blob)
     section = ModelSection(name=str(blob))
     check_base(section)
-    assert models.load_config(section).model_type == "llama"
+    assert load_config(section).model_type == "llama"
     assert len(load_tokenizer(section)) == len(load_tokenizer(ModelSection(name=str(file))))
     models.load_base(section)
 

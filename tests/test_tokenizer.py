@@ -1,5 +1,7 @@
 """Which tokenizer and chat template speak for an adapter: those that it was trained with, before the base's."""
 
+import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -10,16 +12,17 @@ from typer.testing import CliRunner
 from prefixtune_cli import generate
 from prefixtune_cli import model as models
 from prefixtune_cli.cli.app import app
-from prefixtune_cli.errors import AdapterError, UsageError
+from prefixtune_cli.errors import AdapterError, ModelError, UsageError
 from prefixtune_cli.evaluate.evaluations import Settings
 from prefixtune_cli.evaluate.evaluations import prepare as prepare_evaluations
 from prefixtune_cli.evaluate.subjects import Cast, assemble
 from prefixtune_cli.generate import conversation
 from prefixtune_cli.merge import merge
 from prefixtune_cli.recipe.load import dump, resolve
-from prefixtune_cli.recipe.schema import ModelSection, PrefixTuningPlus
+from prefixtune_cli.recipe.schema import ModelSection, PrefixTuningPlus, Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.tokenizer import load_tokenizer
+from prefixtune_cli.train.prepare import Data, prepare_data
 from tests.train.test_run import Listener
 
 TRAINED = "{% for m in messages %}{{ m.role }} says {{ m.content }}{{ eos_token }}{% endfor %}"
@@ -176,3 +179,99 @@ def test_a_merged_adapter_carries_the_template_of_its_sources(
     assert "another chat template" in heard.warnings[0]
     with pytest.raises(AdapterError, match="differ in their tokenizers: 2,048 tokens"):
         merge([str(one), str(new)], out=tmp_path / "o", reporter=heard)
+
+
+# Tokens that the base does not have
+
+
+def enlarged(base: Path, folder: Path, *tokens: str, pad: str | None = None) -> Path:
+    """A base to whose tokenizer tokens were added, and which was not resized."""
+    shutil.copytree(base, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(list(tokens))
+    if pad is not None:
+        tokenizer.add_special_tokens({"pad_token": pad})
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def rows(file: Path, *prompts: str) -> Path:
+    lines = (json.dumps({"prompt": prompt, "completion": "yes"}) + "\n" for prompt in prompts)
+    file.write_text("".join(lines))
+    return file
+
+
+def prepared(base: Path, data: Path, **changes: object) -> Data:
+    section = {"train": str(data), "eval": str(data), **changes}
+    recipe = Recipe.model_validate({"model": {"name": str(base)}, "data": section})
+    return prepare_data(recipe, load_tokenizer(recipe.model), Listener())
+
+
+def test_a_padding_token_that_the_base_lacks_is_refused_with_a_line_that_mends_it(
+    random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = enlarged(random_base, tmp_path / "padded", pad="[PAD]")
+    with pytest.raises(
+        ModelError, match=r"padding has the token '\[PAD\]', id 2048.*2,048 rows"
+    ) as told:
+        load_tokenizer(ModelSection(name=str(base)))
+    monkeypatch.chdir(tmp_path)
+    program, _, code = shlex.split(str(told.value).splitlines()[-1])
+    assert program == "python"
+    exec(code)
+    assert "--model ./padded-resized" in str(told.value)
+    mended = ModelSection(name=str(tmp_path / "padded-resized"))
+    assert load_tokenizer(mended).pad_token_id == 2048
+    assert models.load_base(mended).get_input_embeddings().num_embeddings == 2049
+
+
+def test_tokens_that_the_base_lacks_are_refused_where_they_occur_and_only_there(
+    random_base: Path, tmp_path: Path
+) -> None:
+    base = enlarged(random_base, tmp_path / "enlarged", "<think>", "</think>")
+    plain = rows(tmp_path / "plain.jsonl", "Are you?", "Is it?")
+    assert len(prepared(base, plain).train) == 2
+    own = rows(tmp_path / "own.jsonl", "Are you?", "<think>Is it?</think>")
+    said = r"own\.jsonl, line 2 has the token '</think>', id 2049, .*resize_token_embeddings"
+    with pytest.raises(ModelError, match=f"(?s){said}"):
+        prepared(base, own)
+    for typed in (
+        ["inspect-data", str(own), "--model", str(base)],
+        ["eval", "--model", str(base), "--data", str(own)],
+    ):
+        done = CliRunner().invoke(app, typed)
+        assert isinstance(done.exception, ModelError)
+        assert "own.jsonl, line 2 has the token '</think>'" in str(done.exception)
+    speaker = generate.load_speaker(
+        run=None, model=str(base), adapter=None, no_adapter=False, bits=32, seed=0
+    )
+    assert speaker.prompt(conversation("Is it?", None))
+    with pytest.raises(ModelError, match="The prompt has the token '<think>'"):
+        speaker.prompt(conversation("<think>", None))
+
+
+def test_the_tokenizer_of_an_adapter_is_held_to_the_base_too(
+    bare: Path, random_base: Path, tmp_path: Path
+) -> None:
+    folder = with_tokenizer(bare, random_base, tmp_path / "a")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"padding has the token '\[PAD\]'"):
+        load_tokenizer(ModelSection(name=str(random_base)), folder)
+
+
+def test_what_a_template_writes_like_a_token_and_the_tokenizer_lacks_is_told(
+    random_base: Path, tmp_path: Path
+) -> None:
+    data = rows(tmp_path / "plain.jsonl", "Are you?")
+    template = tmp_path / "chatml.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
+    )
+    heard = Listener()
+    section = {"train": str(data), "eval": str(data), "chat_template": str(template)}
+    recipe = Recipe.model_validate({"model": {"name": str(random_base)}, "data": section})
+    prepare_data(recipe, load_tokenizer(recipe.model), heard)
+    [told] = [notice for notice in heard.notices if "does not have as a token" in notice]
+    assert told.startswith("The chat template writes <|im_start|>, which")

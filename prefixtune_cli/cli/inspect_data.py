@@ -55,7 +55,7 @@ def inspect_data(
     from prefixtune_cli.data.load import load_rows
     from prefixtune_cli.data.tokenize import tokenize
     from prefixtune_cli.recipe import load
-    from prefixtune_cli.tokenizer import load_tokenizer
+    from prefixtune_cli.tokenizer import check_data, load_tokenizer
 
     settings = load.resolve(recipe, sets or (), flags)
     if settings.data.train is None:
@@ -64,6 +64,7 @@ def inspect_data(
     tokenizer = load_tokenizer(settings.model)
     tokenized = tokenize(rows, tokenizer, settings.data)
     inspect.check(tokenized, tokenizer)
+    check_data(settings.model, tokenizer, tokenized)
     found = inspect.inspect(tokenized, tokenizer, examples=examples, seed=settings.train.seed)
     if as_json:
         console.print_json(found.as_json())

@@ -53,7 +53,7 @@ from prefixtune_cli.parallel.devices import device, processes_here, show_only
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir, write_json
-from prefixtune_cli.tokenizer import check_base, load_tokenizer
+from prefixtune_cli.tokenizer import check_base, load_config, load_tokenizer
 from prefixtune_cli.train.environment import describe_environment
 
 ANSWERS = "answers"
@@ -366,7 +366,7 @@ def _window(contest: Sequence[Entry], settings: Settings) -> int | None:
         return None
     recipe = contest[0].recipe
     tokenizer = load_tokenizer(recipe.model)
-    config = models.load_config(recipe.model).get_text_config()
+    config = load_config(recipe.model).get_text_config()
     most = getattr(config, "max_position_embeddings", None) or WINDOW
     room = min(most, int(tokenizer.model_max_length)) - most_virtual_tokens(contest)
     window = min(WINDOW, room)

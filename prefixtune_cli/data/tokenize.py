@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,16 @@ class TokenizedData:
     rows: LoadedData
     notices: tuple[str, ...]
 
+    def first_from(self, token_id: int) -> tuple[int, int] | None:
+        """The first row of `dataset` with a token of this id or a higher one: its number, and its highest id."""
+        import pyarrow.compute as pc
+
+        highest = pc.max(pc.list_flatten(self.every_row.data.column("input_ids"))).as_py()
+        if highest is None or highest < token_id:
+            return None
+        rows = ((row["row"], max(row["input_ids"])) for row in self.dataset)
+        return next((found for found in rows if found[1] >= token_id), None)
+
 
 def tokenize(
     rows: LoadedData,
@@ -149,8 +160,21 @@ def _notices(
             "The tokenizer has no chat template: prompt and completion are joined as they are, with a space between "
             f"them where neither has one, and {end} ends each example.",
         )
+    text = ", ".join(_not_tokens(encoder.chat.source, tokenizer))
+    pieces = (
+        f"The chat template writes {text}, which the tokenizer does not have as a token: it becomes several, as text "
+        "does. A template that was made for this tokenizer needs fewer.",
+    )
     added = ", which ptp adds, as the template has no such token" if encoder.appends_end else ""
-    return (f"Chat template: {end} ends each answer{added}.",)
+    return (f"Chat template: {end} ends each answer{added}.", *(pieces if text else ()))
+
+
+def _not_tokens(template: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What a template writes in the form of a special token, and the tokenizer does not have."""
+    written = dict.fromkeys(re.findall(r"<\|[^\s|<>]+\|>|<(?:start|end)_of_\w+>", template))
+    return [
+        text for text in written if len(tokenizer(text, add_special_tokens=False).input_ids) > 1
+    ]
 
 
 def _count(

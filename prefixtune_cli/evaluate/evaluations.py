@@ -22,10 +22,10 @@ from prefixtune_cli.evaluate.finished import Finished
 from prefixtune_cli.evaluate.losses import check_limit
 from prefixtune_cli.evaluate.outcome import Outcome
 from prefixtune_cli.evaluate.subjects import Cast, Subject
-from prefixtune_cli.model import load_config
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import EvaluateSection
+from prefixtune_cli.tokenizer import check_ids, load_config
 
 QUICKSTART = "quickstart"
 SAMPLES = {"intents": "sample:intents-test", "records": "sample:records-test"}
@@ -186,6 +186,10 @@ def _of_data(
         )
         for name, source in sources.items()
     ]
+    for part in parts:
+        ids = [row["input_ids"] for row in part.examples]
+        i = max(range(len(ids)), key=lambda i: max(ids[i]))
+        check_ids(cast.recipe.model, tokenizer, ids[i], part.rows.row_origin(i))
 
     def judge(stage: Stage, subject: Subject, model: Any, finished: Finished) -> Any:
         return [
@@ -233,6 +237,8 @@ def _of_text(settings: Settings, cast: Cast, tokenizer: PreTrainedTokenizerBase)
     )
     window = settings.window or min(WINDOW, int(tokenizer.model_max_length), positions or WINDOW)
     text = forgetting.prepare(str(settings.text), tokenizer, window, settings.limit)
+    highest = max(text.windows, key=lambda window: max(window.ids))
+    check_ids(cast.recipe.model, tokenizer, highest.ids, highest.origin)
 
     def judge(stage: Stage, subject: Subject, model: Any, finished: Finished) -> Any:
         return forgetting.judge(

@@ -27,7 +27,7 @@ from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import ModelSection, Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.shared_base import SharedBase
-from prefixtune_cli.tokenizer import check_base, load_tokenizer
+from prefixtune_cli.tokenizer import check_base, load_config, load_tokenizer
 
 ADAPTER = "adapter"
 WHOLE_FILE_BYTES = 64 * 2**20  # larger weights of a base are told by their beginning, size and time
@@ -279,7 +279,7 @@ def hash_of_base(section: ModelSection) -> str:
     if Path(name).is_file():
         with open(name, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    commit = models.load_config(section)._commit_hash
+    commit = load_config(section)._commit_hash
     return hashlib.sha256(f"{name} {commit}".encode()).hexdigest()
 
 

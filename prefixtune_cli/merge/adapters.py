@@ -33,11 +33,16 @@ from prefixtune_cli.merge.folder import (
     written_whole,
 )
 from prefixtune_cli.merge.source import WEIGHTS, Source, read_source
-from prefixtune_cli.model import check_fits, copies_of_base, drop_model_card, load_config
+from prefixtune_cli.model import check_fits, copies_of_base, drop_model_card
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
 from prefixtune_cli.recipe.schema import ModelSection
-from prefixtune_cli.tokenizer import carries_tokenizer, check_base, load_tokenizer
+from prefixtune_cli.tokenizer import (
+    carries_tokenizer,
+    check_base,
+    load_config,
+    load_tokenizer,
+)
 
 # Method → what it is to `add_weighted_adapter` of Prefix-Tuning+ and of LoRA.
 METHODS = {

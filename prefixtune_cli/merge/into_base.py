@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -22,13 +23,13 @@ from prefixtune_cli.merge.folder import (
     written_whole,
 )
 from prefixtune_cli.merge.source import Source, read_source
-from prefixtune_cli.model import check_fits, load_adapter, load_config
+from prefixtune_cli.model import check_fits, load_adapter
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.quantization import stored_settings
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
 from prefixtune_cli.recipe.gguf_header import is_gguf
 from prefixtune_cli.recipe.schema import ModelSection
-from prefixtune_cli.tokenizer import cannot_load, check_base, load_tokenizer
+from prefixtune_cli.tokenizer import cannot_load, check_base, load_config, load_tokenizer
 
 
 def merge_into_base(
@@ -119,6 +120,12 @@ def _folded(source: Source, reporter: Reporter) -> PreTrainedModel:
         raise AdapterError(
             f"{source.given} cannot be folded into its base: its method is {source.method}, and peft says: {error}"
         ) from error
+    left = [name for name, module in folded.named_modules() if isinstance(module, BaseTunerLayer)]
+    if left:
+        raise AdapterError(
+            f"{source.given} cannot be folded into its base: it has two kinds of changes at {left[0]}, of which peft "
+            "folds one. Keep the adapter beside the base."
+        )
     return cast(PreTrainedModel, folded)
 
 

@@ -33,7 +33,7 @@ from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import DataSection, ModelSection
 from prefixtune_cli.run_dir import RunDir
-from prefixtune_cli.tokenizer import check_base, load_tokenizer
+from prefixtune_cli.tokenizer import check_base, check_data, load_tokenizer
 
 Table = tuple[str, list[str], list[list[str]]]
 FIRST = (1, 5, 10)
@@ -191,7 +191,9 @@ def _examples(
     total = len(loaded)
     if limit < total:
         loaded = loaded.select([int(i) for i in np.linspace(0, total - 1, limit)])
-    tokenized = tokenize(loaded, load_tokenizer(model, adapter), section)
+    tokenizer = load_tokenizer(model, adapter)
+    tokenized = tokenize(loaded, tokenizer, section)
+    check_data(model, tokenizer, tokenized)
     for notice in (*loaded.notices, *tokenized.notices):
         reporter.notice(notice)
     examples = cast(list[list[int]], tokenized.dataset.with_format(None)["input_ids"][:])

@@ -6,12 +6,11 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from prefixtune_cli import model as models
 from prefixtune_cli.errors import ModelError
 from prefixtune_cli.recipe.aliases import resolve
 from prefixtune_cli.recipe.schema import ModelSection
 from prefixtune_cli.recipe.shapes import shape
-from prefixtune_cli.tokenizer import check_base
+from prefixtune_cli.tokenizer import check_base, load_config
 
 
 def base_config(section: ModelSection) -> PreTrainedConfig:
@@ -27,10 +26,10 @@ def base_config(section: ModelSection) -> PreTrainedConfig:
     if Path(name).exists():
         if not (Path(name) / "config.json").is_file():
             check_base(section)  # which says what it is instead, where it is no GGUF file
-        return models.load_config(section)
+        return load_config(section)
     cached = try_to_load_from_cache(name, "config.json", revision=section.revision)
     if isinstance(cached, str):
-        return models.load_config(section)
+        return load_config(section)
     numbers = shape(name) if section.revision is None else None
     if numbers is not None:
         config: PreTrainedConfig = AutoConfig.for_model(**numbers)
@@ -41,4 +40,4 @@ def base_config(section: ModelSection) -> PreTrainedConfig:
             "it, or give a folder that has the model's config.json: "
             f"--model /path/to/{name.split('/')[-1]}. `ptp models` lists those that are known."
         )
-    return models.load_config(section)
+    return load_config(section)

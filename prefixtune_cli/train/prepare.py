@@ -21,6 +21,7 @@ from prefixtune_cli.evaluate.held_out import evenly_spread
 from prefixtune_cli.evaluate.questions import Questions, example, short_questions
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.tokenizer import check_data
 
 DEFAULT_EVAL_SPLIT = 0.05
 
@@ -90,6 +91,7 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: R
     for warning in warnings(tokenized.statistics):
         reporter.warning(warning)
     check(tokenized, tokenizer)
+    check_data(recipe.model, tokenizer, tokenized)
     held_out_rows = held_out_rows.select(
         evenly_spread(len(held_out_rows), recipe.evaluate.max_rows)
     )
@@ -97,6 +99,7 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: R
     for warning in warnings(held_out.statistics):
         reporter.warning(f"held-out: {warning}")
     check(held_out, tokenizer)
+    check_data(recipe.model, tokenizer, held_out)
     chat = chat_template(tokenizer, section.chat_template) if rows.layout != "text" else None
     if section.chat_template is not None and chat is not None:
         digest = hashlib.sha256(chat.source.encode()).hexdigest()

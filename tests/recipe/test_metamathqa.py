@@ -124,11 +124,12 @@ def test_the_model_is_asked_in_pefts_tokens(
 ) -> None:
     from prefixtune_cli.data.question import questions
     from prefixtune_cli.generate import Speaker
+    from prefixtune_cli.recipe.schema import ModelSection
 
     rows = [script.question({"question": QUERY, "answer": "3 + 2 = 5\n#### 5"})]
     ((row, messages),) = questions(write(tmp_path / "test.jsonl", rows), {})
     model: Any = None
-    speaker = Speaker(model, tokenizer, None, "tiny", use_adapter=True)
+    speaker = Speaker(model, tokenizer, None, "tiny", True, ModelSection(name="tiny"))
     theirs = f"Question: {QUERY} Think step by step.\nAnswer:"
     assert speaker.prompt(messages) == tokenizer(theirs)["input_ids"]
     assert row["completion"].endswith("#### 5")
