@@ -14,6 +14,7 @@ from typing import IO
 
 from prefixtune_cli.data.read import Row
 from prefixtune_cli.errors import Interrupted, ResourceError, RunDirError
+from prefixtune_cli.lock import why_not
 from prefixtune_cli.run_dir import json_line, write_atomically
 
 COLUMN = "generated"
@@ -113,8 +114,9 @@ class AnswerFile:
         return f"{len(self._lines)} of {len(self._rows)} answers are kept in {self.part}."
 
     def _unwritable(self, error: OSError) -> ResourceError:
+        why = why_not(self.path.parent, error)
         return ResourceError(
-            f"--out {self.path} cannot be written: {error.strerror or error}. Free some disk, or give another --out."
+            f"--out {self.path} cannot be written: {why}. Free some disk, or give another --out."
         )
 
 

@@ -40,9 +40,9 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = _take(folder, shared=shared)
     except OSError as error:
-        files = [path for path in (folder, *folder.parents) if path.is_file()]
-        why = f"{files[0]} is a file" if files else error.strerror
-        raise ResourceError(f"{folder} cannot be written to: {why}. Give another --out.") from error
+        raise ResourceError(
+            f"{folder} cannot be written to: {why_not(folder, error)}. Give another --out."
+        ) from error
     try:
         yield
     finally:
@@ -50,6 +50,12 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
         for one in new:
             with contextlib.suppress(OSError):
                 one.rmdir()
+
+
+def why_not(folder: Path, error: OSError) -> str:
+    """Why a folder could not be made or written to, in words."""
+    files = [path for path in (folder, *folder.parents) if os.path.isfile(path)]
+    return f"{files[0]} is a file" if files else error.strerror or str(error)
 
 
 def _take(folder: Path, *, shared: bool) -> int:

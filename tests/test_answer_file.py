@@ -90,7 +90,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_answered(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResourceError, match="cannot be written"), opened(tmp_path / "file" / "a"):
+    with pytest.raises(ResourceError, match="file is a file"), opened(tmp_path / "file" / "a"):
         pytest.fail("the block was entered")
 
 

@@ -200,6 +200,35 @@ def test_chat_remembers_resets_and_switches_the_adapter_off(
     assert "the base alone" in done.stderr
 
 
+def test_the_base_has_a_conversation_of_its_own(random_base: Path, adapter: Path) -> None:
+    def said(typed: str) -> list[str]:
+        arguments = ["chat", "--model", str(random_base), "--adapter", str(adapter)]
+        done = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "4"], input=typed)
+        assert done.exit_code == 0, done.output
+        return done.stdout.splitlines()
+
+    alone = said("/base\nHello\nAgain\n")
+    assert said("Hi\n/base\nHello\n/adapter\nHi\n/base\nAgain\n")[1::2] == alone
+
+
+def test_a_chat_on_a_pipe_has_no_prompts_and_tells_its_commands(random_base: Path) -> None:
+    typed = "/help\n/rest\n/quit\n"
+    done = CliRunner().invoke(app, ["chat", "--model", str(random_base)], input=typed)
+    assert done.exit_code == 0, done.output
+    assert "you:" not in done.output
+    assert done.stdout == ""
+    assert "There is no /rest." in done.stderr
+    assert done.stderr.count("/reset forgets both") == 3
+
+
+@pytest.mark.parametrize("arguments", [["chat"], ["generate", "--prompt", "-"]], ids=" ".join)
+def test_stdin_that_is_not_utf_8_is_told_in_words(arguments: list[str], random_base: Path) -> None:
+    typed = [*arguments, "--model", str(random_base)]
+    done = CliRunner().invoke(app, typed, input="Un café\n".encode("latin1"))
+    assert isinstance(done.exception, UsageError)
+    assert "has byte 0xe9 after 'Un caf'" in str(done.exception)
+
+
 def test_a_model_without_an_adapter_has_none_to_switch(random_base: Path) -> None:
     done = CliRunner().invoke(
         app, ["chat", "--model", str(random_base)], input="/adapter\n/base\n/quit\n"

@@ -458,6 +458,7 @@ def test_a_folded_model_keeps_the_base_s_dtype_and_the_run_s_template(random_bas
             PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
             "stand before the input",
         ),
+        (lora(lora_bias=True), "peft says: .*base layer has no bias"),
     ],
     ids=lambda value: getattr(value, "peft_type", ""),
 )

@@ -49,6 +49,7 @@ class Ptp(help.Group):
     """The commands, and what is done to arguments before Typer sees them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        typed.check_text(args)
         return super().parse_args(ctx, typed.with_resume_value(args))
 
 
@@ -99,7 +100,8 @@ def main() -> None:
 
 def _tell(error: PtpError) -> int:
     """Say why the command ends, once for all processes of a run; return the exit code."""
-    follows, launched = os.environ.get("RANK", "0") != "0", LAUNCHER_PID in os.environ
+    follows = "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0"
+    launched = LAUNCHER_PID in os.environ
     if isinstance(error, Interrupted) and follows:
         return 0  # the first process says it
     # A stop that was asked for is no error; why a process of `ptp`'s own has lost the others, the launcher knows.

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from prefixtune_cli.cli import options
+import re
+import sys
+from typing import Any
 
-HELP = "/reset forgets the conversation, /base and /adapter switch, /quit leaves."
+from prefixtune_cli.cli import options, typed
+from prefixtune_cli.errors import UsageError
+
+HELP = "/base and /adapter switch, each with its own conversation; /reset forgets both, /help says this, /quit leaves."
 
 
 def chat(
@@ -39,20 +44,35 @@ def chat(
         chat_template=chat_template,
     )
     console.notice(f"{speaker.description}. {HELP}")
-    talk = generation.conversation(None, system)
+    at_terminal = sys.stdin.isatty()
+
+    def begun() -> dict[bool, Any]:
+        """With the adapter and without: neither reads the other's words."""
+        return {side: generation.conversation(None, system) for side in (True, False)}
+
+    talks = begun()
     while True:
-        console.stderr().print("you: ", end="", style="bold")
+        if at_terminal:
+            console.stderr().print("you: ", end="", style="bold")
         try:
-            text = input()
+            text = typed.stdin_text(input)
         except EOFError:
             return
+        except UsageError as error:
+            if not at_terminal:
+                raise
+            console.notice(str(error))
+            continue
         match text.strip():
             case "":
                 continue
             case "/quit" | "/exit":
                 return
+            case "/help":
+                console.notice(HELP)
+                continue
             case "/reset":
-                talk = generation.conversation(None, system)
+                talks = begun()
                 continue
             case "/base" | "/adapter" if not speaker.has_adapter:
                 console.notice(f"{speaker.description} has no adapter to switch.")
@@ -61,6 +81,10 @@ def chat(
                 speaker.use_adapter = command == "/adapter"
                 console.notice(f"{speaker.description}.")
                 continue
+            case unknown if re.fullmatch(r"/[a-z]+", unknown):
+                console.notice(f"There is no {unknown}. {HELP}")
+                continue
+        talk = talks[speaker.use_adapter]
         talk.messages.append({"role": "user", "content": text})
         answer = ""
         pieces = generation.answer_streamed(speaker, talk, sampling=sampling)

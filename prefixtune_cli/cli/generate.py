@@ -58,6 +58,7 @@ def generate(
     from prefixtune_cli.cli import console
     from prefixtune_cli.cli.reporter import reporter
 
+    prompt = typed.stdin_text(sys.stdin.read) if prompt == "-" else prompt
     asked, answers = ([], None) if data is None else _asked(data, str(out), map or [], overwrite)
     with answers or contextlib.nullcontext():
         console.quiet_libraries()
@@ -75,8 +76,7 @@ def generate(
             chat_template=chat_template,
         )
         if prompt is not None:
-            text = sys.stdin.read() if prompt == "-" else prompt
-            messages = generation.conversation(text, system)
+            messages = generation.conversation(prompt, system)
             for piece in generation.answer_streamed(speaker, messages, sampling=sampling):
                 print(piece, end="", flush=True)
             print()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -141,6 +144,37 @@ def with_resume_value(given: list[str]) -> list[str]:
         "--resume=must" if text == "--resume" and after not in ("auto", "must") else text
         for text, after in itertools.zip_longest(given, given[1:])
     ]
+
+
+def check_text(given: list[str]) -> None:
+    """Raise UsageError where an argument is not UTF-8; Python holds such bytes as halves of surrogate pairs."""
+    for text in given:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"The argument {os.fsencode(text)!r} is not UTF-8. Type it in a terminal that is set to UTF-8, or "
+                "convert it: iconv -f latin1 -t utf-8. A file of such a name must be renamed."
+            ) from None
+
+
+def stdin_text(read: Callable[[], str]) -> str:
+    """What `read` gives of stdin.
+
+    Raises:
+        UsageError: it is not UTF-8; what follows it can still be read.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != "surrogateescape":
+        sys.stdin.reconfigure(errors="surrogateescape")
+    text = read()
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"stdin is not UTF-8: it has byte 0x{ord(text[error.start]) & 0xFF:02x} after "
+            f"{text[max(0, error.start - 20) : error.start]!r}. Convert it: iconv -f latin1 -t utf-8."
+        ) from None
+    return text
 
 
 PARSERS: dict[str, Callable[[Any], Any]] = {

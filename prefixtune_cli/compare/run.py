@@ -50,6 +50,7 @@ from prefixtune_cli.evaluate.finished import check_room
 from prefixtune_cli.evaluate.forgetting import prepare as prepare_text
 from prefixtune_cli.evaluate.matching import match_rule
 from prefixtune_cli.parallel.devices import device, processes_here, show_only
+from prefixtune_cli.parallel.processes import check_environment
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir, write_json
@@ -82,6 +83,7 @@ def compare(
         Interrupted: what is finished is kept, and the same command goes on.
     """
     reporter = reporter or Silent()
+    check_environment()
     with told_to_stop():
         return _compare(settings, reporter, begin)
 

@@ -116,7 +116,7 @@ def _folded(source: Source, reporter: Reporter) -> PreTrainedModel:
         )
     try:
         folded = cast(PeftModel, model).merge_and_unload(safe_merge=True)
-    except (AttributeError, NotImplementedError, ValueError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise AdapterError(
             f"{source.given} cannot be folded into its base: its method is {source.method}, and peft says: {error}"
         ) from error

@@ -34,6 +34,11 @@ SECONDS_BETWEEN_LOOKS = 0.1
 SECONDS_TO_MEET = 900  # until all processes have started
 
 
+# What torchrun and the like set.
+_NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_PLACE = ("MASTER_ADDR", "MASTER_PORT")
+
+
 @dataclass
 class Processes:
     """This process among those of its run; by itself where there is only one.
@@ -175,6 +180,7 @@ def joined(wanted: int | None) -> Iterator[Processes]:
         UsageError: another number of processes was started.
     """
     _take_over_from_slurm()
+    check_environment()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if wanted is not None and wanted != here:
@@ -195,6 +201,30 @@ def joined(wanted: int | None) -> Iterator[Processes]:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+
+def check_environment() -> None:
+    """Raise UsageError where the environment has some of what torchrun and the like set, and not the rest."""
+    given = {name: os.environ[name] for name in (*_NUMBERS, *_PLACE) if name in os.environ}
+    if not {"WORLD_SIZE", "LOCAL_RANK"} & {
+        *given
+    }:  # the others by themselves mean nothing to anybody
+        return
+    wrong = [name for name in _NUMBERS if not given.get(name, "0").isdecimal()]
+    missing = [name for name in ("WORLD_SIZE", "RANK", *_PLACE) if name not in given]
+    if wrong:
+        what = f"and {wrong[0]} must be a number"
+    elif missing and not (given.get("WORLD_SIZE") == "1" and "LOCAL_RANK" not in given):
+        what = f"but no {' and no '.join(missing)}"
+    elif int(given.get("RANK", 0)) >= int(given["WORLD_SIZE"]):
+        what = "and ranks go from 0 to WORLD_SIZE - 1"
+    else:
+        return
+    found = ", ".join(f"{name}={value}" for name, value in given.items())
+    raise UsageError(
+        f"The environment has {found}, as torchrun and the like set it, {what}. For a run of one process, type: unset "
+        f"{' '.join(given)}. For several, start them by --gpus N, torchrun, accelerate launch or srun."
+    )
 
 
 def _store() -> Any:
@@ -218,8 +248,8 @@ def _store() -> Any:
 
 
 def leads() -> bool:
-    """Whether this process is the one that reports."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process is the one that reports; RANK by itself is left over from elsewhere."""
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def says_that_one_is_lost(error: BaseException) -> bool:

@@ -130,6 +130,13 @@ def test_an_unknown_option_suggests_the_nearest() -> None:
     assert "--batch-size" in done.stderr
 
 
+@pytest.mark.parametrize("command", sorted(application.COMMANDS))
+def test_an_argument_that_is_not_utf_8_is_told_in_words(command: str) -> None:
+    text = os.fsdecode("café".encode("latin1"))
+    with pytest.raises(UsageError, match=r"argument b'caf\\xe9' is not UTF-8"):
+        application.app([command, "--prompt", text], standalone_mode=False)
+
+
 def test_wrong_settings_are_told_together_without_a_traceback() -> None:
     done = ptp("train", "--bits", "5", "--feature-map", "relu")
     assert done.returncode == 1

@@ -10,7 +10,7 @@ from torch.distributed import HashStore
 
 from prefixtune_cli.errors import LostWorker, ResourceError, UsageError
 from prefixtune_cli.parallel import processes
-from prefixtune_cli.parallel.processes import Processes, inside_a_launcher, joined
+from prefixtune_cli.parallel.processes import Processes, inside_a_launcher, joined, leads
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -35,6 +35,35 @@ def test_alone_a_process_is_all_of_them() -> None:
         assert list(alone.share(3)) == [0, 1, 2]
         assert alone.told("said") == "said"
     assert not inside_a_launcher()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2, as torchrun .* but no RANK and no MASTER_ADDR"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "RANK=1, as .* but no MASTER_ADDR and no MASTER_PORT"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0, as .* but no WORLD_SIZE and no RANK"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a number"),
+        ({"WORLD_SIZE": "1", "RANK": "-1"}, "RANK must be a number"),
+        ({"WORLD_SIZE": "1", "RANK": "1"}, "ranks go from 0 to WORLD_SIZE - 1"),
+        ({"WORLD_SIZE": "0", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "ranks go"),
+    ],
+)
+def test_what_a_launcher_has_left_in_the_environment_is_told_with_what_to_type(
+    given: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=said) as found, joined(None):
+        pytest.fail("the processes were joined")
+    assert f"type: unset {' '.join(given)}." in str(found.value)
+
+
+def test_a_rank_without_a_number_of_processes_keeps_nobody_from_reporting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert leads()
 
 
 def test_shares_are_disjoint_and_together_everything() -> None:
