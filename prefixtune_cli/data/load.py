@@ -268,11 +268,14 @@ def _write(
             if not raw.keys() <= columns.keys():
                 columns = columns | {k: v for k, v in raw.items() if k not in columns}
             row = rename(raw, section.map, where)
-            numbers |= {name for name in format.columns if isinstance(row.get(name), (int, float))}
+            for name in format.columns:
+                if isinstance(row.get(name), (int, float)):
+                    numbers.add(name)
             row = convert(row, format, where, needs_assistant=needs_assistant)
             if files is None:
                 digest.update(json.dumps(row).encode())
-            weights.update(weights_said(row.get("messages", [])))
+            if "messages" in row:
+                weights.update(weights_said(row["messages"]))
             characters += _characters(row)
             batch.append(row | {"file": file, "line": line})
             if len(batch) == ROWS_A_BATCH or characters >= CHARACTERS_A_BATCH:

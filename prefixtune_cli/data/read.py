@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Generator, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,12 @@ Rows = Iterator[tuple[int, Row]]
 
 def origin(file: str, line: int) -> str:
     """Where a row came from, in words: `my.jsonl, line 18`; Parquet's and a data set's rows have no lines."""
-    return f"{file}, {'line' if file.lower().endswith(BY_LINE) else 'row'} {line}"
+    return f"{file}, {_unit(file)} {line}"
+
+
+@lru_cache
+def _unit(file: str) -> str:
+    return "line" if file.lower().endswith(BY_LINE) else "row"
 
 
 def start_of(text: str, length: int = 60) -> str:
