@@ -228,8 +228,10 @@ class _Within(Silent):
     def progress(self, task: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         if task == self._task:  # of whole batches
             self._done = done
-        else:
+        elif done < total:
             done += self._done
+        else:  # the batch is done, and will be told
+            return
         self._reporter.progress(self._task, done, self._total, figures)
 
 

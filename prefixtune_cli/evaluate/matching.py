@@ -14,8 +14,8 @@ def match_rule(pattern: str | None) -> str:
     if pattern is None:
         return EXACT_MATCH_RULE
     return (
-        f"what {pattern} first finds in the answer equals what it finds in the reference, but for white space around "
-        "both; a <think> block before is passed over"
+        f"what `{pattern}` first finds in it equals what it finds in the reference, but for white space around both; "
+        "a <think> block before is passed over"
     )
 
 

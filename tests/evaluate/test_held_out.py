@@ -295,4 +295,5 @@ def test_a_batch_that_is_being_answered_tells_how_far_it_is(
     assert told[0] == (0, len(ROWS))
     assert told[-1] == (len(ROWS), len(ROWS))
     assert told == sorted(told)
+    assert told.count(told[-1]) == 1
     assert len({done for done, _ in told}) > 3
