@@ -581,15 +581,13 @@ def test_a_file_of_all_subsets_is_parsed_once(write, tmp_path):
 
 
 @real_data
-def test_all_57_subjects_of_the_real_mmlu_are_read_and_fast():
+def test_all_57_subjects_of_the_real_mmlu_are_read():
     files = sorted((SHARED / "mmlu" / "test").glob("*_test.csv"))
     subjects = [file.stem.removesuffix("_test") for file in files]
     assert len(subjects) == 57
     splits = ("test", "validation", "dev")
     benchmark._parse.cache_clear()
-    start = time.monotonic()
     all_data = [load_benchmark(SHARED / "mmlu", mmlu(subject, splits)) for subject in subjects]
-    assert time.monotonic() - start < 57 * 0.1
     counts = [sum(len(data[split]) for data in all_data) for split in splits]
     assert counts == [14_079, 1_542, 285]
     for subject, file, data in zip(subjects, files, all_data, strict=True):

@@ -689,16 +689,12 @@ def test_a_sample_is_found_and_an_unknown_one_lists_those_there_are(monkeypatch,
     assert "Did you mean sample:intents-train?" in told
 
 
-def test_a_hub_id_while_offline_is_one_quick_error(monkeypatch):
-    import time
-
+def test_a_hub_id_while_offline_is_one_error(monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    start = time.monotonic()
     with pytest.raises(ResourceError, match="not in the cache, and HF_HUB_OFFLINE is set"):
         load_rows("nobody/no-such-data", DataSection())
-    assert time.monotonic() - start < 5
 
 
 def test_a_hub_that_does_not_answer_is_one_quick_error():
