@@ -11,11 +11,14 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
+from prefixtune_cli.cli import typed
+
 WIDEST = 120
 BESIDE = 30  # a longer flag has a line of its own, above what it does
 SETTINGS: dict[str, Any] = {
     "help_option_names": ["--help", "-h"],
     "max_content_width": WIDEST,
+    "token_normalize_func": lambda name: name.replace("_", "-"),  # --batch_size is --batch-size
 }
 
 
@@ -32,10 +35,21 @@ class Group(TyperGroup):
 
 
 class Command(TyperCommand):
-    """`ptp COMMAND --help`: the flags by their panels, a long one in a line of its own."""
+    """A command: its help has the flags by their panels, and names of other tools' flags are answered with ours."""
+
+    allow_extra_args = True  # so that we can say where they belong
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{**settings, "rich_markup_mode": None})
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        flags = {flag for p in self.get_params(ctx) for flag in (*p.opts, *p.secondary_opts)}
+        if not ctx.resilient_parsing:  # as the shell's completion is
+            typed.check_flags(str(self.name), args, flags)
+        rest = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:
+            typed.check_extra(str(self.name), ctx.args, flags)
+        return rest
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}

@@ -316,6 +316,16 @@ LearningRate = Annotated[
     float | None,
     option("--learning-rate", "--lr", panel=TRAINING, metavar="X", help="Peak learning rate."),
 ]
+WarmupRatio = Annotated[
+    float | None,
+    option(
+        "--warmup-ratio", panel=TRAINING, metavar="X", help="Fraction of the steps for warm-up."
+    ),
+]
+WeightDecay = Annotated[
+    float | None,
+    option("--weight-decay", panel=TRAINING, metavar="X", help="Of what is trained."),
+]
 BatchSize = Annotated[
     int | None,
     option("--batch-size", panel=TRAINING, metavar="N", help="Examples a device and forward pass."),

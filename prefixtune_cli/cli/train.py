@@ -74,6 +74,8 @@ def train(
     epochs: options.Epochs = None,
     steps: options.Steps = None,
     learning_rate: options.LearningRate = None,
+    warmup_ratio: options.WarmupRatio = None,
+    weight_decay: options.WeightDecay = None,
     batch_size: options.BatchSize = None,
     gradient_accumulation: options.GradientAccumulation = None,
     packing: options.Packing = None,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from prefixtune_cli.errors import UsageError
@@ -47,6 +49,8 @@ KEYS = {
     "epochs": "train.epochs",
     "steps": "train.max_steps",
     "learning_rate": "train.learning_rate",
+    "warmup_ratio": "train.warmup_ratio",
+    "weight_decay": "train.weight_decay",
     "batch_size": "train.batch_size",
     "gradient_accumulation": "train.gradient_accumulation",
     "packing": "train.packing",
@@ -135,6 +139,62 @@ def parse_gpus(given: str) -> int | str | list[int]:
         [int(n) for n in numbers]
         if numbers and all(n.strip().isdecimal() for n in numbers)
         else given
+    )
+
+
+def check_flags(command: str, given: Sequence[str], known: Collection[str]) -> None:
+    """Raise UsageError where flags are given by names that other tools have, all of them at once, with ours.
+
+    Args:
+        command: its name.
+        given: its arguments.
+        known: its own flags, with their hyphens.
+    """
+    names = [text.partition("=")[0] for text in given if text.startswith("--") and len(text) > 2]
+    names = [name for name in names if name.replace("_", "-") not in known]
+    told = [said for name in dict.fromkeys(names) if (said := _in_our_words(name, known))]
+    if told:
+        head = f"`ptp {command}` has other names: " if len(told) > 1 else ""
+        raise UsageError(f"{head}{' '.join(told)}")
+
+
+def _in_our_words(name: str, known: Collection[str]) -> str:
+    """A sentence about another tool's flag; empty where it is not known, or nothing of this command answers to it."""
+    from prefixtune_cli.recipe.foreign import counterpart, note, why_needless
+
+    bare = name.removeprefix("--")
+    if reason := why_needless(bare):
+        return f"{name} has no counterpart: {reason}."
+    theirs = counterpart(bare)
+    if theirs is None:
+        return ""
+    ours = theirs if theirs.startswith("--") else _as_flag(theirs, known)
+    return f"{name} is {ours} here{note(bare)}." if ours.split()[0] in known else ""
+
+
+def _as_flag(setting: str, known: Collection[str]) -> str:
+    """`train.max_steps` as `--steps`, `model.bits=4` as `--bits 4`; what has no flag as `--set KEY=VALUE`."""
+    key, _, value = setting.partition("=")
+    flag = next((f"--{n.replace('_', '-')}" for n, k in KEYS.items() if k == key), None)
+    if flag not in known:
+        return f"--set {key}={value or 'VALUE'}"
+    return f"{flag} {value}".rstrip()
+
+
+def check_extra(command: str, extra: Sequence[str], known: Collection[str]) -> None:
+    """Raise UsageError where a command that takes no argument is given one, with the flag that takes it."""
+    if not extra:
+        return
+    text = extra[0]
+    is_run = (Path(text) / "recipe.yaml").is_file()
+    flag = "--recipe" if text.endswith((".yaml", ".yml")) else "--run" if is_run else "--data"
+    if flag not in known:
+        raise UsageError(
+            f"`ptp {command}` takes no {text!r}. `ptp {command} --help` shows what it takes."
+        )
+    raise UsageError(
+        f"What is {text!r}? Type: {shlex.join(['ptp', command, flag, text])}"
+        + (" (and the rest after it)" if len(extra) > 1 else "")
     )
 
 

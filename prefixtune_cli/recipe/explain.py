@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from prefixtune_cli.recipe.foreign import in_a_recipe
 from prefixtune_cli.recipe.schema import (
     Full,
     Lora,
@@ -84,6 +85,8 @@ def unknown_key(path: str, method: str) -> str:
             method = "another one"
         if owners:
             return f"{path} belongs to {' and '.join(owners)}, but adapter.method is {method}"
+    if told := in_a_recipe(path):
+        return told
     near = _nearest_key(path, method)
     hint = f"Did you mean {near}?" if near else "`ptp recipe-schema` lists all settings."
     return f"{path} is not a setting. {hint}"
@@ -154,6 +157,9 @@ def _sentence(found: ErrorDetails, path: str, method: str) -> tuple[str, str]:
     else:
         value, choices = found["input"], list[str]()
         expected = EXPECTED[kind].format(**context) if kind in EXPECTED else found["msg"]
+    if path == "adapter" and isinstance(value, str):  # as Axolotl has it
+        method = value.replace("qlora", "lora")  # whose 4 bits are the base's: model.bits
+        expected += f", as in `adapter: {{method: {method}}}`"
     near = get_close_matches(str(value), choices, n=1, cutoff=0.5)
     hint = f". Did you mean {near[0]!r}?" if near else ""
     return path, f"{path} must be {expected}, got {show(value)}{hint}"

@@ -112,7 +112,10 @@ def test_a_flag_puts_a_recipes_wrong_value_right(write: Any) -> None:
             "adapter.method must be prefix-tuning-plus, lora, prefix-tuning, full or another method of peft's, "
             "such as ia3, got [1]",
         ),
-        (["adapter=lora"], "adapter must be a section, with keys under it, got 'lora'"),
+        (
+            ["adapter=lora"],
+            "adapter must be a section, with keys under it, as in `adapter: {method: lora}`, got 'lora'",
+        ),
         (["train=3"], "train must be a section, with keys under it, got 3"),
         (["data.map=3"], "data.map must be a mapping such as {prompt: question}, got 3"),
         (["model.name.x=3"], "model.name must be text, got {'x': 3}"),
