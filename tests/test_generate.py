@@ -1,5 +1,7 @@
 """Answers: batched, streamed, from a file, with and without the adapter; and the chat at the terminal."""
 
+import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -173,6 +175,33 @@ def test_a_half_surrogate_of_an_unused_column_comes_out_as_it_went_in(
     assert done.exit_code == 0, done.output
     answered = [json.loads(line)["id"] for line in out.read_text(encoding="utf-8").splitlines()]
     assert answered == [json.loads(line)["id"] for line in asked.read_text().splitlines()]
+
+
+def test_a_file_is_asked_in_the_tokens_that_training_saw(
+    speaker: generate.Speaker, tmp_path: Path
+) -> None:
+    from prefixtune_cli.data.load import load_rows
+    from prefixtune_cli.data.question import questions
+    from prefixtune_cli.data.tokenize import prompts_and_answers
+    from prefixtune_cli.recipe.schema import DataSection
+
+    call = {"from": "function_call", "value": '{"name": "room", "arguments": {}}'}
+    turns = [{"from": "human", "value": "Hi"}, call, {"from": "observation", "value": "12"}]
+    end = {"from": "gpt", "value": "Room 12."}
+    row = {"system": "Be kind.", "tools": '[{"name": "room"}]', "conversations": [*turns, end]}
+    pair = {"instruction": "Hi", "output": "Ho", "system": "s", "history": [["a", "b"]]}
+    for i, each in enumerate((row, pair)):
+        file = tmp_path / f"{i}.jsonl"
+        file.write_text(json.dumps(each) + "\n", encoding="utf-8")
+        rows = load_rows(str(file), DataSection())
+        for template in (speaker.template, None) if i else (speaker.template,):
+            asker = dataclasses.replace(speaker, template=template)
+            ((_, asked),) = questions(str(file), {})
+            tokenizer = copy.deepcopy(speaker.tokenizer)
+            if template is None:
+                tokenizer.chat_template = None
+            (trained,) = prompts_and_answers(rows, tokenizer, DataSection())
+            assert asker.prompt(asked) == trained.prompt_ids
 
 
 def test_a_row_without_a_prompt_is_told_by_line(random_base: Path, tmp_path: Path) -> None:

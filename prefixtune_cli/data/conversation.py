@@ -61,8 +61,9 @@ class Conversation:
 
     @property
     def learned(self) -> list[int]:
-        """The numbers of the answers that the data lets be learned; those of an opening are among them."""
-        return [i for i in self.answers if i not in self.masked]
+        """The numbers of the answers to a question that the data does not mask."""
+        opening = self.opening
+        return [i for i in self.answers if i not in self.masked and i not in opening]
 
     @property
     def opening(self) -> list[int]:

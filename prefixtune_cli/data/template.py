@@ -94,12 +94,13 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the conversation, or its answers cannot be told apart.
         """
-        masked, answers = {*conversation.masked, *conversation.opening}, conversation.answers
+        answers, learned = conversation.answers, {*conversation.learned}
         if not self.marked:
             text, _ = self._render(conversation, where, ask=False, mark=False)
-            return text, self._search(text, conversation, masked, where)
+            return text, self._search(text, conversation, learned, where)
         text, marks = self._render(conversation, where, ask=False, mark=True)
-        if masked and len(marks) != len(answers):
+        matched = len(marks) == len(answers)
+        if conversation.masked and not matched:
             raise DataError(
                 f"{where}: the template has {len(marks)} {{% generation %}} blocks for {len(answers)} answers, "
                 "so those that are not to be trained cannot be told. Put each answer in one block."
@@ -114,19 +115,19 @@ class ChatTemplate:
                     f"{end_of_turn!r}, so the model would never learn to stop. Put {{% endgeneration %}} behind it."
                 )
             said = bool(trained.removesuffix(end_of_turn).strip())
-            i = answers[number] if masked else -1
-            wanted = said and i not in masked
+            i = answers[number] if matched else None
+            wanted = said and (i is None or i in learned)
             found.append(Answer(start, start + len(trained), wanted, i in conversation.masked))
         return text, found
 
     def _search(
-        self, text: str, conversation: Conversation, masked: set[int], where: str
+        self, text: str, conversation: Conversation, learned: set[int], where: str
     ) -> list[Answer]:
         found: list[Answer] = []
         for i in conversation.answers:
             span = self._turn(text, conversation, i, where)
             if span is not None:
-                said = i not in masked and self._says(text, conversation, i, span, where)
+                said = i in learned and self._says(text, conversation, i, span, where)
                 found.append(Answer(*span, said, i in conversation.masked))
             elif i not in conversation.opening:  # those are context, wherever they begin
                 raise DataError(

@@ -337,6 +337,27 @@ def test_a_conversation_that_begins_with_an_answer_is_trained_from_its_first_que
     assert labels[len(asked.prompt_ids)] != MASKED
 
 
+LAST_MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last %}{% generation %}{{ m.content }}<|im_end|>"
+    "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_blocks_that_cannot_be_told_apart_stop_masked_answers_alone(done) -> None:
+    found, tokenizer = done([{"messages": [SAY, ASK, SAY]}], LAST_MARKED)
+    assert text(found, tokenizer).count("⟦Hello<|im_end|>⟧") == 1
+    with pytest.raises(DataError, match=r"has 1 .* blocks for 2 answers"):
+        done(weighted(0), LAST_MARKED)
+
+
+def test_a_greeting_is_no_question_of_evaluation(done) -> None:
+    turns = [SAY, ASK, {**SAY, "weight": 0}]
+    found, tokenizer = done([{"messages": turns}], train_on="all")
+    with pytest.raises(DataError, match="no message is an answer that is trained"):
+        next(prompts_and_answers(found.rows, tokenizer, DataSection()))
+
+
 def test_a_lone_answer_is_trained_and_no_opening(done) -> None:
     found, tokenizer = done([{"messages": [{"role": "system", "content": "Speak."}, SAY]}])
     assert text(found, tokenizer).endswith("⟦Hello<|im_end|>⟧")

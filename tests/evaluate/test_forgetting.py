@@ -106,6 +106,19 @@ def test_the_real_tokenizer_starts_documents_as_training_does(
     assert text.windows[0].origin == f"{prose}, tokens 1–29"
 
 
+def test_a_document_that_begins_with_the_beginning_token_gets_no_second_one(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    starting = Startless(tokenizer, tokenizer.bos_token_id)
+    file = tmp_path / "prose.txt"
+    read = []
+    for start in ("", tokenizer.bos_token):
+        file.write_text(f"{start}A wren sings.", encoding="utf-8")
+        read.append(prepare(str(file), starting, 512, None).windows)
+    assert read[0] == read[1]
+    assert read[0][0].ids.count(tokenizer.bos_token_id) == 1
+
+
 def test_the_figures_are_those_of_the_text(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prose: Path
 ) -> None:
