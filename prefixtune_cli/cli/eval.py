@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -180,7 +181,8 @@ def eval(
     if no_cache and cache is not None:
         raise UsageError("--cache and --no-cache exclude each other. Give one.")
     if pattern is not None and not list_them:
-        raise UsageError(f"What is {pattern!r}? To list benchmarks: ptp eval --list {pattern}")
+        listing = shlex.join(["ptp", "eval", "--list", pattern])
+        raise UsageError(f"What is {pattern!r}? To list benchmarks: {listing}")
     from prefixtune_cli.cli import console, eval_table
 
     if list_them:

@@ -10,7 +10,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefixtune_cli.data.read import Row, origin, start_of
+from prefixtune_cli.data.read import Row, iconv, origin, start_of
 from prefixtune_cli.data.table import Line, check
 from prefixtune_cli.errors import DataError
 
@@ -30,8 +30,7 @@ def original_rows(file: Path) -> list[tuple[int, Row]]:
     except UnicodeDecodeError as error:
         where = origin(str(file), error.object.count(b"\n", 0, error.start) + 1)
         raise DataError(
-            f"{where}: not UTF-8 ({error.reason}). Put a converted file in its place: "
-            f"iconv -f latin1 -t utf-8 {file} > {file.stem}-utf8.csv"
+            f"{where}: not UTF-8 ({error.reason}). Put a converted file in its place: {iconv(file)}"
         ) from None
     reader = csv.reader(io.StringIO(text, newline="\n"), strict=True)
     rows: list[tuple[int, Row]] = []

@@ -10,6 +10,7 @@ import csv
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Callable, Generator, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -96,8 +97,14 @@ def _decode(raw: bytes, path: Path, line: int) -> str:
         guess = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
         raise DataError(
             f"{origin(str(path), line)}: not UTF-8, byte 0x{raw[error.start]:02x} at position {column} of the line. "
-            f"Convert the file first: iconv -f {guess} -t utf-8 {path} > {path.stem}-utf8{path.suffix}"
+            f"Convert the file first: {iconv(path, guess)}"
         ) from None
+
+
+def iconv(path: Path, encoding: str = "latin1") -> str:
+    """The command that makes a file UTF-8, as it can be pasted."""
+    converted = shlex.quote(f"{path.stem}-utf8{path.suffix}")
+    return f"iconv -f {encoding} -t utf-8 {shlex.quote(str(path))} > {converted}"
 
 
 class _DuplicateKey(ValueError):
@@ -163,7 +170,7 @@ def _read_json(path: Path) -> Rows:
         raise DataError(
             f"{path}: a JSON array of {path.stat().st_size / 2**30:.1f} GiB must be read whole, and the limit is "
             f"{MAX_JSON_ARRAY_BYTES // 2**30} GiB. Write it as JSON Lines, which stream: "
-            f"jq -c '.[]' {path} > {path.stem}.jsonl"
+            f"jq -c '.[]' {shlex.quote(str(path))} > {shlex.quote(f'{path.stem}.jsonl')}"
         )
     text = _decode(path.read_bytes().removeprefix(BOM), path, 1)
     start = _after_blank(text, 0)
@@ -224,7 +231,7 @@ def _object_or_its_rows(text: str, start: int, path: Path) -> Generator[tuple[in
     if len(around) > 1:
         raise DataError(
             f"{path}: one object with the lists {' and '.join(around)}. Give each a file of its own: "
-            f"jq .{around[0]} {path} > {path.stem}-{around[0]}.json"
+            f"jq .{around[0]} {shlex.quote(str(path))} > {shlex.quote(f'{path.stem}-{around[0]}.json')}"
         )
     if not around:
         yield line, whole

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefixtune_cli.data.encode import start_ids, with_start
 from prefixtune_cli.data.load import load_rows
 from prefixtune_cli.data.locate import near_names
-from prefixtune_cli.data.read import BOM, READERS
+from prefixtune_cli.data.read import BOM, READERS, iconv
 from prefixtune_cli.errors import DataError, UsageError
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.finished import Finished
@@ -199,7 +199,7 @@ def _read_plain(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start + 1}. Convert the "
-            f"file first: iconv -f latin1 -t utf-8 {path} > {path.stem}-utf8.txt"
+            f"file first: {iconv(path)}"
         ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error

@@ -138,7 +138,7 @@ def told_in_words(run_dir: RunDir, stop: StopRequest) -> Iterator[None]:
         if run_dir.path.exists() and (said or shutil.disk_usage(run_dir.path).free < 2**16):
             raise ResourceError(
                 f"No space is left for {run_dir.path}. Whole checkpoints are kept: free some space and type "
-                f"{run_dir.resume_command}"
+                f"{stop.command}"
             ) from error
         raise
 

@@ -259,6 +259,7 @@ def _train(
     if processes.leads:
         if not job.resume:
             _open(run_dir, recipe, data, processes, overwrite=overwrite)
+        job.stop.begun = True
         if run_dir.chat_template.exists():
             tokenizer.chat_template = run_dir.chat_template.read_text(encoding="utf-8-sig")
         kept = recipe.train.keep_checkpoints + 2 - len(run_dir.checkpoints())

@@ -18,11 +18,13 @@ class StopRequest:
 
     Attributes:
         number: the signal that came, 0 for none.
+        begun: whether the run's recipe is in its directory; what stands there before is another run's, or nothing.
     """
 
     def __init__(self, run_dir: RunDir) -> None:
         self.run_dir = run_dir
         self.number = 0
+        self.begun = False
         self._waits = False
         self._state = "before the first step; nothing was begun"
 
@@ -53,11 +55,16 @@ class StopRequest:
                 "after the last step; the weights are saved, and scored when the run goes on"
             )
 
+    @property
+    def command(self) -> str:
+        """What goes on with the run."""
+        return self.run_dir.resume_command if self.begun else "the same command again"
+
     def stopped(self, number: int, state: str) -> Interrupted:
         """The error that ends the run."""
         name = signal.Signals(number).name
         kind = Interrupted if number == signal.SIGINT else Preempted
-        return kind(f"Stopped by {name} {state}. To go on, type: {self.run_dir.resume_command}")
+        return kind(f"Stopped by {name} {state}. To go on, type: {self.command}")
 
     def _received(self, number: int, frame: object) -> None:
         if self._waits and not self.number:

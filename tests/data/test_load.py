@@ -512,6 +512,8 @@ def test_a_file_that_is_not_utf8_names_line_byte_and_remedy(write):
     assert "iconv -f latin1 -t utf-8" in told
     assert "line 2: not UTF-8" in refusal(write("a.csv", b"prompt,completion\nK\xf6ln,a\n"))
     assert "line 3: not UTF-8" in refusal(write("a.json", b"[\n" + good + b"," + bad + b"]"))
+    said = refusal(write("my data.jsonl", bad))
+    assert said.endswith("/my data.jsonl' > 'my data-utf8.jsonl'")
     assert "iconv -f utf-16" in refusal(write("b.jsonl", json.dumps(PAIR).encode("utf-16")))
 
 

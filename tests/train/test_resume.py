@@ -283,6 +283,28 @@ def test_a_signal_at_an_odd_moment_is_heard_and_loses_nothing(
     assert files(run_dir) == files(RunDir(tmp_path / "whole")) != {}
 
 
+@pytest.mark.parametrize("there", [False, True], ids=["new", "in place of another run"])
+def test_a_stop_while_the_base_loads_names_no_recipe_of_another_run_and_none_that_is_not_there(
+    there: bool, random_base: Path, colours: Path, tmp_path: Path
+) -> None:
+    from prefixtune_cli.errors import Interrupted
+    from prefixtune_cli.shared_base import SharedBase
+    from prefixtune_cli.train import train
+
+    class StoppedThere(SharedBase):
+        def lent(self, section: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run_dir = RunDir(tmp_path / "run")
+    if there:
+        run_dir.path.mkdir()
+        run_dir.recipe.write_text("out: null")
+    with pytest.raises(Interrupted, match="nothing was begun") as stopped:
+        train(recipe(random_base, colours, run_dir.path), overwrite=there, bases=StoppedThere())
+    assert str(stopped.value).endswith("To go on, type: the same command again")
+    assert run_dir.recipe.exists() == run_dir.path.exists() == there
+
+
 def test_minutes_make_checkpoints_beside_the_steps_and_change_nothing_else(
     random_base: Path, colours: Path, tmp_path: Path
 ) -> None:
