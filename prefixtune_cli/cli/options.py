@@ -12,11 +12,42 @@ from typing import Annotated, Any
 
 import typer
 
+from prefixtune_cli.cli import typed
+
 
 def option(*flags: str, panel: str, help: str, metavar: str | None = None) -> Any:
     return typer.Option(
-        *flags, help=help, metavar=metavar, rich_help_panel=panel, show_default=False
+        *flags,
+        help=help,
+        metavar=metavar,
+        rich_help_panel=panel,
+        show_default=False,
+        autocompletion=_values_of(flags[0]),
     )
+
+
+def _values_of(flag: str) -> Callable[[str], list[str]]:
+    """What the shell's completion offers behind a flag; where that is nothing, it offers files."""
+    name = flag.removeprefix("--").partition("/")[0].replace("-", "_")
+
+    def offered(incomplete: str) -> list[str]:
+        key = OFFERED.get(name) or typed.KEYS.get(name)
+        if key is None:
+            return []
+        from prefixtune_cli.recipe.settings import values
+
+        before, comma, last = incomplete.rpartition(",")  # of a list
+        return [f"{before}{comma}{value}" for value in values(key) if value.startswith(last)]
+
+    return offered
+
+
+# Flags that set no recipe key of their own, and whose values they take.
+OFFERED = {
+    "recipe": "recipe",
+    "methods": "adapter.method",
+    "feature_maps": "adapter.feature_map",
+}
 
 
 def with_flags_of(
