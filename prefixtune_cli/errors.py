@@ -5,7 +5,7 @@ prints the message without a traceback and exits with `exit_code`.
 
     PtpError
     ├── UsageError            the command line itself (exit code 2)
-    ├── RecipeError           a recipe, a flag's value, a --set
+    ├── RecipeError           a recipe, a flag's value, a --set (exit code 2)
     ├── DataError             a row, a file or a data set: file and line where there is one
     ├── ModelError            a base model that cannot be found, read or adapted
     │   └── AdapterError      an adapter folder that does not fit the base, or is too new
@@ -35,6 +35,8 @@ class UsageError(PtpError):
 
 class RecipeError(PtpError):
     """A recipe, a flag's value or a `--set` is wrong; all problems of a recipe stand in one error."""
+
+    exit_code = 2
 
 
 class DataError(PtpError):

@@ -28,57 +28,13 @@ from prefixtune_cli.data.conversation import Conversation
 from prefixtune_cli.data.encode import end_of_turn_id, plain, start_ids, with_start
 from prefixtune_cli.data.template import ChatTemplate
 from prefixtune_cli.data.template import chat_template as template_of
-from prefixtune_cli.errors import UsageError
+from prefixtune_cli.pointed import Pointed
 from prefixtune_cli.progress import Reporter, Silent
-from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import ModelSection
-from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.sampling import Sampling
 from prefixtune_cli.tokenizer import check_base, check_ids, load_tokenizer
 
 SECONDS_BETWEEN_LOOKS = 1.0  # at a batch that is being answered
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; a temperature of 0 takes the likeliest."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UsageError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}.")
-        if self.temperature < 0:
-            raise UsageError(f"--temperature must be 0 or above, got {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"--top-p must lie above 0 and up to 1, got {self.top_p}.")
-
-    def arguments(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_id: int | None
-    ) -> dict[str, Any]:
-        """The keyword arguments of `generate`: it stops where training taught it to, and nothing that the model's
-        own generation_config sets bends the probabilities.
-        """
-        own = model.generation_config.eos_token_id
-        ends = {end_id, *(own if isinstance(own, list) else [own])} - {None}
-        chosen: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": sorted(end for end in ends if end is not None) or None,
-            "repetition_penalty": 1.0,
-            "no_repeat_ngram_size": 0,
-            "num_beams": 1,
-        }
-        if self.temperature == 0:
-            return {**chosen, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {
-            **chosen,
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": None,
-        }
 
 
 def answer_batched(
@@ -220,58 +176,37 @@ class Speaker:
 
 
 def load_speaker(
+    who: Pointed,
     *,
-    run: str | None,
-    model: str | None,
-    adapter: str | None,
-    no_adapter: bool,
-    bits: int | None,
-    seed: int,
-    device: str | None = None,
+    no_adapter: bool = False,
+    seed: int = 0,
     chat_template: str | None = None,
 ) -> Speaker:
-    """Load what `--run`, or `--model` with `--adapter`, names.
+    """Load a base, and what was trained on it; a `chat_template`'s file wins over what these carry.
 
     An adapter is asked by the tokenizer and the template that it was trained with; `chat_template` wins over both.
 
     Raises:
-        UsageError: both or neither are given.
-        RunDirError: the run has no adapter yet.
         DataError: the chat template cannot be read.
         ModelError: the base or the adapter cannot be loaded, or does not generate what it computes.
     """
-    if (run is None) == (model is None):
-        raise UsageError(
-            "Give either --run FOLDER, or --model NAME (with --adapter FOLDER or without)."
-        )
-    if run is not None and adapter is not None:
-        raise UsageError("--run has its own adapter. Leave --adapter out, or give --model with it.")
-    chosen = {"bits": bits, "device": device}
-    base: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
-    folder = trained = adapter
-    if run is not None:
-        run_dir = RunDir(run)
-        run_dir.check_adapter()
-        recipe = resolve(str(run_dir.recipe), flags={"model": base} if base else None)
-        folder = trained = str(run_dir.adapter)
-        if recipe.adapter.method == "full":  # the folder holds a whole model, and no adapter
-            name = recipe.model.name if no_adapter else folder
-            recipe = resolve(str(run_dir.recipe), flags={"model": {**base, "name": name}})
-            folder = None
-    else:
-        recipe = resolve(flags={"model": {**base, "name": model}})
-    check_base(recipe.model)
-    models.check_precision(recipe.model)
+    section, folder = who.base, who.folder
+    if who.whole:
+        if not no_adapter:
+            section = section.model_copy(update={"name": str(folder), "revision": None})
+        folder = None
+    check_base(section)
+    models.check_precision(section)
     if folder is not None:
-        models.check_fits(recipe.model, folder)
-    tokenizer = load_tokenizer(recipe.model, trained)
+        models.check_fits(section, folder)
+    tokenizer = load_tokenizer(section, who.folder)
     chat = template_of(tokenizer, chat_template)
     set_seed(seed)
-    loaded: Any = models.load_base(recipe.model)
+    loaded: Any = models.load_base(section)
     if folder is not None:
         loaded = models.load_adapter(loaded, folder)
         check_generation(loaded, any_prompt(tokenizer), then="type the same command again.")
-    return Speaker(loaded.eval(), tokenizer, chat, run or str(model), not no_adapter, recipe.model)
+    return Speaker(loaded.eval(), tokenizer, chat, who.given, not no_adapter, section)
 
 
 def conversation(text: str | None, system: str | None) -> Conversation:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ from prefixtune_cli import gguf_base, peft_methods, quantization
 from prefixtune_cli.adapter import PrefixTuningPlusConfig, UnsupportedModelError
 from prefixtune_cli.errors import AdapterError, ModelError, ResourceError
 from prefixtune_cli.parallel.devices import check_device
+from prefixtune_cli.pointed import WEIGHTS, read_config
 from prefixtune_cli.recipe.aliases import resolve
 from prefixtune_cli.recipe.gguf_header import is_gguf
 from prefixtune_cli.recipe.schema import (
@@ -43,7 +43,6 @@ from prefixtune_cli.recipe.schema import (
 )
 from prefixtune_cli.tokenizer import cannot_load, load_config
 
-_WEIGHTS = "adapter_model.safetensors"
 # What peft's methods raise where they do not fit a base.
 _FAILURES = (RuntimeError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
 
@@ -279,7 +278,7 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
         raise AdapterError(_does_not_fit(base, folder, config, error)) from error
     for name, weight in kept.items():  # which peft has read from the copies
         weights[name].copy_(weight)
-    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
         stored = set(file.keys())
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if missing := sorted(expected - stored):
@@ -323,7 +322,7 @@ def _copied(
     """
     saved_whole = tuple(f".{name}." for name in getattr(config, "modules_to_save", None) or ())
     found = {}
-    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
         keys = list(file.keys())
         trained = [key for key in keys if any(name in key for name in saved_whole)]
         for key, name in copies_of_base(keys, trained, weights).items():
@@ -375,7 +374,7 @@ def check_fits(section: ModelSection, folder: str | Path) -> None:
             raise AdapterError(_does_not_fit(base, folder, config, error)) from error
         except (UnsupportedModelError, ValueError) as error:
             raise AdapterError(_does_not_fit(base, folder, config, error)) from error
-    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
         stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     shapes = {key: tuple(weight.shape) for key, weight in expected.items()}
     copies = copies_of_base(stored, shapes, own)
@@ -403,25 +402,9 @@ def read_adapter_config(folder: Path) -> PeftConfig:
     Raises:
         AdapterError: there is none, it cannot be read, or it was written by a newer version.
     """
-    file = folder / "adapter_config.json"
-    if not file.exists():
-        raise AdapterError(
-            f"{folder} holds no adapter (no adapter_config.json). Give a run with --run, or an adapter folder "
-            "with --adapter."
-        )
-    if not (folder / _WEIGHTS).exists():
-        pickled = (folder / "adapter_model.bin").exists()
-        reason = (
-            "its weights are a pickle (adapter_model.bin), which is never read"
-            if pickled
-            else "no weights"
-        )
-        raise AdapterError(
-            f"The adapter in {folder} has no {_WEIGHTS}: {reason}. Save it as safetensors."
-        )
+    read_config(folder)
     try:
-        json.loads(file.read_text(encoding="utf-8"))
-        with safe_open(folder / _WEIGHTS, framework="pt"):
+        with safe_open(folder / WEIGHTS, framework="pt"):
             return PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise AdapterError(f"The adapter in {folder} cannot be read: {error}") from error
@@ -439,7 +422,7 @@ def _does_not_fit(base: PreTrainedModel, folder: Path, config: PeftConfig, error
         places = {name.rpartition(".")[2] for name in modules}
         # Whole, and of low rank: both [heads, _, d_value].
         matrix = re.compile(rf".*\.({'|'.join(places)})\.prefix_tuning_plus_memory\.(M|M_up)")
-        with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
             names = [key for key in file.keys() if matrix.fullmatch(key)]  # noqa: SIM118
             shapes = [file.get_slice(name).get_shape() for name in names]
         heads, _, width = shapes[0]

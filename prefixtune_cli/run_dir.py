@@ -259,15 +259,15 @@ class RunDir:
             for path in self.path.iterdir()
         )
 
-    def check_adapter(self) -> None:
-        """Raise RunDirError where this is no run, or one without an adapter yet."""
+    def check_resumable(self) -> None:
+        """Raise RunDirError where there is no run to go on with."""
         if not self.recipe.exists():
             raise RunDirError(
-                f"{self.path} is not a run directory (it has no recipe.yaml). The runs are under runs/."
+                f"There is no run in {self.path} to resume (no recipe.yaml). Leave --resume out."
             )
-        if not self.adapter.exists():
+        if self.finished:
             raise RunDirError(
-                f"The run in {self.path} has no adapter yet. To go on with it: {self.resume_command}"
+                f"The run in {self.path} is finished (it has a summary.json). Type --overwrite to train it anew."
             )
 
     def create(self, *, overwrite: bool) -> None:

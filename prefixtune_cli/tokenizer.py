@@ -24,18 +24,27 @@ def check_base(section: ModelSection) -> None:
     """Refuse a base that cannot be loaded, before anything is.
 
     Raises:
-        ModelError: a folder without a model, a GGUF file that transformers cannot read, or a hub model that is not in
-            the cache while offline.
+        ModelError: see `check_is_there`; or it is a GGUF file that transformers cannot read.
     """
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_OFFLINE
+    check_is_there(section)
+    if is_gguf(name := resolve(section.name)):
+        gguf_base.check(name)
 
+
+def check_is_there(section: ModelSection) -> None:
+    """The same, as far as it is seen without transformers.
+
+    Raises:
+        ModelError: a folder without a model, or a hub model that is not in the cache while offline.
+    """
     name = resolve(section.name)
     if Path(name).exists():
         check_local_model(name)
-        if is_gguf(name):
-            gguf_base.check(name)
-    elif HF_HUB_OFFLINE and not isinstance(
+        return
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE and not isinstance(
         try_to_load_from_cache(name, "config.json", revision=section.revision), str
     ):
         raise ModelError(

@@ -17,6 +17,7 @@ from prefixtune_cli.agreement import check_generation
 from prefixtune_cli.cli.app import app
 from prefixtune_cli.errors import ModelError
 from prefixtune_cli.evaluate.subjects import assemble
+from prefixtune_cli.pointed import choose
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import ModelSection
 from prefixtune_cli.run_dir import RunDir
@@ -211,7 +212,7 @@ def test_evaluation_and_answers_are_refused_where_generation_loses_the_adapter(
 ) -> None:
     folder = tmp_path / "adapter"
     adapted(random_base, "lora").save_pretrained(folder)
-    cast = assemble(runs=[], model=str(random_base), adapters=[str(folder)], flags={"bits": 32}, base=True)  # fmt: skip
+    cast = assemble(choose(adapters=[str(folder)], typed={"name": str(random_base), "bits": 32}))
     with cast.loaded() as base:
         plain = greedy(base)
         for _ in range(2):

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from typer.testing import CliRunner
 from prefixtune_cli import generate
 from prefixtune_cli import model as models
 from prefixtune_cli.cli.app import app
-from prefixtune_cli.errors import DataError, RecipeError, RunDirError, UsageError
-from prefixtune_cli.generate import Sampling, answer_batched, answer_streamed, conversation
+from prefixtune_cli.errors import DataError, RecipeError, UsageError
+from prefixtune_cli.generate import answer_batched, answer_streamed, conversation
+from prefixtune_cli.pointed import choose
 from prefixtune_cli.recipe.schema import ModelSection, PrefixTuningPlus
+from prefixtune_cli.sampling import Sampling
 
 GREEDY = Sampling(max_new_tokens=6)
 CASES = Path(__file__).parents[2] / "shared" / "cases"
@@ -37,9 +40,13 @@ def adapter(random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def speaker(random_base: Path, adapter: Path) -> generate.Speaker:
-    return generate.load_speaker(
-        run=None, model=str(random_base), adapter=str(adapter), no_adapter=False, bits=32, seed=0
-    )
+    return load(random_base, adapter)
+
+
+def load(base: Path, adapter: Path | None = None, **how: Any) -> generate.Speaker:
+    adapters = [] if adapter is None else [str(adapter)]
+    [who] = choose(model=str(base), adapters=adapters, typed={"bits": 32})
+    return generate.load_speaker(who, **how)
 
 
 def test_answers_do_not_depend_on_the_batch_that_they_share(speaker: generate.Speaker) -> None:
@@ -80,15 +87,13 @@ class _Broken(Sampling):
 def test_without_the_adapter_the_base_speaks(
     speaker: generate.Speaker, random_base: Path, adapter: Path
 ) -> None:
-    def said(no_adapter: bool, folder: str | None) -> str:
-        loaded = generate.load_speaker(
-            run=None, model=str(random_base), adapter=folder, no_adapter=no_adapter, bits=32, seed=0
-        )
+    def said(no_adapter: bool, folder: Path | None) -> str:
+        loaded = load(random_base, folder, no_adapter=no_adapter)
         return "".join(answer_streamed(loaded, conversation("Hello", None), sampling=GREEDY))
 
     base = said(False, None)
-    assert said(True, str(adapter)) == base
-    assert said(False, str(adapter)) != base
+    assert said(True, adapter) == base
+    assert said(False, adapter) != base
     speaker.use_adapter = False
     assert "".join(answer_streamed(speaker, conversation("Hello", None), sampling=GREEDY)) == base
     speaker.use_adapter = True
@@ -130,9 +135,7 @@ def test_closing_a_stream_ends_the_generation(speaker: generate.Speaker) -> None
 
 def test_sampling_repeats_by_seed(random_base: Path) -> None:
     def said(seed: int) -> str:
-        loaded = generate.load_speaker(
-            run=None, model=str(random_base), adapter=None, no_adapter=False, bits=32, seed=seed
-        )
+        loaded = load(random_base, seed=seed)
         sampling = Sampling(max_new_tokens=12, temperature=1.0)
         return "".join(answer_streamed(loaded, conversation("Hello", None), sampling=sampling))
 
@@ -288,20 +291,10 @@ def test_wrong_bits_are_told_like_those_of_a_recipe(random_base: Path) -> None:
         (["--prompt", "x", "--run", "r", "--adapter", "a"], "--run has its own adapter"),
     ],
 )
-def test_contradicting_flags_are_usage_errors(arguments: list[str], said: str) -> None:
+def test_contradicting_flags_are_usage_errors(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where there are no runs
     done = CliRunner().invoke(app, ["generate", *arguments])
     assert isinstance(done.exception, UsageError)
     assert said in str(done.exception)
-
-
-def test_a_folder_that_is_no_run_and_a_run_without_an_adapter_are_refused(tmp_path: Path) -> None:
-    def load() -> None:
-        generate.load_speaker(
-            run=str(tmp_path), model=None, adapter=None, no_adapter=False, bits=None, seed=0
-        )
-
-    with pytest.raises(RunDirError, match="not a run directory"):
-        load()
-    (tmp_path / "recipe.yaml").write_text("out: null\n")
-    with pytest.raises(RunDirError, match="has no adapter yet"):
-        load()

@@ -21,8 +21,9 @@ from prefixtune_cli import gguf_base
 from prefixtune_cli import model as models
 from prefixtune_cli.errors import ModelError
 from prefixtune_cli.evaluate.subjects import assemble, hash_of_base
-from prefixtune_cli.merge import merge_into_base
+from prefixtune_cli.merge.into_base import merge_into_base
 from prefixtune_cli.plan.base import base_config
+from prefixtune_cli.pointed import choose
 from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.gguf_header import GgufHeader, is_gguf, read_header
 from prefixtune_cli.recipe.load import resolve
@@ -120,9 +121,7 @@ def test_an_adapter_names_the_file_in_full_and_is_found_on_it_again(
     model.save_pretrained(tmp_path / "adapter")
     stored = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert stored["base_model_name_or_path"] == str(file)
-    cast = assemble(
-        runs=[], model=str(file), adapters=[str(tmp_path / "adapter")], flags={}, base=True
-    )
+    cast = assemble(choose(adapters=[str(tmp_path / "adapter")]))
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert cast.base_sha256 == hash_of_base(ModelSection(name=str(file))) == digest
 

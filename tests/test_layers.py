@@ -1,6 +1,6 @@
 """The layers of the design, read from the imports of every file in the package.
 
-1 errors, run_dir, progress · 2 recipe, memory · 3 adapter, data · 4 model · 5 train, evaluate,
+1 errors, run_dir, progress, sampling · 2 recipe, run_list, pointed · 3 adapter, data · 4 model · 5 train, evaluate,
 generate, export · 6 compare, report, doctor · 7 cli. Imports go downward only.
 """
 
@@ -19,8 +19,8 @@ PACKAGE = Path(prefixtune_cli.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 LAYERS = {
-    "errors": 1, "lock": 1, "run_dir": 1, "progress": 1,
-    "recipe": 2,
+    "errors": 1, "lock": 1, "run_dir": 1, "progress": 1, "sampling": 1,
+    "recipe": 2, "run_list": 2, "pointed": 2,
     "adapter": 3, "data": 3, "parallel": 3,
     "gguf_base": 4, "tokenizer": 4, "quantization": 4, "optimizer": 4, "model": 4, "shared_base": 4, "peft_methods": 4,
     "agreement": 4, "answer_file": 4,
@@ -36,6 +36,9 @@ ROOT = {"__init__"}  # the version; everything may import it, and it imports not
 BESIDE = {
     "lock": {"errors"},
     "run_dir": {"errors", "lock"},
+    "sampling": {"errors"},
+    "run_list": {"recipe"},
+    "pointed": {"recipe", "run_list"},
     "tokenizer": {"gguf_base"},
     "model": {"tokenizer", "gguf_base", "quantization", "peft_methods"},
     "shared_base": {"model"},

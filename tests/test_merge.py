@@ -31,10 +31,12 @@ from prefixtune_cli.errors import (
     RunDirError,
     UsageError,
 )
-from prefixtune_cli.merge import merge, merge_into_base
+from prefixtune_cli.merge.adapters import merge
+from prefixtune_cli.merge.into_base import merge_into_base
 from prefixtune_cli.merge_info import saved
 from prefixtune_cli.merge_info.base import without_weights
 from prefixtune_cli.merge_info.integrity import integrity
+from prefixtune_cli.pointed import point
 from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.schema import ModelSection
 
@@ -250,7 +252,7 @@ def test_one_adapter_is_no_merge(pair, tmp_path):
 
 
 def test_a_folder_without_an_adapter_is_refused(pair, tmp_path):
-    refused(AdapterError, "neither a run directory", [*pair, str(tmp_path)], tmp_path / "c")
+    refused(AdapterError, "not a run directory", [*pair, str(tmp_path)], tmp_path / "c")
 
 
 @pytest.mark.parametrize(
@@ -389,7 +391,7 @@ def test_an_adapter_at_the_embedding_or_the_head_fits_is_sound_folds_and_comes_o
     torch.testing.assert_close(logits(loaded), expected)
     models.detach(loaded)
     assert torch.equal(logits(loaded.get_base_model()), logits(base_model(folder)))
-    found = saved.read(adapter)
+    found = saved.read(point(adapter))
     assert not integrity(found, without_weights(section, found.config))
     if where == "tokens":  # trained in both, where the base has one weight for both
         with pytest.raises(AdapterError, match="two kinds of changes at lm_head"):

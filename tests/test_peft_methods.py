@@ -14,9 +14,10 @@ from prefixtune_cli import model as models
 from prefixtune_cli import peft_methods
 from prefixtune_cli.errors import AdapterError, ModelError, RecipeError
 from prefixtune_cli.evaluate.held_out import _losses
-from prefixtune_cli.generate import Sampling, answer_batched
+from prefixtune_cli.generate import answer_batched
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import IN_FRONT, IN_THE_CACHE, ModelSection
+from prefixtune_cli.sampling import Sampling
 
 # Settings without which a method does not fit a base of width 64.
 SMALL: dict[str, dict[str, Any]] = {

@@ -12,8 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from prefixtune_cli import model as models
 from prefixtune_cli.errors import ModelError
-from prefixtune_cli.generate import Sampling, answer_streamed, conversation, load_speaker
+from prefixtune_cli.generate import answer_streamed, conversation, load_speaker
+from prefixtune_cli.pointed import choose
 from prefixtune_cli.recipe.schema import Lora, ModelSection, PrefixTuningPlus
+from prefixtune_cli.sampling import Sampling
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -302,15 +304,10 @@ def test_an_adapter_is_loaded_onto_a_quantized_checkpoint(
     trained.save_pretrained(folder)
 
     def said(base: Path, asked: int | None, adapter: str | None = str(folder)) -> str:
-        speaker = load_speaker(
-            run=None,
-            model=str(base),
-            adapter=adapter,
-            no_adapter=False,
-            bits=asked,
-            seed=0,
-            device="cpu",
-        )
+        typed = {"device": "cpu"} if asked is None else {"device": "cpu", "bits": asked}
+        adapters = [] if adapter is None else [adapter]
+        [one] = choose(model=str(base), adapters=adapters, typed=typed)
+        speaker = load_speaker(one)
         assert len(linear_layers(speaker.model, bits)) == 2 * 7
         messages = conversation("Say the colour red, number 3.", None)
         return "".join(answer_streamed(speaker, messages, sampling=Sampling(max_new_tokens=8)))

@@ -13,11 +13,12 @@ from prefixtune_cli import generate
 from prefixtune_cli import model as models
 from prefixtune_cli.cli.app import app
 from prefixtune_cli.errors import AdapterError, ModelError, UsageError
-from prefixtune_cli.evaluate.evaluations import Settings
 from prefixtune_cli.evaluate.evaluations import prepare as prepare_evaluations
+from prefixtune_cli.evaluate.settings import Settings
 from prefixtune_cli.evaluate.subjects import Cast, assemble
 from prefixtune_cli.generate import conversation
-from prefixtune_cli.merge import merge
+from prefixtune_cli.merge.adapters import merge
+from prefixtune_cli.pointed import choose, point
 from prefixtune_cli.recipe.load import dump, resolve
 from prefixtune_cli.recipe.schema import ModelSection, PrefixTuningPlus, Recipe
 from prefixtune_cli.run_dir import RunDir
@@ -51,14 +52,8 @@ def with_tokenizer(
 
 
 def cast_of(base: Path, *adapters: Path, template: str | None = None) -> Cast:
-    return assemble(
-        runs=[],
-        model=str(base),
-        adapters=list(map(str, adapters)),
-        flags={"bits": 32},
-        base=True,
-        template=template,
-    )
+    who = choose(model=str(base), adapters=list(map(str, adapters)), typed={"bits": 32})
+    return assemble(who, template=template)
 
 
 def prompt_of(speaker: generate.Speaker) -> str:
@@ -108,13 +103,7 @@ def test_generate_asks_by_the_template_of_the_adapter_unless_one_is_typed(
     def asked(template: str | None) -> str:
         return prompt_of(
             generate.load_speaker(
-                run=None,
-                model=str(random_base),
-                adapter=str(folder),
-                no_adapter=False,
-                bits=32,
-                seed=0,
-                chat_template=template,
+                point(folder, {"name": str(random_base), "bits": 32}), chat_template=template
             )
         )
 
@@ -144,7 +133,7 @@ def test_eval_reads_data_by_the_template_of_the_adapter_unless_one_is_typed(
 
     def prepared(cast: Cast, template: str | None) -> str:
         settings = Settings(
-            data=(str(colours),), data_settings={"chat_template": template} if template else {}
+            (), data=(str(colours),), data_settings={"chat_template": template} if template else {}
         )
         evaluations = prepare_evaluations(settings, cast, cast.tokenizer, Listener())
         return next(evaluations).name
@@ -242,9 +231,8 @@ def test_tokens_that_the_base_lacks_are_refused_where_they_occur_and_only_there(
         done = CliRunner().invoke(app, typed)
         assert isinstance(done.exception, ModelError)
         assert "own.jsonl, line 2 has the token '</think>'" in str(done.exception)
-    speaker = generate.load_speaker(
-        run=None, model=str(base), adapter=None, no_adapter=False, bits=32, seed=0
-    )
+    [who] = choose(model=str(base), typed={"bits": 32})
+    speaker = generate.load_speaker(who)
     assert speaker.prompt(conversation("Is it?", None))
     with pytest.raises(ModelError, match="The prompt has the token '<think>'"):
         speaker.prompt(conversation("<think>", None))

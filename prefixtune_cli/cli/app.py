@@ -24,6 +24,7 @@ from prefixtune_cli.cli import (
     plan,
     recipe_schema,
     recipes,
+    runs,
     train,
     typed,
 )
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate.generate,
     "chat": chat.chat,
     "merge": merge.merge,
+    "runs": runs.runs,
     "recipes": recipes.recipes,
     "recipe-schema": recipe_schema.recipe_schema,
     "models": models.models,
@@ -57,7 +59,8 @@ app = typer.Typer(
     cls=Ptp,
     name="ptp",
     help="Fine-tune large language models by Prefix-Tuning+.",
-    epilog="`ptp COMMAND --help` explains a command. PTP_TRACEBACK=1 shows where an error comes from.",
+    epilog="`ptp COMMAND --help` explains a command. PTP_TRACEBACK=1 shows where an error comes from. "
+    "Exit codes: 0 done, 1 failed, 2 typed wrong (a flag, a value or a recipe).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings=help.SETTINGS,

@@ -6,7 +6,7 @@ import re
 import sys
 from typing import Any
 
-from prefixtune_cli.cli import options, typed
+from prefixtune_cli.cli import chosen, options, typed
 from prefixtune_cli.errors import UsageError
 
 HELP = "/base and /adapter switch, each with its own conversation; /reset forgets both, /help says this, /quit leaves."
@@ -28,20 +28,15 @@ def chat(
 ) -> None:
     """Talk to an adapter, or to the base alone."""
     from prefixtune_cli.cli import console
+    from prefixtune_cli.sampling import Sampling
 
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    who = chosen.one(run, model, adapter, chat_template=chat_template, bits=bits, device=device)
     console.quiet_libraries()
     from prefixtune_cli import generate as generation
 
-    sampling = generation.Sampling(max_new_tokens, temperature, top_p)
     speaker = generation.load_speaker(
-        run=run,
-        model=model,
-        adapter=adapter,
-        no_adapter=no_adapter,
-        bits=bits,
-        device=device,
-        seed=seed,
-        chat_template=chat_template,
+        who, no_adapter=no_adapter, seed=seed, chat_template=chat_template
     )
     console.notice(f"{speaker.description}. {HELP}")
     at_terminal = sys.stdin.isatty()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefixtune_cli.cli import options, typed
+from prefixtune_cli.cli import chosen, options, typed
 from prefixtune_cli.cli.train import train
 from prefixtune_cli.errors import UsageError
 
@@ -199,23 +199,37 @@ def _of_runs(runs: list[str], anyway: bool, out: str | None) -> tuple[Comparison
 def _speed(given: dict[str, Any]) -> tuple[Comparison, Path]:
     from prefixtune_cli.cli import console
     from prefixtune_cli.cli.reporter import reporter
+    from prefixtune_cli.compare.contest import entries
+    from prefixtune_cli.recipe.aliases import resolve
 
+    settings = _settings(given)
+    for entry in entries(settings):
+        resolve(entry.recipe.model.name)
     console.quiet_libraries()
     from prefixtune_cli.compare.costs import compare_costs
 
     with reporter() as shown:
-        return compare_costs(_settings(given), shown)
+        return compare_costs(settings, shown)
 
 
 def _trained(given: dict[str, Any]) -> tuple[Comparison, Path]:
     from prefixtune_cli.cli import console
     from prefixtune_cli.cli.reporter import reporter
+    from prefixtune_cli.compare.contest import entries
+    from prefixtune_cli.compare.folder import check_free
+    from prefixtune_cli.data.locate import check_text
 
+    settings = _settings(given)
+    recipe = entries(settings)[0].recipe
+    chosen.check(recipe, settings.ood)
+    if settings.text is not None:
+        check_text(settings.text)
+    check_free(settings.folder(recipe))
     console.quiet_libraries()
     from prefixtune_cli.compare.run import compare as compare_methods
 
     with reporter() as shown:
-        return compare_methods(_settings(given), shown, begin=console.quiet_libraries)
+        return compare_methods(settings, shown, begin=console.quiet_libraries)
 
 
 def _settings(given: dict[str, Any]) -> Settings:

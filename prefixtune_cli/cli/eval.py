@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prefixtune_cli.cli import options, typed
+from prefixtune_cli.cli import chosen, options, typed
 from prefixtune_cli.errors import UsageError
 
 WHO, WHAT, HOW, RESULTS = "Who is evaluated", "On what", "How", "Results"
@@ -21,7 +21,10 @@ def eval(
     runs: Annotated[
         list[str] | None,
         options.option(
-            "--run", panel=WHO, metavar="FOLDER", help="A run of `ptp train`. Repeatable."
+            "--run",
+            panel=WHO,
+            metavar="FOLDER",
+            help="A run of `ptp train`; else, without --model and --adapter, the newest finished one. Repeatable.",
         ),
     ] = None,
     model: Annotated[
@@ -31,7 +34,8 @@ def eval(
             "-m",
             panel=WHO,
             metavar="NAME",
-            help="A base, without a run: tiny, an alias, a folder, a GGUF file, or a hub id.",
+            help="A base by itself, or the adapters' where they do not name it: tiny, an alias, a folder, a GGUF file, "
+            "or a hub id.",
         ),
     ] = None,
     adapters: Annotated[
@@ -40,7 +44,7 @@ def eval(
             "--adapter",
             panel=WHO,
             metavar="FOLDER",
-            help="An adapter folder for --model. Repeatable.",
+            help="An adapter folder, on the base that it names. Repeatable.",
         ),
     ] = None,
     no_base: Annotated[
@@ -191,17 +195,11 @@ def eval(
     from pathlib import Path
 
     from prefixtune_cli.cli.reporter import reporter
-
-    console.quiet_libraries()
-    from prefixtune_cli.evaluate.evaluations import Settings
     from prefixtune_cli.evaluate.finished import default_folder
-    from prefixtune_cli.evaluate.run import evaluate
+    from prefixtune_cli.evaluate.settings import Settings
 
     settings = Settings(
-        runs=tuple(runs or ()),
-        model=model,
-        adapters=tuple(adapters or ()),
-        model_settings=flags.get("model", {}),
+        who=tuple(chosen.several(runs, model, adapters, **flags.get("model", {}))),
         data_settings=flags.get("data", {}),
         judging=flags.get("evaluate", {}),
         base=not no_base,
@@ -217,6 +215,10 @@ def eval(
         cache=None if no_cache else Path(cache).expanduser() if cache else default_folder(),
         out=Path(out) if out else None,
     )
+    settings.check()
+    console.quiet_libraries()
+    from prefixtune_cli.evaluate.run import evaluate
+
     with reporter() as shown:
         found = evaluate(settings, shown)
     eval_table.print_found(found, show_all=show_all, markdown=markdown, as_json=as_json)

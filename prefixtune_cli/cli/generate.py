@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefixtune_cli.cli import options, typed
+from prefixtune_cli.cli import chosen, options, typed
 from prefixtune_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from prefixtune_cli.answer_file import AnswerFile
     from prefixtune_cli.data.conversation import Conversation
+    from prefixtune_cli.data.read import Row
 
 
 def generate(
@@ -57,23 +58,23 @@ def generate(
         )
     from prefixtune_cli.cli import console
     from prefixtune_cli.cli.reporter import reporter
+    from prefixtune_cli.data.question import questions
+    from prefixtune_cli.sampling import Sampling
 
     prompt = typed.stdin_text(sys.stdin.read) if prompt == "-" else prompt
-    asked, answers = ([], None) if data is None else _asked(data, str(out), map or [], overwrite)
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    who = chosen.one(run, model, adapter, chat_template=chat_template, bits=bits, device=device)
+    asked: list[Conversation] = []
+    answers = None
+    if data is not None:
+        found = questions(data, typed.parse_map(map or []), usual=who.reading.map)
+        asked, answers = _asked(list(found), data, str(out), overwrite)
     with answers or contextlib.nullcontext():
         console.quiet_libraries()
         from prefixtune_cli import generate as generation
 
-        sampling = generation.Sampling(max_new_tokens, temperature, top_p)
         speaker = generation.load_speaker(
-            run=run,
-            model=model,
-            adapter=adapter,
-            no_adapter=no_adapter,
-            bits=bits,
-            device=device,
-            seed=seed,
-            chat_template=chat_template,
+            who, no_adapter=no_adapter, seed=seed, chat_template=chat_template
         )
         if prompt is not None:
             messages = generation.conversation(prompt, system)
@@ -95,14 +96,12 @@ def generate(
 
 
 def _asked(
-    data: str, out: str, mapping: list[str], overwrite: bool
+    found: list[tuple[Row, Conversation]], data: str, out: str, overwrite: bool
 ) -> tuple[list[Conversation], AnswerFile]:
     """The conversations that wait for an answer, and where the answers go."""
     from prefixtune_cli.answer_file import AnswerFile
     from prefixtune_cli.data.locate import local_files
-    from prefixtune_cli.data.question import questions
 
-    found = list(questions(data, typed.parse_map(mapping)))
     rows, asked = [row for row, _ in found], [question for _, question in found]
     local = local_files(data)
     files = local.files if local is not None else []

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefixtune_cli.cli import options, typed
+from prefixtune_cli.cli import chosen, options, typed
 from prefixtune_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,17 +49,18 @@ def inspect_data(
     data = data or source
     flags = typed.overrides(locals())
     from prefixtune_cli.cli import console
-
-    console.quiet_libraries()
-    from prefixtune_cli.data import inspect
-    from prefixtune_cli.data.load import load_rows
-    from prefixtune_cli.data.tokenize import tokenize
     from prefixtune_cli.recipe import load
     from prefixtune_cli.tokenizer import check_data, load_tokenizer
 
     settings = load.resolve(recipe, sets or (), flags)
     if settings.data.train is None:
         raise UsageError("No data is given. Type: ptp inspect-data FILE (or sample:NAME).")
+    chosen.check(settings)
+    console.quiet_libraries()
+    from prefixtune_cli.data import inspect
+    from prefixtune_cli.data.load import load_rows
+    from prefixtune_cli.data.tokenize import tokenize
+
     rows = load_rows(settings.data.train, settings.data)
     tokenizer = load_tokenizer(settings.model)
     tokenized = tokenize(rows, tokenizer, settings.data)

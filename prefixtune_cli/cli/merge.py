@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from prefixtune_cli.cli import options
+from prefixtune_cli.cli import chosen, options
 from prefixtune_cli.errors import UsageError
 
 HOW, RESULT = "How", "Result"
@@ -73,19 +73,27 @@ def merge(
     given = _numbers(weights) if weights is not None else None
     if into_base:
         _check_one(adapters, {"--method": method, "--weights": weights, "--density": density})
+    from pathlib import Path
+
     from prefixtune_cli.cli import console
     from prefixtune_cli.cli.reporter import reporter
+    from prefixtune_cli.merge.folder import check_free
+    from prefixtune_cli.merge.methods import checked_weights
 
+    if not into_base:
+        checked_weights(adapters, method or "linear", given, density)
+    who = chosen.several(adapters, None, None)
+    adapters = [one.given for one in who]
+    check_free(Path(out), who, overwrite=overwrite)
     console.quiet_libraries()
-    from prefixtune_cli import merge as merging
+    from prefixtune_cli.merge.adapters import merge as merge_several
+    from prefixtune_cli.merge.into_base import merge_into_base
 
     with reporter() as shown:
         if into_base:
-            found = merging.merge_into_base(
-                adapters[0], out=out, overwrite=overwrite, reporter=shown
-            )
+            found = merge_into_base(adapters[0], out=out, overwrite=overwrite, reporter=shown)
         else:
-            found = merging.merge(
+            found = merge_several(
                 adapters,
                 out=out,
                 method=method or "linear",

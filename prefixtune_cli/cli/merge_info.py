@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefixtune_cli.cli import options
+from prefixtune_cli.cli import chosen, options
 from prefixtune_cli.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
     from prefixtune_cli.merge_info.facts import Facts
     from prefixtune_cli.merge_info.on_data import OnData
-    from prefixtune_cli.recipe.schema import ModelSection
+    from prefixtune_cli.pointed import Pointed
 
 BASE, QUERIES, RESULTS = "The base", "On real queries", "Results"
 
 
 def merge_info(
     adapters: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
-            metavar="ADAPTER…",
-            help="Runs of `ptp train`, or adapter folders. Several are held against each other.",
+            metavar="[ADAPTER]…",
+            help="Runs of `ptp train`, or adapter folders; else the newest finished run. Several are held against "
+            "each other.",
             show_default=False,
         ),
-    ],
+    ] = None,
     model: Annotated[
         str | None,
         options.option(
@@ -74,22 +75,28 @@ def merge_info(
     if rows < 1:
         raise UsageError(f"--rows must be above 0, got {rows}.")
     from prefixtune_cli.cli import console, merge_info_table
+    from prefixtune_cli.data.locate import check_sources
 
+    named = model is not None
+    who = chosen.several(
+        adapters,
+        model,
+        None,
+        needs_base=data is not None,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        bits=bits,
+        device=device,
+    )
+    check_sources(data)
     console.quiet_libraries()
     from prefixtune_cli.lock import locked
     from prefixtune_cli.merge_info.facts import gather
     from prefixtune_cli.merge_info.together import pairs
 
-    asked: dict[str, Any] = {
-        "name": model,
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-    }
-    section = _section(asked) if model is not None else None
-    facts = [gather(adapter, section) for adapter in adapters]
+    facts = [gather(one, typed_base=named) for one in who]
     found = pairs(facts)
     folders = _folders(facts, out)
-    asked |= {"bits": bits, "device": device}
     measured = None
     with contextlib.ExitStack() as opened:
         for one in facts if out is None else ():
@@ -97,7 +104,7 @@ def merge_info(
                 opened.enter_context(locked(one.adapter.run.path, shared=True))
         written = _drawn(facts, folders)
         if data is not None:
-            measured = _on_data(facts, asked, data, rows, Path(out or folders[0]))
+            measured = _on_data(who, data, rows, Path(out or folders[0]))
             written += measured.written
     if as_json:
         console.print_json(
@@ -119,31 +126,12 @@ def merge_info(
         raise typer.Exit(1)
 
 
-def _section(asked: dict[str, Any], named: ModelSection | None = None) -> ModelSection:
-    """The base that the flags ask for, or the one `named`, with what they change."""
-    from prefixtune_cli.recipe import load
-
-    given = {key: value for key, value in asked.items() if value is not None}
-    typed = load.resolve(None, (), {"model": given}).model
-    if named is None or "name" in given:
-        return typed
-    return named.model_copy(update={key: getattr(typed, key) for key in given})
-
-
-def _on_data(facts: list[Facts], asked: dict[str, Any], data: str, rows: int, out: Path) -> OnData:
+def _on_data(who: list[Pointed], data: str, rows: int, out: Path) -> OnData:
     from prefixtune_cli.cli.reporter import reporter
     from prefixtune_cli.merge_info.on_data import analyse
 
-    if facts[0].section is None and asked["name"] is None:
-        raise UsageError(
-            f"{facts[0].adapter.folder} names no base. Type --model NAME beside --data."
-        )
-    section = _section(asked, facts[0].section)
-    given = [
-        one.adapter.folder if one.adapter.run is None else one.adapter.run.path for one in facts
-    ]
     with reporter() as shown:
-        return analyse(given, section, data, rows=rows, out=out, reporter=shown)
+        return analyse(who, data, rows=rows, out=out, reporter=shown)
 
 
 def _folders(facts: list[Facts], out: str | None) -> list[Path]:

@@ -469,11 +469,18 @@ Json = Annotated[
 
 # What `generate` and `chat` share.
 Run = Annotated[
-    str | None, typer.Option("--run", metavar="FOLDER", help="A run directory of `ptp train`.")
+    str | None,
+    typer.Option(
+        "--run",
+        metavar="FOLDER",
+        help="A run of `ptp train`; else, without --model and --adapter, the newest finished one.",
+    ),
 ]
 AdapterFolder = Annotated[
     str | None,
-    typer.Option("--adapter", metavar="FOLDER", help="An adapter folder, for the base --model."),
+    typer.Option(
+        "--adapter", metavar="FOLDER", help="An adapter folder, on the base that it names."
+    ),
 ]
 NoAdapter = Annotated[
     bool, typer.Option("--no-adapter", help="The base alone, to see what the adapter changes.")

@@ -54,7 +54,9 @@ def plan(
         settings = settings.model_copy(update={"model": on_gpu})
 
     from prefixtune_cli.cli import console
+    from prefixtune_cli.recipe.aliases import resolve
 
+    resolve(settings.model.name)
     console.quiet_libraries()
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="peft")
     found = _found(settings, gpu_memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefixtune_cli.cli import options, typed
-from prefixtune_cli.errors import UsageError
+from prefixtune_cli.cli import chosen, options, typed
+from prefixtune_cli.errors import LAUNCHER_PID, UsageError
 
 if TYPE_CHECKING:
     from prefixtune_cli.recipe.schema import DataSection, Recipe
@@ -109,6 +110,7 @@ def train(
             "--find-learning-rate is for a fresh run of one process. Leave out --resume and --gpus; give the rate that "
             "it finds as --learning-rate to the run on several GPUs."
         )
+    _check(settings, resume, overwrite)
     if _launches(settings, nodes, node_rank, rendezvous):
         _exit_by_verdict(_saved_verdict(settings))
         return
@@ -166,6 +168,23 @@ def _saved_verdict(settings: Recipe) -> str | None:
 def _exit_by_verdict(verdict: str | None) -> None:
     if verdict == "worse":
         raise typer.Exit(WORSE)
+
+
+def _check(settings: Recipe, resume: str | None, overwrite: bool) -> None:
+    """Refuse what is not there, or is taken, once for all processes and before the libraries load."""
+    if (
+        LAUNCHER_PID in os.environ
+        or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0"
+    ):
+        return
+    from prefixtune_cli.run_dir import RunDir
+
+    chosen.check(settings)
+    run_dir = RunDir(settings.folder)
+    if resume is None or (resume == "auto" and not run_dir.recipe.exists()):
+        run_dir.check_free(overwrite=overwrite)
+    elif resume == "must":
+        run_dir.check_resumable()
 
 
 def _launches(

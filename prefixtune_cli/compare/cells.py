@@ -15,9 +15,10 @@ from prefixtune_cli.compare.comparison import FORGETTING, Result
 from prefixtune_cli.compare.workers import Ended
 from prefixtune_cli.data.load import load_rows
 from prefixtune_cli.errors import Interrupted, PtpError
-from prefixtune_cli.evaluate.evaluations import Settings
 from prefixtune_cli.evaluate.run import evaluate
+from prefixtune_cli.evaluate.settings import Settings
 from prefixtune_cli.evaluate.subjects import hash_of_base
+from prefixtune_cli.pointed import point
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import difference, resolve
 from prefixtune_cli.recipe.schema import Recipe
@@ -77,7 +78,7 @@ def is_done(recipe: Recipe) -> bool:
 def judge_cell(run: str, sheet: Sheet, *, reporter: Reporter | None = None) -> Ended:
     """Have a finished run answer the test rows, and the base where the sheet says so; eval/ of the run gets it all."""
     settings = Settings(
-        runs=(run,),
+        who=(point(run),),
         base=sheet.base,
         data=tuple(map(str, sheet.data.values())),
         benches=(FORGETTING,) if sheet.text else (),

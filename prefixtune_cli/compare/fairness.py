@@ -10,7 +10,7 @@ from typing import Any
 
 from prefixtune_cli.compare.contest import spelled
 from prefixtune_cli.compare.finished_run import FinishedRun
-from prefixtune_cli.recipe.aliases import ALIASES
+from prefixtune_cli.pointed import base_key
 from prefixtune_cli.run_dir import RunDir
 
 # How a run is carried out and written down, and what tells it from others: none of it makes another contestant.
@@ -32,7 +32,7 @@ def settings(run: FinishedRun) -> dict[str, Any]:
         if f"{section}.{key}" not in CIRCUMSTANCES
     }
     found |= {f"adapter.config.{k}": v for k, v in found.pop("adapter.config", {}).items()}
-    found["model.name"] = ALIASES.get(recipe.model.name, recipe.model.name)
+    found["model.name"] = base_key(recipe.model)
     for key in ("train", "eval", "chat_template"):
         found[f"data.{key}"] = run.fingerprints.get(key, {}).get("sha256")
     if recipe.train.max_steps is not None:
@@ -64,6 +64,8 @@ def labels(runs: Sequence[FinishedRun]) -> list[str]:
 
 def _spelled(run: FinishedRun, key: str, value: Any) -> str:
     section, *_, last = key.split(".")
+    if key == "model.name":
+        value = run.recipe.model.name
     if section == "data" and last in run.fingerprints:
         return Path(run.fingerprints[last]["source"].replace("sample:", "")).stem
     return spelled(key, value)
@@ -105,7 +107,7 @@ def twins(runs: Sequence[FinishedRun]) -> Iterator[tuple[FinishedRun, FinishedRu
 def base(run: FinishedRun) -> Hashable:
     """What has to be the same for one base."""
     model = run.recipe.model
-    return ALIASES.get(model.name, model.name), model.revision, model.bits
+    return base_key(model), model.bits
 
 
 def _shown_base(run: FinishedRun) -> str:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from prefixtune_cli.compare.comparison import FORGETTING, TEST, Result
 from prefixtune_cli.errors import PtpError, RunDirError
 from prefixtune_cli.evaluate.matching import exactly_matches
+from prefixtune_cli.pointed import nothing_at, run_of
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
 
-RUNS = Path("runs")  # where `ptp train` puts them
 BASE, ADAPTER = "base", "adapter"
 
 
@@ -47,7 +46,7 @@ class FinishedRun:
     """A run directory that has been read.
 
     Attributes:
-        given: what the user typed.
+        given: its folder, as it was typed.
         environment, summary: as written; the summary is empty where the run has not finished.
         answers: the held-out rows' references with both models' answers; empty where answers are long.
         metrics: the rows of metrics.jsonl.
@@ -91,14 +90,15 @@ class FinishedRun:
 
 
 def open_run(given: str) -> FinishedRun:
-    """Read a run directory, finished or not.
+    """Read a run directory, finished or not; its adapter/ stands for it.
 
     Raises:
         RunDirError: it is none, or a file of it cannot be read.
     """
-    run_dir = RunDir(given)
-    if not run_dir.recipe.is_file():
-        raise RunDirError(_no_run(run_dir.path))
+    run_dir = run_of(Path(given).expanduser())
+    if run_dir is None:
+        raise RunDirError(nothing_at(Path(given)))
+    given = str(run_dir.path)
     try:
         recipe = resolve(str(run_dir.recipe))
         environment = _json(run_dir.environment)
@@ -127,27 +127,6 @@ def open_run(given: str) -> FinishedRun:
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         said = f"{type(error).__name__}: {error}"
         raise RunDirError(f"The run {given} cannot be read ({said}). Leave it out.") from None
-
-
-def _no_run(path: Path) -> str:
-    """A sentence about a folder that is no run directory, and which one may have been meant."""
-    no_run = f"{path} is no run directory (it has no recipe.yaml)."
-    said = no_run if path.exists() else f"There is no run {path}."
-    inside = sorted(file.parent for file in path.glob("*/recipe.yaml"))
-    if inside:
-        shown = " ".join(map(str, inside[:3])) + (" …" if len(inside) > 3 else "")
-        return f"{said} It holds {len(inside)}: {shown}"
-    around = [RUNS / path, *path.absolute().parents[:2]]
-    for near in around:
-        if (near / "recipe.yaml").is_file():
-            return f"{said} Did you mean {near}?"
-    beside = [
-        file.parent for folder in {RUNS, path.parent} for file in folder.glob("*/recipe.yaml")
-    ]
-    names = {run.name: run for run in beside}
-    if close := get_close_matches(path.name, names, n=1):
-        return f"{said} Did you mean {names[close[0]]}?"
-    return f"{said} `ptp train` makes runs, in runs/ unless --out says otherwise."
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from prefixtune_cli.compare.comparison import (
 from prefixtune_cli.compare.finished_run import ADAPTER, BASE, FinishedRun, open_run
 from prefixtune_cli.errors import RunDirError, UsageError
 from prefixtune_cli.evaluate.matching import match_rule
+from prefixtune_cli.pointed import run_of
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
 
@@ -69,7 +70,10 @@ def _check_given(runs: Sequence[str]) -> None:
             f"A comparison takes at least two runs, and {given} was given. "
             "Type: ptp compare runs/NAME runs/OTHER"
         )
-    folders = [Path(run).resolve() for run in runs]
+    found = [run_of(Path(run).expanduser()) for run in runs]
+    folders = [
+        (run.path if run else Path(given)).resolve() for run, given in zip(found, runs, strict=True)
+    ]
     twice = sorted(
         {run for run, folder in zip(runs, folders, strict=True) if folders.count(folder) > 1}
     )

@@ -11,7 +11,7 @@ from prefixtune_cli.data import folders
 from prefixtune_cli.data.folders import LocalFiles
 from prefixtune_cli.data.read import READERS, Rows, start_of
 from prefixtune_cli.data.stored import dataset_rows
-from prefixtune_cli.errors import DataError, ResourceError
+from prefixtune_cli.errors import DataError, ResourceError, UsageError
 
 SUFFIXES = ", ".join(READERS)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")
@@ -83,6 +83,43 @@ def _sample(name: str) -> LocalFiles:
             f"There is no sample {name!r}; the samples are {', '.join(known) or 'none'}.{hint}"
         )
     return LocalFiles([samples_folder() / f"{name}.jsonl"])
+
+
+def check_sources(*sources: str | None) -> None:
+    """Raise DataError where a local one is missing, or not of a known type; None stands for none."""
+    for source in sources:
+        if source is not None:
+            local_files(source)
+
+
+def check_exists(what: str, file: str) -> None:
+    """Raise DataError where a file is missing; `what` it is begins the sentence."""
+    path = Path(file).expanduser()
+    if not path.exists():
+        raise DataError(f"{what} {file} does not exist. {near_names(path)}")
+
+
+def named(train: str | None) -> str:
+    """The training data; raises UsageError where none is given."""
+    if train is None:
+        raise UsageError(
+            "No data is given. Type --data FILE, or --recipe quickstart for an example."
+        )
+    return train
+
+
+def check_text(source: str) -> bool:
+    """Whether `source` is a plain text; if not, it is data like any other.
+
+    Raises:
+        DataError: a local file is missing, or not of a known type.
+    """
+    path = Path(source).expanduser()
+    if path.suffix.lower() == ".txt" or (path.is_file() and path.suffix.lower() not in READERS):
+        check_exists("The text", source)
+        return True
+    local_files(source)
+    return False
 
 
 def hub_rows(source: str) -> Rows:

@@ -14,8 +14,15 @@ from prefixtune_cli.errors import DataError
 ASKED = {format.columns[0] for format in FORMATS.values()}
 
 
-def questions(source: str, mapping: Mapping[str, str]) -> Iterator[tuple[Row, Conversation]]:
+def questions(
+    source: str, mapping: Mapping[str, str], *, usual: Mapping[str, str] | None = None
+) -> Iterator[tuple[Row, Conversation]]:
     """Each row of a local source, as it stands in the file, and as a conversation that waits for an answer.
+
+    Args:
+        source: a file or a folder.
+        mapping: fields by column that were asked for.
+        usual: those of the run's own data, which count where the row has the column and nothing was asked for.
 
     The formats are those of training, but the answer may be missing, and is left out where it is there.
 
@@ -35,7 +42,8 @@ def questions(source: str, mapping: Mapping[str, str]) -> Iterator[tuple[Row, Co
             where = origin(str(path), line)
             # Only what is asked must be there: the columns of answers may be missing.
             there = {f: c for f, c in mapping.items() if c in raw or f in ASKED}
-            yield raw, _question(rename(raw, there, where), where)
+            known = {field: column for field, column in (usual or {}).items() if column in raw}
+            yield raw, _question(rename(raw, there if mapping else known, where), where)
 
 
 def _question(row: Row, where: str) -> Conversation:

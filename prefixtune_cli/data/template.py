@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from prefixtune_cli.data.conversation import Conversation
-from prefixtune_cli.data.locate import near_names
+from prefixtune_cli.data.locate import check_exists
 from prefixtune_cli.data.read import start_of
 from prefixtune_cli.errors import DataError
 
@@ -221,12 +221,9 @@ def chat_template(
     """
     if file is not None:
         path = Path(file).expanduser()
+        check_exists("The chat template", file)
         try:
             source = path.read_text(encoding="utf-8-sig")
-        except FileNotFoundError:
-            raise DataError(
-                f"The chat template {file} does not exist. {near_names(path)}"
-            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"The chat template {file} cannot be read: {error}.") from error
     elif tokenizer.chat_template:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,69 +19,17 @@ from prefixtune_cli.evaluate import forgetting, own_data
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.catalogue import Catalogue, load_catalogue
 from prefixtune_cli.evaluate.finished import Finished
-from prefixtune_cli.evaluate.losses import check_limit
 from prefixtune_cli.evaluate.outcome import Outcome
+from prefixtune_cli.evaluate.settings import FORGETTING, OWN_BENCHMARKS, QUICKSTART, Settings, stem
 from prefixtune_cli.evaluate.subjects import Cast, Subject
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import EvaluateSection
 from prefixtune_cli.tokenizer import check_ids, load_config
 
-QUICKSTART = "quickstart"
 SAMPLES = {"intents": "sample:intents-test", "records": "sample:records-test"}
-OWN_BENCHMARKS = (QUICKSTART, forgetting.NAME)
 WINDOW = 1024
 NO_PATTERN = {"answer_pattern": None}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user typed.
-
-    Attributes:
-        runs: run directories; or else `model` with `adapters`.
-        model_settings: settings of the recipe's model section.
-        data_settings: settings of the recipe's data section, for `data`.
-        judging: settings of the recipe's evaluate section, for `data`.
-        base: the base takes part.
-        benches: names of benchmarks.
-        data: the user's own test data.
-        text: what forgetting is measured on, in windows of `window` tokens; None is what the base takes, up to WINDOW.
-        bench_data: local copies of benchmarks' data, by benchmark or hub id.
-        limit: most items of each task.
-        num_fewshot: examples before a question; None leaves the task's own number.
-        batch_size: sequences a forward pass; None fits them to the memory.
-        apply_chat_template: prompts are rendered as the model's chat.
-        runs_code: the user agrees to run code that the model writes.
-        cache: where finished requests are kept; None keeps none.
-        out: where results go; None is the run directories, or runs/<model>-eval.
-    """
-
-    runs: tuple[str, ...] = ()
-    model: str | None = None
-    adapters: tuple[str, ...] = ()
-    model_settings: Mapping[str, Any] = field(default_factory=dict)
-    data_settings: Mapping[str, Any] = field(default_factory=dict)
-    judging: Mapping[str, Any] = field(default_factory=dict)
-    base: bool = True
-    benches: tuple[str, ...] = ()
-    data: tuple[str, ...] = ()
-    text: str | None = None
-    window: int | None = None
-    bench_data: Mapping[str, str] = field(default_factory=dict)
-    limit: int | None = None
-    num_fewshot: int | None = None
-    batch_size: int | None = None
-    apply_chat_template: bool = False
-    runs_code: bool = False
-    cache: Path | None = None
-    out: Path | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
 
 
 @dataclass
@@ -116,25 +64,8 @@ def prepare(
     catalogue = load_catalogue() if from_hub or given else None
     if catalogue is not None:
         catalogue.check(from_hub, OWN_BENCHMARKS)
-    if (forgetting.NAME in settings.benches) != (settings.text is not None):
-        raise UsageError(
-            "--bench forgetting and --text FILE belong together: the file holds text that has nothing to do with the "
-            "task, such as a chapter of a book."
-        )
-    if settings.judging and not settings.data:
-        raise UsageError(
-            "--answer-pattern belongs to --data FILE: benchmarks have prompts, answers and metrics of their own."
-        )
-    check_limit(settings.limit)
-    if settings.num_fewshot is not None and settings.num_fewshot < 0:
-        raise UsageError(f"--num-fewshot must be 0 or more, got {settings.num_fewshot}.")
-    names = [f"data-{_stem(source)}" for source in settings.data]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UsageError(
-            f"Two data sets would both be written to {twice[0]}.json. Evaluate them one at a time, with another --out."
-        )
     for source in settings.data:
-        yield _of_data({f"data-{_stem(source)}": source}, None, settings, cast, tokenizer, reporter)
+        yield _of_data({f"data-{stem(source)}": source}, None, settings, cast, tokenizer, reporter)
     local: dict[str, Path] = {}
     if catalogue is not None:
         from prefixtune_cli.evaluate.tasks import local_data
@@ -147,7 +78,7 @@ def prepare(
     for name in settings.benches:
         if name == QUICKSTART:
             yield _of_data(SAMPLES, QUICKSTART, settings, cast, tokenizer, reporter)
-        elif name == forgetting.NAME:
+        elif name == FORGETTING:
             yield _of_text(settings, cast, tokenizer)
         else:
             assert catalogue is not None
@@ -252,7 +183,7 @@ def _of_text(settings: Settings, cast: Cast, tokenizer: PreTrainedTokenizerBase)
         )
 
     return Evaluation(
-        forgetting.NAME, len(text), judge, lambda judged, _: forgetting.compare(text, judged)
+        FORGETTING, len(text), judge, lambda judged, _: forgetting.compare(text, judged)
     )
 
 
@@ -316,7 +247,3 @@ def _chat(tokenizer: PreTrainedTokenizerBase, cast: Cast) -> Callable[..., str]:
             return str(tokenizer.apply_chat_template(rest, **how))
 
     return render
-
-
-def _stem(source: str) -> str:
-    return Path(source.replace("sample:", "").replace(":", "-")).stem

@@ -18,25 +18,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixtune_cli.data.encode import start_ids, with_start
 from prefixtune_cli.data.load import load_rows
-from prefixtune_cli.data.locate import near_names
-from prefixtune_cli.data.read import BOM, READERS, iconv
+from prefixtune_cli.data.locate import check_text
+from prefixtune_cli.data.read import BOM, iconv
 from prefixtune_cli.errors import DataError, UsageError
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.finished import Finished
 from prefixtune_cli.evaluate.held_out import evenly_spread
 from prefixtune_cli.evaluate.losses import (
     Judged,
-    check_limit,
     finished_losses,
     loss_items,
     loss_lines,
     ratio_line,
 )
 from prefixtune_cli.evaluate.outcome import Outcome
+from prefixtune_cli.evaluate.settings import FORGETTING, check_limit
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import DataSection
-
-NAME = "forgetting"
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def compare(text: Text, judged: Mapping[str, Judged]) -> Outcome:
         for model, found in losses.items()
     }
     sizes = np.array([window.bytes for window in text.windows], dtype=float)
-    lines = [*loss_lines(NAME, losses), ratio_line(NAME, "bits per byte", bits, sizes)]
+    lines = [*loss_lines(FORGETTING, losses), ratio_line(FORGETTING, "bits per byte", bits, sizes)]
     record: dict[str, Any] = {
         "text": {
             "source": text.source,
@@ -169,14 +167,13 @@ def compare(text: Text, judged: Mapping[str, Judged]) -> Outcome:
             )
         ],
     }
-    return Outcome(NAME, lines, record)
+    return Outcome(FORGETTING, lines, record)
 
 
 def _documents(source: str) -> tuple[list[tuple[str, str]], str]:
     """(origin, text) of each document that is not blank, and the sha256 of the source."""
     path = Path(source).expanduser()
-    known = path.suffix.lower() in READERS
-    if path.suffix.lower() == ".txt" or (path.is_file() and not known):
+    if check_text(source):
         content = _read_plain(path)
         found, fingerprint = [(source, content)], hashlib.sha256(content.encode()).hexdigest()
     else:
@@ -194,8 +191,6 @@ def _documents(source: str) -> tuple[list[tuple[str, str]], str]:
 def _read_plain(path: Path) -> str:
     try:
         return path.read_bytes().removeprefix(BOM).decode("utf-8")
-    except FileNotFoundError:
-        raise DataError(f"The text {path} does not exist. {near_names(path)}") from None
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start + 1}. Convert the "

@@ -23,10 +23,11 @@ from prefixtune_cli.data.encode import MASKED
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.matching import exactly_matches
 from prefixtune_cli.evaluate.questions import Question
-from prefixtune_cli.generate import Sampling, answer_batched
+from prefixtune_cli.generate import answer_batched
 from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.schema import EvaluateSection
+from prefixtune_cli.sampling import Sampling
 
 TOKENS_A_BATCH = 8192  # bounds the memory for the logits, whatever the length of the rows
 

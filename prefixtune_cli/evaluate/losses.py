@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefixtune_cli.errors import ModelError, UsageError
+from prefixtune_cli.errors import ModelError
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.finished import Finished
 from prefixtune_cli.evaluate.held_out import Example, row_losses
@@ -34,14 +34,6 @@ class Judged:
 
     losses: Losses
     answers: list[str]
-
-
-def check_limit(limit: int | None) -> None:
-    """Raise UsageError for a limit below 1."""
-    if limit is not None and limit < 1:
-        raise UsageError(
-            f"--limit must be at least 1, got {limit}. Leave it out to evaluate everything."
-        )
 
 
 def finished_losses(

@@ -25,7 +25,6 @@ from prefixtune_cli.evaluate.held_out import evenly_spread, row_answers
 from prefixtune_cli.evaluate.labels import confusion, label_codes, label_of, macro_f1
 from prefixtune_cli.evaluate.losses import (
     Judged,
-    check_limit,
     compared_line,
     finished_losses,
     loss_items,
@@ -41,6 +40,7 @@ from prefixtune_cli.evaluate.paired import (
     mean_interval,
 )
 from prefixtune_cli.evaluate.questions import Question, short_questions
+from prefixtune_cli.evaluate.settings import check_limit
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import DataSection, EvaluateSection
 from prefixtune_cli.run_dir import json_line

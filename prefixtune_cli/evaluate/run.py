@@ -17,11 +17,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from prefixtune_cli.errors import Interrupted, PtpError, ResourceError, UsageError
+from prefixtune_cli.errors import Interrupted, PtpError, ResourceError
 from prefixtune_cli.evaluate.batches import BatchLimit
-from prefixtune_cli.evaluate.evaluations import OWN_BENCHMARKS, Evaluation, Settings, Stage, prepare
+from prefixtune_cli.evaluate.evaluations import Evaluation, Stage, prepare
 from prefixtune_cli.evaluate.finished import Finished, check_room, digest
 from prefixtune_cli.evaluate.outcome import Outcome
+from prefixtune_cli.evaluate.settings import OWN_BENCHMARKS, Settings
 from prefixtune_cli.evaluate.subjects import Cast, assemble
 from prefixtune_cli.lock import locked
 from prefixtune_cli.progress import Reporter, Silent
@@ -58,18 +59,9 @@ def evaluate(
         Interrupted: Ctrl-C; finished requests are kept, and the same command goes on.
     """
     reporter = reporter or Silent()
-    if not settings.benches and not settings.data:
-        raise UsageError(
-            "Nothing to evaluate is given. Type --bench NAME (such as quickstart or mmlu; `ptp eval --list` shows "
-            "all), or --data FILE."
-        )
+    settings.check()
     cast = assemble(
-        runs=settings.runs,
-        model=settings.model,
-        adapters=settings.adapters,
-        flags=dict(settings.model_settings),
-        base=settings.base,
-        template=settings.data_settings.get("chat_template"),
+        settings.who, base=settings.base, template=settings.data_settings.get("chat_template")
     )
     tokenizer = cast.tokenizer
     folders = _folders(settings, cast)

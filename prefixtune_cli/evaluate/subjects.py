@@ -22,8 +22,8 @@ from prefixtune_cli.agreement import any_prompt, check_generation
 from prefixtune_cli.errors import UsageError
 from prefixtune_cli.evaluate.outcome import BASE
 from prefixtune_cli.parallel.devices import device
+from prefixtune_cli.pointed import Pointed, base_key
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
-from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import ModelSection, Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.shared_base import SharedBase
@@ -43,8 +43,9 @@ class Subject:
         name: the head of its column: `base`, `adapter`, or the run's or folder's name where there are several.
         adapter: its folder; None for the base alone.
         whole: the folder holds a whole model (method `full`), and no adapter.
-        run: the run directory that it comes from.
+        run: the run directory that its results belong to.
         sha256: of the adapter's content, or of the base's.
+        folder_name: what its run or folder is called.
     """
 
     name: str
@@ -52,12 +53,7 @@ class Subject:
     whole: bool = False
     run: RunDir | None = None
     sha256: str = ""
-
-    @property
-    def folder_name(self) -> str:
-        """What its folder is called; `adapter`, as runs call it, says less than the folder around it."""
-        folder = (self.run.path if self.run else self.adapter or Path(BASE)).resolve()
-        return folder.parent.name if folder.name == ADAPTER else folder.name
+    folder_name: str = ""
 
     def to_json(self) -> dict[str, Any]:
         folder = None if self.adapter is None else str(self.adapter)
@@ -145,123 +141,85 @@ class Cast:
         }
 
 
-def assemble(
-    *,
-    runs: Sequence[str],
-    model: str | None,
-    adapters: Sequence[str],
-    flags: dict[str, Any],
-    base: bool,
-    template: str | None = None,
-) -> Cast:
+def assemble(who: Sequence[Pointed], *, base: bool = True, template: str | None = None) -> Cast:
     """Find out who is evaluated, without loading anything.
 
     Args:
-        runs: run directories, whose bases must be the same.
-        model: the base, where there are no runs.
-        adapters: adapter folders, for `model`.
-        flags: the model section's settings that were typed.
+        who: runs and adapters of one base, or a base by itself.
         base: the base takes part.
         template: a chat template that was typed.
 
     Raises:
-        UsageError: both or neither of runs and model are given, or the runs have different bases, or the adapters
-            different tokenizers.
-        RunDirError: a run has no adapter.
-        AdapterError: a folder holds no adapter that can be read.
+        UsageError: nobody is left, one is given twice, the bases are different, or the adapters' tokenizers.
+        AdapterError: a folder holds no adapter that can be read, or it does not fit the base.
     """
-    if bool(runs) == (model is not None):
-        raise UsageError(
-            "Give either --run FOLDER, or --model NAME (with --adapter FOLDER or without)."
-        )
-    if runs and adapters:
-        raise UsageError("--run has its own adapter. Leave --adapter out, or give --model with it.")
-    if not runs and not adapters and not base:
+    trained = [one for one in who if one.folder is not None]
+    if not trained and not base:
         raise UsageError(
             "--no-base leaves nothing to evaluate. Give an --adapter, or leave it out."
         )
-    if runs:
-        found = [_of_run(run) for run in runs]
-        recipes = [resolve(str(RunDir(run).recipe), flags={"model": flags}) for run in runs]
-        _check_same_base(recipes, runs)
-        recipe = recipes[0]
-    else:
-        found = [_subject(Path(folder)) for folder in adapters]
-        recipe = resolve(flags={"model": {**flags, "name": model}})
-        recipes = [recipe for _ in found]
+    _check_same_base(who)
+    recipe = who[0].recipe or Recipe(model=who[0].base)
     check_base(recipe.model)
     models.check_precision(recipe.model)
-    for subject in found:
-        if subject.adapter is not None and not subject.whole:
-            models.check_fits(recipe.model, subject.adapter)
-    tokenizers = [load_tokenizer(recipe.model, s.adapter) for s in found]
-    tokenizers = tokenizers or [load_tokenizer(recipe.model)]
-    _check_same_tokenizer(tokenizers, found)
+    for one in trained:
+        if one.folder is not None and not one.whole:
+            models.check_fits(recipe.model, one.folder)
+    tokenizers = [load_tokenizer(recipe.model, one.folder) for one in who]
+    _check_same_tokenizer(tokenizers, who)
     readings = [
-        _reading(of, None if template else tokenizer.chat_template)
-        for of, tokenizer in zip(recipes, tokenizers, strict=False)
+        _reading(one, None if template else tokenizer.chat_template)
+        for one, tokenizer in zip(who, tokenizers, strict=True)
     ]
     its = hash_of_base(recipe.model)
     subjects = [Subject(BASE, sha256=its)] if base else []
-    everyone = [*subjects, *_named(found)]
+    everyone = [*subjects, *_named(trained)]
     return Cast(recipe, tokenizers[0], template, readings, everyone, its)
 
 
-def _of_run(run: str) -> Subject:
-    run_dir = RunDir(run)
-    run_dir.check_adapter()
-    whole = resolve(str(run_dir.recipe)).adapter.method == "full"
-    return _subject(run_dir.adapter, run=run_dir, whole=whole)
-
-
-def _subject(folder: Path, run: RunDir | None = None, whole: bool = False) -> Subject:
-    return Subject("", folder, whole, run, hash_of_folder(folder, shortcut=whole))
-
-
-def _named(subjects: list[Subject]) -> list[Subject]:
+def _named(trained: Sequence[Pointed]) -> list[Subject]:
     """`adapter` for a single one; else the folders' names, as long as needed to tell them apart."""
-    if len(subjects) == 1:
+    if len({one.folder and one.folder.resolve() for one in trained}) < len(trained):
+        given = ", ".join(one.given for one in trained)
+        raise UsageError(f"An adapter is given twice: {given}. Give each once.")
+    names = [one.name for one in trained]
+    if len(set(names)) < len(names) or BASE in names:
+        names = [one.given for one in trained]
+    if len(names) == 1:
         names = [ADAPTER]
-    else:
-        names = [subject.folder_name for subject in subjects]
-        if len(set(names)) < len(names) or BASE in names:
-            names = [str(s.run.path if s.run else s.adapter) for s in subjects]
-        if len({Path(name).resolve() for name in names}) < len(names):
-            raise UsageError(f"An adapter is given twice: {', '.join(names)}. Give each once.")
-    return [
-        Subject(name, s.adapter, s.whole, s.run, s.sha256)
-        for name, s in zip(names, subjects, strict=True)
-    ]
-
-
-def _reading(recipe: Recipe, template: Any) -> str:
-    where = {"train": None, "eval": None, "eval_split": None, "chat_template": None}
-    data = recipe.data.model_copy(update=where).model_dump()
-    return json.dumps([data, template, recipe.evaluate.answer_pattern], sort_keys=True)
+    return [_subject(name, one) for name, one in zip(names, trained, strict=True)]
 
 
 def _check_same_tokenizer(
-    tokenizers: Sequence[PreTrainedTokenizerBase], subjects: Sequence[Subject]
+    tokenizers: Sequence[PreTrainedTokenizerBase], who: Sequence[Pointed]
 ) -> None:
     first, *others = (tokenizer.get_vocab() for tokenizer in tokenizers)
-    for vocabulary, subject in zip(others, subjects[1:], strict=True):
+    for vocabulary, one in zip(others, who[1:], strict=True):
         if vocabulary != first:
             raise UsageError(
-                f"{subjects[0].adapter} and {subject.adapter} carry different tokenizers ({len(first):,} and "
+                f"{who[0].given} and {one.given} carry different tokenizers ({len(first):,} and "
                 f"{len(vocabulary):,} tokens), so one call cannot compare them. Evaluate each by itself."
             )
 
 
-def _check_same_base(recipes: list[Recipe], runs: Sequence[str]) -> None:
-    bases = {(r.model.name, r.model.revision, r.model.bits) for r in recipes}
-    if len(bases) > 1:
+def _subject(name: str, one: Pointed) -> Subject:
+    assert one.folder is not None
+    run = one.run if one.as_trained else None
+    sha256 = hash_of_folder(one.folder, shortcut=one.whole)
+    return Subject(name, one.folder, one.whole, run, sha256, one.name)
+
+
+def _reading(one: Pointed, template: Any) -> str:
+    pattern = None if one.recipe is None else one.recipe.evaluate.answer_pattern
+    return json.dumps([one.reading.model_dump(), template, pattern], sort_keys=True)
+
+
+def _check_same_base(who: Sequence[Pointed]) -> None:
+    if len({(base_key(one.base), one.base.bits) for one in who}) > 1:
         raise UsageError(
-            "The runs have different bases, so one call cannot compare them: "
-            + ", ".join(
-                f"{run}: {r.model.name} at {r.model.bits} bits"
-                for run, r in zip(runs, recipes, strict=True)
-            )
-            + ". Evaluate each by itself, or give --model and --adapter."
+            "These have different bases, so one call cannot compare them: "
+            + ", ".join(f"{one.given}: {one.base.name} at {one.base.bits} bits" for one in who)
+            + ". Evaluate each by itself, or give the base of all with --model, and --bits."
         )
 
 

@@ -9,7 +9,6 @@ sum of the ranks by its singular value decomposition (peft's `ties_svd` and `dar
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
 from prefixtune_cli.adapter.arithmetic import differing_setting
-from prefixtune_cli.errors import AdapterError, UsageError
+from prefixtune_cli.errors import AdapterError
 from prefixtune_cli.merge.folder import (
     Merged,
     claimed,
@@ -32,8 +31,10 @@ from prefixtune_cli.merge.folder import (
     write_record,
     written_whole,
 )
-from prefixtune_cli.merge.source import WEIGHTS, Source, read_source
+from prefixtune_cli.merge.methods import DENSITY, METHODS, PRUNING, checked_weights
+from prefixtune_cli.merge.source import Source, read_source
 from prefixtune_cli.model import check_fits, copies_of_base, drop_model_card
+from prefixtune_cli.pointed import WEIGHTS, base_key
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
 from prefixtune_cli.recipe.schema import ModelSection
@@ -44,15 +45,6 @@ from prefixtune_cli.tokenizer import (
     load_tokenizer,
 )
 
-# Method → what it is to `add_weighted_adapter` of Prefix-Tuning+ and of LoRA.
-METHODS = {
-    "linear": ("linear", "cat"),
-    "task-arithmetic": ("linear", "cat"),
-    "ties": ("ties", "ties_svd"),
-    "dare": ("dare_linear", "dare_linear_svd"),
-}
-PRUNING = ("ties", "dare")
-DENSITY = 0.2  # what TIES keeps by default (Yadav et al. 2023)
 MERGED = "default"  # peft writes the adapter of this name into the folder itself
 
 # What a LoRA may have beside A and B, which `cat` and the rest leave out.
@@ -99,11 +91,11 @@ def merge(
         ModelError: the base's configuration cannot be found.
     """
     out = Path(out)
-    scales = _checked_weights(adapters, method, weights, density)
+    scales = checked_weights(adapters, method, weights, density)
     sources = [read_source(given) for given in adapters]
     with claimed(out, sources, overwrite=overwrite):
         _check_fit_each_other(sources)
-        section = sources[0].section
+        section = sources[0].base
         check_base(section)
         for source in sources:
             check_fits(section, source.folder)
@@ -123,7 +115,7 @@ def _write_merged(
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Merge and write; what stands in the result's merge.json."""
-    section, tokenizer = sources[0].section, _tokenizer(sources, reporter)
+    section, tokenizer = sources[0].base, _tokenizer(sources, reporter)
     is_lora = sources[0].method == "lora"
     combination = METHODS[method][is_lora]
     kept = (DENSITY if density is None else density) if method in PRUNING else None
@@ -159,35 +151,6 @@ def _write_merged(
         )
 
 
-def _checked_weights(
-    adapters: Sequence[str],
-    method: str,
-    weights: Sequence[float] | None,
-    density: float | None,
-) -> list[float]:
-    if method not in METHODS:
-        raise UsageError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
-    if len(adapters) < 2:
-        raise UsageError(
-            f"A merge needs two adapters or more, got {len(adapters)}. To fold one into its base: "
-            "ptp merge ADAPTER --into-base --out FOLDER"
-        )
-    if density is not None and method not in PRUNING:
-        raise UsageError(f"--density belongs to --method ties and dare; {method} keeps everything.")
-    if density is not None and not 0 < density <= 1:
-        raise UsageError(f"--density must lie above 0 and up to 1, got {density}.")
-    if weights is None:
-        each = 1 / len(adapters) if method in ("linear", "dare") else 1.0
-        return [each] * len(adapters)
-    if len(weights) != len(adapters):
-        raise UsageError(
-            f"--weights must name one number for each of the {len(adapters)} adapters, got {len(weights)}."
-        )
-    if not all(map(math.isfinite, weights)):
-        raise UsageError(f"--weights must be finite numbers, got {', '.join(map(str, weights))}.")
-    return list(weights)
-
-
 def _check_fit_each_other(sources: Sequence[Source]) -> None:
     """Raise AdapterError with the first thing in which the adapters differ, or that keeps one from being merged."""
     first, *others = sources
@@ -200,11 +163,12 @@ def _check_fit_each_other(sources: Sequence[Source]) -> None:
     for other in others:
         if first.method != other.method:
             raise AdapterError(_differ(first, other, "method", first.method, other.method))
-        if first.base != other.base:
-            raise AdapterError(_differ(first, other, "base", first.base, other.base))
+        mine, theirs = base_key(first.base), base_key(other.base)
+        if mine != theirs:
+            raise AdapterError(_differ(first, other, "base", mine, theirs))
         if isinstance(first.config, PrefixTuningPlusConfig):
-            theirs = cast(PrefixTuningPlusConfig, other.config)
-            if found := differing_setting(first.config, theirs):
+            config = cast(PrefixTuningPlusConfig, other.config)
+            if found := differing_setting(first.config, config):
                 raise AdapterError(_differ(first, other, *found))
 
 
@@ -216,7 +180,7 @@ def _tokenizer(sources: Sequence[Source], reporter: Reporter) -> PreTrainedToken
     """
     if not any(carries_tokenizer(source.folder) for source in sources):
         return None
-    first, *others = [load_tokenizer(source.section, source.folder) for source in sources]
+    first, *others = [load_tokenizer(source.base, source.folder) for source in sources]
     vocabulary = first.get_vocab()
     for source, other in zip(sources[1:], others, strict=True):
         if (theirs := other.get_vocab()) != vocabulary:

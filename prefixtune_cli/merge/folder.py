@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefixtune_cli.errors import ResourceError, RunDirError
 from prefixtune_cli.lock import LOCK, locked
-from prefixtune_cli.merge.source import Source
+from prefixtune_cli.pointed import Pointed
 from prefixtune_cli.run_dir import RunDir, write_json
+
+if TYPE_CHECKING:
+    from prefixtune_cli.merge.source import Source
 
 RECORD = "merge.json"
 _PACKAGES = ("prefixtune-cli", "peft", "transformers", "torch")
@@ -39,7 +42,7 @@ class Merged:
 
 
 @contextlib.contextmanager
-def claimed(out: Path, sources: Sequence[Source], *, overwrite: bool) -> Iterator[None]:
+def claimed(out: Path, sources: Sequence[Pointed], *, overwrite: bool) -> Iterator[None]:
     """Within the block no other command writes there.
 
     Raises:
@@ -47,17 +50,20 @@ def claimed(out: Path, sources: Sequence[Source], *, overwrite: bool) -> Iterato
             command writes there already.
         ResourceError: it cannot be written to.
     """
-    _check_free(out, sources, overwrite=overwrite)
+    check_free(out, sources, overwrite=overwrite)
     with locked(out):
         yield
 
 
-def _check_free(out: Path, sources: Sequence[Source], *, overwrite: bool) -> None:
+def check_free(out: Path, sources: Sequence[Pointed], *, overwrite: bool) -> None:
+    """Refuse a folder that is taken; raises RunDirError, see `claimed`."""
     if out.exists() and not out.is_dir():
         raise RunDirError(f"--out {out} is a file. Give another name.")
     if not out.exists() or all(path.name == LOCK for path in out.iterdir()):
         return
-    if any(out.resolve() in (s.folder.resolve(), Path(s.given).resolve()) for s in sources):
+    if any(
+        out.resolve() in (Path(s.given).resolve(), s.folder and s.folder.resolve()) for s in sources
+    ):
         raise RunDirError(f"--out {out} is one of the adapters that are merged. Give another name.")
     if not (out / RECORD).exists():
         raise RunDirError(
@@ -95,8 +101,8 @@ def write_record(folder: Path, sources: Sequence[Source], **settings: Any) -> di
     """Write merge.json: the sources with the hashes of their weights, how they were merged, and by what versions."""
     record = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "base": sources[0].section.name,
-        "revision": sources[0].section.revision,
+        "base": sources[0].base.name,
+        "revision": sources[0].base.revision,
         **settings,
         "sources": [source.to_json() for source in sources],
         "versions": {name: metadata.version(name) for name in _PACKAGES},

@@ -62,7 +62,7 @@ def merge_into_base(
 def _write_folded(source: Source, out: Path, reporter: Reporter) -> dict[str, Any]:
     """Check, fold and write; what stands in the result's merge.json."""
     _check_foldable(source)
-    section = source.section
+    section = source.base
     check_base(section)
     if stored_settings(load_config(section)) is not None:
         raise ModelError(
@@ -101,7 +101,7 @@ def _check_foldable(source: Source) -> None:
 
 
 def _folded(source: Source, reporter: Reporter) -> PreTrainedModel:
-    base = _load(source.section)
+    base = _load(source.base)
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     embeddings = {name for name, module in base.named_modules() if module in ends}
     tied = ends[1] is not None and ends[0].weight is ends[1].weight
@@ -111,7 +111,7 @@ def _folded(source: Source, reporter: Reporter) -> PreTrainedModel:
         ends[1].weight = nn.Parameter(ends[1].weight.detach().clone(), requires_grad=False)
         base.config.get_text_config().tie_word_embeddings = False
         reporter.notice(
-            f"{source.given} adapts {' and '.join(sorted(adapted))}. {source.section.name} has one weight for its "
+            f"{source.given} adapts {' and '.join(sorted(adapted))}. {source.base.name} has one weight for its "
             "embedding and its output layer; the merged model has one for each."
         )
     try:

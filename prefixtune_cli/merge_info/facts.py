@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from prefixtune_cli.errors import ModelError
@@ -21,6 +20,7 @@ from prefixtune_cli.merge_info.saved import (
     read,
 )
 from prefixtune_cli.merge_info.trained import Trained, layers_of, skipped, trained
+from prefixtune_cli.pointed import Pointed
 from prefixtune_cli.recipe.schema import ModelSection
 
 # What of a method's configuration says what the adapter computes; a newer or older version may lack some.
@@ -124,19 +124,19 @@ class Facts:
         }
 
 
-def gather(path: str | Path, model: ModelSection | None = None) -> Facts:
+def gather(found: Pointed, *, typed_base: bool = False) -> Facts:
     """Everything to know of one adapter, without its base's weights.
 
     Args:
-        path: a run directory or an adapter folder.
-        model: the base, where it is not the one that the adapter names.
+        found: the adapter.
+        typed_base: the user has named the base, so that it must be there.
 
     Raises:
-        AdapterError: there is no adapter, or it cannot be read.
-        RunDirError: the run has no adapter yet.
+        AdapterError: it cannot be read.
+        ModelError: there is no such base.
     """
-    adapter = read(path)
-    section = adapter.base(model)
+    adapter = read(found)
+    section = adapter.model
     base, problem = None, None
     if section is None:
         problem = "The adapter names no base. Type --model NAME for what depends on it."
@@ -144,7 +144,7 @@ def gather(path: str | Path, model: ModelSection | None = None) -> Facts:
         try:
             base = without_weights(section, adapter.config)
         except ModelError as error:
-            if model is not None:
+            if typed_base:
                 raise
             problem = str(error)
     matrices = trained(adapter)

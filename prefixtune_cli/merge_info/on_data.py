@@ -29,10 +29,9 @@ from prefixtune_cli.merge_info.bias import (
     share_of_first,
 )
 from prefixtune_cli.merge_info.bias_plots import draw_by_position, draw_spectra
+from prefixtune_cli.pointed import Pointed
 from prefixtune_cli.progress import Reporter
-from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import DataSection, ModelSection
-from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.tokenizer import check_base, check_data, load_tokenizer
 
 Table = tuple[str, list[str], list[list[str]]]
@@ -87,8 +86,7 @@ class OnData:
 
 
 def analyse(
-    adapters: Sequence[Path],
-    model: ModelSection,
+    who: Sequence[Pointed],
     data: str,
     *,
     rows: int,
@@ -98,27 +96,28 @@ def analyse(
     """Run the base with each adapter over the data, and sum up what the adapter adds.
 
     Args:
-        adapters: run directories or adapter folders; Prefix-Tuning+ and Prefix-Tuning are analysed, others are left
+        who: runs or adapters, of the first one's base; Prefix-Tuning+ and Prefix-Tuning are analysed, others are left
             out with a warning.
-        model: the base, in the precision that is analysed.
         data: in any format of `ptp train`, read as the first run among the adapters reads its own.
         rows: how many of it, evenly spread.
         out: the folder for the pictures.
         reporter: is told how far the work is.
 
     Raises:
-        UsageError: none of the adapters is of a method that has such a bias.
+        UsageError: none of the adapters is of a method that has such a bias, or the first one names no base.
         AdapterError: a folder holds no adapter, or one that does not fit the base.
         DataError: the data is missing or wrong.
         ModelError, ResourceError: the base cannot be loaded, or the pictures cannot be written.
     """
-    folders = [_adapter_folder(path) for path in adapters]
-    configs = [models.read_adapter_config(folder) for folder in folders]
-    names = _names(adapters)
+    model, names = who[0].base, _names(who)
     chosen = [
-        (name, folder, config)
-        for name, folder, config in zip(names, folders, configs, strict=True)
-        if isinstance(config, PrefixTuningPlusConfig | PrefixTuningConfig)
+        (name, one.folder, config)
+        for name, one in zip(names, who, strict=True)
+        if one.folder is not None
+        and isinstance(
+            config := models.read_adapter_config(one.folder),
+            PrefixTuningPlusConfig | PrefixTuningConfig,
+        )
     ]
     if not chosen:
         raise UsageError(
@@ -132,7 +131,9 @@ def analyse(
     check_base(model)
     for _, folder, _ in chosen:
         models.check_fits(model, folder)
-    examples, about = _examples(data, _reading(adapters), rows, model, chosen[0][1], reporter)
+    reading = next((one.reading for one in who if one.run is not None), DataSection())
+    reading = reading.model_copy(update={"train_on": "all"})
+    examples, about = _examples(data, reading, rows, model, chosen[0][1], reporter)
 
     if model.attention not in ("auto", "sdpa", "eager"):  # masks that cannot be cut, or no float32
         model = model.model_copy(update={"attention": "auto"})
@@ -152,30 +153,10 @@ def analyse(
     return OnData(about, found, _draw(found, out))
 
 
-def _adapter_folder(path: Path) -> Path:
-    run = RunDir(path)
-    if not run.recipe.exists():
-        return Path(path)
-    run.check_adapter()
-    return run.adapter
-
-
-def _names(adapters: Sequence[Path]) -> list[str]:
-    """The runs' or folders' names, or their paths where those are the same."""
-    whole = [Path(path).resolve() for path in adapters]
-    names = [path.parent.name if path.name == "adapter" else path.name for path in whole]
-    return names if len(set(names)) == len(names) else [str(path) for path in adapters]
-
-
-def _reading(adapters: Sequence[Path]) -> DataSection:
-    """How data is read and rendered: as the first run does it, but with every token."""
-    changes: dict[str, Any] = {"train": None, "eval": None, "eval_split": None, "train_on": "all"}
-    runs = (run for run in map(RunDir, adapters) if run.recipe.exists())
-    run = next(runs, None)
-    if run is None:
-        return DataSection(train_on="all")
-    changes["chat_template"] = None  # the adapter has it
-    return resolve(str(run.recipe)).data.model_copy(update=changes)
+def _names(who: Sequence[Pointed]) -> list[str]:
+    """The runs' or folders' names, or what was typed where those are the same."""
+    names = [one.name for one in who]
+    return names if len(set(names)) == len(names) else [one.given for one in who]
 
 
 def _examples(

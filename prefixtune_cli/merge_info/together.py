@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from math import isnan, nan, sqrt
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +19,10 @@ from torch import Tensor
 
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
 from prefixtune_cli.adapter.arithmetic import differing_setting
-from prefixtune_cli.errors import ModelError
 from prefixtune_cli.merge_info.facts import Facts
 from prefixtune_cli.merge_info.saved import LORA
 from prefixtune_cli.merge_info.trained import Trained, memory_parts
-from prefixtune_cli.recipe.aliases import resolve
+from prefixtune_cli.pointed import base_key
 
 NEAR_ORTHOGONAL, ALIKE, OPPOSED, CONFLICTING = 0.1, 0.5, -0.1, 0.6
 RULE = (
@@ -278,18 +276,12 @@ def _likeness(layer: int | None, sums: Tensor) -> Likeness:
 
 def _base_name(facts: Facts) -> str | None:
     """The base as a folder or a hub id, so that two ways of writing the same one are equal."""
-    section = facts.adapter.base()
-    if section is None:
-        return None
-    try:
-        name = resolve(section.name)
-    except ModelError:
-        return section.name
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    section = facts.section
+    return None if section is None else base_key(section.model_copy(update={"revision": None}))
 
 
 def _revision(facts: Facts) -> str:
-    section = facts.adapter.base()
+    section = facts.section
     return (section.revision if section else None) or "main"
 
 

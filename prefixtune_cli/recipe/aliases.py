@@ -16,6 +16,7 @@ from pathlib import Path
 
 from prefixtune_cli.errors import ModelError
 from prefixtune_cli.recipe.gguf_header import is_gguf
+from prefixtune_cli.run_dir import RunDir
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
@@ -157,6 +158,11 @@ def check_local_model(path: str | Path) -> None:
         if (folder / "adapter_config.json").is_file():
             raise ModelError(
                 f"{folder} is an adapter, not a base model. Its base is {_base_of(folder)}."
+            )
+        if (run := RunDir(folder)).recipe.is_file():
+            raise ModelError(
+                f"{folder} is a run of `ptp train`, not a base model. To go on with it, type: {run.resume_command}; to "
+                "train anew, give its base, which `ptp runs` lists, with --model."
             )
         _check_no_gguf(folder)
         raise ModelError(f"{folder} is not a model: it has no config.json.")

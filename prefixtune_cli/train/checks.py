@@ -162,14 +162,7 @@ def does_not_fit(recipe: Recipe) -> ResourceError:
 
 def check_resumable(run_dir: RunDir, recipe: Recipe) -> None:
     """Raise RunDirError where there is no run to go on with, or one of another recipe."""
-    if not run_dir.recipe.exists():
-        raise RunDirError(
-            f"There is no run in {run_dir.path} to resume (no recipe.yaml). Leave --resume out."
-        )
-    if run_dir.finished:
-        raise RunDirError(
-            f"The run in {run_dir.path} is finished (it has a summary.json). Type --overwrite to train it anew."
-        )
+    run_dir.check_resumable()
     saved = resolve(str(run_dir.recipe)).model_copy(update={"out": recipe.out})
     if changed := difference(saved, recipe):
         raise RunDirError(

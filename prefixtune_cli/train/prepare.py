@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from prefixtune_cli.data.encode import end_of_turn_id
 from prefixtune_cli.data.inspect import check, facts, warnings
 from prefixtune_cli.data.load import load_rows
+from prefixtune_cli.data.locate import named
 from prefixtune_cli.data.template import chat_template
 from prefixtune_cli.data.tokenize import tokenize
-from prefixtune_cli.errors import RecipeError
 from prefixtune_cli.evaluate.held_out import evenly_spread
 from prefixtune_cli.evaluate.questions import Questions, example, short_questions
 from prefixtune_cli.progress import Reporter
@@ -53,15 +53,12 @@ class Data:
 def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> Data:
     """Load, check, split and tokenize; says what it found."""
     section = recipe.data
-    if section.train is None:
-        raise RecipeError(
-            "data.train is missing. Type --data FILE, or --recipe quickstart for an example."
-        )
-    rows = load_rows(section.train, section)
+    source = named(section.train)
+    rows = load_rows(source, section)
     for notice in rows.notices:
         reporter.notice(notice)
     fingerprints: dict[str, Any] = {
-        "train": {"source": section.train, "rows": len(rows), "sha256": rows.fingerprint}
+        "train": {"source": source, "rows": len(rows), "sha256": rows.fingerprint}
     }
     if section.eval is not None:
         held_out_rows = load_rows(section.eval, section)

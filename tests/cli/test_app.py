@@ -12,7 +12,14 @@ import typer
 
 from prefixtune_cli import __version__
 from prefixtune_cli.cli import app as application
-from prefixtune_cli.errors import Interrupted, Preempted, PtpError, RecipeError, UsageError
+from prefixtune_cli.errors import (
+    DataError,
+    Interrupted,
+    Preempted,
+    PtpError,
+    RecipeError,
+    UsageError,
+)
 
 HEAVY = {
     "torch",
@@ -139,7 +146,7 @@ def test_an_argument_that_is_not_utf_8_is_told_in_words(command: str) -> None:
 
 def test_wrong_settings_are_told_together_without_a_traceback() -> None:
     done = ptp("train", "--bits", "5", "--feature-map", "relu")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
         "error: 2 problems:",
@@ -155,13 +162,18 @@ def test_wrong_settings_are_told_before_anything_heavy_is_imported() -> None:
         text=True,
         check=False,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     imported = set(json.loads(done.stdout.splitlines()[-1]))
     assert imported & {"torch", "transformers", "peft", "trl", "datasets"} == set()
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(RecipeError("a [b] is wrong"), 1), (UsageError("a [b] is wrong"), 2)]
+    ("error", "code"),
+    [
+        (RecipeError("a [b] is wrong"), 2),
+        (DataError("a [b] is wrong"), 1),
+        (UsageError("a [b] is wrong"), 2),
+    ],
 )
 def test_an_error_of_ours_is_told_in_one_line_and_sets_the_exit_code(
     error: PtpError, code: int, failing: Callable[[BaseException], tuple[int, str]]
@@ -181,7 +193,7 @@ def test_a_long_error_is_not_wrapped_where_nobody_is_at_a_terminal(
     failing: Callable[[BaseException], tuple[int, str]],
 ) -> None:
     text = "word " * 200 + "end"
-    assert failing(RecipeError(text)) == (1, f"error: {text}\n")
+    assert failing(RecipeError(text)) == (2, f"error: {text}\n")
 
 
 def test_ctrl_c_exits_with_130(failing: Callable[[BaseException], tuple[int, str]]) -> None:

@@ -240,10 +240,10 @@ BAD: dict[str, tuple[Make, int, list[str]]] = {
         2,
         ["either --run FOLDER, or --model NAME"],
     ),
-    "a run and a model": (
-        of_run(True, "--model", "base"),
+    "a run, and an adapter as its base": (
+        lambda things, folder: ["--run", things.one, "--model", things.other, *things.what],
         2,
-        ["either --run FOLDER, or --model NAME"],
+        ["is a run or an adapter, and so is", "Leave one out"],
     ),
     "a run and an adapter": (
         of_run(True, "--adapter", "fresh"),
@@ -267,7 +267,7 @@ BAD: dict[str, tuple[Make, int, list[str]]] = {
         ["no benchmark 'gsm9k'", "Did you mean gsm8k"],
     ),
     "an unknown name in --bench-data": (
-        asked("--bench-data", "mmul=/data/mmlu"),
+        asked("--bench-data", "mmul=."),
         2,
         ["no benchmark 'mmul'", "Did you mean mmlu"],
     ),
@@ -277,14 +277,14 @@ BAD: dict[str, tuple[Make, int, list[str]]] = {
         ["--bench-data takes NAME=PATH", "mmlu=/data/mmlu", "got '/data/mmlu'"],
     ),
     "--bench-data of several data sets": (
-        asked("--bench-data", "openllm=/data/all"),
+        asked("--bench-data", "openllm=."),
         2,
-        ["--bench-data openllm=/data/all", "data sets", "--bench-data openai/gsm8k=…"],
+        ["--bench-data openllm=.", "data sets", "--bench-data openai/gsm8k=…"],
     ),
     "a data folder that does not exist": (
         asked_on("--bench", CELL, "--bench-data", "mmlu=/no/such/mmlu"),
         1,
-        [f"The data of {CELL}, /no/such/mmlu, do not exist"],
+        ["The data of mmlu, /no/such/mmlu does not exist"],
     ),
     "a data folder without a split": (
         copy_of_data(lambda folder: shutil.rmtree(folder / "test")),
@@ -348,7 +348,7 @@ BAD: dict[str, tuple[Make, int, list[str]]] = {
     ),
     "a run without an adapter": (of_run(False), 1, ["has no adapter yet", "--resume"]),
     "a folder that is no run": (
-        lambda things, folder: ["--run", things.fresh, *things.what],
+        lambda things, folder: ["--run", things.mmlu, *things.what],
         1,
         ["is not a run directory (it has no recipe.yaml)"],
     ),
@@ -379,7 +379,7 @@ BAD: dict[str, tuple[Make, int, list[str]]] = {
         2,
         ["--batch-size must be auto or a number from 1 on, got 'abc'"],
     ),
-    "five bits": (asked("--bits", 5), 1, ["model.bits must be 4, 8, 16 or 32, got 5"]),
+    "five bits": (asked("--bits", 5), 2, ["model.bits must be 4, 8, 16 or 32, got 5"]),
     "a cache that is a file": (
         lambda things, folder: [*asked("--cache", in_a_file(folder))(things, folder)],
         1,
@@ -436,8 +436,9 @@ BAD: dict[str, tuple[Make, int, list[str]]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_clear_error_before_the_base_loads(
-    case: str, ptp: Ptp, things: Things, tmp_path: Path
+    case: str, ptp: Ptp, things: Things, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where there are no runs
     make, expected_code, expected = BAD[case]
     given = make(things, tmp_path)
     out = tmp_path / "out"
@@ -552,7 +553,7 @@ def test_the_list_takes_a_glob_and_prints_json(ptp: Ptp) -> None:
 
 
 def test_the_list_has_our_own_benchmarks_too(ptp: Ptp) -> None:
-    from prefixtune_cli.evaluate.evaluations import OWN_BENCHMARKS
+    from prefixtune_cli.evaluate.settings import OWN_BENCHMARKS
 
     code, printed, _ = ptp("eval", "--list", "--json")
     assert code == 0

@@ -185,9 +185,9 @@ def test_a_base_that_is_not_here_is_said_and_can_be_named(
 @pytest.mark.parametrize(
     ("typed", "code", "message"),
     [
-        (["nowhere"], 1, "There is no folder nowhere"),
+        (["nowhere"], 1, "There is no run or adapter nowhere"),
         ([".", "--rows", 0], 2, "--rows must be above 0"),
-        ([], 2, "Missing argument"),
+        ([], 2, "There is no finished run below runs/"),
     ],
     ids=["no-folder", "rows", "nothing"],
 )
@@ -230,4 +230,4 @@ def test_data_needs_a_base(ptp: Ptp, make: Make) -> None:
     )
     code, _, said = ptp("merge-info", folder, "--data", "sample:intents-test", "--out", folder)
     assert code == 2
-    assert "Type --model NAME beside --data" in said
+    assert "Type --model NAME with it" in said

@@ -15,9 +15,10 @@ from prefixtune_cli.compare.runs import read_runs
 from prefixtune_cli.compare.standing import standings_on
 from prefixtune_cli.compare.table import columns, markdown
 from prefixtune_cli.errors import RunDirError, UsageError
-from prefixtune_cli.evaluate.evaluations import Settings
 from prefixtune_cli.evaluate.matching import match_rule
 from prefixtune_cli.evaluate.run import evaluate
+from prefixtune_cli.evaluate.settings import Settings
+from prefixtune_cli.pointed import point
 from prefixtune_cli.recipe.load import dump
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir, write_atomically, write_json
@@ -321,11 +322,11 @@ def test_a_folder_that_is_no_run_is_named_with_the_one_that_was_meant(
     one = run(tmp_path / "runs" / "lora-a")
     run(tmp_path / "runs" / "full-b", "full")
     (tmp_path / "elsewhere").mkdir()
-    assert "There is no run full-b. Did you mean runs/full-b?" in refused(one, "full-b")
+    assert "There is no run or adapter full-b. Did you mean runs/full-b?" in refused(one, "full-b")
     assert "Did you mean runs/full-b?" in refused(one, "runs/fulb-b")
     assert f"Did you mean {tmp_path}/runs/full-b?" in refused(one, "runs/full-b/eval")
     assert "It holds 2: runs/full-b runs/lora-a" in refused(one, "runs")
-    assert "elsewhere is no run directory (it has no recipe.yaml)." in refused(one, "elsewhere")
+    assert "elsewhere is not a run directory (it has no recipe.yaml)" in refused(one, "elsewhere")
 
 
 def test_anyway_does_not_pass_over_what_cannot_be_read(tmp_path: Path) -> None:
@@ -431,7 +432,9 @@ def trained(
     ]
     runs = [summary.run for summary in summaries]
     found = evaluate(
-        Settings(runs=tuple(runs), benches=("forgetting",), data=(str(held_out),), text=str(text))
+        Settings(
+            tuple(map(point, runs)), benches=("forgetting",), data=(str(held_out),), text=str(text)
+        )
     )
     assert found.failures == {}
     return runs, summaries

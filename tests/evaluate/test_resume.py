@@ -8,14 +8,16 @@ import subprocess
 import sys
 import time
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prefixtune_cli.errors import Preempted
-from prefixtune_cli.evaluate.evaluations import Settings
 from prefixtune_cli.evaluate.run import Found, _kept_apart, evaluate
+from prefixtune_cli.evaluate.settings import Settings
+from prefixtune_cli.pointed import Pointed, choose
 from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.schema import Lora, PrefixTuningPlus
 from tests.cli.test_eval import save_adapter, write_mmlu, write_rows
@@ -99,9 +101,7 @@ def test_a_killed_evaluation_asks_only_for_what_is_missing(adapter: Path, tmp_pa
     data = write_mmlu(tmp_path / "mmlu", ["anatomy"], ITEMS)
     evaluate(
         Settings(
-            model="tiny",
-            adapters=(str(adapter),),
-            model_settings={"bits": 32},
+            who_of("tiny", adapter),
             benches=(BENCH,),
             bench_data={"mmlu": str(data)},
             batch_size=1,
@@ -161,15 +161,18 @@ def test_ctrl_c_keeps_what_is_done_and_says_that_the_same_command_goes_on(tmp_pa
 @pytest.fixture
 def settings(random_base: Path, tmp_path: Path) -> Settings:
     return Settings(
-        model=str(random_base),
-        adapters=(str(tmp_path / "adapter"),),
-        model_settings={"bits": 32},
+        who_of(random_base),
         benches=(BENCH,),
         bench_data={"mmlu": str(write_mmlu(tmp_path / "mmlu", ["anatomy"], 12))},
         data=(str(write_rows(tmp_path / "own.jsonl", [{"text": "Once upon a time."}] * 3)),),
         cache=tmp_path / "cache",
         out=tmp_path / "out",
     )
+
+
+def who_of(base: Path | str, *adapters: Path, bits: int = 32) -> tuple[Pointed, ...]:
+    given = list(map(str, adapters))
+    return tuple(choose(model=str(base), adapters=given, typed={"bits": bits}))
 
 
 def losses(settings: Settings) -> dict[str, float]:
@@ -191,7 +194,8 @@ def test_a_changed_adapter_reads_no_old_answer_and_the_base_reads_all_of_its(
     section: Any, random_base: Path, tmp_path: Path, settings: Settings
 ) -> None:
     cache = tmp_path / "cache"
-    save_adapter(tmp_path / "adapter", random_base, section, seed=1)
+    adapter = save_adapter(tmp_path / "adapter", random_base, section, seed=1)
+    settings = replace(settings, who=who_of(random_base, adapter))
     first = losses(settings)
     before = read(cache)
     assert len(before) == 2  # the base's and the adapter's
@@ -208,7 +212,7 @@ def test_a_changed_adapter_reads_no_old_answer_and_the_base_reads_all_of_its(
     assert answers[1] != answers[2]
     # The first weights again, wherever they lie, are the first adapter again.
     moved = save_adapter(tmp_path / "moved", random_base, section, seed=1)
-    again = losses(Settings(**{**settings.__dict__, "adapters": (str(moved),)}))
+    again = losses(replace(settings, who=who_of(random_base, moved)))
     assert again == first
     assert read(cache) == after
 
@@ -216,9 +220,8 @@ def test_a_changed_adapter_reads_no_old_answer_and_the_base_reads_all_of_its(
 def test_another_precision_of_the_base_reads_no_old_answer(
     random_base: Path, tmp_path: Path, settings: Settings
 ) -> None:
-    alone = {**settings.__dict__, "adapters": ()}
-    at_32 = losses(Settings(**alone))
-    at_16 = losses(Settings(**{**alone, "model_settings": {"bits": 16}}))
+    at_32 = losses(settings)
+    at_16 = losses(replace(settings, who=who_of(random_base, bits=16)))
     assert at_32 != at_16
     files = read(tmp_path / "cache")
     assert len({*map(len, files.values())}) == 1
@@ -226,11 +229,10 @@ def test_another_precision_of_the_base_reads_no_old_answer(
 
 
 def test_without_a_cache_nothing_is_kept(tmp_path: Path, settings: Settings) -> None:
-    alone = {**settings.__dict__, "adapters": ()}
-    kept = losses(Settings(**alone))
-    assert losses(Settings(**{**alone, "cache": None})) == kept
+    kept = losses(settings)
+    assert losses(replace(settings, cache=None)) == kept
     before = read(tmp_path / "cache")
-    assert losses(Settings(**alone)) == kept
+    assert losses(settings) == kept
     assert read(tmp_path / "cache") == before
 
 

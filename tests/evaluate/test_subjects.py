@@ -12,6 +12,7 @@ from prefixtune_cli import model as models
 from prefixtune_cli.errors import AdapterError, RunDirError, UsageError
 from prefixtune_cli.evaluate.outcome import BASE
 from prefixtune_cli.evaluate.subjects import Cast, Subject, assemble
+from prefixtune_cli.pointed import choose
 from prefixtune_cli.recipe.load import dump, resolve
 from prefixtune_cli.recipe.schema import Lora, ModelSection, PrefixTuning, PrefixTuningPlus
 from prefixtune_cli.run_dir import RunDir
@@ -42,8 +43,9 @@ def adapters(random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def cast_of(random_base: Path, *adapters: Path, **how: Any) -> Cast:
-    settings: dict[str, Any] = {"runs": [], "flags": {"bits": 32}, "base": True, **how}
-    return assemble(model=str(random_base), adapters=[str(a) for a in adapters], **settings)
+    typed, base = how.get("typed", {"bits": 32}), how.get("base", True)
+    found = choose(model=str(random_base), adapters=list(map(str, adapters)), typed=typed)
+    return assemble(found, base=base)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -97,7 +99,7 @@ def test_a_whole_model_stands_in_for_the_adapter_of_a_full_run(
     with torch.no_grad():
         trained.get_input_embeddings().weight[5] += 1
     trained.save_pretrained(run.adapter)
-    cast = assemble(runs=[str(run.path)], model=None, adapters=[], flags={}, base=True)
+    cast = assemble(choose(runs=[str(run.path)]))
     with cast.loaded():
         with cast.on_stage(cast.subjects[0]) as model:
             assert torch.equal(logits(model), alone(random_base, None))
@@ -115,7 +117,7 @@ def test_the_key_changes_with_the_adapters_content_the_base_and_its_precision(
     first = key(adapters["plus"])
     copied = Path(shutil.copytree(adapters["plus"], tmp_path / "copy"))
     assert key(copied) == first
-    assert key(copied, flags={"bits": 16}) != first
+    assert key(copied, typed={"bits": 16}) != first
     assert key(save_adapter(random_base, SECTIONS["plus"], copied, seed=1)) != first
     other = Path(shutil.copytree(random_base, tmp_path / "base"))
     assert key(adapters["plus"], other) == first
@@ -137,9 +139,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_loads(
     name: str, adapters: dict[str, Path]
 ) -> None:
     with pytest.raises(AdapterError, match=r"does not fit the base.*Its base was"):
-        assemble(
-            runs=[], model="tiny", adapters=[str(adapters[name])], flags={"bits": 32}, base=True
-        )
+        assemble(choose(model="tiny", adapters=[str(adapters[name])], typed={"bits": 32}))
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -186,19 +186,19 @@ def test_runs_of_different_bases_are_not_compared(
         run.recipe.write_text(dump(resolve(flags=flags)), encoding="utf-8")
         runs.append(str(run.path))
     with pytest.raises(UsageError, match=r"different bases.*a: .* at 32 bits.*b: .* at 16 bits"):
-        assemble(runs=runs, model=None, adapters=[], flags={}, base=True)
-    cast = assemble(runs=runs, model=None, adapters=[], flags={"bits": 32}, base=True)
+        assemble(choose(runs=runs))
+    cast = assemble(choose(runs=runs, typed={"bits": 32}))
     assert [subject.name for subject in cast.subjects] == [BASE, "a", "b"]
 
 
 def test_a_run_without_an_adapter_is_refused(random_base: Path, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    with pytest.raises(RunDirError, match="not a run directory"):
-        assemble(runs=[str(tmp_path)], model=None, adapters=[], flags={}, base=True)
+    with pytest.raises(AdapterError, match="not a run directory"):
+        assemble(choose(runs=[str(tmp_path)]))
     flags = {"model": {"name": str(random_base)}}
     run.recipe.write_text(dump(resolve(flags=flags)), encoding="utf-8")
     with pytest.raises(RunDirError, match="--resume"):
-        assemble(runs=[str(tmp_path)], model=None, adapters=[], flags={}, base=True)
+        assemble(choose(runs=[str(tmp_path)]))
 
 
 def test_subjects_are_written_down_with_their_hash() -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from prefixtune_cli.merge_info.base import without_weights
 from prefixtune_cli.merge_info.facts import gather
+from prefixtune_cli.pointed import point
 from prefixtune_cli.recipe.schema import ModelSection
 
 from .conftest import Make, lora, memory, prefix
@@ -23,7 +24,7 @@ LAYERS, HEADS, D, HIDDEN, FFN = 2, 4, 16, 64, 128
 def test_m_costs_two_operations_a_number_in_it_and_one_a_feature(
     make: Make, random_base: Path
 ) -> None:
-    facts = gather(make("plus", memory()))
+    facts = gather(point(make("plus", memory())))
     assert facts.costs.flops == LAYERS * HEADS * (2 * D * D + D)
     assert facts.costs.bytes_read == LAYERS * HEADS * D * D * 4
     assert facts.costs.kv_cache_bytes == 0
@@ -47,11 +48,11 @@ def test_m_costs_two_operations_a_number_in_it_and_one_a_feature(
 def test_shared_heads_trained_maps_and_low_ranks_count_what_they_compute(
     make: Make, settings, a_head
 ) -> None:
-    assert gather(make("plus", memory(**settings))).costs.flops == LAYERS * HEADS * a_head
+    assert gather(point(make("plus", memory(**settings)))).costs.flops == LAYERS * HEADS * a_head
 
 
 def test_lora_costs_two_thin_products_until_it_is_folded(make: Make) -> None:
-    facts = gather(make("lora", lora(target_modules=["q_proj", "down_proj"])))
+    facts = gather(point(make("lora", lora(target_modules=["q_proj", "down_proj"]))))
     assert facts.costs.flops == LAYERS * 2 * 2 * ((HIDDEN + HIDDEN) + (FFN + HIDDEN))
     assert facts.folding.possible is True
     assert facts.folding.modules == {"q_proj": 2, "down_proj": 2}
@@ -59,7 +60,7 @@ def test_lora_costs_two_thin_products_until_it_is_folded(make: Make) -> None:
 
 
 def test_a_prefix_costs_its_tokens_in_the_kv_cache_and_in_attention(make: Make) -> None:
-    facts = gather(make("prefix", prefix(3)))
+    facts = gather(point(make("prefix", prefix(3))))
     cache = 3 * LAYERS * 2 * (D + D) * 2  # tokens, layers, key/value heads, keys and values, bytes
     assert facts.costs.kv_cache_bytes == facts.costs.bytes_read == cache
     assert facts.costs.kv_cache_tokens == 3
@@ -69,7 +70,7 @@ def test_a_prefix_costs_its_tokens_in_the_kv_cache_and_in_attention(make: Make) 
 
 
 def test_prefix_tuning_plus_does_not_fold_and_says_why_in_two_lines(make: Make) -> None:
-    found = gather(make("plus", memory())).folding
+    found = gather(point(make("plus", memory()))).folding
     assert found.possible is False
     assert len(found.reason) == 2
     assert "φ is not linear" in found.reason[0]
@@ -86,7 +87,7 @@ def test_prefix_tuning_plus_does_not_fold_and_says_why_in_two_lines(make: Make) 
     ids=["ia3", "ln-tuning", "adaption-prompt"],
 )
 def test_of_other_methods_pefts_layers_say_whether_they_fold(make: Make, config, folds) -> None:
-    facts = gather(make("other", config))
+    facts = gather(point(make("other", config)))
     assert facts.folding.possible is folds
     assert sum(facts.folding.modules.values()) == 2 * folds
     assert facts.learned is None
@@ -98,7 +99,7 @@ def test_without_its_base_percentages_are_left_out_and_it_says_so(make: Make) ->
     (folder / "adapter_config.json").write_text(
         json.dumps(config | {"base_model_name_or_path": "some-org/gone"})
     )
-    facts = gather(folder)
+    facts = gather(point(folder))
     assert facts.base is None
     assert "some-org/gone" in str(facts.base_problem)
     assert facts.costs.flops is None  # how many heads read M, its base knows

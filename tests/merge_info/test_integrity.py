@@ -11,6 +11,7 @@ import torch
 from prefixtune_cli.errors import AdapterError, RunDirError
 from prefixtune_cli.merge_info.facts import gather
 from prefixtune_cli.merge_info.saved import read
+from prefixtune_cli.pointed import point
 
 from .conftest import MEMORY, WEIGHTS, Make, change, lora, memory, prefix
 
@@ -23,7 +24,7 @@ def folder(make: Make) -> Path:
 
 
 def findings(folder: Path) -> list[tuple[str, str]]:
-    return [(found.kind, found.key) for found in gather(folder).findings]
+    return [(found.kind, found.key) for found in gather(point(folder)).findings]
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def findings(folder: Path) -> list[tuple[str, str]]:
     ids=["plus", "mlp", "both-sites", "lora", "modules-to-save", "pissa", "prefix"],
 )
 def test_a_sound_adapter_has_no_findings(make: Make, config) -> None:
-    facts = gather(make("sound", config))
+    facts = gather(point(make("sound", config)))
     assert facts.base is not None
     assert facts.findings == ()
 
@@ -51,7 +52,7 @@ def test_values_that_are_not_finite_are_counted(folder: Path) -> None:
         tensors[M0][1, 0, 0] = float("-inf")
 
     change(folder, spoil)
-    facts = gather(folder)
+    facts = gather(point(folder))
     assert [(found.kind, found.key) for found in facts.findings] == [("nan", M0), ("infinite", M0)]
     assert "3 of 1024 values are NaN" in facts.findings[0].text
 
@@ -70,14 +71,14 @@ def test_missing_extra_and_misshapen_keys_are_named(folder: Path) -> None:
 
     change(folder, swap)
     assert sorted(findings(folder)) == [("extra", extra), ("missing", M0), ("shape", m1)]
-    text = next(found.text for found in gather(folder).findings if found.kind == "shape")
+    text = next(found.text for found in gather(point(folder)).findings if found.kind == "shape")
     assert "is [3, 16, 16], and on this base [4, 16, 16]" in text
 
 
 def test_a_mix_of_dtypes_is_told(folder: Path) -> None:
     change(folder, lambda tensors: tensors.update({M0: tensors[M0].bfloat16()}))
     assert findings(folder) == [("dtypes", "")]
-    assert gather(folder).dtypes == {"bfloat16": 1, "float32": 1}
+    assert gather(point(folder)).dtypes == {"bfloat16": 1, "float32": 1}
 
 
 def test_an_adapter_that_its_base_cannot_take_is_a_finding(make: Make, folder: Path) -> None:
@@ -85,15 +86,15 @@ def test_an_adapter_that_its_base_cannot_take_is_a_finding(make: Make, folder: P
         (folder / "adapter_config.json").read_text().replace('"layers": "all"', '"layers": [0, 9]')
     )
     (folder / "adapter_config.json").write_text(config)
-    (found,) = gather(folder).findings
+    (found,) = gather(point(folder)).findings
     assert found.kind == "misfit"
     assert "[9]" in found.text
 
 
 def test_the_hash_is_that_of_the_file(folder: Path) -> None:
     content = (folder / WEIGHTS).read_bytes()
-    assert read(folder).sha256 == hashlib.sha256(content).hexdigest()
-    assert read(folder).bytes_on_disk == len(content)
+    assert read(point(folder)).sha256 == hashlib.sha256(content).hexdigest()
+    assert read(point(folder)).bytes_on_disk == len(content)
 
 
 def test_a_truncated_file_a_pickle_and_a_missing_config_are_one_error_each(folder: Path) -> None:
@@ -101,33 +102,33 @@ def test_a_truncated_file_a_pickle_and_a_missing_config_are_one_error_each(folde
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
     with pytest.raises(AdapterError, match="cannot be read"):
-        read(folder)
+        read(point(folder))
     weights.unlink()
     torch.save({}, folder / "adapter_model.bin")
     with pytest.raises(AdapterError, match=r"pickle \(adapter_model\.bin\), which is never read"):
-        read(folder)
+        read(point(folder))
     weights.write_bytes(content)
     config.unlink()
     with pytest.raises(AdapterError, match=r"has weights but no adapter_config\.json"):
-        read(folder)
+        read(point(folder))
 
 
 def test_what_is_no_adapter_is_told_from_what_is_no_folder(
     tmp_path: Path, random_base: Path
 ) -> None:
-    with pytest.raises(AdapterError, match="There is no folder"):
-        read(tmp_path / "nowhere")
-    with pytest.raises(AdapterError, match=r"holds no adapter \(no adapter_config\.json\)"):
-        read(random_base)
-    with pytest.raises(AdapterError, match="is a file, not an adapter"):
-        read(random_base / "config.json")
+    with pytest.raises(AdapterError, match="There is no run or adapter"):
+        read(point(tmp_path / "nowhere"))
+    with pytest.raises(AdapterError, match="is a base, and no run or adapter"):
+        read(point(random_base))
+    with pytest.raises(AdapterError, match="is a file, and no run or adapter"):
+        read(point(random_base / "config.json"))
 
 
 def test_runs_without_an_adapter_are_told(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("adapter: {method: lora}\n")
     with pytest.raises(RunDirError, match="has no adapter yet"):
-        read(tmp_path)
+        read(point(tmp_path))
     (tmp_path / "adapter").mkdir()
     (tmp_path / "recipe.yaml").write_text("adapter: {method: full}\n")
     with pytest.raises(AdapterError, match="its method is full"):
-        read(tmp_path)
+        read(point(tmp_path))

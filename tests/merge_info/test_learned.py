@@ -14,6 +14,7 @@ from prefixtune_cli.merge_info.heat_map import draw_heat_map
 from prefixtune_cli.merge_info.learned import effective_rank, learned
 from prefixtune_cli.merge_info.saved import read
 from prefixtune_cli.merge_info.trained import Trained, trained
+from prefixtune_cli.pointed import point
 
 from .conftest import MEMORY, WEIGHTS, Make, change, lora, memory, with_singular_values
 
@@ -70,7 +71,7 @@ def test_m_is_read_from_the_file_by_layer_and_head(make: Make) -> None:
         tensors[MEMORY.format(1, "self_attn", "M")][2] = with_singular_values(16, 16, [3.0, 3.0])
 
     change(folder, put)
-    facts = gather(folder)
+    facts = gather(point(folder))
     assert facts.layers == [0, 1]
     assert facts.heads == {"attention": 4}
     assert facts.learned is not None
@@ -82,11 +83,11 @@ def test_m_is_read_from_the_file_by_layer_and_head(make: Make) -> None:
 def test_m_of_low_rank_and_m_at_the_ffn_are_read_too(make: Make) -> None:
     folder = make("both", memory(sites="attention+ffn", rank=3))
     tensors = load_file(folder / WEIGHTS)
-    found = trained(read(folder))
+    found = trained(read(point(folder)))
     assert {m.column for m in found.values()} == {"attention", "ffn"}
     parts = [tensors[MEMORY.format(0, "mlp", part)] for part in ("M_down", "M_up")]
     torch.testing.assert_close(found["model.layers.0.mlp"].dense(), parts[0] @ parts[1])
-    assert gather(folder).heads == {"attention": 4, "ffn": 4}
+    assert gather(point(folder)).heads == {"attention": 4, "ffn": 4}
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -94,7 +95,7 @@ def test_the_update_of_lora_is_b_times_a_times_its_scale(make: Make, rslora: boo
     settings = {"target_modules": ["q_proj", "down_proj"], "use_rslora": rslora}
     folder = make("lora", lora(**settings))
     tensors = load_file(folder / WEIGHTS)
-    found = trained(read(folder))
+    found = trained(read(point(folder)))
     for place in ("model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"):
         a, b = (tensors[f"base_model.model.{place}.lora_{part}.weight"] for part in "AB")
         torch.testing.assert_close(
@@ -111,7 +112,7 @@ def test_ranks_and_scales_by_pattern_are_the_modules_own(make: Make) -> None:
     tensors = load_file(folder / WEIGHTS)
     place = "model.layers.0.self_attn.v_proj"
     a, b = (tensors[f"base_model.model.{place}.lora_{part}.weight"] for part in "AB")
-    torch.testing.assert_close(trained(read(folder))[place].dense()[0], b @ a / 4)
+    torch.testing.assert_close(trained(read(point(folder)))[place].dense()[0], b @ a / 4)
 
 
 def test_a_matrix_that_is_not_finite_has_no_figures_and_spoils_no_others() -> None:
@@ -125,9 +126,9 @@ def test_a_matrix_that_is_not_finite_has_no_figures_and_spoils_no_others() -> No
 
 def test_norms_of_a_trained_map_are_said_not_to_be_comparable(make: Make) -> None:
     assert "not comparable across heads" in " ".join(
-        gather(make("mlp", memory(feature_map="mlp"))).notes
+        gather(point(make("mlp", memory(feature_map="mlp")))).notes
     )
-    assert gather(make("elu", memory())).notes == ()
+    assert gather(point(make("elu", memory()))).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def test_norms_of_a_trained_map_are_said_not_to_be_comparable(make: Make) -> Non
 def test_the_heat_map_is_drawn(make: Make, tmp_path: Path, config) -> None:
     from matplotlib.image import imread
 
-    draw_heat_map(tmp_path / "pictures" / "heat-map.png", gather(make("one", config)))
+    draw_heat_map(tmp_path / "pictures" / "heat-map.png", gather(point(make("one", config))))
     pixels = imread(tmp_path / "pictures" / "heat-map.png")
     assert min(pixels.shape[:2]) > 200
     assert len({tuple(pixel) for pixel in pixels[::7, ::7].reshape(-1, 4).round(2).tolist()}) > 10

@@ -17,6 +17,7 @@ from prefixtune_cli.data.tokenize import tokenize
 from prefixtune_cli.errors import AdapterError, DataError, UsageError
 from prefixtune_cli.merge_info.bias import bucket, bucket_range, effective_rank
 from prefixtune_cli.merge_info.on_data import OnData, analyse
+from prefixtune_cli.pointed import point
 from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.schema import DataSection, ModelSection
 from prefixtune_cli.tokenizer import load_tokenizer
@@ -64,7 +65,8 @@ def pt_plus(**options: object) -> PeftConfig:
 def run(
     adapters: list[Path], section: ModelSection, data: str, out: Path, rows: int = 99
 ) -> OnData:
-    return analyse(adapters, section, data, rows=rows, out=out, reporter=Silent())
+    who = [point(adapter, section.model_dump()) for adapter in adapters]
+    return analyse(who, data, rows=rows, out=out, reporter=Silent())
 
 
 def sequences(section: ModelSection, data: str) -> list[list[int]]:
@@ -247,7 +249,8 @@ def test_adapters_without_such_a_bias_are_left_out_or_refused(section, texts, tm
 
     said: list[str] = []
     adapters = [lora, save(section, tmp_path / "a", pt_plus())]
-    found = analyse(adapters, section, texts, rows=2, out=tmp_path / "out", reporter=Heard())
+    who = [point(adapter, section.model_dump()) for adapter in adapters]
+    found = analyse(who, texts, rows=2, out=tmp_path / "out", reporter=Heard())
     assert [biases.name for biases in found.adapters] == ["a"]
     assert said[0].startswith("lora is left out of the analysis on data")
 

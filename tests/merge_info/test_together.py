@@ -20,13 +20,14 @@ from prefixtune_cli.merge_info.together import (
 )
 from prefixtune_cli.merge_info.trained import Trained
 from prefixtune_cli.model import load_adapter, load_base
+from prefixtune_cli.pointed import point
 from prefixtune_cli.recipe.schema import ModelSection
 
 from .conftest import MEMORY, Make, change, lora, memory, prefix
 
 
 def compared(*folders: Path) -> Pair:
-    (pair,) = pairs([gather(folder) for folder in folders])
+    (pair,) = pairs([gather(point(folder)) for folder in folders])
     return pair
 
 
@@ -225,8 +226,8 @@ def test_every_two_of_three_are_compared_and_equal_names_are_told_apart(
     folders = [
         make(name, memory(), seed=i) for i, name in enumerate(("x/adapter", "y/adapter", "z"))
     ]
-    facts = [gather(folder) for folder in folders]
-    assert distinct_names(facts) == ["1-adapter", "2-adapter", "3-z"]
+    facts = [gather(point(folder)) for folder in folders]
+    assert distinct_names(facts) == ["x", "y", "z"]
     found = [(pair.first, pair.second) for pair in pairs(facts)]
     assert found == [("1-adapter", "2-adapter"), ("1-adapter", "3-z"), ("2-adapter", "3-z")]
     assert distinct_names(facts[1:]) == ["adapter", "z"]

@@ -22,12 +22,14 @@ from prefixtune_cli.data.read import Row
 from prefixtune_cli.errors import ModelError
 from prefixtune_cli.evaluate.matching import exactly_matches
 from prefixtune_cli.evaluate.paired import mean_difference
-from prefixtune_cli.generate import Sampling, answer_file, conversation, load_speaker
+from prefixtune_cli.generate import answer_file, conversation, load_speaker
 from prefixtune_cli.model import load_base
+from prefixtune_cli.pointed import point
 from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import ModelSection, Recipe
 from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.sampling import Sampling
 from prefixtune_cli.train import train
 from tests.cli.conftest import Ptp, ptp  # noqa: F401
 
@@ -243,9 +245,7 @@ def kept_answers(rows: list[Row]) -> list[str]:
 
 def answers(chosen: Recipe, rows: list[Row], *, bits: int | None, out: Path) -> list[str]:
     """What the run's adapter says to `rows`, loaded anew."""
-    speaker = load_speaker(
-        run=str(chosen.out), model=None, adapter=None, no_adapter=False, bits=bits, seed=0
-    )
+    speaker = load_speaker(point(str(chosen.out), {} if bits is None else {"bits": bits}))
     assert getattr(speaker.model, f"is_loaded_in_{chosen.model.bits}bit")
     answer_file(
         speaker,

@@ -373,7 +373,9 @@ def test_chats_without_an_answer_can_be_trained_whole(random_base: Path, tmp_pat
 def test_a_fully_trained_run_answers_with_its_own_weights(
     random_base: Path, colours: Path, tmp_path: Path
 ) -> None:
-    from prefixtune_cli.generate import Sampling, answer_streamed, conversation, load_speaker
+    from prefixtune_cli.generate import answer_streamed, conversation, load_speaker
+    from prefixtune_cli.pointed import point
+    from prefixtune_cli.sampling import Sampling
 
     chosen = recipe(
         random_base,
@@ -385,9 +387,7 @@ def test_a_fully_trained_run_answers_with_its_own_weights(
     assert train(chosen).adapter.loss < 2
 
     def said(no_adapter: bool) -> str:
-        speaker = load_speaker(
-            run=str(chosen.out), model=None, adapter=None, no_adapter=no_adapter, bits=None, seed=0
-        )
+        speaker = load_speaker(point(str(chosen.out)), no_adapter=no_adapter)
         assert not speaker.has_adapter
         messages = conversation("Say the colour red, number 3.", None)
         return "".join(answer_streamed(speaker, messages, sampling=Sampling(max_new_tokens=5)))

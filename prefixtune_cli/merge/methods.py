@@ -1,0 +1,48 @@
+"""How several adapters are merged, and which settings that takes. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from prefixtune_cli.errors import UsageError
+
+# Method → what it is to `add_weighted_adapter` of Prefix-Tuning+ and of LoRA.
+METHODS = {
+    "linear": ("linear", "cat"),
+    "task-arithmetic": ("linear", "cat"),
+    "ties": ("ties", "ties_svd"),
+    "dare": ("dare_linear", "dare_linear_svd"),
+}
+PRUNING = ("ties", "dare")
+DENSITY = 0.2  # what TIES keeps by default (Yadav et al. 2023)
+
+
+def checked_weights(
+    adapters: Sequence[str],
+    method: str,
+    weights: Sequence[float] | None,
+    density: float | None,
+) -> list[float]:
+    """A weight for each adapter; raises UsageError where settings do not fit one another or the adapters."""
+    if method not in METHODS:
+        raise UsageError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
+    if len(adapters) < 2:
+        raise UsageError(
+            f"A merge needs two adapters or more, got {len(adapters)}. To fold one into its base: "
+            "ptp merge ADAPTER --into-base --out FOLDER"
+        )
+    if density is not None and method not in PRUNING:
+        raise UsageError(f"--density belongs to --method ties and dare; {method} keeps everything.")
+    if density is not None and not 0 < density <= 1:
+        raise UsageError(f"--density must lie above 0 and up to 1, got {density}.")
+    if weights is None:
+        each = 1 / len(adapters) if method in ("linear", "dare") else 1.0
+        return [each] * len(adapters)
+    if len(weights) != len(adapters):
+        raise UsageError(
+            f"--weights must name one number for each of the {len(adapters)} adapters, got {len(weights)}."
+        )
+    if not all(map(math.isfinite, weights)):
+        raise UsageError(f"--weights must be finite numbers, got {', '.join(map(str, weights))}.")
+    return list(weights)
