@@ -13,9 +13,10 @@ from prefixtune_cli.data.field import named, text
 from prefixtune_cli.data.read import Row, start_of
 from prefixtune_cli.errors import DataError
 
-# ShareGPT's names for the speakers, beside the roles themselves.
+# ShareGPT's names for the speakers, and OpenAI's developer, beside the roles themselves.
 ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",

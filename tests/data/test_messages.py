@@ -274,6 +274,13 @@ def test_a_malformed_system_prompt_history_or_tool_is_refused_by_line(done, row,
     assert "a.jsonl, line 2" in str(caught.value) and said in str(caught.value)
 
 
+def test_a_developer_is_the_system(done) -> None:
+    found, tokenizer = done(
+        [{"messages": [{"role": "developer", "content": "Be kind."}, ASK, SAY]}]
+    )
+    assert text(found, tokenizer).startswith("<|im_start|>system\nBe kind.<|im_end|>")
+
+
 @needs_cases
 def test_the_text_parts_of_a_message_are_its_text(done) -> None:
     found, tokenizer = done(CASES / "parts.jsonl")
