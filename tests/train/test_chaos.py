@@ -212,6 +212,9 @@ def assert_whole(run_dir: RunDir) -> None:
         assert {p.name for p in run_dir.adapter.iterdir()} == {
             "adapter_config.json",
             "adapter_model.safetensors",
+            "chat_template.jinja",
+            "tokenizer.json",
+            "tokenizer_config.json",
         }
 
 
