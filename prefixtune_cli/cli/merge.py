@@ -21,6 +21,16 @@ def merge(
         str,
         options.option("--out", "-o", panel=RESULT, metavar="FOLDER", help="The folder to write."),
     ],
+    model: Annotated[
+        str | None,
+        options.option(
+            "--model",
+            "-m",
+            panel=HOW,
+            metavar="NAME",
+            help="The base, where it is not the one that the adapters name, or has moved.",
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         options.option(
@@ -82,7 +92,7 @@ def merge(
 
     if not into_base:
         checked_weights(adapters, method or "linear", given, density)
-    who = chosen.several(adapters, None, None)
+    who = chosen.several(adapters, model, None)
     adapters = [one.given for one in who]
     check_free(Path(out), who, overwrite=overwrite)
     console.quiet_libraries()
@@ -91,11 +101,14 @@ def merge(
 
     with reporter() as shown:
         if into_base:
-            found = merge_into_base(adapters[0], out=out, overwrite=overwrite, reporter=shown)
+            found = merge_into_base(
+                adapters[0], out=out, model=model, overwrite=overwrite, reporter=shown
+            )
         else:
             found = merge_several(
                 adapters,
                 out=out,
+                model=model,
                 method=method or "linear",
                 weights=given,
                 density=density,

@@ -64,6 +64,7 @@ def merge(
     adapters: Sequence[str],
     *,
     out: str | Path,
+    model: str | None = None,
     method: str = "linear",
     weights: Sequence[float] | None = None,
     density: float | None = None,
@@ -76,6 +77,7 @@ def merge(
     Args:
         adapters: run directories or adapter folders, of one base and one method.
         out: the adapter folder to write.
+        model: the base, where it is not the one that the adapters name, or has moved.
         method: one of METHODS.
         weights: one an adapter; None is 1/n each for linear and dare, and 1 each for task-arithmetic, which adds, and
             ties, which averages by itself.
@@ -92,7 +94,7 @@ def merge(
     """
     out = Path(out)
     scales = checked_weights(adapters, method, weights, density)
-    sources = [read_source(given) for given in adapters]
+    sources = [read_source(given, model) for given in adapters]
     with claimed(out, sources, overwrite=overwrite):
         _check_fit_each_other(sources)
         section = sources[0].base
@@ -135,6 +137,8 @@ def _write_merged(
                 model.base_model.add_weighted_adapter(names, scales, MERGED, combination, kept)
         except ValueError as error:
             raise AdapterError(_with_folders(f"{error}", sources)) from error
+    merged = model.peft_config[MERGED]
+    merged.base_model_name_or_path, merged.revision = resolve_alias(section.name), section.revision
     with written_whole(out) as part:
         model.save_pretrained(str(part), selected_adapters=[MERGED], save_embedding_layers=False)
         drop_model_card(part)

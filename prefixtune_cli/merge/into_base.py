@@ -33,7 +33,12 @@ from prefixtune_cli.tokenizer import cannot_load, check_base, load_config, load_
 
 
 def merge_into_base(
-    adapter: str, *, out: str | Path, overwrite: bool = False, reporter: Reporter
+    adapter: str,
+    *,
+    out: str | Path,
+    model: str | None = None,
+    overwrite: bool = False,
+    reporter: Reporter,
 ) -> Merged:
     """Write the base with an adapter folded into its weights, in the base's own dtype, and the tokenizer.
 
@@ -42,6 +47,7 @@ def merge_into_base(
     Args:
         adapter: a run directory or an adapter folder, of LoRA or any other method of peft whose layers can merge.
         out: the model folder to write.
+        model: the base, where it is not the one that the adapter names, or has moved.
         overwrite: replace what an earlier merge wrote.
         reporter: hears what is done.
 
@@ -52,7 +58,7 @@ def merge_into_base(
         ResourceError: the memory or the disk does not suffice.
     """
     out = Path(out)
-    source = read_source(adapter)
+    source = read_source(adapter, model)
     with claimed(out, [source], overwrite=overwrite):
         record = _write_folded(source, out, reporter)
     following = f'ptp generate --model {shlex.quote(str(out))} --prompt "…"'
@@ -67,8 +73,7 @@ def _write_folded(source: Source, out: Path, reporter: Reporter) -> dict[str, An
     if stored_settings(load_config(section)) is not None:
         raise ModelError(
             f"{section.name} is quantized, and quantized weights cannot take up an adapter without a loss. Fold it "
-            f"into the model that {section.name} was made from: name that one as base_model_name_or_path in "
-            f"{source.folder / 'adapter_config.json'}, and give the adapter folder."
+            f"into the model that {section.name} was made from, with --model NAME."
         )
     check_fits(section, source.folder)
     tokenizer = load_tokenizer(section, source.folder)

@@ -27,9 +27,14 @@ class Source(Pointed):
         return {"folder": str(self.folder), "method": self.method, "sha256": digest}
 
 
-def read_source(given: str) -> Source:
-    """Find an adapter and read its settings; raises what `point` does, and AdapterError for a whole model."""
-    found = point(given)
+def read_source(given: str, model: str | None = None) -> Source:
+    """Find an adapter and read its settings; raises what `point` does, and AdapterError for a whole model.
+
+    Args:
+        given: a run, what lies in it, or an adapter folder.
+        model: its base, where that is not the one that it names.
+    """
+    found = point(given, None if model is None else {"name": model})
     if found.whole or found.folder is None:
         raise AdapterError(
             f"{given} is a run of method full: it holds a whole model and no adapter, so there is nothing to merge. "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,28 @@ def test_one_adapter_alone_is_told_of_into_base(ptp: Ptp, pair, tmp_path):
     code, _, error = ptp("merge", pair[0], "--out", tmp_path / "c")
     assert code == 2
     assert "needs two adapters or more, got 1" in error
+
+
+def test_a_base_that_has_moved_is_given_its_new_place(ptp: Ptp, random_base, tmp_path):
+    base, moved = tmp_path / "base", tmp_path / "new place"
+    shutil.copytree(random_base, base)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    pair = [save(base, tmp_path / name, config) for name in "ab"]
+    base.rename(moved)
+    for typed in (
+        ("merge", *pair, "--out", tmp_path / "c"),
+        ("merge", pair[0], "--into-base", "--out", tmp_path / "c"),
+        ("generate", "--adapter", pair[0], "--prompt", "hello"),
+        ("chat", "--adapter", pair[0]),
+        ("eval", "--adapter", pair[0], "--bench", "quickstart"),
+    ):
+        code, _, said = ptp(*typed)
+        assert code == 1
+        assert "where it has moved, type its new place with --model" in said
+    code, out, _ = ptp("merge", *pair, "--model", moved, "--out", tmp_path / "c")
+    assert code == 0
+    assert shlex.split(out.splitlines()[1])[1:5] == ["ptp", "generate", "--model", str(moved)]
+    named = json.loads((tmp_path / "c" / "adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == str(moved)
+    folded = ("merge", pair[0], "--into-base", "--model", moved, "--out", tmp_path / "m")
+    assert ptp(*folded)[0] == 0
