@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -157,9 +158,17 @@ def check_data(
 
 def _embedding_rows(section: ModelSection) -> int | None:
     """How many tokens the base can embed; None where it does not say, or is a tokenizer alone, to look at data."""
-    name = resolve(section.name)
-    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
-        return None
+    name = Path(resolve(section.name))
+    file = name / "config.json" if name.is_dir() else name
+    if not file.exists():
+        return None if name.is_dir() else _stated_rows(section, 0)
+    return _stated_rows(section, file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(
+    maxsize=8
+)  # it is asked for with every prompt, and a hub would be asked each time
+def _stated_rows(section: ModelSection, time: int) -> int | None:
     rows = getattr(load_config(section).get_text_config(), "vocab_size", None)
     return rows if isinstance(rows, int) and rows > 0 else None
 

@@ -120,7 +120,11 @@ class PrefixTuningPlusModel(BaseTuner):
         if adapter_names is None:
             yield
             return
-        self._check_adapter_names(adapter_names, kwargs.get("input_ids", args[0] if args else None))
+        given = [kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")] + [
+            *args[:1]
+        ]
+        inputs = next((each for each in given if each is not None), None)
+        self._check_adapter_names(adapter_names, inputs)
         layers = [module for module in self.modules() if isinstance(module, MemoryLayer)]
         saved = [
             module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)
@@ -142,7 +146,7 @@ class PrefixTuningPlusModel(BaseTuner):
                 stack.callback(layer.read_by_row, None)
             yield
 
-    def _check_adapter_names(self, adapter_names: Sequence[str], input_ids: Any) -> None:
+    def _check_adapter_names(self, adapter_names: Sequence[str], inputs: Any) -> None:
         if isinstance(adapter_names, str) or not adapter_names:
             raise ValueError(
                 f"adapter_names must be a list with a name for each row, got {adapter_names!r}."
@@ -154,10 +158,10 @@ class PrefixTuningPlusModel(BaseTuner):
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. There are {known}."
             )
-        if input_ids is not None and len(input_ids) != len(adapter_names):
+        if inputs is not None and len(inputs) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(input_ids)} respectively."
+                f"{len(adapter_names)} and {len(inputs)} respectively."
             )
 
     def _check_merge_allowed(self) -> NoReturn:

@@ -160,13 +160,13 @@ def _notices(
             "The tokenizer has no chat template: prompt and completion are joined as they are, with a space between "
             f"them where neither has one, and {end} ends each example.",
         )
-    text = ", ".join(_not_tokens(encoder.chat.source, tokenizer))
-    pieces = (
+    pieces = tuple(
         f"The chat template writes {text}, which the tokenizer does not have as a token: it becomes several, as text "
-        "does. A template that was made for this tokenizer needs fewer.",
+        "does. A template that was made for this tokenizer needs fewer."
+        for text in _not_tokens(encoder.chat.source, tokenizer)
     )
     added = ", which ptp adds, as the template has no such token" if encoder.appends_end else ""
-    return (f"Chat template: {end} ends each answer{added}.", *(pieces if text else ()))
+    return (f"Chat template: {end} ends each answer{added}.", *pieces)
 
 
 def _not_tokens(template: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:

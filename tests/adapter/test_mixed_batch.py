@@ -125,8 +125,8 @@ def test_names_that_do_not_fit_are_refused_and_leave_nothing_behind():
             logits(model, tokens(2), adapter_names=list(names))
     with pytest.raises(ValueError, match="a name for each row, got 'ab'"):
         logits(model, tokens(2), adapter_names="ab")
-    with pytest.raises(ValueError, match="must name an adapter for each row"):
-        model(inputs_embeds=torch.zeros(3, 4, 32), adapter_names=["a", "b"])
+    with pytest.raises(ValueError, match="inputs, but got 2 and 4"):
+        model(inputs_embeds=torch.zeros(4, 4, 32), adapter_names=["a", "b"])
     with pytest.raises(ValueError, match="in training mode"):
         model.train()(input_ids=tokens(2), adapter_names=["a", "b"])
     assert torch.equal(logits(model.eval(), tokens(2)), expected)
