@@ -184,10 +184,10 @@ def _tokenizer_config(adapter: Path) -> Path:
 
 
 def _template(adapter: Path) -> Path | None:
-    """The adapter's template, or that of the run around it: adapters did not always carry theirs."""
+    """The adapter's template, or that of the run around it, as a checkpoint or an older adapter may have none."""
     run = RunDir(adapter.parent)
     found = [adapter / run.chat_template.name]
-    if run.recipe.exists() and adapter.name == run.adapter.name:
+    if run.recipe.exists():
         found.append(run.chat_template)
     return next((file for file in found if file.exists()), None)
 

@@ -80,9 +80,12 @@ def test_an_adapter_that_carries_none_has_the_template_of_the_run_around_it(
 ) -> None:
     run = RunDir(tmp_path / "run")
     shutil.copytree(bare, run.adapter)
+    shutil.copytree(bare, run.checkpoint(3))
     run.recipe.write_text(dump(resolve(flags={"model": {"name": str(random_base)}})))
     run.chat_template.write_text(TRAINED)
-    assert load_tokenizer(ModelSection(name=str(random_base)), run.adapter).chat_template == TRAINED
+    for folder in (run.adapter, run.checkpoint(3)):
+        section = ModelSection(name=str(random_base))
+        assert load_tokenizer(section, folder).chat_template == TRAINED
 
 
 def test_a_broken_tokenizer_of_an_adapter_is_told_with_its_folder(
