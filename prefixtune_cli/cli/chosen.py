@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from prefixtune_cli.errors import ModelError
+from prefixtune_cli.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from prefixtune_cli.pointed import Pointed
@@ -64,18 +64,34 @@ def one(run: str | None, model: str | None, adapter: str | None, **settings: Any
     return found
 
 
+def check_names_base(recipe: Recipe) -> None:
+    """Raise UsageError where nobody has said which base is meant: the built-in one is a toy."""
+    if not recipe.names_base:
+        raise UsageError(
+            "No base model is given. Type --model NAME: an alias of `ptp models`, a folder, a GGUF file or a hub id; "
+            "or --model tiny, the toy that comes inside ptp, to try things out."
+        )
+
+
 def check(recipe: Recipe, *more: str | None) -> None:
     """Refuse a recipe whose base or files are not there, and `more` data that is not.
 
     Raises:
-        UsageError: the recipe has no data.
+        UsageError: the recipe has no data, or names no base.
         ModelError, DataError: one of them is missing.
     """
-    from prefixtune_cli.data.locate import check_exists, check_sources, named
     from prefixtune_cli.tokenizer import check_is_there
+
+    check_data(recipe, *more)
+    check_names_base(recipe)
+    check_is_there(recipe.model)
+
+
+def check_data(recipe: Recipe, *more: str | None) -> None:
+    """The same, as far as it is data."""
+    from prefixtune_cli.data.locate import check_exists, check_sources, named
 
     data = recipe.data
     check_sources(named(data.train), data.eval, *more)
     if data.chat_template is not None:
         check_exists("The chat template", data.chat_template)
-    check_is_there(recipe.model)

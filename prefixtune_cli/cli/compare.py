@@ -204,6 +204,7 @@ def _speed(given: dict[str, Any]) -> tuple[Comparison, Path]:
 
     settings = _settings(given)
     for entry in entries(settings):
+        chosen.check_names_base(entry.recipe)
         resolve(entry.recipe.model.name)
     console.quiet_libraries()
     from prefixtune_cli.compare.costs import compare_costs

@@ -56,6 +56,10 @@ def inspect_data(
     if settings.data.train is None:
         raise UsageError("No data is given. Type: ptp inspect-data FILE (or sample:NAME).")
     chosen.check(settings)
+    if not settings.names_base:
+        console.notice(
+            "Shown by the tokenizer of tiny, the toy inside ptp. Give the base that you will train with --model NAME."
+        )
     console.quiet_libraries()
     from prefixtune_cli.data import inspect
     from prefixtune_cli.data.load import load_rows

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
-from prefixtune_cli.cli import options, typed
+from prefixtune_cli.cli import chosen, options, typed
 from prefixtune_cli.cli.train import train
 from prefixtune_cli.errors import ModelError, RecipeError, UsageError
 
@@ -56,6 +56,7 @@ def plan(
     from prefixtune_cli.cli import console
     from prefixtune_cli.recipe.aliases import resolve
 
+    chosen.check_names_base(settings)
     resolve(settings.model.name)
     console.quiet_libraries()
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="peft")

@@ -580,6 +580,12 @@ class Recipe(Section):
         )
 
     @property
+    def names_base(self) -> bool:
+        """Whether a base was chosen; sample data is made for the built-in one, which then need not be named."""
+        chosen = "name" in self.model.model_fields_set
+        return chosen or (self.data.train or "").startswith("sample:")
+
+    @property
     def folder(self) -> str:
         """The run directory."""
         return self.out or str(Path("runs") / self.run_name)

@@ -39,7 +39,7 @@ def test_several_are_answered_at_once(ptp: Ptp) -> None:
 
 def test_weight_decay_and_warmup_are_flags_and_underscores_are_hyphens(ptp: Ptp) -> None:
     code, _, err = ptp("train", "--weight_decay", "-1", "--warmup-ratio", "2", "--batch_size", "0")
-    assert code == 1
+    assert code == 2
     assert "train.weight_decay must be 0 or more, got -1" in err
     assert "train.warmup_ratio must be less than 1, got 2" in err
     assert "train.batch_size must be 1 or more, got 0" in err
