@@ -50,12 +50,14 @@ def inspect_data(
     flags = typed.overrides(locals())
     from prefixtune_cli.cli import console
     from prefixtune_cli.recipe import load
+    from prefixtune_cli.recipe.aliases import resolve
     from prefixtune_cli.tokenizer import check_data, load_tokenizer
 
     settings = load.resolve(recipe, sets or (), flags)
     if settings.data.train is None:
         raise UsageError("No data is given. Type: ptp inspect-data FILE (or sample:NAME).")
-    chosen.check(settings)
+    chosen.check_data(settings)
+    resolve(settings.model.name)
     if not settings.names_base:
         console.notice(
             "Shown by the tokenizer of tiny, the toy inside ptp. Give the base that you will train with --model NAME."

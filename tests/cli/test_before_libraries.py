@@ -31,6 +31,7 @@ SLIPS = {
     "train --model tiny --data d.jsonl --batch-size 0": (2, "train.batch_size must be"),
     "plan --model ./nowhere": (1, "There is no model './nowhere'"),
     "inspect-data nowhere.jsonl": (1, "nowhere.jsonl does not exist"),
+    "inspect-data d.jsonl --model ./nowhere": (1, "There is no model './nowhere'"),
     "eval --run runs/mime --bench quickstart": (1, "Did you mean runs/mine?"),
     "eval --adapter nowhere --data d.jsonl": (1, "There is no run or adapter nowhere"),
     "eval --data nowhere.jsonl": (1, "nowhere.jsonl does not exist"),

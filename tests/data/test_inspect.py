@@ -36,6 +36,13 @@ def test_examples_and_statistics_are_printed(write, model, capsys):
     assert "Format: prompt-completion" in err
 
 
+def test_without_a_model_it_says_by_whose_tokenizer_it_shows(write, capsys):
+    inspect_data(source=write("a.jsonl", [PAIR]))
+    assert "Shown by the tokenizer of tiny, the toy inside ptp" in capsys.readouterr().err
+    inspect_data(source="sample:chat")
+    assert "the toy" not in capsys.readouterr().err
+
+
 def test_json_on_stdout_has_the_same_and_nothing_else(write, model, capsys):
     inspect_data(data=write("a.jsonl", [PAIR] * 9), model=model, examples=2, as_json=True)
     found = json.loads(capsys.readouterr().out)
