@@ -43,11 +43,13 @@ class AnswerFile:
         self._lines: dict[int, str] = {}
         self._file: IO[bytes] | None = None
         for source in sources:
-            if any(file.exists() and file.samefile(source) for file in (self.path, self.part)):
+            if any(
+                os.path.exists(file) and file.samefile(source) for file in (self.path, self.part)
+            ):
                 raise RunDirError(
                     f"--out {path} would replace {source}, which --data reads. Give another --out."
                 )
-        if path.exists() and not path.is_file():
+        if os.path.exists(path) and not path.is_file():
             what = "a folder" if path.is_dir() else "no plain file"
             raise RunDirError(
                 f"--out {path} is {what}. Give the name of a file, as in answers.jsonl."
@@ -58,7 +60,7 @@ class AnswerFile:
             raise RunDirError(
                 f"--out {path} is there already. Type --overwrite to replace it, or give another name."
             )
-        if self.part.exists():
+        if os.path.exists(self.part):
             raise RunDirError(
                 f"{self.part} holds the answers of a command that did not end, or that still runs. Move it away, give "
                 "another --out, or type --overwrite to delete it."

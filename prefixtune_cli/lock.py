@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 from prefixtune_cli.errors import ResourceError, RunDirError
 
 LOCK = ".lock"
+SECONDS_TO_LOOK = 0.5  # as another command may only be checking
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _held: set[int] = set()  # open files
 
@@ -60,6 +62,7 @@ def why_not(folder: Path, error: OSError) -> str:
 
 def _take(folder: Path, *, shared: bool) -> int:
     """The open file that holds the lock."""
+    deadline = time.monotonic() + SECONDS_TO_LOOK
     while True:
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         _held.add(file)
@@ -67,18 +70,21 @@ def _take(folder: Path, *, shared: bool) -> int:
             alone = _lock(file, fcntl.LOCK_EX)
             if alone:
                 os.ftruncate(file, 0)  # what dead processes have left
-            if not (alone if not shared else _lock(file, fcntl.LOCK_SH)):
+            taken = alone if not shared else _lock(file, fcntl.LOCK_SH)
+            if not taken and time.monotonic() > deadline:
                 raise RunDirError(
                     f"{folder} is in use: {_holders(file)} writes there. Wait until it ends, or give another --out."
                 )
-            if os.fstat(file).st_nlink:
+            if taken and os.fstat(file).st_nlink:
                 since = datetime.now(UTC).isoformat(timespec="seconds")
                 os.write(file, f"{os.getpid()} {socket.gethostname()} {since}\n".encode())
                 return file
         except BaseException:
             _close(file)
             raise
-        _close(file)  # whoever held it has deleted it meanwhile
+        _close(file)
+        if not taken:  # else whoever held it has deleted it meanwhile
+            time.sleep(SECONDS_TO_LOOK / 10)
 
 
 def _lock(file: int, how: int) -> bool:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,6 +97,18 @@ def test_a_folder_that_stays_empty_goes_again_with_those_around_it(tmp_path: Pat
     with locked(tmp_path / "runs" / "a"):
         (tmp_path / "runs" / "a" / "recipe.yaml").write_text("")
     assert os.listdir(tmp_path / "runs" / "a") == ["recipe.yaml"]
+
+
+def test_who_only_looks_refuses_nobody(tmp_path: Path) -> None:
+    with another(tmp_path) as first:
+        threading.Timer(0.1, first.stdin.close).start()  # type: ignore[union-attr]
+        with locked(tmp_path):
+            pass
+
+
+def test_a_name_that_is_too_long_is_told_in_words(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="File name too long"), locked(tmp_path / ("x" * 300)):
+        pytest.fail("the lock was had")
 
 
 def test_a_folder_that_cannot_be_made_is_told_in_words(tmp_path: Path) -> None:

@@ -127,12 +127,7 @@ def train(
     with reporter() as shown:
         if find_learning_rate:
             from prefixtune_cli.compare.rates import find_learning_rate as found
-            from prefixtune_cli.lock import locked
-            from prefixtune_cli.run_dir import RunDir
 
-            run_dir = RunDir(settings.folder)
-            with locked(run_dir.path):
-                run_dir.check_free(overwrite=overwrite)
             bases = SharedBase()
             settings = found(settings, bases, shown)
         summary = training.train(
@@ -177,14 +172,16 @@ def _check(settings: Recipe, resume: str | None, overwrite: bool) -> None:
         or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0"
     ):
         return
+    from prefixtune_cli.lock import locked
     from prefixtune_cli.run_dir import RunDir
 
     chosen.check(settings)
     run_dir = RunDir(settings.folder)
-    if resume is None or (resume == "auto" and not run_dir.recipe.exists()):
-        run_dir.check_free(overwrite=overwrite)
-    elif resume == "must":
-        run_dir.check_resumable()
+    with locked(run_dir.path, shared=True):  # with other launchers of the run, which look as well
+        if resume is None or (resume == "auto" and not run_dir.recipe.exists()):
+            run_dir.check_free(overwrite=overwrite)
+        elif resume == "must":
+            run_dir.check_resumable()
 
 
 def _launches(

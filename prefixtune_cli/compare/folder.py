@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ _MARK = ".comparison"
 
 def check_free(folder: Path) -> None:
     """Raise UsageError where the folder holds something that no comparison has made."""
-    if not folder.exists() or (folder / _MARK).exists():
+    if not os.path.exists(folder) or (folder / _MARK).exists():
         return
     if not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()):
         raise UsageError(

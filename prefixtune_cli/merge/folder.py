@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -57,9 +58,9 @@ def claimed(out: Path, sources: Sequence[Pointed], *, overwrite: bool) -> Iterat
 
 def check_free(out: Path, sources: Sequence[Pointed], *, overwrite: bool) -> None:
     """Refuse a folder that is taken; raises RunDirError, see `claimed`."""
-    if out.exists() and not out.is_dir():
+    if os.path.isfile(out):
         raise RunDirError(f"--out {out} is a file. Give another name.")
-    if not out.exists() or all(path.name == LOCK for path in out.iterdir()):
+    if not os.path.exists(out) or all(path.name == LOCK for path in out.iterdir()):
         return
     if any(
         out.resolve() in (Path(s.given).resolve(), s.folder and s.folder.resolve()) for s in sources
