@@ -222,6 +222,8 @@ TYPED_WRONG = {
     "an unknown key",
     "five bits",
     "a feature map that does not exist",
+    "a pattern that is no regular expression",
+    "a pattern with two groups",
 }
 
 

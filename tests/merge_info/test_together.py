@@ -223,11 +223,9 @@ def test_what_is_said_to_merge_is_merged_and_what_is_not_is_refused(
 def test_every_two_of_three_are_compared_and_equal_names_are_told_apart(
     make: Make, tmp_path: Path
 ) -> None:
-    folders = [
-        make(name, memory(), seed=i) for i, name in enumerate(("x/adapter", "y/adapter", "z"))
-    ]
+    folders = [make(name, memory(), seed=i) for i, name in enumerate(("a/x", "b/x/adapter", "z"))]
     facts = [gather(point(folder)) for folder in folders]
-    assert distinct_names(facts) == ["x", "y", "z"]
+    assert distinct_names(facts) == ["1-x", "2-x", "3-z"]
     found = [(pair.first, pair.second) for pair in pairs(facts)]
-    assert found == [("1-adapter", "2-adapter"), ("1-adapter", "3-z"), ("2-adapter", "3-z")]
-    assert distinct_names(facts[1:]) == ["adapter", "z"]
+    assert found == [("1-x", "2-x"), ("1-x", "3-z"), ("2-x", "3-z")]
+    assert distinct_names(facts[1:]) == ["x", "z"]
