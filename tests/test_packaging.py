@@ -8,9 +8,11 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 TOP_LEVEL = {
@@ -152,6 +154,13 @@ def test_every_dependency_has_a_lower_and_an_upper_bound() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert len(project["dependencies"]) > 10
     assert all(">=" in line and "<" in line for line in project["dependencies"])
+
+
+def test_the_installed_libraries_are_in_the_ranges_that_the_tests_have_passed_with() -> None:
+    """Else what these tests say holds for libraries that a user does not get."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for requirement in map(Requirement, project["dependencies"]):
+        assert requirement.specifier.contains(version(requirement.name)), requirement
 
 
 def test_the_top_level_holds_what_the_design_names_and_nothing_else() -> None:
