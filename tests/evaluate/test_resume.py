@@ -147,7 +147,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_that_the_same_command_goes_on(tmp_pa
     printed, said = run.communicate(timeout=60)
     assert run.returncode == 130, said
     assert printed == ""
-    assert said.count("error: ") == 1
+    assert "error: " not in said
     assert "Finished requests are kept: the same command goes on where this one stopped" in said
     assert "Traceback" not in said
     [rows] = read(cache).values()
