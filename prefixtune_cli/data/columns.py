@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Collection, Mapping
 
-from prefixtune_cli.data.format import FORMATS, Format, fitting
+from prefixtune_cli.data.format import FORMATS, Format, by_values, fitting
 from prefixtune_cli.data.read import Row
 from prefixtune_cli.errors import DataError
 
@@ -100,6 +100,7 @@ def recognise(row: Row, mapping: Mapping[str, str], forced: str, where: str) -> 
             f"{where}: the format {format.name} needs the column {lacking[0]!r}; the columns are "
             f"{', '.join(row) or 'none'}. Name one of them so, in the file or by --map {lacking[0]}=COLUMN."
         )
+    format = by_values(format, row)
     for field, column in mapping.items():
         if field not in (*format.columns, *format.optional):
             raise DataError(

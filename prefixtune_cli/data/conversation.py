@@ -111,6 +111,43 @@ class Conversation:
         messages = [_called(message, as_tool_calls) for message in self.messages]
         return dataclasses.replace(self, messages=messages)
 
+    @property
+    def arguments(self) -> list[str]:
+        """The arguments of calls that are written as JSON text, as OpenAI's files have them."""
+        lists = [message.get("tool_calls") for message in self.messages]
+        calls = [call for calls in lists if isinstance(calls, list) for call in calls]
+        functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
+        found = [each.get("arguments") for each in functions if isinstance(each, dict)]
+        return [each for each in found if isinstance(each, str) and _object(each) is not None]
+
+    def with_parsed_arguments(self) -> Conversation:
+        """With objects in place of the arguments that are JSON text."""
+        messages = [
+            {**message, "tool_calls": [_parsed(call) for call in message["tool_calls"]]}
+            if isinstance(message.get("tool_calls"), list)
+            else message
+            for message in self.messages
+        ]
+        return dataclasses.replace(self, messages=messages)
+
+
+def _parsed(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if "function" in call:
+        return {**call, "function": _parsed(call["function"])}
+    text = call.get("arguments")
+    found = _object(text) if isinstance(text, str) else None
+    return call if found is None else {**call, "arguments": found}
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
 
 def _called(message: dict[str, Any], as_tool_calls: bool) -> dict[str, Any]:
     if message["role"] != "function_call":

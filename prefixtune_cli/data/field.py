@@ -65,6 +65,10 @@ def _instead(column: str, value: object) -> str:
         return 'Remove the row, or write "" for an empty text.'
     if isinstance(value, list) and value and not isinstance(value[0], dict):
         return 'Write it as one text, such as "a, b".'
+    if isinstance(value, list) and column in ("prompt", "completion"):
+        return (
+            "Write both prompt and completion as texts, or both as lists of messages, in every row."
+        )
     if isinstance(value, list):
         return "A list of messages belongs in a column named messages: --map messages=COLUMN."
     if isinstance(value, dict):

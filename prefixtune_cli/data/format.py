@@ -32,20 +32,25 @@ class Format:
 
 
 def _messages(column: str) -> Callable[[Row, str], Row]:
-    def convert(row: Row, where: str) -> Row:
-        turns = row[column]
-        if not isinstance(turns, list) or not turns:
-            got = "an empty list" if turns == [] else named(turns)
-            raise DataError(
-                f"{where}: the column {column!r} must be a list of messages, got {got}. Write "
-                '[{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}].'
-            )
-        checked = [
-            message.checked(turn, f"{where}, message {i + 1}") for i, turn in enumerate(turns)
-        ]
-        return message.conversation(checked, row, where)
+    return lambda row, where: message.conversation(_turns(row, column, where), row, where)
 
-    return convert
+
+def _turns(row: Row, column: str, where: str, first: int = 1) -> list[Row]:
+    """The messages of a column, checked; `first` is the number of its first one."""
+    turns = row[column]
+    if not isinstance(turns, list) or not turns:
+        got = "an empty list" if turns == [] else named(turns)
+        raise DataError(
+            f"{where}: the column {column!r} must be a list of messages, got {got}. Write "
+            '[{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}].'
+        )
+    return [message.checked(turn, f"{where}, message {i}") for i, turn in enumerate(turns, first)]
+
+
+def _pair_of_lists(row: Row, where: str) -> Row:
+    asked = _turns(row, "prompt", where)
+    said = _turns(row, "completion", where, len(asked) + 1)
+    return message.conversation([*asked, *said], row, where)
 
 
 def _pair(prompt: str, completion: str) -> Callable[[Row, str], Row]:
@@ -108,6 +113,22 @@ FORMATS = {
     )
 }
 
+# TRL's conversational pairs, told by their values: in the prompt nothing is learned.
+PAIR_OF_LISTS = Format(
+    "prompt-completion of messages",
+    ("prompt", "completion"),
+    "messages",
+    _pair_of_lists,
+    ("system", "tools"),
+)
+READ = {**FORMATS, PAIR_OF_LISTS.name: PAIR_OF_LISTS}
+
+
+def by_values(format: Format, row: Row) -> Format:
+    """The format whose columns mean what these values are."""
+    lists = all(isinstance(row.get(name), list) for name in PAIR_OF_LISTS.columns)
+    return PAIR_OF_LISTS if format.columns == PAIR_OF_LISTS.columns and lists else format
+
 
 def fitting(columns: Collection[str]) -> list[Format]:
     """The formats whose columns are all there, the preferred one first."""
@@ -134,7 +155,13 @@ def convert(row: Row, format: Format, where: str, *, needs_assistant: bool) -> R
         )
     converted = format.convert(row, where)
     if needs_assistant and format.layout == "messages":
-        roles = [turn["role"] for turn in converted["messages"]]
+        turns = converted["messages"]
+        if format is PAIR_OF_LISTS:
+            asked = len(turns) - len(row["completion"])
+            for turn in turns[:asked]:
+                turn["trained"] = False if turn["role"] in ANSWERS else turn["trained"]
+            turns = turns[asked:]
+        roles = [turn["role"] for turn in turns]
         if not {*ANSWERS} & {*roles}:
             raise DataError(
                 f"{where}: no message has the role assistant (the roles are {', '.join(roles)}), so there is nothing "

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefixtune_cli.data import locate
 from prefixtune_cli.data.columns import check_map, missing, recognise, rename
-from prefixtune_cli.data.format import FORMATS, Format, Layout, convert
+from prefixtune_cli.data.format import PAIR_OF_LISTS, READ, Format, Layout, convert
 from prefixtune_cli.data.message import weights_said
 from prefixtune_cli.data.read import Row, origin, read
 from prefixtune_cli.data.stored import saved_files
@@ -147,7 +147,7 @@ def load_rows(source: str, section: DataSection) -> LoadedData:
                 "HF_DATASETS_CACHE to another folder."
             ) from error
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    format = FORMATS[about["format"]]
+    format = READ[about["format"]]
     return LoadedData(
         dataset=Dataset.from_file(str(folder / "rows.arrow")),
         format=format.name,
@@ -158,7 +158,7 @@ def load_rows(source: str, section: DataSection) -> LoadedData:
         notices=(
             *([found.notice] if found is not None and found.notice else ()),
             *_notices(format, about["columns"], about["numbers"], section),
-            *_weight_notices(about["weights"], section),
+            *_weight_notices(format, about["weights"], section),
         ),
     )
 
@@ -184,9 +184,10 @@ def _notices(
     return tuple(notices)
 
 
-def _weight_notices(weights: dict[str, int], section: DataSection) -> list[str]:
+def _weight_notices(format: Format, weights: dict[str, int], section: DataSection) -> list[str]:
     """What comes of `weight`, `train` and the like, where messages have them."""
-    found = [(weights.get("answers masked"), "answers are not trained, as their weight says.")]
+    why = "they stand in a prompt" if format is PAIR_OF_LISTS else "their weight says"
+    found = [(weights.get("answers masked"), f"answers are not trained, as {why}.")]
     if section.train_on == "completion":
         others = "messages that are no answers ask to be trained; only answers are, without --train-on all."
         found.append((weights.get("others asked for"), others))

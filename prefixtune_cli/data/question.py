@@ -47,6 +47,8 @@ def questions(
 
 
 def _question(row: Row, where: str) -> Conversation:
+    if isinstance(row.get("prompt"), list):  # TRL's conversational pairs
+        row = row | {"messages": row["prompt"]}
     for format in FORMATS.values():
         if format.name == "text" or format.columns[0] not in row:
             continue

@@ -8,6 +8,7 @@ sees when it is asked for that turn.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,15 +61,29 @@ class ChatTemplate:
         """The conversation as the template takes it.
 
         ShareGPT's function_call becomes `tool_calls` where the template knows them, and stays text where it
-        does not. Answers before the first question are left out where the template refuses them.
+        does not. Arguments of calls that are JSON text stay so where the template prints them as they are; one that
+        encodes them would do it twice, and gets objects. Answers before the first question are left out where the
+        template refuses them.
         """
         conversation = conversation.with_calls("tool_calls" in self.source)
+        if conversation.arguments and not self._prints_arguments(conversation, where):
+            conversation = conversation.with_parsed_arguments()
         if conversation.opening:
             try:
                 self._render(conversation, where, ask=False, mark=False)
             except DataError:
                 return conversation.without_opening()
         return conversation
+
+    def _prints_arguments(self, conversation: Conversation, where: str) -> bool:
+        try:
+            text = self.render(conversation, where, ask=False)
+        except DataError:  # it takes objects alone
+            return False
+        return all(
+            written in text and json.dumps(written, ensure_ascii=False) not in text
+            for written in conversation.arguments
+        )
 
     def render(self, conversation: Conversation, where: str, *, ask: bool) -> str:
         """The conversation as text; with `ask`, up to where the next answer begins."""

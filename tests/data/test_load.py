@@ -578,7 +578,7 @@ def test_unknown_columns_list_the_formats_and_the_map(write):
         (None, "null", 'write ""'),
         (float("nan"), "a number: 'nan'", 'Write it as text: "completion"'),
         (["x"], "a list", 'Write it as one text, such as "a, b"'),
-        (TURNS, "a list", "--map messages=COLUMN"),
+        (TURNS, "a list", "both as lists of messages, in every row"),
         ({"x": 1}, "an object", "its text alone"),
     ],
 )

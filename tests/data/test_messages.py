@@ -195,6 +195,65 @@ def test_sharegpts_calls_are_calls_where_the_template_has_them_and_text_elsewher
     assert "⟦room(12)<|im_end|>⟧" in text(found, tokenizer)
 
 
+ENCODES, PRINTS = "{{ c.function.arguments | tojson }}", "{{ 'args: ' + c.function.arguments }}"
+EACH = "{% for k, v in c.function.arguments | items %}{{ k }}: {{ v }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("printed", "said"),
+    [(ENCODES, '{"n": 12}'), (PRINTS, 'args: {"n": 12}'), (EACH, "n: 12")],
+)
+def test_arguments_that_are_json_text_are_encoded_once_by_every_template(
+    done, printed, said
+) -> None:
+    calls = [{"type": "function", "function": {"name": "room", "arguments": '{"n": 12}'}}]
+    call = {"role": "assistant", "content": None, "tool_calls": calls}
+    template = RICH.replace("{{ c.function | tojson }}", printed)
+    found, tokenizer = done([{"messages": [ASK, call]}], template)
+    assert text(found, tokenizer).endswith(f"⟦<call>{said}</call><|im_end|>⟧")
+
+
+@pytest.mark.parametrize("calls", [[], "none", [3], [{"function": 3}], [{"function": {}}]])
+def test_calls_of_an_odd_form_are_left_to_the_template(done, calls) -> None:
+    found, tokenizer = done([{"messages": [ASK, {**SAY, "tool_calls": calls}]}])
+    assert text(found, tokenizer).endswith("⟦Hello<|im_end|>⟧")
+
+
+def test_a_pair_of_lists_of_messages_is_read_as_trl_reads_it(done) -> None:
+    front = {"role": "system", "content": "Be terse"}
+    row = {"prompt": [front, ASK, SAY, ASK], "completion": [{**SAY, "content": "Again"}]}
+    for form in ("auto", "prompt-completion"):
+        found, tokenizer = done([row, {"prompt": [ASK], "completion": [SAY]}], format=form)
+        assert text(found, tokenizer).count("⟦") == 1
+        assert text(found, tokenizer).endswith("⟦Again<|im_end|>⟧")
+        assert "Be terse" in text(found, tokenizer)
+        assert text(found, tokenizer, 1).endswith("⟦Hello<|im_end|>⟧")
+    assert "1 answers are not trained, as they stand in a prompt." in found.rows.notices
+    (asked, _) = prompts_and_answers(found.rows, tokenizer, DataSection())
+    assert asked.answer == "Again"
+
+
+def test_all_of_a_pair_of_lists_is_trained_where_all_is_asked_for(done) -> None:
+    row = {"prompt": [ASK, SAY, ASK], "completion": [{**SAY, "content": "Again"}]}
+    found, tokenizer = done([row], train_on="all")
+    assert text(found, tokenizer).count("⟦") == 1 and text(found, tokenizer).startswith("⟦")
+
+
+def test_a_pair_of_lists_without_an_answer_or_beside_a_text_is_refused(done) -> None:
+    with pytest.raises(DataError, match="line 1: no message has the role assistant"):
+        done([{"prompt": [ASK, SAY], "completion": [ASK]}])
+    with pytest.raises(DataError, match="Write both prompt and completion as texts, or both as"):
+        done([{"prompt": [ASK], "completion": "Hello"}])
+    with pytest.raises(DataError, match="line 1, message 2: 'role' must be one of"):
+        done([{"prompt": [ASK], "completion": [{"role": "bot", "content": ""}]}])
+
+
+def test_a_prompt_that_is_a_list_of_messages_can_be_asked(write) -> None:
+    rows = [{"prompt": [ASK, SAY, ASK]}, {"prompt": [ASK], "completion": [SAY]}]
+    asked = [found.messages for _, found in questions(write("a.jsonl", rows), {})]
+    assert asked == [[ASK, SAY, ASK], [ASK]]
+
+
 @needs_cases
 def test_system_prompts_and_tools_of_sharegpt_rows_reach_the_template(done) -> None:
     found, tokenizer = done(CASES / "system_tools.json", RICH)
