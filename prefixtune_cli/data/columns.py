@@ -20,7 +20,7 @@ COLUMNS = dict.fromkeys(name for format in FORMATS.values() for name in format.c
 FIELDS = (*COLUMNS, *sorted(OPTIONAL))
 # Words in the names of columns that hold what a model is to answer, what it is asked, and what is about a row.
 ANSWERS = {
-    "answer", "category", "class", "completion", "emotion", "gold", "intent", "label", "output", "rating",
+    "answer", "category", "chosen", "class", "completion", "emotion", "gold", "intent", "label", "output", "rating",
     "reply", "response", "sentiment", "solution", "stars", "summary", "tag", "target", "topic", "translation",
 }  # fmt: skip
 QUESTIONS = {
@@ -140,10 +140,15 @@ def _refuse_a_pair(row: Row, where: str) -> None:
 def _suggestion(row: Row, mapping: Mapping[str, str]) -> str:
     """The `--map` for these columns, in the names of the file, as far as they tell it."""
     own = {mapping.get(name, name): value for name, value in row.items()}
-    for name, value in own.items():
-        first = value[0] if isinstance(value, list) and value else None
-        if isinstance(first, dict) and {"role", "from"} & first.keys():
-            return f"--map {shlex.quote(f'messages={name}')}"
+    # Of a pair of answers by preference only the better one is learned.
+    own = {name: value for name, value in own.items() if "rejected" not in _words(name)} or own
+    lists = [name for name, value in own.items() if _is_conversation(value)]
+    said = [name for name in lists if _words(name) & ANSWERS]
+    if len(lists) == 2 and len(said) == 1:
+        lists.remove(said[0])
+        return _map_of(lists[0], said[0])
+    if lists:
+        return f"--map {shlex.quote(f'messages={lists[0]}')}"
     others = _others(own, "")
     answers = [name for name in others if _words(name) & ANSWERS]
     answer = answers[0] if answers else others[1] if len(others) == 2 else None
@@ -158,6 +163,11 @@ def _suggestion(row: Row, mapping: Mapping[str, str]) -> str:
             else "--map text=COLUMN"
         )
     return "--map prompt=COLUMN,completion=COLUMN, or --map messages=COLUMN for a list of messages"
+
+
+def _is_conversation(value: object) -> bool:
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and bool({"role", "from"} & first.keys())
 
 
 def _others(row: Row, name: str) -> list[str]:

@@ -24,6 +24,8 @@ SPLITS = {
 }
 UNNAMED = ""  # files that are named as no split
 UNREAD = (".txt", ".arrow", ".xlsx", ".xls", ".gz", ".zst", ".bz2", ".xz", ".zip")  # may be data
+# What stands beside data and tells of it, for `datasets` and LLaMA-Factory.
+ABOUT = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ def _contents(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
         if path.is_dir():
             if any(p.suffix.lower() in READERS for p in path.iterdir()):
                 others.append(f"{path.name}/")
+        elif path.name in ABOUT:
+            continue
         elif suffix in READERS and path.is_file():
             splits.setdefault(_split_of(path), []).append(path)
         elif suffix in UNREAD:

@@ -172,7 +172,7 @@ def _notices(
     used = {name: column for name, column in own.items() if column in columns}
     said = ", ".join(c if c == name else f"{c} as {name}" for name, c in used.items())
     unused = [column for column in columns if column not in used.values()]
-    end = f"; not used: {', '.join(unused)}." if unused else "."
+    end = f"; not used: {', '.join(column or '(no name)' for column in unused)}." if unused else "."
     notices = [f"Format: {format.name} ({how}; columns {said}){end}"]
     if numbers:
         notices.append(

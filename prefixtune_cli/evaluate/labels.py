@@ -35,8 +35,6 @@ def label_codes(
 
 def label_of(question: Question, pattern: str | None) -> str:
     """The reference as a label."""
-    if pattern is None:
-        return question.answer.strip()
     return compared_part(question.answer, pattern) or ""
 
 

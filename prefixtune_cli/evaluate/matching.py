@@ -22,7 +22,7 @@ def match_rule(pattern: str | None) -> str:
 def exactly_matches(answer: str, reference: str, pattern: str | None = None) -> bool:
     """Whether `answer` counts as right: see `match_rule`."""
     if pattern is None:
-        return final_answer(answer) == reference.strip()
+        return final_answer(answer) == final_answer(reference)
     found = compared_part(answer, pattern)
     return found is not None and found == compared_part(reference, pattern)
 

@@ -187,7 +187,7 @@ def test_a_pair_that_shows_in_a_later_row_alone_is_refused_too(write):
 def test_a_text_beside_what_is_about_it_is_a_text(write, about):
     rows = load_rows(write("a.jsonl", [{"text": "Lima lies by the sea."} | about]), DataSection())
     assert rows.format == "text"
-    assert f"not used: {', '.join(about)}." in rows.notices[0]
+    assert f"not used: {', '.join(name or '(no name)' for name in about)}." in rows.notices[0]
 
 
 @pytest.mark.parametrize(
@@ -200,6 +200,13 @@ def test_a_text_beside_what_is_about_it_is_a_text(write, about):
         ({"": "0", "label": "2", "sentence": "x"}, "--map prompt=sentence,completion=label."),
         ({"de": "Hund", "en": "dog"}, "--map prompt=de,completion=en."),
         ({"dialog": TURNS}, "--map messages=dialog."),
+        ({"chosen": "Hi", "rejected": "Go"}, "--map text=chosen, if it is text."),
+        ({"rejected": TURNS, "chosen": TURNS}, "--map messages=chosen."),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "--map prompt=prompt,completion=chosen."),
+        (
+            {"prompt": TURNS, "chosen": TURNS, "rejected": TURNS},
+            "--map prompt=prompt,completion=chosen.",
+        ),
         ({"body": "Lima lies by the sea."}, "--map text=body, if it is text."),
     ],
 )
@@ -442,6 +449,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(write, tmp_path):
     write("d/a.jsonl", [{"prompt": "a", "completion": "1"}])
     write("d/.hidden.jsonl", "not JSON")
     write("d/README.md", "not data")
+    write("d/dataset_infos.json", '{"default": {}}')
     rows = load_rows(str(tmp_path / "d"), DataSection())
     assert [row["prompt"] for row in rows.dataset] == ["a", "b"]
     assert rows.row_origin(1) == f"{tmp_path}/d/b.csv, line 2"

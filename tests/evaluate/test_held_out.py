@@ -98,6 +98,7 @@ def test_an_answer_is_right_when_it_equals_the_reference_but_for_outer_space(
     answer: str, right: bool
 ) -> None:
     assert exactly_matches(answer, " card.block") is right
+    assert exactly_matches(answer, "<think>\nA card.\n</think>\n\ncard.block") is right
 
 
 def test_rows_are_spread_evenly_and_never_repeat() -> None:
