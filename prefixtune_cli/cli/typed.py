@@ -106,7 +106,7 @@ def parse_map(given: list[str]) -> dict[str, str]:
         raise UsageError(
             f"--map names the field {repeated[0]!r} twice, in {','.join(given)!r}. Name one column for it."
         )
-    return {left.strip(): right.strip() for left, _, right in pairs}
+    return {left.strip(): right for left, _, right in pairs}  # a column's name may have spaces
 
 
 def names(given: list[str]) -> tuple[str, ...]:

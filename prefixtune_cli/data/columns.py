@@ -54,7 +54,11 @@ def missing(field: str, column: str, columns: Collection[str], where: str) -> Da
     return DataError(
         f"{where}: --map {field}={column} names a column that is missing; the columns are "
         f"{', '.join(columns) or 'none'}. "
-        + (f"Did you mean --map {field}={near[0]}?" if near else "The form is --map FIELD=COLUMN.")
+        + (
+            f"Did you mean --map {shlex.quote(f'{field}={near[0]}')}?"
+            if near
+            else "The form is --map FIELD=COLUMN."
+        )
     )
 
 

@@ -23,8 +23,8 @@ from prefixtune_cli.data import locate
 from prefixtune_cli.data.columns import check_map, missing, recognise, rename
 from prefixtune_cli.data.format import PAIR_OF_LISTS, READ, Format, Layout, convert
 from prefixtune_cli.data.message import weights_said
-from prefixtune_cli.data.read import Row, origin, read
-from prefixtune_cli.data.stored import saved_files
+from prefixtune_cli.data.read import Row, is_by_line, origin, read
+from prefixtune_cli.data.stored import saved_files, without_fillers
 from prefixtune_cli.errors import DataError, ResourceError
 from prefixtune_cli.recipe.schema import DataSection
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # Part of the cache's key: raise it whenever the same files give other rows than before.
-VERSION = 3
+VERSION = 4
 ROWS_A_BATCH = 1000
 CHARACTERS_A_BATCH = 16 * 2**20
 
@@ -236,7 +236,7 @@ def _origins(
 ) -> Iterator[tuple[int, int, str, Row]]:
     for i, name in enumerate(names):
         for line, row in locate.hub_rows(source) if files is None else read(files[i]):
-            yield i, line, origin(name, line), row
+            yield i, line, origin(name, line), row if is_by_line(name) else without_fillers(row)
 
 
 def _write(

@@ -8,7 +8,8 @@ from prefixtune_cli.data import locate
 from prefixtune_cli.data.columns import check_map, rename
 from prefixtune_cli.data.conversation import ANSWERS, Conversation
 from prefixtune_cli.data.format import FORMATS
-from prefixtune_cli.data.read import Row, origin, read
+from prefixtune_cli.data.read import Row, is_by_line, origin, read
+from prefixtune_cli.data.stored import without_fillers
 from prefixtune_cli.errors import DataError
 
 ASKED = {format.columns[0] for format in FORMATS.values()}
@@ -43,7 +44,8 @@ def questions(
             # Only what is asked must be there: the columns of answers may be missing.
             there = {f: c for f, c in mapping.items() if c in raw or f in ASKED}
             known = {field: column for field, column in (usual or {}).items() if column in raw}
-            yield raw, _question(rename(raw, there if mapping else known, where), where)
+            row = raw if is_by_line(str(path)) else without_fillers(raw)
+            yield raw, _question(rename(row, there if mapping else known, where), where)
 
 
 def _question(row: Row, where: str) -> Conversation:

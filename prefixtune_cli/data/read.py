@@ -41,9 +41,14 @@ def origin(file: str, line: int) -> str:
     return f"{file}, {_unit(file)} {line}"
 
 
+def is_by_line(file: str) -> bool:
+    """Whether a file is of a type that has lines, and no table."""
+    return file.lower().endswith(BY_LINE)
+
+
 @lru_cache
 def _unit(file: str) -> str:
-    return "line" if file.lower().endswith(BY_LINE) else "row"
+    return "line" if is_by_line(file) else "row"
 
 
 def start_of(text: str, length: int = 60) -> str:
@@ -278,11 +283,13 @@ def _decode_at(text: str, start: int) -> tuple[Any, int]:
 
 def _read_csv(path: Path) -> Rows:
     previous_limit = csv.field_size_limit(MAX_LINE_BYTES)
-    line = 1
+    line, above = 1, 0
     try:
         lines = (text for _, text in _lines(path))
         first = next(lines, "")
         separator = "\t" if path.suffix.lower() == ".tsv" else _separator(first)
+        if told := re.fullmatch(r"sep=(\S)\s*", first):  # Excel's own way to say so
+            separator, first, above = told[1], next(lines, ""), 1
         reader = csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
         header = next(reader) if first else []
         if not header:
@@ -292,17 +299,18 @@ def _read_csv(path: Path) -> Rows:
             raise DataError(
                 f"{origin(str(path), 1)}: the column {sorted(repeated)[0]!r} stands twice in the header. Rename one."
             )
-        line = reader.line_num + 1
+        line = above + reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(header):
                 raise DataError(
                     f"{origin(str(path), line)}: {len(cells)} cells, but the header names {len(header)} columns "
                     f"({', '.join(header)}). The row begins with {start_of(separator.join(cells))}. Quote text that "
-                    f'holds {SEPARATORS[separator]} or a line break: "…"; double a quote within it: "".'
+                    f"holds {SEPARATORS.get(separator, repr(separator))} or a line break: "
+                    '"…"; double a quote within it: "".'
                 )
             if cells:
                 yield line, dict(zip(header, cells, strict=True))
-            line = reader.line_num + 1
+            line = above + reader.line_num + 1
     except csv.Error as error:
         raise DataError(
             f"{origin(str(path), line)}: broken CSV in the row that begins here ({error}). Most often a quote "

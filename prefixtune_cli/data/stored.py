@@ -85,6 +85,22 @@ def _classes(features: Features) -> dict[str, dict[int, str]]:
     }
 
 
+def without_fillers(value: Any, *, nested: bool = False) -> Any:
+    """A row without the nulls within its columns: a table has every key in every struct, and fills in what is missing.
+
+    To a template such a key would be a parameter of each tool, or an argument of each call.
+    """
+    if isinstance(value, dict):
+        return {
+            key: without_fillers(each, nested=True)
+            for key, each in value.items()
+            if each is not None or not nested
+        }
+    if isinstance(value, list):
+        return [without_fillers(each, nested=True) for each in value]
+    return value
+
+
 def _numbered(
     batches: Iterable[Any], classes: dict[str, dict[int, str]]
 ) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,14 +1,16 @@
 """The table from flags to recipe keys, against the schema that it points into."""
 
 import inspect
+import re
 
 import pytest
 
 from prefixtune_cli.cli import options, typed
 from prefixtune_cli.cli.train import train
-from prefixtune_cli.errors import UsageError
+from prefixtune_cli.data.load import load_rows
+from prefixtune_cli.errors import DataError, UsageError
 from prefixtune_cli.recipe.explain import METHODS, keys
-from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.recipe.schema import DataSection, Recipe
 
 # The parameters of `ptp train` that are about this run of the command, not about the recipe.
 NO_SETTINGS = {
@@ -81,6 +83,16 @@ def test_map_is_given_at_once_or_several_times() -> None:
         "completion": "a",
         "messages": "m",
     }
+
+
+def test_a_column_with_spaces_around_its_name_can_be_mapped(tmp_path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("prompt, answer \na,b\n")
+    wrong = DataSection(map={"completion": "answer"})
+    with pytest.raises(DataError, match="Did you mean --map 'completion= answer '") as caught:
+        load_rows(str(file), wrong)
+    (typed_so,) = re.findall("--map '(.*?)'", str(caught.value))
+    assert len(load_rows(str(file), DataSection(map=typed.parse_map([typed_so])))) == 1
 
 
 @pytest.mark.parametrize("given", ["prompt", "=a", "prompt=", "a=b,", ""])

@@ -596,6 +596,36 @@ def test_a_field_that_is_no_text_says_what_to_type(write, value, got, instead):
     assert instead in told
 
 
+def test_excels_line_of_the_separator_is_no_header(write):
+    rows = load_rows(write("a.csv", "sep=;\r\nprompt;completion\r\na;b, c\r\n"), DataSection())
+    assert content(rows) == [{"prompt": "a", "completion": "b, c"}]
+    assert rows.row_origin(0).endswith("line 3")
+    assert "line 3: 3 cells" in refusal(write("b.csv", "sep=#\nprompt#completion\na#b#c\n"))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_nulls_that_a_table_fills_in_are_no_parameters_of_tools(tmp_path, kind):
+    from datasets import Dataset
+
+    from prefixtune_cli.data.question import questions
+
+    def row(name):
+        call = {"type": "function", "function": {"name": "f", "arguments": {name: 1}}}
+        said = {"role": "assistant", "content": None, "tool_calls": [call]}
+        schema = {"type": "object", "properties": {name: {"type": "integer"}}}
+        tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+        return {"messages": [{"role": "user", "content": "Hi"}, said], "tools": [tool]}
+
+    data, path = Dataset.from_list([row("x"), row("y")]), tmp_path / f"a.{kind}"
+    (data.to_parquet if kind == "parquet" else data.save_to_disk)(str(path))
+    for found, name in zip(load_rows(str(path), DataSection()).dataset, "xy", strict=True):
+        assert json.loads(found["tools"]) == row(name)["tools"]
+        calls = json.loads(found["messages"][1]["more"])["tool_calls"]
+        assert calls == row(name)["messages"][1]["tool_calls"]
+    asked = [each.tools for _, each in questions(str(path), {})]
+    assert asked == [row("x")["tools"], row("y")["tools"]]
+
+
 def test_a_null_in_parquet_names_its_row(write, tmp_path):
     from datasets import Dataset
 
