@@ -164,7 +164,10 @@ class ChatTemplate:
         if not text.startswith(prompt):
             return None
         start, content = len(prompt), message["content"].strip()
-        has_more = message.keys() > {"role", "content"}  # which may stand behind the content
+        more = {*message} - {"role", "content"}  # which may stand behind the content
+        has_more = bool(more)
+        if has_more and self.end_of_turn is None:  # all that is printed would count as the answer
+            has_more = self.unprinted(conversation.until(i + 1), where, more) != more
         end = None if has_more else self._end(text, start, content)
         if end is not None:
             return start, end

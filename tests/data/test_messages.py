@@ -145,6 +145,15 @@ def test_keys_reach_the_template_as_apply_chat_template_hands_them_on(done) -> N
     assert found.statistics.unprinted_keys == {"tool_call_id": 1}
 
 
+def test_a_key_that_is_not_printed_changes_no_answer_where_no_token_ends_it(done) -> None:
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }} ##\n{% endfor %}" + (
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    turns = [{"messages": [ASK, SAY]}, {"messages": [ASK, SAY | {"id": "m2"}]}]
+    found, _ = done(turns, template)
+    assert found.dataset["labels"][0] == found.dataset["labels"][1]
+
+
 @pytest.mark.parametrize("template", ["chatml", "marked"])
 def test_what_neither_template_nor_ptp_takes_is_told_with_its_rows(done, template) -> None:
     rows = [{"messages": [ASK | {"name": "bob"}, SAY | {"reasoning_content": "hm"}]}] * 2
