@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from typing import Annotated
 
@@ -185,6 +186,8 @@ def eval(
     if no_cache and cache is not None:
         raise UsageError("--cache and --no-cache exclude each other. Give one.")
     if pattern is not None and not list_them:
+        if os.path.exists(pattern):
+            typed.check_extra("eval", [pattern], ("--run", "--data"))
         listing = shlex.join(["ptp", "eval", "--list", pattern])
         raise UsageError(f"What is {pattern!r}? To list benchmarks: {listing}")
     from prefixtune_cli.cli import console, eval_table

@@ -56,6 +56,8 @@ class Command(TyperCommand):
         rest = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:
             typed.check_extra(str(self.name), ctx.args, flags)
+            for p in self.get_params(ctx):
+                typed.check_filled(p.opts[0], ctx.params.get(p.name))
         return rest
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -186,8 +186,17 @@ def check_extra(command: str, extra: Sequence[str], known: Collection[str]) -> N
     if not extra:
         return
     text = extra[0]
-    is_run = (Path(text) / "recipe.yaml").is_file()
-    flag = "--recipe" if text.endswith((".yaml", ".yml")) else "--run" if is_run else "--data"
+    if text.lower() in ("true", "false"):
+        raise UsageError(
+            f"What is {text!r}? A switch is on where it is typed, without a value. Where it is to be off, leave it out."
+        )
+    is_trained = any(
+        os.path.isfile(Path(text) / file) for file in ("recipe.yaml", "adapter_config.json")
+    )
+    flag = "--recipe" if text.endswith((".yaml", ".yml")) else "--run" if is_trained else "--data"
+    is_file = os.path.exists(text) or (Path(text).suffix and " " not in text)
+    if "--prompt" in known and not is_file:
+        flag = "--prompt"
     if flag not in known:
         raise UsageError(
             f"`ptp {command}` takes no {text!r}. `ptp {command} --help` shows what it takes."
@@ -196,6 +205,13 @@ def check_extra(command: str, extra: Sequence[str], known: Collection[str]) -> N
         f"What is {text!r}? Type: {shlex.join(['ptp', command, flag, text])}"
         + (" (and the rest after it)" if len(extra) > 1 else "")
     )
+
+
+def check_filled(name: str, value: Any) -> None:
+    """Raise UsageError where what is typed for a flag or an argument is empty, and may not be."""
+    given = value if isinstance(value, list | tuple) else [value]
+    if "" in given and name not in MAY_BE_EMPTY:
+        raise UsageError(f"{name} is empty. Is it a variable of the shell that is not set?")
 
 
 def with_resume_value(given: list[str]) -> list[str]:
@@ -237,6 +253,7 @@ def stdin_text(read: Callable[[], str]) -> str:
     return text
 
 
+MAY_BE_EMPTY = ("--prompt", "--system", "--answer-pattern")
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "map": parse_map,
     "layers": parse_layers,

@@ -98,6 +98,10 @@ COUNTERPARTS = {
 }
 # What is not quite the same.
 NOTES = {
+    **dict.fromkeys(
+        ("load_in_4bit", "load_in_8bit", "train_on_inputs", "train_on_prompt", "use_peft"),
+        "where it is true; leave it out where not",
+    ),
     "warmup_steps": "a fraction of all steps",
     "bf16": "which is bfloat16, and the default",
     "fp16": "which is bfloat16, and the default",

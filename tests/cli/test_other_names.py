@@ -15,7 +15,7 @@ from tests.cli.conftest import Ptp
         (["--output_dir=x"], "--output_dir is --out here."),
         (["--model-name-or-path", "tiny"], "--model-name-or-path is --model here."),
         (["--per-device-train-batch-size", "4"], "--per-device-train-batch-size is --batch-size here."),
-        (["--load-in-4bit"], "--load-in-4bit is --bits 4 here."),
+        (["--load-in-4bit"], "--load-in-4bit is --bits 4 here, where it is true"),
         (["--report-to", "wandb"], "--report-to is --track here."),
         (["--config", "a.yaml"], "--config is --recipe here."),
         (["--bf16"], "--bf16 is --bits 16 here, which is bfloat16, and the default."),
@@ -52,6 +52,8 @@ def test_weight_decay_and_warmup_are_flags_and_underscores_are_hyphens(ptp: Ptp)
         ("train", "mine.yaml", "ptp train --recipe mine.yaml"),
         ("plan", "mine.yaml", "ptp plan --recipe mine.yaml"),
         ("generate", "a.jsonl", "ptp generate --data a.jsonl"),
+        ("generate", "What is 2.5?", "ptp generate --prompt 'What is 2.5?'"),
+        ("generate", "zebra " * 50, "ptp generate --prompt 'zebra "),
     ],
 )
 def test_an_argument_without_its_flag_is_answered_with_the_line(
@@ -64,7 +66,44 @@ def test_an_argument_without_its_flag_is_answered_with_the_line(
 
 def test_a_run_without_its_flag_is_answered_with_the_line(ptp: Ptp, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("")
-    assert f"Type: ptp chat --run {tmp_path}" in ptp("chat", tmp_path)[2]
+    for command in ("chat", "eval"):
+        assert f"Type: ptp {command} --run {tmp_path}" in ptp(command, tmp_path)[2]
+
+
+def test_an_adapter_without_its_flag_is_answered_with_the_line(ptp: Ptp, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for command in ("chat", "eval"):
+        assert f"Type: ptp {command} --run {tmp_path}" in ptp(command, tmp_path)[2]
+
+
+@pytest.mark.parametrize("value", ["True", "false"])
+def test_a_switch_with_a_value_is_told_that_it_takes_none(ptp: Ptp, value: str) -> None:
+    code, _, err = ptp("train", "--data", "d.jsonl", "--packing", value)
+    assert code == 2
+    assert f"What is {value!r}? A switch is on where it is typed, without a value." in err
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        (("train", "--model", "tiny", "--data", ""), "--data"),
+        (("train", "--model", "tiny", "--data", "d.jsonl", "--out="), "--out"),
+        (("generate", "--run", "", "--prompt", "x"), "--run"),
+        (("eval", "--adapter", "a", "--adapter", ""), "--adapter"),
+        (("merge-info", ""), "adapters"),
+    ],
+)
+def test_a_variable_that_is_not_set_is_no_data_and_no_newest_run(
+    ptp: Ptp, typed: tuple[str, ...], name: str
+) -> None:
+    code, _, err = ptp(*typed)
+    assert code == 2
+    assert f"{name} is empty. Is it a variable of the shell that is not set?" in err
+
+
+def test_a_prompt_may_be_empty(ptp: Ptp) -> None:
+    _, _, err = ptp("generate", "--run", "nowhere", "--prompt", "", "--system", "")
+    assert "There is no run or adapter nowhere" in err
 
 
 def test_an_argument_that_belongs_nowhere_is_refused(ptp: Ptp) -> None:
