@@ -28,7 +28,7 @@ from prefixtune_cli.cli import (
     train,
     typed,
 )
-from prefixtune_cli.errors import LAUNCHER_PID, Interrupted, LostWorker, PtpError
+from prefixtune_cli.errors import LAUNCHER_PID, Interrupted, LostWorker, PtpError, ResourceError
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
@@ -99,6 +99,11 @@ def main() -> None:
         if os.environ.get("PTP_TRACEBACK"):
             raise
         sys.exit(_tell(error))
+    except OSError as error:  # of a file that nothing else has spoken of: a name too long, a folder of somebody else's
+        if error.filename is None or os.environ.get("PTP_TRACEBACK"):
+            raise
+        why = f"{error.filename} cannot be used: {error.strerror}."
+        sys.exit(_tell(ResourceError(f"{why} PTP_TRACEBACK=1 shows where.")))
 
 
 def _tell(error: PtpError) -> int:

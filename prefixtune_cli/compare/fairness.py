@@ -180,7 +180,7 @@ def _shown_held_out_rows(run: FinishedRun) -> str:
     rows = run.summary["held_out_rows"]
     if held_out := run.fingerprints.get("eval"):
         return f"{rows} of {held_out['source']} (sha256 {held_out['sha256'][:8]}…)"
-    return f"{rows} that were split off by seed {run.seed} (give runs the same --eval)"
+    return f"{rows} that were split off by seed {run.seed} (give runs the same --eval-data)"
 
 
 Aspect = tuple[str, Callable[[FinishedRun], Hashable], Callable[[FinishedRun], str]]

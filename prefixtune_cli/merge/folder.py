@@ -58,6 +58,10 @@ def claimed(out: Path, sources: Sequence[Pointed], *, overwrite: bool) -> Iterat
 
 def check_free(out: Path, sources: Sequence[Pointed], *, overwrite: bool) -> None:
     """Refuse a folder that is taken; raises RunDirError, see `claimed`."""
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise RunDirError(
+            f"--out {out} is where you are, and cannot be replaced. Give another name."
+        )
     if os.path.isfile(out):
         raise RunDirError(f"--out {out} is a file. Give another name.")
     if not os.path.exists(out) or all(path.name == LOCK for path in out.iterdir()):

@@ -13,6 +13,7 @@ from tests.cli.conftest import Ptp
 from tests.test_pointed import adapter, checkpoint, run
 
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "lm_eval", "matplotlib"}
+LONG = "a" * 300
 # What is typed, its exit code, and what is said.
 SLIPS = {
     "train --model tiny --data nowhere.jsonl": (1, "nowhere.jsonl does not exist"),
@@ -44,6 +45,7 @@ SLIPS = {
     "generate --model ./nowhere --prompt x": (1, "There is no model './nowhere'"),
     "generate --data nowhere.jsonl --out o.jsonl": (1, "nowhere.jsonl does not exist"),
     "generate --prompt x --temperature -1": (2, "--temperature must be 0 or above"),
+    "generate --prompt x --temperature nan": (2, "--temperature must be 0 or above"),
     "generate --prompt x --chat-template t.jinja": (1, "t.jinja does not exist"),
     "eval --data d.jsonl --chat-template t.jinja": (1, "t.jinja does not exist"),
     "chat --chat-template t.jinja": (1, "t.jinja does not exist"),
@@ -54,6 +56,9 @@ SLIPS = {
     "merge-info --model ./nowhere": (1, "There is no model './nowhere'"),
     "merge nowhere runs/mine --out m": (1, "There is no run or adapter nowhere"),
     "merge runs/mine other --out d.jsonl": (1, "is a file"),
+    "merge runs/mine other --out .": (1, "is where you are"),
+    f"generate --run {LONG} --prompt x": (1, f"{LONG}/recipe.yaml cannot be used: File name too"),
+    f"train --model tiny --data {LONG}": (1, f"{LONG} cannot be used: File name too long"),
     "merge runs/mine other --out m --method mean": (2, "--method must be one of"),
     "compare --model tiny --data nowhere.jsonl": (1, "nowhere.jsonl does not exist"),
     "compare --model tiny --data d.jsonl --ood nowhere.jsonl": (1, "nowhere.jsonl does not"),

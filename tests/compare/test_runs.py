@@ -272,7 +272,7 @@ def test_rows_that_a_seed_split_off_are_other_rows(tmp_path: Path) -> None:
     split: dict[str, Any] = {"environment": train_alone, "data": {"eval": None, "eval_split": 0.1}}
     one = run(tmp_path / "a", seed=0, **split)
     other = run(tmp_path / "b", seed=1, **split)
-    assert "4 that were split off by seed 1 (give runs the same --eval)" in refused(one, other)
+    assert "4 that were split off by seed 1 (give runs the same --eval-data)" in refused(one, other)
     same_seed = run(tmp_path / "c", "full", seed=0, **split)
     assert standings_on(read_runs([one, same_seed]), TEST).untested is None
 
