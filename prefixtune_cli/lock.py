@@ -116,7 +116,9 @@ def _holders(file: int) -> str:
     """Who has written into the file, but for processes of this machine that are no more."""
     found = []
     for line in os.pread(file, 4096, 0).decode(errors="replace").splitlines():
-        pid, host, since = line.split()
+        if len(words := line.split()) != 3 or not words[0].isdecimal():
+            continue  # of a file that was written in part, or is longer than what is read
+        pid, host, since = words
         if host != socket.gethostname() or _lives(int(pid)):
             found.append(f"process {pid} on {host}, since {since},")
     return " and ".join(found) or "another process"

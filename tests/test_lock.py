@@ -99,6 +99,14 @@ def test_a_folder_that_stays_empty_goes_again_with_those_around_it(tmp_path: Pat
     assert os.listdir(tmp_path / "runs" / "a") == ["recipe.yaml"]
 
 
+def test_lines_of_many_dead_holders_that_are_cut_short_are_no_error(tmp_path: Path) -> None:
+    with locked(tmp_path, shared=True):
+        with open(tmp_path / LOCK, "a") as file:
+            file.write(f"999999999 {socket.gethostname()} then\n" * 200 + "12\n")
+        with pytest.raises(RunDirError, match=f"process {os.getpid()} on "), locked(tmp_path):
+            pass
+
+
 def test_who_only_looks_refuses_nobody(tmp_path: Path) -> None:
     with another(tmp_path) as first:
         threading.Timer(0.1, first.stdin.close).start()  # type: ignore[union-attr]

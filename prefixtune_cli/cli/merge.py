@@ -59,7 +59,16 @@ def merge(
         ),
     ] = None,
     seed: Annotated[
-        int, options.option("--seed", panel=HOW, metavar="N", help="Of what dare drops.")
+        int,
+        typer.Option(
+            "--seed",
+            rich_help_panel=HOW,
+            metavar="N",
+            min=0,
+            max=2**32 - 1,
+            help="Of what dare drops.",
+            show_default=False,
+        ),
     ] = 0,
     into_base: Annotated[
         bool,

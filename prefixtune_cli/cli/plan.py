@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,7 +45,7 @@ def plan(
 
     No weights are loaded and no data is read: rows are taken to be as long as --max-length.
     """
-    if gpu_memory is not None and gpu_memory <= 0:
+    if gpu_memory is not None and not 0 < gpu_memory < math.inf:
         raise UsageError(f"--gpu-memory must be above 0, in GiB, got {gpu_memory:g}.")
     from prefixtune_cli.recipe import load
 

@@ -30,6 +30,8 @@ SLIPS = {
     "compare --data d.jsonl": (2, "No base model is given"),
     "compare --speed": (2, "No base model is given"),
     "train --model tiny --data d.jsonl --batch-size 0": (2, "train.batch_size must be"),
+    "plan --model tiny --gpu-memory nan": (2, "--gpu-memory must be above 0, in GiB, got nan"),
+    f"merge runs/mine other --out m --seed {10**20}": (2, "less than or equal to 4294967295"),
     "plan --model ./nowhere": (1, "There is no model './nowhere'"),
     "inspect-data nowhere.jsonl": (1, "nowhere.jsonl does not exist"),
     "inspect-data d.jsonl --model ./nowhere": (1, "There is no model './nowhere'"),
