@@ -135,7 +135,7 @@ def test_speed_tells_how_costs_grow_with_the_shape(
     assert [line.split("  ")[0] for line in said.splitlines()[1:5]] == rows
     assert "2 adapters are active at once" in said
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert all(f'<th scope="row">{row}</th>' in page for row in rows)
+    assert all(f'<th scope="row" role="rowheader">{row}</th>' in page for row in rows)
     found = Comparison.read(out / "results.json")
     assert [group.base for group in found.groups] == rows[::2]
     assert found.protocol["adapters"] == 2

@@ -838,7 +838,7 @@ def test_a_run_names_its_benchmark_data_in_its_recipe(
     typed = ["eval", "--run", run, "--bench", CELL, "--bench-data", "mmlu=/no/such/mmlu"]
     code, _, said = ptp(*typed)
     assert code == 1
-    assert "/no/such/mmlu, do not exist" in said
+    assert "/no/such/mmlu does not exist" in said
 
 
 def test_a_run_of_whole_weights_is_compared_with_its_base(
@@ -884,7 +884,9 @@ def test_after_a_short_quickstart_its_gain_shows_with_an_interval_that_leaves_ou
 ) -> None:
     run = tmp_path / "run"
     rows = ["--set", "evaluate.max_rows=20"]
-    code, _, said = ptp("train", "--recipe", "quickstart", "--steps", 60, *rows, "--out", run)
+    code, _, said = ptp(
+        "train", "--recipe", "quickstart", "--bits", 32, "--steps", 60, *rows, "--out", run
+    )
     assert code == 0, said
     code, printed, said = ptp(
         "eval", "--run", run, "--bench", "quickstart", "--limit", 60, "--json"
@@ -901,8 +903,8 @@ def test_after_a_short_quickstart_its_gain_shows_with_an_interval_that_leaves_ou
 @pytest.mark.skipif(not REAL_MMLU.exists(), reason="the real MMLU is not beside the project")
 def test_the_real_mmlu_runs_over_57_subjects_without_a_network(ptp: Ptp, tmp_path: Path) -> None:
     code, printed, said = ptp(
-        "eval", "--model", "tiny", "--bench", "mmlu", "--bench-data", f"mmlu={REAL_MMLU}",
-        "--limit", 5, "--no-cache", "--out", tmp_path, "--json",
+        "eval", "--model", "tiny", "--bits", 32, "--bench", "mmlu",
+        "--bench-data", f"mmlu={REAL_MMLU}", "--limit", 5, "--no-cache", "--out", tmp_path, "--json",
     )  # fmt: skip
     assert code == 0, said
     [found] = results(printed)

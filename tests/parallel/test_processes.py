@@ -144,7 +144,8 @@ def test_where_the_first_process_fails_the_others_know_that_it_says_why(tmp_path
 def test_a_number_of_processes_that_was_not_asked_for_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", **address}.items():
         monkeypatch.setenv(name, value)
     with (
         pytest.raises(

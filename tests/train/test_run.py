@@ -15,7 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from prefixtune_cli.errors import ModelError, RecipeError, ResourceError, RunDirError, TrainingError
+from prefixtune_cli.errors import (
+    ModelError,
+    RecipeError,
+    ResourceError,
+    RunDirError,
+    TrainingError,
+    UsageError,
+)
 from prefixtune_cli.evaluate.held_out import Score
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import Recipe
@@ -492,7 +499,7 @@ def test_a_folder_without_weights_is_refused(
 
 def test_no_data_at_all_is_told_with_the_flag(random_base: Path, tmp_path: Path) -> None:
     chosen = recipe(random_base, Path("x"), tmp_path / "run", data={"train": None})
-    with pytest.raises(RecipeError, match="--data FILE"):
+    with pytest.raises(UsageError, match="--data FILE"):
         train(chosen)
 
 
