@@ -146,7 +146,8 @@ def test_speed_tells_how_costs_grow_with_the_shape(
     [
         (("--methods", "lorra"), 2, "Did you mean lora?"),
         (("--methods", "lora,nothing-of-peft"), 2, "nothing-of-peft"),
-        (("--methods", ""), 2, "--methods names none"),
+        (("--methods", ""), 2, "--methods is empty"),
+        (("--methods", ","), 2, "--methods names none"),
         (("--seeds", "0"), 2, "--seeds must be 1 or more"),
         (("--grid", "adapter.rr=1"), 2, "adapter.rr is a setting of none"),
         (("--methods", "lora", "--grid", "adapter.r=0"), 2, "adapter.r must be 1 or more"),
