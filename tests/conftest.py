@@ -1,5 +1,6 @@
 """What all tests share: no network, one thread a worker, caches of their own, and a minute base model."""
 
+import gc
 import json
 import os
 import signal
@@ -16,6 +17,12 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="ptp-tests-hf-")
 import pytest
 
 COLOURS = ("red", "blue", "green", "white")
+
+
+def pytest_collection_finish() -> None:
+    """Keep the libraries' million objects out of every later collection, of which each run makes several."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
