@@ -370,7 +370,9 @@ def test_tiny_begins_to_learn_at_4_and_8_bits_as_at_32(tmp_path: Path) -> None:
     short = {"max_steps": 60, "batch_size": 2}
     losses = {}
     for bits in (32, 8, 4):
-        summary = train(quickstart(tmp_path, bits, train=short, evaluate={"max_rows": 48, "max_new_tokens": 1}))
+        summary = train(
+            quickstart(tmp_path, bits, train=short, evaluate={"max_rows": 48, "max_new_tokens": 1})
+        )
         assert summary.adapter.loss < summary.base.loss - 6.5
         losses[bits] = summary.adapter.loss
     assert abs(losses[8] - losses[32]) < 0.2
