@@ -25,6 +25,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Let the last collection find them, or their libraries tell of leaks."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a Llama of two layers and random weights, and the tokenizer of `tiny`."""

@@ -82,7 +82,7 @@ def draw(
         test = load_rows(section.eval, section)
         test_source = section.eval
     else:
-        rows, test = rows.split(section.eval_split or VALIDATION_SHARE, seed)
+        rows, test = rows.split(section.held_out_share, seed)
         test_source = f"{section.train} (held out)"
     share = min(VALIDATION_SHARE, recipe.evaluate.max_rows / len(rows))
     rows, validation = rows.split(share, seed + 1)

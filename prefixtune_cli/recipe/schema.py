@@ -128,6 +128,9 @@ class ModelSection(Section):
     )
 
 
+HELD_OUT_SHARE = 0.05  # of the rows, where neither `eval` nor `eval_split` says which
+
+
 class DataSection(Section):
     train: str | None = Field(
         None, description="A file, a folder, `sample:NAME` or a hub data set id."
@@ -137,7 +140,7 @@ class DataSection(Section):
         None,
         gt=0,
         lt=1,
-        description="Fraction of `train` that is held out when there is no `eval`; null holds out 0.05.",
+        description=f"Fraction of `train` that is held out when there is no `eval`; null holds out {HELD_OUT_SHARE}.",
     )
     format: DataFormat = Field("auto", description="`auto` recognises the format from the columns.")
     map: dict[str, str] = Field(
@@ -154,6 +157,11 @@ class DataSection(Section):
     chat_template: str | None = Field(
         None, description="A Jinja file used in place of the tokenizer's template."
     )
+
+    @property
+    def held_out_share(self) -> float:
+        """The fraction of `train` that is held out when there is no `eval`."""
+        return HELD_OUT_SHARE if self.eval_split is None else self.eval_split
 
 
 class PrefixTuningPlus(Section):

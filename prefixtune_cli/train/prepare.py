@@ -23,8 +23,6 @@ from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.tokenizer import check_data
 
-DEFAULT_EVAL_SPLIT = 0.05
-
 
 @dataclass(frozen=True)
 class Data:
@@ -76,9 +74,7 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: R
             "sha256": held_out_rows.fingerprint,
         }
     else:
-        rows, held_out_rows = rows.split(
-            section.eval_split or DEFAULT_EVAL_SPLIT, recipe.train.seed
-        )
+        rows, held_out_rows = rows.split(section.held_out_share, recipe.train.seed)
         reporter.notice(
             f"Held out for evaluation: {len(held_out_rows)} of {len(rows) + len(held_out_rows)} rows."
         )

@@ -14,6 +14,8 @@ from prefixtune_cli.errors import DataError
 from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import DataSection
+from prefixtune_cli.tokenizer import load_tokenizer
+from prefixtune_cli.train.prepare import prepare_data
 
 CLASSES = ("red", "green", "blue")
 
@@ -45,10 +47,18 @@ def rows(file: Path) -> list[str]:
 def test_training_validation_and_test_rows_have_none_in_common(data: Path, tmp_path: Path) -> None:
     found = drawn(data, tmp_path / "out")
     parts = [rows(found.train[0]), rows(found.validation), rows(found.test)]
-    assert [len(part) for part in parts] == [73, 8, 9]
+    assert [len(part) for part in parts] == [77, 9, 4]
     assert sorted(row for part in parts for row in part) == sorted(rows(data))
     assert found.train[0] == found.train[1]
-    assert [found.about[name]["rows"] for name in (TRAIN, VALIDATION, TEST)] == [73, 8, 9]
+    assert [found.about[name]["rows"] for name in (TRAIN, VALIDATION, TEST)] == [77, 9, 4]
+
+
+def test_the_test_rows_are_those_that_train_holds_out(data: Path, tmp_path: Path) -> None:
+    recipe = resolve(flags={"model": {"name": "tiny"}, "data": {"train": str(data)}})
+    trained = prepare_data(recipe, load_tokenizer(recipe.model), Silent())
+    prompts = [json.loads(row)["prompt"] for row in rows(drawn(data, tmp_path / "out").test)]
+    assert prompts == [question.asked for question in trained.questions.asked]
+    assert len(prompts) == 4  # of 90
 
 
 def test_given_test_rows_are_the_test_rows(data: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def data(tmp_path: Path) -> Path:
 def settings(base: Path, data: Path, out: Path, **changes: Any) -> Settings:
     flags = {
         "model": {"name": str(base), "bits": 32},
-        "data": {"train": str(data)},
+        "data": {"train": str(data), "eval_split": 0.1},
         "train": {"max_steps": 2, "batch_size": 4},
         "evaluate": {"max_rows": 8, "max_new_tokens": 8},
     }

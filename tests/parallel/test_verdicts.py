@@ -57,6 +57,10 @@ def test_all_is_well_where_all_processes_end_well() -> None:
     assert verdict("stop(0)") == (0, "")
 
 
+def test_a_run_that_ended_worse_than_its_base_keeps_its_exit_code() -> None:
+    assert verdict("stop(4 if rank == 0 else 0)") == (4, "")
+
+
 def test_what_the_first_process_says_is_not_said_again() -> None:
     code, said = verdict(
         "sys.stderr.write('error: mine') if rank == 0 else None; stop(2 if rank == 0 else 3)"
