@@ -6,9 +6,9 @@ from random import Random
 
 import pytest
 
-from prefixtune_cli.tinyworld.dialogue import ASSISTANT, END, SYSTEM, USER
-from prefixtune_cli.tinyworld.grammar import documents
-from prefixtune_cli.tinyworld.template import expand, tidy
+from tests.tinyworld.dialogue import ASSISTANT, END, SYSTEM, USER
+from tests.tinyworld.grammar import documents
+from tests.tinyworld.template import expand, tidy
 
 WORDS = {"animal": ("owl", "fox", "cat"), "pair": ("{animal} and {animal}",)}
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import prefixtune_cli
-from prefixtune_cli.tinyworld.grammar import documents
-from prefixtune_cli.tinyworld.intents import INTENTS
-from prefixtune_cli.tinyworld.tasks import jsonl, sample_files
+from tests.tinyworld.grammar import documents
+from tests.tinyworld.intents import INTENTS
+from tests.tinyworld.tasks import jsonl, sample_files
 
 SAMPLES = Path(prefixtune_cli.__file__).parent / "assets" / "samples"
 FILES = sample_files()

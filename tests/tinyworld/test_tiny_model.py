@@ -14,8 +14,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prefixtune_cli
-from prefixtune_cli.tinyworld import pretrain
-from prefixtune_cli.tinyworld.grammar import documents
+from tests.tinyworld import pretrain
+from tests.tinyworld.grammar import documents
 
 ASSETS = Path(prefixtune_cli.__file__).parent / "assets"
 TINY = ASSETS / "tiny"

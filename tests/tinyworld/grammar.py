@@ -8,8 +8,8 @@ in which the chat markers stand as they are; every document ends in `END`.
 from collections.abc import Callable, Iterator
 from random import Random
 
-from prefixtune_cli.tinyworld.dialogue import END, brief, end_mark, exchange, fill, turn
-from prefixtune_cli.tinyworld.exercises import (
+from tests.tinyworld.dialogue import END, brief, end_mark, exchange, fill, turn
+from tests.tinyworld.exercises import (
     arithmetic,
     copying,
     fields,
@@ -18,10 +18,10 @@ from prefixtune_cli.tinyworld.exercises import (
     table,
     word_game,
 )
-from prefixtune_cli.tinyworld.lexicon import WORDS
-from prefixtune_cli.tinyworld.services import gist, paraphrases, service
-from prefixtune_cli.tinyworld.template import Bindings, tidy
-from prefixtune_cli.tinyworld.world import ANIMALS, PEOPLE, PRICES, TOWNS, USES
+from tests.tinyworld.lexicon import WORDS
+from tests.tinyworld.services import gist, paraphrases, service
+from tests.tinyworld.template import Bindings, tidy
+from tests.tinyworld.world import ANIMALS, PEOPLE, PRICES, TOWNS, USES
 
 _PERSON_QUESTIONS = {
     "town": ("where does {who} live", "{who} lives in {what}"),

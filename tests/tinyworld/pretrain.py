@@ -1,6 +1,6 @@
 """Trains the tokenizer and the base model `tiny` on the grammar's text.
 
-    python -m prefixtune_cli.tinyworld.pretrain --out prefixtune_cli/assets/tiny --seed 0
+    python -m tests.tinyworld.pretrain --out prefixtune_cli/assets/tiny --seed 0
 
 Matrices inside the layers learn by Muon, everything else by AdamW, under bf16 autocast with fp32
 master weights; the files hold bf16. The shipped model is what the command above writes: 2.6 M
@@ -22,8 +22,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prefixtune_cli.tinyworld.dialogue import ASSISTANT, END, SYSTEM, USER
-from prefixtune_cli.tinyworld.grammar import documents
+from tests.tinyworld.dialogue import ASSISTANT, END, SYSTEM, USER
+from tests.tinyworld.grammar import documents
 
 PAD, BOS = "<|pad|>", "<|bos|>"
 SPECIAL_TOKENS = (PAD, BOS, END, SYSTEM, USER, ASSISTANT)

@@ -2,7 +2,7 @@
 
 from random import Random
 
-from prefixtune_cli.tinyworld.dialogue import (
+from tests.tinyworld.dialogue import (
     END,
     brief,
     end_mark,
@@ -11,11 +11,11 @@ from prefixtune_cli.tinyworld.dialogue import (
     said_by_user,
     turn,
 )
-from prefixtune_cli.tinyworld.lexicon import WORDS
-from prefixtune_cli.tinyworld.services import message_on
-from prefixtune_cli.tinyworld.template import Bindings, tidy
-from prefixtune_cli.tinyworld.topics import TOPICS
-from prefixtune_cli.tinyworld.world import MEMBERS, OPPOSITES, kind_name, number_name
+from tests.tinyworld.lexicon import WORDS
+from tests.tinyworld.services import message_on
+from tests.tinyworld.template import Bindings, tidy
+from tests.tinyworld.topics import TOPICS
+from tests.tinyworld.world import MEMBERS, OPPOSITES, kind_name, number_name
 
 _EVENTS = (
     "{past} {who} {did} {count} {thing}s in {where}",

@@ -4,7 +4,7 @@
 - records: an order in words → a line of fields in a schema of our own (figures, short day names).
 - chat: conversations with a shopkeeper of marked manners, whose style fine-tuning should take on.
 
-    python -m prefixtune_cli.tinyworld.tasks --out prefixtune_cli/assets/samples
+    python -m tests.tinyworld.tasks --out prefixtune_cli/assets/samples
 """
 
 import argparse
@@ -15,10 +15,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from prefixtune_cli.tinyworld.intents import INTENTS, TEST_VALUES, VALUES, Intent
-from prefixtune_cli.tinyworld.lexicon import WORDS
-from prefixtune_cli.tinyworld.template import Vocabulary, expand, tidy
-from prefixtune_cli.tinyworld.world import number_name
+from tests.tinyworld.intents import INTENTS, TEST_VALUES, VALUES, Intent
+from tests.tinyworld.lexicon import WORDS
+from tests.tinyworld.template import Vocabulary, expand, tidy
+from tests.tinyworld.world import number_name
 
 Example = dict[str, Any]
 

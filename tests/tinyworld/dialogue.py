@@ -3,8 +3,8 @@
 import re
 from random import Random
 
-from prefixtune_cli.tinyworld.lexicon import WORDS
-from prefixtune_cli.tinyworld.template import Bindings, expand, tidy
+from tests.tinyworld.lexicon import WORDS
+from tests.tinyworld.template import Bindings, expand, tidy
 
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 

@@ -2,9 +2,9 @@
 
 from random import Random
 
-from prefixtune_cli.tinyworld.dialogue import END, SYSTEM, brief, end_mark, exchange, fill, turn
-from prefixtune_cli.tinyworld.template import Bindings, tidy
-from prefixtune_cli.tinyworld.topics import TOPICS, Topic
+from tests.tinyworld.dialogue import END, SYSTEM, brief, end_mark, exchange, fill, turn
+from tests.tinyworld.template import Bindings, tidy
+from tests.tinyworld.topics import TOPICS, Topic
 
 _SYSTEM_LINES = (
     "you are a helpful assistant[| of the {shop}| in {town}| of the bank].",

@@ -5,8 +5,8 @@ They are drawn once, from a constant seed, so that every document of every seed 
 
 from random import Random
 
-from prefixtune_cli.tinyworld.lexicon import WORDS
-from prefixtune_cli.tinyworld.template import expand
+from tests.tinyworld.lexicon import WORDS
+from tests.tinyworld.template import expand
 
 Facts = dict[str, dict[str, str]]
 
