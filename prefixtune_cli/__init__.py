@@ -1,4 +1,47 @@
-"""Fine-tune large language models by Prefix-Tuning+ (arXiv 2506.13674): the package behind `ptp`."""
+"""Fine-tune large language models by Prefix-Tuning+ (arXiv 2506.13674): the package behind `ptp`.
+
+A recipe goes in, a run directory comes out, and every other command reads run directories. The rooms, from
+below: each imports only what stands before it in this list, and tests/test_layers.py holds them to it.
+
+1. What needs nothing
+    errors          the errors that a user can cause, with what to type instead and their exit codes
+    lock            no two commands write to one folder at once
+    run_dir         a run's folder: the names in it, files written beside themselves and renamed
+    progress        how work tells where it stands: `Reporter`
+    sampling        how an answer's tokens are chosen
+2. What was meant
+    recipe/         every setting with its default, in schema.py; recipes, flags and `--set` become one; foreign names
+    run_list        the runs below a folder
+    pointed         a run, a checkpoint, an adapter folder or a base: which of them a path or a name is
+3. The method, the data, the machine
+    adapter/        Prefix-Tuning+ as a PEFT method: φ, M, its read with Triton kernels, the two sites, the basis
+    data/           files and hub data sets become rows, conversations, and tokens of which some are trained
+    parallel/       devices, processes, the launcher, sharding
+4. The model
+    gguf_base       a base in a GGUF file
+    tokenizer       which base is meant, and its tokenizer: what looking at data needs
+    quantization    4, 8, 16 and 32 bits
+    optimizer       the names of optimizers
+    peft_methods    the methods of PEFT that can be trained here
+    model           the base, with its adapters attached
+    shared_base     one base for many runs
+    agreement       whether a model generates what it computes
+    answer_file     the file that `ptp generate` writes
+5. What is done with it
+    plan/           what a recipe takes of memory
+    generate        answers, in batches or streamed
+    evaluate/       losses and answers on held-out rows, own data and benchmarks, with intervals
+    train/          the trainer, its checkpoints, stops and warnings
+    merge/          one adapter from several; an adapter in its base
+    merge_info/     what an adapter is worth before it is deployed or combined
+6. What is learned from several runs
+    compare/        methods against each other, fairly
+    report/         a comparison as one page of HTML
+7. What the user sees
+    cli/            one file a command; nothing but it prints
+
+`assets/` has the model `tiny` and the sample data, which tests/tinyworld makes from code.
+"""
 
 import os
 

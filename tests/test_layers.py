@@ -1,11 +1,8 @@
-"""The layers of the design, read from the imports of every file in the package.
-
-1 errors, run_dir, progress, sampling · 2 recipe, run_list, pointed · 3 adapter, data · 4 model · 5 train, evaluate,
-generate, export · 6 compare, report, doctor · 7 cli. Imports go downward only.
-"""
+"""The layers that the package's docstring shows, read from the imports of every file: they go downward only."""
 
 import ast
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -119,6 +116,21 @@ def test_every_file_is_checked_and_belongs_to_a_layer() -> None:
     unknown = [str(file) for file in FILES if part_of(file) not in {*LAYERS, *ROOT}]
     assert unknown == [], "give these a place in LAYERS"
     assert {*LAYERS, *ROOT} - {part_of(file) for file in FILES} == set(), "these are no more"
+
+
+def test_the_packages_docstring_names_every_room_in_its_layer() -> None:
+    told: dict[str, int] = {}
+    for line in (prefixtune_cli.__doc__ or "").splitlines():
+        if heading := re.match(r"(\d)\. ", line):
+            layer = int(heading[1])
+        elif room := re.match(r"    (\w+)/? ", line):
+            told[room[1]] = layer
+    assert told == {name: layer for name, layer in LAYERS.items() if name != "__main__"}
+    order = list(told)
+    late = [
+        (a, b) for a, beside in BESIDE.items() for b in beside if order.index(b) > order.index(a)
+    ]
+    assert late == []
 
 
 def test_no_module_is_imported_by_a_name_that_only_runs_know() -> None:
