@@ -27,8 +27,9 @@ import prefixtune_cli.adapter as prefix_tuning_plus
 from prefixtune_cli import gguf_base, peft_methods, quantization
 from prefixtune_cli.adapter import PrefixTuningPlusConfig, UnsupportedModelError
 from prefixtune_cli.errors import AdapterError, ModelError, ResourceError
-from prefixtune_cli.parallel.devices import check_device
+from prefixtune_cli.parallel.devices import check_device, slow_precision
 from prefixtune_cli.pointed import WEIGHTS, read_config
+from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.aliases import resolve
 from prefixtune_cli.recipe.gguf_header import is_gguf
 from prefixtune_cli.recipe.schema import (
@@ -45,6 +46,13 @@ from prefixtune_cli.tokenizer import cannot_load, load_config
 
 # What peft's methods raise where they do not fit a base.
 _FAILURES = (RuntimeError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
+
+
+def tell_loading(section: ModelSection, reporter: Reporter) -> None:
+    """Say which base will be loaded, and whether another precision would be faster."""
+    reporter.notice(f"Loading {section.name}.")
+    if (slow := slow_precision(section.bits, section.device)) is not None:
+        reporter.notice(slow)
 
 
 def load_base(

@@ -49,7 +49,7 @@ from prefixtune_cli.evaluate.evaluations import WINDOW
 from prefixtune_cli.evaluate.finished import check_room
 from prefixtune_cli.evaluate.forgetting import prepare as prepare_text
 from prefixtune_cli.evaluate.matching import match_rule
-from prefixtune_cli.parallel.devices import device, processes_here, show_only
+from prefixtune_cli.parallel.devices import device, processes_here, show_only, slow_precision
 from prefixtune_cli.parallel.processes import check_environment
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.schema import Recipe
@@ -119,6 +119,8 @@ def _compared(
         few_shot=settings.few_shot, ood=settings.ood, begin=lambda: mark(folder), reporter=reporter,
     )  # fmt: skip
     check_room(folder / ANSWERS, 0)
+    if (slow := slow_precision(recipe.model.bits, recipe.model.device)) is not None:
+        reporter.notice(slow)
     workers = Workers(*_workers(settings, recipe), begin)
     try:
         cells = _Cells(settings, contest, rows, seeds, folder, window, workers, reporter)

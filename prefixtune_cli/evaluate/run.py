@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from prefixtune_cli import model as models
 from prefixtune_cli.errors import Interrupted, PtpError, ResourceError
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.evaluations import Evaluation, Stage, prepare
@@ -73,7 +74,7 @@ def evaluate(
         for folder in folders:
             opened.enter_context(locked(folder.path, shared=True))
             _check_writable(folder)
-        reporter.notice(f"Loading {cast.recipe.model.name}.")
+        models.tell_loading(cast.recipe.model, reporter)
         base = opened.enter_context(cast.loaded(bases))
         limit = (
             BatchLimit.automatic(base.device, reporter)

@@ -137,7 +137,7 @@ def analyse(
 
     if model.attention not in ("auto", "sdpa", "eager"):  # masks that cannot be cut, or no float32
         model = model.model_copy(update={"attention": "auto"})
-    reporter.notice(f"Loading {model.name}.")
+    models.tell_loading(model, reporter)
     base = models.load_base(model).eval()
     found = []
     for name, folder, config in chosen:

@@ -52,6 +52,21 @@ def multiplies_bfloat16(
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "avx10_1"))
 
 
+def slow_precision(bits: int, wanted: str) -> str | None:
+    """A sentence for the user where this device computes slowly at so many bits; else None.
+
+    Args:
+        bits: of the base; all but 32 are computed in bfloat16.
+        wanted: as for `device`.
+    """
+    if bits == 32 or multiplies_bfloat16(device(wanted)):
+        return None
+    return (
+        f"This CPU has no instructions for bfloat16, in which a base of {bits} bits computes. --bits 32 is several "
+        "times as fast here."
+    )
+
+
 def processes_here(gpus: Gpus, wanted: str) -> int:
     """How many processes a recipe's `train.gpus` asks for on this machine.
 

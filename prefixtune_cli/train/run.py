@@ -26,7 +26,6 @@ from prefixtune_cli.optimizer import check_optimizer
 from prefixtune_cli.parallel.devices import (
     count_of,
     device,
-    multiplies_bfloat16,
     processes_here,
 )
 from prefixtune_cli.parallel.launch import end_with_the_launcher
@@ -244,9 +243,7 @@ def _train(
     started = time.monotonic()
     recipe, run_dir, data = job.recipe, job.run_dir, job.data
     processes, reporter = job.processes, job.reporter
-    reporter.notice(f"Loading {recipe.model.name}.")
-    if recipe.model.bits == 16 and not multiplies_bfloat16(device(recipe.model.device)):
-        reporter.notice("This CPU has no instructions for bfloat16: --bits 32 is faster here.")
+    models.tell_loading(recipe.model, reporter)
     tokenizer = load_tokenizer(recipe.model)
     whole = recipe.adapter.method == "full"
     base = load()

@@ -1,12 +1,17 @@
 """Which GPUs, and how many processes, a recipe asks for."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
 
 from prefixtune_cli.errors import ResourceError, UsageError
+from prefixtune_cli.model import tell_loading
+from prefixtune_cli.parallel import devices
 from prefixtune_cli.parallel.devices import device, multiplies_bfloat16, processes_here, show_only
+from prefixtune_cli.recipe.schema import ModelSection
+from tests.heard import Heard
 
 HERE = torch.cuda.device_count()
 
@@ -79,3 +84,16 @@ def test_cpus_that_are_slow_in_bfloat16_are_known(
     place: str, capabilities: dict[str, object], fast: bool
 ) -> None:
     assert multiplies_bfloat16(torch.device(place), capabilities) is fast
+
+
+@pytest.mark.parametrize(
+    ("bits", "fast", "told"), [(16, False, True), (4, False, True), (32, False, False), (16, True, False)]
+)  # fmt: skip
+def test_a_slow_precision_is_told_where_the_base_loads(
+    bits: Any, fast: bool, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "multiplies_bfloat16", lambda _: fast)
+    heard = Heard()
+    tell_loading(ModelSection(name="tiny", bits=bits, device="cpu"), heard)
+    assert heard.notices[0] == "Loading tiny."
+    assert ["--bits 32" in notice for notice in heard.notices[1:]] == [True] * told
