@@ -39,6 +39,8 @@ below: each imports only what stands before it in this list, and tests/test_laye
     report/         a comparison as one page of HTML
 7. What the user sees
     cli/            one file a command; nothing but it prints
+8. How it starts
+    __main__        `python -m prefixtune_cli` is `ptp`
 
 `assets/` has the model `tiny` and the sample data, which tests/tinyworld makes from code.
 """

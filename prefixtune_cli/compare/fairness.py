@@ -148,7 +148,7 @@ def _reading(run: FinishedRun) -> dict[str, Any]:
 def held_out_rows(run: FinishedRun) -> Hashable:
     """Where they were split off, the seed chose them."""
     held_out = run.fingerprints.get("eval")
-    split = None if held_out else (run.recipe.data.eval_split, run.seed)
+    split = None if held_out else (run.recipe.data.held_out_share, run.seed)
     return held_out["sha256"] if held_out else None, split, run.summary["held_out_rows"]
 
 

@@ -19,9 +19,11 @@ from prefixtune_cli.compare.comparison import FORGETTING, OOD, TEST, Comparison
 from prefixtune_cli.compare.contest import Settings, Typed
 from prefixtune_cli.compare.run import compare
 from prefixtune_cli.errors import UsageError
+from prefixtune_cli.parallel import devices
 from prefixtune_cli.recipe.load import difference, resolve
 from prefixtune_cli.shared_base import SharedBase
 from prefixtune_cli.train import train
+from tests.heard import Heard
 
 COLOURS = ("red", "blue", "green", "white")
 
@@ -110,6 +112,19 @@ def test_a_cell_is_the_run_that_train_makes_of_its_recipe_byte_for_byte(
         scores = [json.loads((run / "summary.json").read_text()) for run in (alone, cell)]
         for who in ("base", "adapter"):
             assert scores[0][who] == scores[1][who]
+
+
+def test_a_precision_that_is_slow_here_is_told_though_the_cells_are_silent(
+    random_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "multiplies_bfloat16", lambda _: False)
+    heard = Heard()
+    made = settings(
+        random_base, data, tmp_path / "out", methods=("lora",), seeds=1, sweep=1, workers=2
+    )
+    made.typed.flags["model"]["bits"] = 16
+    compare(made, reporter=heard)
+    assert [n for n in heard.notices if "--bits 32 is several times as fast" in n]
 
 
 def written(out: Path) -> dict[str, int]:

@@ -20,7 +20,7 @@ from prefixtune_cli.evaluate.run import evaluate
 from prefixtune_cli.evaluate.settings import Settings
 from prefixtune_cli.pointed import point
 from prefixtune_cli.recipe.load import dump
-from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.recipe.schema import HELD_OUT_SHARE, Recipe
 from prefixtune_cli.run_dir import RunDir, write_atomically, write_json
 from prefixtune_cli.train import Summary, train
 
@@ -275,6 +275,15 @@ def test_rows_that_a_seed_split_off_are_other_rows(tmp_path: Path) -> None:
     assert "4 that were split off by seed 1 (give runs the same --eval-data)" in refused(one, other)
     same_seed = run(tmp_path / "c", "full", seed=0, **split)
     assert standings_on(read_runs([one, same_seed]), TEST).untested is None
+
+
+def test_the_default_share_of_held_out_rows_is_the_same_when_it_is_typed(tmp_path: Path) -> None:
+    train_alone = {"data": {"train": {"source": "a.jsonl", "rows": 100, "sha256": "a" * 64}}}
+    runs = [
+        run(tmp_path / method, method, environment=train_alone, data={"eval": None, "eval_split": share})
+        for method, share in (("lora", None), ("full", HELD_OUT_SHARE))
+    ]  # fmt: skip
+    assert standings_on(read_runs(runs), TEST).untested is None
 
 
 def test_an_unfinished_run_is_refused_with_how_to_go_on(tmp_path: Path) -> None:

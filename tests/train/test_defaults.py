@@ -29,9 +29,8 @@ def test_every_method_at_its_defaults_ends_well_below_the_base(
     tmp_path: Path, adapter: dict[str, Any], most: float
 ) -> None:
     flags = {
-        "model": {
-            "bits": 32
-        },  # in 16, a CPU without instructions for them takes seven times as long
+        # In 16 bits, a CPU without instructions for them takes seven times as long.
+        "model": {"bits": 32},
         "data": {"train": "sample:intents-train", "eval": "sample:intents-test", "max_length": 128},
         "train": {"max_steps": STEPS, "batch_size": 16},
         "evaluate": {"max_rows": 64, "max_new_tokens": 1},
