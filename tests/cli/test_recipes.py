@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from prefixtune_cli.cli.app import app
 from prefixtune_cli.errors import RecipeError
-from prefixtune_cli.recipe.load import resolve, shipped
+from prefixtune_cli.recipe.load import difference, resolve, shipped
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ptp = CliRunner()
@@ -32,6 +32,12 @@ def test_a_printed_recipe_is_a_recipe(tmp_path: Path) -> None:
     copy = tmp_path / "mine.yaml"
     copy.write_text(ptp.invoke(app, ["recipes", "quickstart"]).stdout)
     assert resolve(str(copy)) == resolve("quickstart")
+
+
+def test_the_baseline_differs_from_the_quickstart_by_its_method_alone() -> None:
+    """Or `ptp compare` would refuse the two runs."""
+    one, other = resolve("quickstart"), resolve("lora-baseline")
+    assert {line.split(".")[0] for line in difference(one, other)} == {"adapter"}
 
 
 def test_an_unknown_recipe_is_refused() -> None:
