@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import merge_utils
 from torch import Tensor
 
 from prefixtune_cli.adapter.config import PrefixTuningPlusConfig
+from prefixtune_cli.adapter.feature_map import MAPS
 from prefixtune_cli.adapter.layer import MemoryLayer
 from prefixtune_cli.adapter.memory import Memory
-
-if TYPE_CHECKING:
-    from prefixtune_cli.adapter.model import PrefixTuningPlusModel
 
 # PEFT's names for the ways to combine; all but the first keep a part of the entries, `density`.
 PRUNING: dict[str, Callable[[list[Tensor], Tensor, float], Tensor]] = {
@@ -63,7 +62,7 @@ def differing_setting(
 
 
 def add_weighted_adapter(
-    model: PrefixTuningPlusModel,
+    model: BaseTuner,
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
@@ -102,7 +101,7 @@ def add_weighted_adapter(
     }
     held = _memories(layers, adapters)
     one_width = len({config.feature_dim for config in configs}) == 1
-    side_by_side = configs[0].feature_map == "mlp" and not (
+    side_by_side = MAPS[configs[0].feature_map].is_trained and not (
         one_width and all(map(_one_map, held.values()))
     )
     if side_by_side and combination_type != "linear":
@@ -141,7 +140,7 @@ def _memories(
 
 
 def _check_arguments(
-    model: PrefixTuningPlusModel,
+    model: BaseTuner,
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
@@ -191,7 +190,7 @@ def _combined(
     else:
         assert density is not None
         merged = {"M": PRUNING[combination_type](matrices, scales, density)}
-    if first.feature_map == "mlp":
+    if MAPS[first.feature_map].is_trained:
         merged |= {"W_phi": first.W_phi.detach(), "b_phi": first.b_phi.detach()}
     return merged
 

@@ -10,7 +10,8 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import PeftType
 
-FEATURE_MAPS = ("elu", "gelu", "mlp")
+from prefixtune_cli.adapter.feature_map import MAPS
+
 SITES = ("attention", "ffn", "attention+ffn")
 FORMAT_VERSION = 2
 
@@ -83,9 +84,12 @@ class PrefixTuningPlusConfig(PeftConfig):
                 f"This adapter has format version {self.format_version}, and this version of prefixtune-cli reads up "
                 f"to {FORMAT_VERSION}. Update it: pip install --upgrade prefixtune-cli"
             )
-        if self.feature_map not in FEATURE_MAPS:
-            raise ValueError(f"feature_map must be elu, gelu or mlp, got {self.feature_map!r}.")
-        if self.feature_dim is not None and self.feature_map != "mlp":
+        if self.feature_map not in tuple(MAPS):
+            *names, last = MAPS
+            raise ValueError(
+                f"feature_map must be {', '.join(names)} or {last}, got {self.feature_map!r}."
+            )
+        if self.feature_dim is not None and not MAPS[self.feature_map].is_trained:
             raise ValueError(
                 f"feature_dim belongs to feature_map 'mlp', got feature_dim={self.feature_dim} with "
                 f"{self.feature_map!r}, whose features have the query's width."

@@ -1,38 +1,89 @@
-"""The feature maps φ of eq. 7 (arXiv 2506.13674), elementwise ones and the trained one, and how a gradient passes them.
+"""The feature maps φ of eq. 7 (arXiv 2506.13674): a class each, which is all that a new one needs.
+
+The classes in MAPS are found by their names in the adapter's config; the recipe's schema lists the names once more,
+and a test holds the two together. A map that `has_kernel` has a branch in triton_kernels.py; without one, the plain
+operations compute it on a GPU too.
 
 Legend: h heads, n tokens, d d_query, f d_φ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 EPSILON = 1e-6  # beside the mean square of a query
+Gradients = tuple[Tensor, Tensor | None, Tensor | None]  # of x, W and b
+
+
+class Elu:
+    """φ(x) = x where x > 0, else eˣ − 1: the paper's default."""
+
+    name: ClassVar[str] = "elu"
+    is_trained: ClassVar[bool] = False
+    has_kernel: ClassVar[bool] = True
+
+    @staticmethod
+    def value(x: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
+        return F.elu(x)
+
+    @staticmethod
+    def gradients(gradient: Tensor, value: Tensor, x: Tensor, W: Tensor | None) -> Gradients:
+        return torch.ops.aten.elu_backward(gradient, 1, 1, 1, False, x), None, None
+
+
+class Gelu:
+    """φ(x) = x·Φ(x), Φ the normal distribution's."""
+
+    name: ClassVar[str] = "gelu"
+    is_trained: ClassVar[bool] = False
+    has_kernel: ClassVar[bool] = True
+
+    @staticmethod
+    def value(x: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
+        return F.gelu(x)
+
+    @staticmethod
+    def gradients(gradient: Tensor, value: Tensor, x: Tensor, W: Tensor | None) -> Gradients:
+        return torch.ops.aten.gelu_backward(gradient, x), None, None
+
+
+class Mlp:
+    """φ(x) = ReLU(Wx + b) with trained W, [h, f, d], and b, [h, f]."""
+
+    name: ClassVar[str] = "mlp"
+    is_trained: ClassVar[bool] = True
+    has_kernel: ClassVar[bool] = False
+
+    @staticmethod
+    def value(x: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
+        assert W is not None and b is not None
+        return F.relu(torch.baddbmm(b[:, None], x, W.mT))
+
+    @staticmethod
+    def gradients(gradient: Tensor, value: Tensor, x: Tensor, W: Tensor | None) -> Gradients:
+        assert W is not None
+        before_relu = torch.ops.aten.threshold_backward(gradient, value, 0)
+        return torch.bmm(before_relu, W), torch.bmm(before_relu.mT, x), before_relu.sum(1)
+
+
+MAPS: dict[str, type[Elu | Gelu | Mlp]] = {phi.name: phi for phi in (Elu, Gelu, Mlp)}
 
 
 class FeatureMap(NamedTuple):
-    """Which φ, `elu`, `gelu` or `mlp`, and whether it sees the query divided by its root mean square."""
+    """Which φ, and whether it sees the query divided by its root mean square."""
 
     name: str
     normalize_query: bool = False
 
 
-ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {"elu": F.elu, "gelu": F.gelu}
-_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "elu": lambda gradient, x: torch.ops.aten.elu_backward(gradient, 1, 1, 1, False, x),
-    "gelu": torch.ops.aten.gelu_backward,
-}
-
-
 def features(
     phi: FeatureMap, x: Tensor, W: Tensor | None = None, b: Tensor | None = None
 ) -> Tensor:
-    """φ(x), a head at a time; the trained map is ReLU(Wx + b).
+    """φ(x), a head at a time.
 
     Args:
         phi: the map.
@@ -45,9 +96,7 @@ def features(
     """
     if phi.normalize_query:
         x = _normalized(x)[0].to(x.dtype)
-    if W is None or b is None:
-        return ELEMENTWISE[phi.name](x)
-    return F.relu(torch.baddbmm(b[:, None], x, W.mT))
+    return MAPS[phi.name].value(x, W, b)
 
 
 def pulled_back(
@@ -67,15 +116,8 @@ def pulled_back(
         phi, x, W: as there.
         of_query: whether the first of the three is wanted.
     """
-    seen, inverse, dW, db = x, None, None, None
-    if phi.normalize_query:
-        seen, inverse = _normalized(x)
-    if W is None:
-        gradient = _BACKWARD[phi.name](gradient, seen.to(x.dtype))
-    else:
-        before_relu = torch.ops.aten.threshold_backward(gradient, value, 0)
-        dW, db = torch.bmm(before_relu.mT, seen.to(x.dtype)), before_relu.sum(1)
-        gradient = torch.bmm(before_relu, W)
+    seen, inverse = _normalized(x) if phi.normalize_query else (x, None)
+    gradient, dW, db = MAPS[phi.name].gradients(gradient, value, seen.to(x.dtype), W)
     if not of_query:
         return None, dW, db
     if inverse is not None:

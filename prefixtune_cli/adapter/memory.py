@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefixtune_cli.adapter.feature_map import FeatureMap, features
+from prefixtune_cli.adapter.feature_map import MAPS, FeatureMap, features
 from prefixtune_cli.adapter.read import Weights, add_read
 
 
@@ -76,7 +76,7 @@ class Memory(nn.Module):
         self.register_buffer("basis", None, persistent=False)
         self.register_state_dict_post_hook(_fold_into_state_dict)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_take_from_state_dict)  # type: ignore[no-untyped-call]
-        if feature_map == "mlp":
+        if MAPS[feature_map].is_trained:
             self.W_phi = nn.Parameter(torch.empty(heads, d_phi, d_query, dtype=torch.float32))
             self.b_phi = nn.Parameter(torch.empty(heads, d_phi, dtype=torch.float32))
             bound = 1 / math.sqrt(d_query)
@@ -116,7 +116,8 @@ class Memory(nn.Module):
 
     def reads_like(self, other: Memory) -> bool:
         """Whether both have the same heads and the same φ, which is not trained."""
-        return self.feature_map != "mlp" and (self.phi, self.heads) == (other.phi, other.heads)
+        is_trained = MAPS[self.feature_map].is_trained
+        return not is_trained and (self.phi, self.heads) == (other.phi, other.heads)
 
     def features(self, query: Tensor) -> Tensor:
         """φ(q): [heads, tokens, d_query] to [heads, tokens, d_φ]."""
@@ -159,7 +160,7 @@ class Memory(nn.Module):
     def weights(self) -> Weights:
         """M, or the product that stands for it, and the trained map."""
         M = self.factor() if self.rank is None else self.factor() @ self.M_up
-        if self.feature_map != "mlp":
+        if not MAPS[self.feature_map].is_trained:
             return Weights(M)
         return Weights(M, self.W_phi, self.b_phi)
 

@@ -80,6 +80,7 @@ def _phi(x: tl.tensor, PHI: tl.constexpr) -> tl.tensor:
     if PHI == "elu":
         return tl.where(x > 0, x, tl.exp(x) - 1)
     else:
+        tl.static_assert(PHI == "gelu", "this feature map has no kernel")
         return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
 
 
@@ -89,6 +90,7 @@ def _slope(x: tl.tensor, PHI: tl.constexpr) -> tl.tensor:
     if PHI == "elu":
         return tl.where(x > 0, 1.0, tl.exp(x))
     else:
+        tl.static_assert(PHI == "gelu", "this feature map has no kernel")
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * density
 

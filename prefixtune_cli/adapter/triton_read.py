@@ -28,9 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefixtune_cli.adapter.feature_map import EPSILON, FeatureMap
+from prefixtune_cli.adapter.feature_map import EPSILON, MAPS, FeatureMap
 
-_MAPS = ("elu", "gelu")
 _WIDEST = 256
 _PRECISIONS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _BUCKETS = (16, 128, 1024, 8192)  # of tokens, which are tuned apart
@@ -60,7 +59,7 @@ def takes(output: Tensor, query: Tensor, M: Tensor, phi: FeatureMap) -> bool:
             return False
     (batch, heads, positions, d), v = query.shape, M.shape[-1]
     return (
-        phi.name in _MAPS
+        MAPS[phi.name].has_kernel
         and max(d, v) <= _WIDEST
         # A kernel would read past the end of what does not fit; the plain operations say so.
         and M.shape[-2] == d

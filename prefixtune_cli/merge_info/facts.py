@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from prefixtune_cli.adapter.feature_map import MAPS
 from prefixtune_cli.errors import ModelError
 from prefixtune_cli.merge_info.base import Base, without_weights
 from prefixtune_cli.merge_info.costs import Costs, costs
@@ -177,7 +178,7 @@ def _notes(adapter: SavedAdapter) -> tuple[str, ...]:
     notes = []
     if (
         adapter.method == PREFIX_TUNING_PLUS
-        and getattr(adapter.config, "feature_map", None) == "mlp"
+        and MAPS[str(getattr(adapter.config, "feature_map", None))].is_trained
     ):
         notes.append(_FEATURE_MAP_SCALE)
     if getattr(adapter.config, "use_dora", False):

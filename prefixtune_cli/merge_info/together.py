@@ -19,6 +19,7 @@ from torch import Tensor
 
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
 from prefixtune_cli.adapter.arithmetic import differing_setting
+from prefixtune_cli.adapter.feature_map import MAPS
 from prefixtune_cli.merge_info.facts import Facts
 from prefixtune_cli.merge_info.saved import LORA
 from prefixtune_cli.merge_info.trained import Trained, memory_parts
@@ -187,7 +188,9 @@ def _different_matrices(a: Facts, b: Facts) -> Iterator[Difference]:
         one, other = a.matrices[place], b.matrices[place]
         if one.shape != other.shape:
             maps = (
-                "linear alone, with the two maps side by side" if _is_mlp(a) and _is_mlp(b) else ""
+                "linear alone, with the two maps side by side"
+                if _has_a_trained_map(a) and _has_a_trained_map(b)
+                else ""
             )
             yield Difference(
                 f"shape of {place}", str(list(one.shape)), str(list(other.shape)), maps
@@ -203,8 +206,9 @@ def _listed(facts: Facts) -> str:
     return ", ".join(map(str, facts.layers))
 
 
-def _is_mlp(facts: Facts) -> bool:
-    return facts.settings.get("feature_map") == "mlp"
+def _has_a_trained_map(facts: Facts) -> bool:
+    phi = MAPS.get(str(facts.settings.get("feature_map")))
+    return phi is not None and phi.is_trained
 
 
 def likeness(
@@ -287,7 +291,7 @@ def _revision(facts: Facts) -> str:
 
 def _other_feature_map(a: Facts, b: Facts) -> str | None:
     """The first tensor of a trained map in which the two differ."""
-    if not (_is_mlp(a) and _is_mlp(b)):
+    if not (_has_a_trained_map(a) and _has_a_trained_map(b)):
         return None
     mine, theirs = memory_parts(a.adapter.tensors), memory_parts(b.adapter.tensors)
     for place in sorted(mine.keys() & theirs.keys()):

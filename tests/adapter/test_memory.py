@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from prefixtune_cli.adapter import Memory
+from prefixtune_cli.adapter import Memory, PrefixTuningPlusConfig, feature_map
+from prefixtune_cli.recipe.schema import PrefixTuningPlus
 
 from .equation import features, matrix, read
 
@@ -58,6 +59,32 @@ def test_feature_maps_take_their_known_values(feature_map, at_one, at_minus_one)
     query = torch.tensor([1.0, -1.0], dtype=torch.float64).reshape(1, 1, 1, 2)
     expected = torch.tensor([at_one, at_minus_one], dtype=torch.float64)
     torch.testing.assert_close(memory(query).flatten(), expected)
+
+
+def test_a_new_feature_map_is_one_class(monkeypatch):
+    class Sine:
+        name, is_trained, has_kernel = "sine", False, False
+
+        @staticmethod
+        def value(x, W, b):
+            return torch.sin(x)
+
+        @staticmethod
+        def gradients(gradient, value, x, W):
+            return gradient * torch.cos(x), None, None
+
+    with pytest.raises(ValueError, match="must be elu, gelu or mlp, got 'sine'"):
+        PrefixTuningPlusConfig(feature_map="sine")
+    monkeypatch.setitem(feature_map.MAPS, "sine", Sine)
+    assert PrefixTuningPlusConfig(feature_map="sine").feature_map == "sine"
+    memory = random_memory(2, 3, 5, feature_map="sine", normalize_query=True)
+    query = torch.randn(1, 4, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(memory, query)
+
+
+def test_the_recipes_schema_lists_the_feature_maps_that_there_are():
+    schema = PrefixTuningPlus.model_json_schema()["properties"]["feature_map"]
+    assert schema["enum"] == list(feature_map.MAPS)
 
 
 def test_normalized_query_forgets_the_querys_length_and_keeps_its_direction():
