@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -33,6 +33,7 @@ REFUSED = {
     "poly": "it needs the number of a task with every row",
     "multitask-prompt-tuning": "it needs the number of a task with every row",
     "adaption-prompt": "peft cannot take it off a base again, nor compute it beside one in bfloat16",
+    "adalora": "it prunes ranks by a memory of its steps, which peft has no public way to keep in a checkpoint",
     "cpt": "it needs the tokens of a context with their roles, and has a loss of its own",
 }
 # What a method cannot do without, and an example.
@@ -44,10 +45,7 @@ FILLED_IN: dict[str, dict[str, Any]] = {
     "prompt-tuning": {"num_virtual_tokens": 32},
     "p-tuning": {"num_virtual_tokens": 32, "encoder_hidden_size": 128},
     "cartridge": {"num_virtual_tokens": 32},
-    # The real number of steps is known when training begins: see train/rank_pruning.py.
-    "adalora": {"total_step": 2**31},
 }
-SET_BY_TRAINING = {"adalora": {"total_step", "rank_pattern"}}
 # Methods that compute with the base's weights themselves, for which 4 or 8 bits are packed numbers.
 NOT_QUANTIZED = frozenset(
     {"adamss", "deft", "delora", "frod", "glora", "hra", "loha", "lokr", "osf", "peanut", "psoft"}
@@ -95,11 +93,6 @@ def build_config(method: str, own: Mapping[str, Any], config: Mapping[str, Any])
             built = kind(**given)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise RecipeError(f"adapter.config does not fit method {method}: {error}") from error
-    if isinstance(built, AdaLoraConfig) and built.target_r >= built.init_r:
-        raise RecipeError(
-            f"adapter.config.target_r must be less than init_r, from which ranks are pruned, got {built.target_r} and "
-            f"{built.init_r}."
-        )
     return built
 
 
@@ -232,8 +225,6 @@ def _wrong(method: str, kind: type[PeftConfig], key: str, value: Any) -> str | N
         near = get_close_matches(key, own, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         return f"{path} is not a setting of method {method}.{hint}"
-    if key in SET_BY_TRAINING.get(method, set()):
-        return f"{path} is set by the training. Leave it out."
     if key == "bias" and value != "none":
         return f"{path} {value!r} would train the base's own biases, so that there is no base to compare with."
     if method == "lora" and key == "init_lora_weights" and value not in _BEGINNINGS:

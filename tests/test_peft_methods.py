@@ -33,7 +33,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "waveft": {"n_frequency": 64},
 }
 TRAINED = [
-    *("adalora", "adamss", "beft", "boft", "c3a", "cartridge", "deft", "delora"),
+    *("adamss", "beft", "boft", "c3a", "cartridge", "deft", "delora"),
     *("fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3", "lily", "ln-tuning", "loha"),
     *("lokr", "lora", "miss", "oft", "osf", "p-tuning", "peanut", "prefix-tuning"),
     *("prompt-tuning", "psoft", "pvera", "randlora", "road", "shadow", "shira", "supertuning"),
@@ -174,7 +174,7 @@ def test_a_method_that_needs_more_than_tokens_is_refused_with_the_reason(method:
 @pytest.mark.parametrize(
     ("method", "config", "told"),
     [
-        ("adalroa", {}, "There is no method adalroa. Did you mean adalora? Known are prefix-tun"),
+        ("adamsz", {}, "There is no method adamsz. Did you mean adamss? Known are prefix-tun"),
         (
             "ia3",
             {"target_module": ["q"]},
@@ -185,12 +185,6 @@ def test_a_method_that_needs_more_than_tokens_is_refused_with_the_reason(method:
         ("lora", {"use_dora": 3}, "adapter.config.use_dora must be a valid boolean, got 3"),
         ("lora", {"init_lora_weights": "pissa"}, "'pissa' changes the base's weights"),
         ("vera", {"bias": "all"}, "'all' would train the base's own biases"),
-        ("adalora", {"total_step": 9}, "adapter.config.total_step is set by the training."),
-        (
-            "adalora",
-            {"init_r": 8},
-            "target_r must be less than init_r, from which ranks are pruned",
-        ),
         ("trainable-tokens", {}, "needs adapter.config.token_indices, as in --set 'adapter.config"),
         ("boft", {"boft_block_size": 0}, "adapter.config does not fit method boft: "),
     ],

@@ -237,7 +237,7 @@ Method = Annotated[
         "--method",
         panel=ADAPTER,
         metavar="NAME",
-        help="prefix-tuning-plus, lora, prefix-tuning, full, or another of peft's, such as ia3, adalora or vera; its "
+        help="prefix-tuning-plus, lora, prefix-tuning, full, or another of peft's, such as ia3, boft or vera; its "
         "settings by --set adapter.config.KEY=VALUE.",
     ),
 ]

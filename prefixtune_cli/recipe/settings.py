@@ -13,7 +13,7 @@ from prefixtune_cli.recipe.explain import METHODS
 from prefixtune_cli.recipe.load import shipped
 from prefixtune_cli.recipe.schema import Recipe
 
-OF_PEFT = ("ia3", "adalora", "vera")  # of the many other methods, those that people look for
+OF_PEFT = ("ia3", "boft", "vera")  # of the many other methods, those that people look for
 
 
 def default(key: str) -> str:

@@ -86,9 +86,6 @@ class Basis(TrainerCallback):
         """Write into a checkpoint what its adapter, which has M, lacks for the same bytes."""
         save_file(basis_state(self.trainer.model), folder / STATE)
 
-    def load(self, checkpoint: Path) -> None:
-        """A finished run's adapter holds M, and needs no basis."""
-
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Batches that do not depend on the size of those that are trained on, nor on the number of processes."""
         trainer = self.trainer

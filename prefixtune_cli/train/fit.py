@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,14 +15,13 @@ from trl import SFTConfig
 from prefixtune_cli.errors import ModelError, ResourceError, TrainingError
 from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.progress import Reporter
-from prefixtune_cli.recipe.schema import Peft, Recipe
+from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir, step_of
 from prefixtune_cli.train.basis import Basis
 from prefixtune_cli.train.callbacks import Journal, LossWatch, WeightWatch
 from prefixtune_cli.train.checks import does_not_fit
 from prefixtune_cli.train.loss_plot import draw_loss
 from prefixtune_cli.train.prepare import Data
-from prefixtune_cli.train.rank_pruning import RankPruning
 from prefixtune_cli.train.stop import StopRequest
 from prefixtune_cli.train.trainer import SafeTrainer, StopTraining, training_arguments
 from prefixtune_cli.train.trial import OutOfMemory, Trial
@@ -69,8 +66,6 @@ def fit(
             raise ModelError(
                 f"Method {recipe.adapter.method} cannot be trained on this base: {error}"
             ) from error
-        if isinstance(model, PeftModel) and RankPruning.is_for(model):
-            trainer.add_callback(RankPruning(model, _given(recipe), checkpoint))
         try:
             return trainer.model, _run(trainer, checkpoint, job)
         except OutOfMemory:
@@ -130,11 +125,6 @@ def _trainer(
     if processes.size > 1:  # each process draws its own dropout
         torch.manual_seed(recipe.train.seed + processes.rank)
     return trainer
-
-
-def _given(recipe: Recipe) -> Mapping[str, Any]:
-    """The further settings of peft's that the recipe has."""
-    return recipe.adapter.config if isinstance(recipe.adapter, Peft) else {}
 
 
 def _warm_up_more_than_one_step(arguments: SFTConfig, rows: int, processes: int) -> None:

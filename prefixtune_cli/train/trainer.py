@@ -36,7 +36,6 @@ from prefixtune_cli.train.basis import Basis
 from prefixtune_cli.train.checks import told_in_words
 from prefixtune_cli.train.fused_head import fitted_to
 from prefixtune_cli.train.order import Order, blank_rows, row_lengths
-from prefixtune_cli.train.rank_pruning import RankPruning
 from prefixtune_cli.train.stop import StopRequest
 
 ROW = "row"
@@ -251,15 +250,11 @@ class SafeTrainer(SFTTrainer):
         if state["global_step"] < state["max_steps"]:
             return None
         self._load_from_checkpoint(str(checkpoint))
-        for part in self._parts():
-            part.load(checkpoint)
-            part.finish()
         return int(state["global_step"])
 
-    def _parts(self) -> list[RankPruning | Basis]:
-        """The callbacks that have a part in each checkpoint."""
-        callbacks = self.callback_handler.callbacks
-        return [found for found in callbacks if isinstance(found, RankPruning | Basis)]
+    def _bases(self) -> list[Basis]:
+        """The callback that has a part in each checkpoint, if the adapter is trained in a basis."""
+        return [found for found in self.callback_handler.callbacks if isinstance(found, Basis)]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No model card: the run directory describes itself."""
@@ -292,8 +287,8 @@ class SafeTrainer(SFTTrainer):
                 self.processes.wait()
                 if leads:
                     for folder in part.iterdir():
-                        for kept in self._parts():
-                            kept.save(folder)
+                        for basis in self._bases():
+                            basis.save(folder)
                         self._run_dir.seal(folder, self.state.global_step)
                     self._run_dir.drop_old_checkpoints(self.args.save_total_limit)
         finally:

@@ -22,7 +22,6 @@ def few(tmp_path: Path) -> Path:
     [
         ("ia3", 4, {}, {}),
         ("ia3", 16, {}, {}),
-        ("adalora", 16, {"init_r": 9}, {"init_r": 9}),
         ("prompt_tuning", 16, {"num_virtual_tokens": 3}, {"num_virtual_tokens": 3}),
         ("lora", 16, {"use_dora": "true"}, {"use_dora": True}),
     ],
@@ -68,7 +67,7 @@ def test_a_method_of_pefts_is_planned_beside_the_four(ptp: Ptp, random_base: Pat
 @pytest.mark.parametrize(
     ("typed", "told"),
     [
-        (["--method", "adalroa"], "There is no method adalroa. Did you mean adalora?"),
+        (["--method", "adamsz"], "There is no method adamsz. Did you mean adamss?"),
         (["--method", "xlora"], "Method xlora cannot be trained by ptp: it mixes adapters"),
         (["--method", "loha", "--bits", 4], "Method loha computes with the base's weights"),
         (["--method", "vera", "--lora-r", 4], "adapter.r is not a setting. Those of a method of"),
