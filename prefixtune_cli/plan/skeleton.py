@@ -102,13 +102,13 @@ class Skeleton:
         if self._layers is None:
             yield []
             return
-        whole = dict(self._layers._modules)
+        whole = list(self._layers)
         if kept is not None:
-            self._layers._modules = {str(i): whole[str(n)] for i, n in enumerate(kept)}
+            _replace(self._layers, [whole[n] for n in kept])
         try:
             yield list(self._layers)
         finally:
-            self._layers._modules = whole
+            _replace(self._layers, whole)
 
     @contextlib.contextmanager
     def checkpointed(self, wanted: bool) -> Iterator[None]:
@@ -178,24 +178,27 @@ def _quantize(base: PreTrainedModel, bits: int, scale_bytes: float | None, *, on
             base.set_submodule(name, QuantizedLinear(module, bits, on_gpu, scales))
 
 
+def _replace(layers: nn.ModuleList, others: list[nn.Module]) -> None:
+    del layers[:]
+    layers.extend(others)
+
+
 def _materialize(model: nn.Module) -> None:
     """Fake tensors on a CPU in place of those on the meta device; trained ones in float32, tied ones tied."""
     made: dict[
         int, tuple[torch.Tensor, torch.Tensor]
     ] = {}  # the old one, too, lest its id be given away
     for module in model.modules():
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for table in tables:
-            for name, old in table.items():
-                if old is None:
-                    continue
-                if id(old) not in made:
-                    dtype = torch.float32 if old.requires_grad else old.dtype
-                    new = torch.empty(old.shape, dtype=dtype, device="cpu")
-                    if isinstance(old, nn.Parameter):
-                        new = nn.Parameter(new, requires_grad=old.requires_grad)
-                    made[id(old)] = old, new
-                table[name] = made[id(old)][1]
+        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+        buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+        for name, old in [*parameters, *buffers]:
+            if id(old) not in made:
+                dtype = torch.float32 if old.requires_grad else old.dtype
+                new = torch.empty(old.shape, dtype=dtype, device="cpu")
+                if isinstance(old, nn.Parameter):
+                    new = nn.Parameter(new, requires_grad=old.requires_grad)
+                made[id(old)] = old, new
+            setattr(module, name, made[id(old)][1])
 
 
 def _decoder_layers(base: PreTrainedModel) -> nn.ModuleList | None:
