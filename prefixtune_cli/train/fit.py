@@ -22,8 +22,9 @@ from prefixtune_cli.train.callbacks import Journal, LossWatch, WeightWatch
 from prefixtune_cli.train.checks import does_not_fit
 from prefixtune_cli.train.loss_plot import draw_loss
 from prefixtune_cli.train.prepare import Data
+from prefixtune_cli.train.sft import SafeSFTTrainer, training_arguments
 from prefixtune_cli.train.stop import StopRequest
-from prefixtune_cli.train.trainer import SafeTrainer, StopTraining, training_arguments
+from prefixtune_cli.train.trainer import SafeTrainer, StopTraining
 from prefixtune_cli.train.trial import OutOfMemory, Trial
 
 
@@ -98,7 +99,7 @@ def _trainer(
     run_dir, data, processes = job.run_dir, job.data, job.processes
     arguments = training_arguments(recipe, run_dir)
     _warm_up_more_than_one_step(arguments, len(data.train), processes.size)
-    trainer = SafeTrainer(
+    trainer = SafeSFTTrainer(
         run_dir=run_dir,
         origin=data.origin,
         processes=processes,

@@ -1,9 +1,8 @@
-"""TRL's SFTTrainer, made safe: checkpoints appear whole or not at all, a bad loss or a signal stops the run."""
+"""transformers' Trainer made safe: checkpoints appear whole or not at all, a bad loss or a signal stops the run."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import time
@@ -16,84 +15,24 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
-from trl import SFTConfig, SFTTrainer
 
 from prefixtune_cli.errors import TrainingError
 from prefixtune_cli.model import drop_model_card
-from prefixtune_cli.parallel.devices import device
 from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.parallel.sharding import (
     adapter_at_hand,
-    deepspeed_settings,
     is_sharded,
     reshard,
 )
-from prefixtune_cli.recipe.schema import IN_FRONT, IN_THE_CACHE, Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.basis import Basis
 from prefixtune_cli.train.checks import told_in_words
-from prefixtune_cli.train.fused_head import fitted_to
 from prefixtune_cli.train.order import Order, blank_rows, row_lengths
 from prefixtune_cli.train.stop import StopRequest
 
 ROW = "row"
-
-
-def training_arguments(recipe: Recipe, run_dir: RunDir) -> SFTConfig:
-    """The recipe in the terms of TRL; where there are several processes, their group is formed already."""
-    section = recipe.train
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir.tracker_logs)
-    on_gpu = device(recipe.model.device).type == "cuda"
-    # Flash attention takes the rows of a batch end to end, without padding; a prefix in the cache does not.
-    flash = recipe.model.attention.startswith("flash_attention")
-    padding_free = flash and recipe.adapter.method not in IN_THE_CACHE | IN_FRONT
-    arguments = SFTConfig(
-        output_dir=str(run_dir.path),
-        max_length=recipe.data.max_length if section.packing else None,  # rows are cut already
-        packing=section.packing,
-        padding_free=padding_free,
-        num_train_epochs=section.epochs,
-        max_steps=section.max_steps or -1,
-        per_device_train_batch_size=section.batch_size,
-        per_device_eval_batch_size=recipe.evaluate.batch_size,
-        gradient_accumulation_steps=section.gradient_accumulation,
-        learning_rate=section.learning_rate,
-        lr_scheduler_type=section.schedule,
-        warmup_steps=section.warmup_ratio,
-        weight_decay=section.weight_decay,
-        max_grad_norm=section.max_grad_norm,
-        optim=section.optimizer,
-        gradient_checkpointing=section.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False}
-        if section.gradient_checkpointing
-        else None,
-        bf16=recipe.model.bits != 32,
-        use_cpu=not on_gpu,
-        dataloader_pin_memory=on_gpu,
-        seed=section.seed,
-        data_seed=section.seed,
-        logging_steps=section.log_steps,
-        logging_first_step=True,  # what the run began with, to compare with
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if section.eval_steps else "no",
-        eval_steps=section.eval_steps,
-        save_strategy="steps",
-        save_steps=section.save_steps or 0.1,  # a fraction is one of the run's steps
-        save_total_limit=section.keep_checkpoints,
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
-        deepspeed=deepspeed_settings(section.parallel),
-        report_to=section.track,
-        run_name=run_dir.path.name,
-        disable_tqdm=True,
-        remove_unused_columns=True,
-        label_names=["labels"],
-    )
-    # Without a launcher, transformers would spread a batch over all GPUs by DataParallel.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
 
 
 class StopTraining(Exception):
@@ -104,8 +43,10 @@ class StopTraining(Exception):
         self.number = number
 
 
-class SafeTrainer(SFTTrainer):
-    """SFTTrainer whose checkpoints are sealed, and which stops at a signal or a loss that is not finite.
+class SafeTrainer(Trainer):
+    """A Trainer whose checkpoints are sealed, and which stops at a signal or a loss that is not finite.
+
+    It stands before a trainer of TRL's among the bases of a class: `SafeSFTTrainer(SafeTrainer, SFTTrainer)`.
 
     With several processes each sees its own rows of a batch, as one process would see them together; the last batch
     of an epoch is filled up with blank rows, which have no loss. The leader alone writes.
@@ -117,7 +58,7 @@ class SafeTrainer(SFTTrainer):
         stop: what the signals ask for.
         save_minutes: between two checkpoints, beside those by steps; None is never.
         group_by_length: whether the rows of a step are about equally long.
-        **arguments: those of SFTTrainer.
+        **arguments: those of the trainer.
     """
 
     def __init__(
@@ -202,10 +143,6 @@ class SafeTrainer(SFTTrainer):
                 "look at those rows with `ptp inspect-data`."
             )
         return loss
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with fitted_to(self.args.device):
-            return super().compute_loss(*args, **kwargs)
 
     def without_reducing(self, model: Any) -> Any:
         """A context in which backward passes leave the gradients of other processes alone."""

@@ -79,7 +79,7 @@ def test_the_settings_are_pefts() -> None:
 
 def test_the_warm_up_takes_as_many_steps_as_pefts() -> None:
     from prefixtune_cli.run_dir import RunDir
-    from prefixtune_cli.train.trainer import training_arguments
+    from prefixtune_cli.train.sft import training_arguments
 
     chosen = resolve("metamathqa", [], {"model": {"device": "cpu"}})
     assert training_arguments(chosen, RunDir("unused")).get_warmup_steps(5000) == 500

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from prefixtune_cli.recipe.aliases import packaged_model
 from prefixtune_cli.recipe.schema import Recipe
-from prefixtune_cli.train.trainer import SafeTrainer
+from prefixtune_cli.train.sft import SafeSFTTrainer
 from tests.plan.measuring import _train_between, measured_on_cpu, recipe_for
 
 VOCABULARY = 128_000
@@ -50,7 +50,7 @@ def largest_block(recipe: Recipe) -> int:
     return max(e.nbytes() for e in events if e.name() == "[memory]")
 
 
-def plain_loss(self: SafeTrainer, model: Any, inputs: dict[str, Any], **_: Any) -> torch.Tensor:
+def plain_loss(self: SafeSFTTrainer, model: Any, inputs: dict[str, Any], **_: Any) -> torch.Tensor:
     """transformers' own loss, of logits that are whole."""
     loss: torch.Tensor = model(**inputs, use_cache=False).loss
     return loss
@@ -62,7 +62,7 @@ def test_no_block_of_a_step_is_as_large_as_the_logits(
 ) -> None:
     tokens = 128
     if method == "plain":  # by which the measure is seen to find them
-        monkeypatch.setattr(SafeTrainer, "compute_loss", plain_loss)
+        monkeypatch.setattr(SafeSFTTrainer, "compute_loss", plain_loss)
     found = largest_block(step(tmp_path, hidden=16, tokens=tokens))
     logits = ROWS * (tokens - 1) * VOCABULARY * 4
     if method == "plain":
@@ -77,7 +77,7 @@ def test_a_step_takes_less_than_with_whole_logits(
 ) -> None:
     recipe = step(tmp_path, hidden=256, tokens=512)
     fused = measured_on_cpu(recipe)
-    monkeypatch.setattr(SafeTrainer, "compute_loss", plain_loss)
+    monkeypatch.setattr(SafeSFTTrainer, "compute_loss", plain_loss)
     plain = measured_on_cpu(recipe)
     logits = ROWS * 512 * VOCABULARY * 4
     mib = (round(n / 2**20) for n in (fused, plain, logits))

@@ -30,7 +30,7 @@ from prefixtune_cli.run_dir import RunDir, write_json
 from prefixtune_cli.tokenizer import load_tokenizer
 from prefixtune_cli.train import Summary, train
 from prefixtune_cli.train.checks import check_disk
-from prefixtune_cli.train.trainer import training_arguments
+from prefixtune_cli.train.sft import training_arguments
 
 
 def recipe(base: Path, source: Path, out: Path, **changes: dict[str, Any]) -> Recipe:
