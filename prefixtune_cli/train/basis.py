@@ -52,6 +52,7 @@ class Basis(TrainerCallback):
 
         Raises:
             ModelError: there is none on these rows.
+            StopTraining: a signal has come.
         """
         model: PeftModel = self.trainer.model
         if self.checkpoint is not None:
@@ -94,6 +95,7 @@ class Basis(TrainerCallback):
         done = 0
         self.reporter.progress("basis", done, len(rows), {})
         while done < len(rows):
+            trainer.stop_if_asked()
             end = done + 1
             while end < len(rows) and (end + 1 - done) * lengths[rows[end]] <= AT_ONCE:
                 end += 1

@@ -156,6 +156,11 @@ class SafeTrainer(Trainer):
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         return loss
 
+    def stop_if_asked(self) -> None:
+        """Before the first step, all processes together: raise StopTraining where a signal has come to one of them."""
+        if number := self.processes.agree(self._stop.number)[0]:
+            raise StopTraining(number)
+
     def _save_or_stop(self, model: Any) -> None:
         """Before each forward pass, all processes together: nothing of a step that is under way is kept."""
         step, starting = self.state.global_step, self._begun != self.state.global_step

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from prefixtune_cli.adapter import Memory
+from prefixtune_cli.errors import Interrupted
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
@@ -106,6 +109,25 @@ def test_a_rate_far_too_low_is_said_at_the_end(random_base, colours, tmp_path):
     (final,) = heard.warnings
     assert "the training loss has hardly moved" in final
     assert "--learning-rate 3e-09, three times as much" in final
+
+
+def test_a_signal_ends_the_pass_between_two_batches(random_base, colours, tmp_path, monkeypatch):
+    class Impatient(Heard):
+        done: list[int] = []
+
+        def progress(self, task: str, done: int, *others: Any) -> None:
+            super().progress(task, done, *others)
+            if task == "basis":
+                self.done.append(done)
+                if done:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("prefixtune_cli.train.basis.AT_ONCE", 1)
+    chosen = recipe(random_base, colours, tmp_path / "run")
+    with pytest.raises(Interrupted, match=r"Stopped by SIGTERM at step 0 of 20; nothing is lost"):
+        train(chosen, reporter=Impatient())
+    assert Impatient.done == [0, 1]
+    assert train(chosen, resume=True).adapter.loss > 0
 
 
 def test_without_a_basis_there_is_no_pass(random_base, colours, tmp_path):
