@@ -17,7 +17,7 @@ prints the message without a traceback and exits with `exit_code`.
         └── Preempted         SIGTERM or SIGUSR1, a scheduler's, likewise (exit code 0)
 """
 
-# In the environment of processes that `ptp` itself has started: it names the one that was lost.
+# `ptp` sets it in the environment of processes that it starts; it names the one that was lost.
 LAUNCHER_PID = "PTP_LAUNCHER_PID"
 
 

@@ -175,7 +175,7 @@ def _see(moments: _Moments, mask: list[Tensor | None], leader: Memory, read: Any
 
 
 class _Moments:
-    """Of one memory: the second moment of its features, and the size of what its read is added to."""
+    """The second moment of one memory's features, and the size of what its read is added to."""
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory

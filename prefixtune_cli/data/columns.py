@@ -1,4 +1,4 @@
-"""From the columns of a file to its format: by their names, by `--map`, and by a question where both readings fit.
+"""The format of a file, from its columns: by their names, by `--map`, and by a question where two readings fit.
 
 A guess that is wrong costs a whole training, so what may be meant in two ways is refused with the lines to type.
 """
@@ -144,7 +144,7 @@ def _refuse_a_pair(row: Row, where: str) -> None:
 def _suggestion(row: Row, mapping: Mapping[str, str]) -> str:
     """The `--map` for these columns, in the names of the file, as far as they tell it."""
     own = {mapping.get(name, name): value for name, value in row.items()}
-    # Of a pair of answers by preference only the better one is learned.
+    # Only the better one of two answers by preference is learned.
     own = {name: value for name, value in own.items() if "rejected" not in _words(name)} or own
     lists = [name for name, value in own.items() if _is_conversation(value)]
     said = [name for name in lists if _words(name) & ANSWERS]

@@ -47,7 +47,7 @@ class Conversation:
         return dataclasses.replace(self, messages=self.messages[:i])
 
     def with_system(self, system: str | None) -> Conversation:
-        """With a system message in front, unless it begins with its own."""
+        """The conversation with a system message in front, unless it begins with its own."""
         if system is None or (self.messages and self.messages[0]["role"] == "system"):
             return self
         front = {"role": "system", "content": system}
@@ -84,7 +84,7 @@ class Conversation:
         )
 
     def without(self, keys: set[str]) -> Conversation:
-        """Without these keys of its messages; the key `tools` is the row's."""
+        """The conversation without these keys of its messages; the key `tools` is the row's."""
         return dataclasses.replace(
             self,
             messages=[
@@ -121,7 +121,7 @@ class Conversation:
         return [each for each in found if isinstance(each, str) and _object(each) is not None]
 
     def with_parsed_arguments(self) -> Conversation:
-        """With objects in place of the arguments that are JSON text."""
+        """The conversation with objects in place of the arguments that are JSON text."""
         messages = [
             {**message, "tool_calls": [_parsed(call) for call in message["tool_calls"]]}
             if isinstance(message.get("tool_calls"), list)

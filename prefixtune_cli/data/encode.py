@@ -1,4 +1,4 @@
-"""From rows to token ids and labels.
+"""Rows become token ids and labels.
 
 Every stretch of text that is trained or masked is tokenized on its own. So the boundary between
 prompt and answer is exact, and the prompt's tokens are those that the model sees when it is asked.

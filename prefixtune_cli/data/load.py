@@ -1,4 +1,4 @@
-"""From files to checked rows of one layout, on disk.
+"""Files become checked rows of one layout, on disk.
 
 The rows are written once to an Arrow file in the data sets' cache, under a name made of the content,
 and memory-mapped: a million rows take no more memory than a thousand. The folder is written beside

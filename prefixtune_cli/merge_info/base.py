@@ -51,7 +51,7 @@ class Base:
 
     @property
     def flops_per_token(self) -> int:
-        """Of a forward pass: a multiplication and an addition a weight, attention over the context left out."""
+        """FLOPs of a forward pass: a multiplication and an addition a weight, without attention over the context."""
         return 2 * self.parameters_per_token
 
     @property

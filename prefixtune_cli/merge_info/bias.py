@@ -65,14 +65,14 @@ class Sums:
                 found[i] += value
 
     def covariance(self) -> Tensor:
-        """Of each head, [heads, d, d] in float64."""
+        """The covariance of each head, [heads, d, d] in float64."""
         assert self.total is not None
         assert self.outer is not None
         mean = self.total / self.count
         return self.outer / self.count - mean[:, :, None] * mean[:, None, :]
 
     def eigenvalues(self) -> list[float]:
-        """Of the heads' covariances, descending, as shares of their sum, and averaged over the heads that vary."""
+        """The heads' eigenvalues, descending, as shares of their sum, averaged over the heads that vary."""
         found = torch.linalg.eigvalsh(self.covariance().cpu()).flip(-1).clamp(min=0)
         sums = found.sum(-1, keepdim=True)
         assert self.outer is not None

@@ -17,7 +17,7 @@ from prefixtune_cli.merge_info.trained import dense_memory, memory_parts, traine
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one token in a forward pass; None where it cannot be told for the method, or without the base.
+    """What one token costs in a forward pass; None where it cannot be told for the method, or without the base.
 
     Attributes:
         flops: that the adapter adds.

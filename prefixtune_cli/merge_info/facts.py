@@ -76,7 +76,7 @@ class Facts:
 
     @property
     def heads(self) -> dict[str, int]:
-        """Of Prefix-Tuning+: the heads (at the FFN: blocks) of M by site."""
+        """The heads (at the FFN: blocks) of Prefix-Tuning+'s M by site."""
         if self.adapter.method != PREFIX_TUNING_PLUS:
             return {}
         return {matrix.column: matrix.shape[0] for matrix in self.matrices.values()}
@@ -91,7 +91,7 @@ class Facts:
         return dict(Counter(name_of(tensor.dtype) for tensor in self.adapter.tensors.values()))
 
     def to_json(self) -> dict[str, Any]:
-        """For another program: everything, with the spectra."""
+        """Everything as JSON types, with the spectra."""
         saved, base = self.adapter, self.base
         return {
             "name": saved.name,
@@ -215,5 +215,5 @@ def _cell_json(cell: Cell) -> dict[str, Any]:
 
 
 def _short(value: float) -> float:
-    """To six digits, which is what float32 has."""
+    """Rounds to six digits, which is what float32 has."""
     return float(f"{value:.6g}")

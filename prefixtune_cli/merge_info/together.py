@@ -65,7 +65,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Likeness:
-    """Of the trained matrices of one layer, or of all.
+    """How alike the trained matrices of one layer are, or of all.
 
     Attributes:
         layer: None is outside of the layers.
@@ -102,7 +102,7 @@ class Pair:
     prediction: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """For another program."""
+        """The same as JSON types."""
         return {**asdict(self), "can_be_merged": self.difference is None}
 
 

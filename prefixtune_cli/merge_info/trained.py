@@ -85,7 +85,7 @@ def trained(adapter: SavedAdapter) -> dict[str, Trained]:
 
 
 def memory_parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Of Prefix-Tuning+: the module's name → its M (or M_down and M_up), and W_phi and b_phi of a trained map."""
+    """Prefix-Tuning+'s parts by module: M (or M_down and M_up), and W_phi and b_phi of a trained map."""
     return _grouped(tensors, _MEMORY)
 
 
@@ -144,7 +144,7 @@ def _grouped(tensors: Mapping[str, Tensor], form: re.Pattern[str]) -> dict[str, 
 
 
 def _order(place: str) -> tuple[bool, int, bool, str]:
-    """By layer, attention before the FFN, and last what is outside of the layers."""
+    """Sorts by layer, attention before the FFN; what is outside of the layers comes last."""
     layer = _layer(place)
     return layer is None, layer or 0, "att" not in place, place
 

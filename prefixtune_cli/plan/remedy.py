@@ -68,7 +68,7 @@ def gpu_bytes(recipe: Recipe) -> int | None:
 
 
 def _weighed(recipe: Recipe, available: int | None) -> Iterator[Remedy]:
-    """Of each kind of change the smallest that fits, or the largest where none does."""
+    """For each kind of change, the smallest one that fits; if none fits, the largest."""
     planner = Planner(recipe)
     before = planner.parts().total
 

@@ -111,7 +111,7 @@ def step(
 
 
 def _layer_names(kept: dict[Run, list[int]] | None) -> list[Hashable]:
-    """Of each layer that is kept: its number, or `MIDDLE` where it only stands for others."""
+    """The number of each layer that is kept, or `MIDDLE` where the layer only stands for others."""
     if kept is None:
         return []
     names: list[Hashable] = []

@@ -1,4 +1,4 @@
-"""From a recipe's file, `--set` and flags to a `Recipe`, and back to YAML.
+"""A recipe's file, `--set` and flags become a `Recipe`, and a `Recipe` becomes YAML.
 
 What counts, from the strongest: a flag, `--set`, the recipe, the schema's default. All that is wrong
 with the result stands in one `RecipeError`, with the file and line of whatever came from a file.

@@ -221,7 +221,7 @@ class WeightWatch(TrainerCallback):
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    # Of a sharded weight, this process's part: FSDP2's, or DeepSpeed's.
+    # This process's part of a sharded weight: FSDP2's, or DeepSpeed's.
     here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     here = getattr(parameter, "ds_tensor", here)
     flat = here.detach().reshape(-1)

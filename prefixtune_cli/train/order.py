@@ -1,4 +1,4 @@
-"""In which order an epoch sees the rows: the same one for any number of processes."""
+"""The order of the rows in an epoch: the same one for any number of processes."""
 
 from __future__ import annotations
 

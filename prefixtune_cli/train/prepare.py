@@ -41,7 +41,7 @@ class Data:
 
     @property
     def held_out_sha256(self) -> str:
-        """Of the token ids and labels that the run is judged by."""
+        """The digest of the token ids and labels that the run is judged by."""
         columns = [self.held_out["input_ids"], self.held_out["labels"]]
         return hashlib.sha256(
             json.dumps([list(map(list, c)) for c in columns]).encode()

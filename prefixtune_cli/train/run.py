@@ -89,7 +89,7 @@ class Summary:
 
     @property
     def verdict(self) -> Literal["better", "no better", "worse"]:
-        """By the held-out loss, but an adapter that gives more right answers than its base is not worse."""
+        """The held-out loss decides, but an adapter that gives more right answers than its base is not worse."""
         margin = LEAST_GAIN * self.base.loss
         if self.adapter.loss < self.base.loss - margin:
             return "better"

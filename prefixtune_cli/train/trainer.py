@@ -223,7 +223,7 @@ class SafeTrainer(Trainer):
         self.processes.wait()
         self._saving = True
         try:
-            # In here, as a full disk is seen to be one while the half-written checkpoint is still on it.
+            # A full disk is recognised only while the half-written checkpoint is still on it: so, in here.
             with told_in_words(self._run_dir, self._stop):
                 super()._save_checkpoint(model, trial)
                 self.processes.wait()
