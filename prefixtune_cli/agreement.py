@@ -52,13 +52,8 @@ def check_generation(
     """
     if is_sharded(model):
         return "the weights are spread over several processes"
-    prompt, was_training = list(prompt)[:PROMPT_TOKENS], model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return _verdict(model, prompt, then)
-    finally:
-        model.train(was_training)
+    with torch.no_grad(), models.evaluating(model):
+        return _verdict(model, list(prompt)[:PROMPT_TOKENS], then)
 
 
 def any_prompt(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -6,12 +6,12 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from threading import Event, Thread
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,7 +29,7 @@ from prefixtune_cli.data.encode import end_of_turn_id, plain, start_ids, with_st
 from prefixtune_cli.data.template import ChatTemplate
 from prefixtune_cli.data.template import chat_template as template_of
 from prefixtune_cli.pointed import Pointed
-from prefixtune_cli.progress import Reporter, Silent
+from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import ModelSection
 from prefixtune_cli.sampling import Sampling
 from prefixtune_cli.tokenizer import check_base, check_ids, load_tokenizer
@@ -45,9 +45,8 @@ def answer_batched(
     end_id: int | None,
     sampling: Sampling,
     batch_size: int = 32,
-    task: str = "generating",
-    reporter: Reporter | None = None,
-    made: Callable[[int, str], object] | None = None,
+    told: Callable[[int], object] = lambda done: None,
+    made: Callable[[int, str], object] = lambda i, answer: None,
 ) -> list[str]:
     """Answers to tokenized prompts, in their order.
 
@@ -60,27 +59,24 @@ def answer_batched(
         end_id: the token that ends an answer, beside those of the model's generation_config.
         sampling: how tokens are chosen.
         batch_size: prompts a forward pass.
-        task: what the reporter calls the work.
-        reporter: is told how many are done.
+        told: is called with how many are done, after each batch and every second of one.
         made: is given each answer with its prompt's number, as soon as it is there.
     """
-    reporter = reporter or Silent()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
-    was_training = model.training
-    model.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        width = max(len(prompts[i]) for i in chosen)
-        ids = torch.full((len(chosen), width), tokenizer.pad_token_id or 0)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(chosen):
-            ids[row, width - len(prompts[i]) :] = torch.tensor(list(prompts[i]))
-            mask[row, width - len(prompts[i]) :] = 1
-        with torch.no_grad():
+        rows = [torch.tensor(prompts[i], dtype=torch.long) for i in chosen]
+        ids = pad_sequence(rows, True, tokenizer.pad_token_id or 0, "left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
+        width = ids.shape[1]
+        with torch.no_grad(), models.evaluating(model):
             how = sampling.arguments(model, tokenizer, end_id)
-            told = partial(_report, reporter, task, start, len(order))
-            pace = _Pace(width, sampling.max_new_tokens, how["eos_token_id"] or [], told)
+
+            def more(made: int, before: int = start) -> None:
+                told(before + made)
+
+            pace = _Pace(width, sampling.max_new_tokens, how["eos_token_id"] or [], more)
             output = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -89,15 +85,9 @@ def answer_batched(
             )
         for i, tokens in zip(chosen, output[:, width:], strict=True):
             answers[i] = tokenizer.decode(tokens, skip_special_tokens=True)
-            if made is not None:
-                made(i, answers[i])
-        reporter.progress(task, start + len(chosen), len(order), {})
-    model.train(was_training)
+            made(i, answers[i])
+        told(start + len(chosen))
     return answers
-
-
-def _report(reporter: Reporter, task: str, before: int, total: int, made: int) -> None:
-    reporter.progress(task, before + made, total, {})
 
 
 class _Pace(StoppingCriteria):
@@ -235,7 +225,7 @@ def answer_file(
             end_id=speaker.end_id,
             sampling=sampling,
             batch_size=batch_size,
-            reporter=reporter,
+            told=lambda done: reporter.progress("generating", done, len(asked), {}),
             made=out.add,
         )
 

@@ -186,6 +186,17 @@ def without_adapter(model: PreTrainedModel | PeftModel) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Within the block the model is in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def peft_config(section: AdapterSection) -> PeftConfig | None:
     """The peft configuration of a recipe's adapter; None for `full`, which has none.
 

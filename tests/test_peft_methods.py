@@ -13,8 +13,10 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 from prefixtune_cli import model as models
 from prefixtune_cli import peft_methods
 from prefixtune_cli.errors import AdapterError, ModelError, RecipeError
-from prefixtune_cli.evaluate.held_out import _losses
+from prefixtune_cli.evaluate.batches import BatchLimit
+from prefixtune_cli.evaluate.scorer import Scorer
 from prefixtune_cli.generate import answer_batched
+from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import IN_FRONT, IN_THE_CACHE, ModelSection
 from prefixtune_cli.sampling import Sampling
@@ -113,7 +115,8 @@ def test_a_method_is_trained_scored_saved_loaded_and_taken_off(
         {"input_ids": ids, "labels": [-100] * (len(ids) - 3) + ids[-3:]}
         for ids in (IDS[0].tolist(), IDS[1].tolist()[:-1])
     ]
-    scored = _losses(model, tokenizer, rows)
+    scorer = Scorer(model, tokenizer, BatchLimit.of_rows(2, Silent()), Silent())
+    scored = scorer.losses(rows, "loss")
     for row, (nats, count) in zip(rows, scored, strict=True):
         ids = torch.tensor([row["input_ids"]])
         with torch.no_grad():

@@ -198,7 +198,7 @@ def eval(
     from pathlib import Path
 
     from prefixtune_cli.cli.reporter import reporter
-    from prefixtune_cli.evaluate.finished import default_folder
+    from prefixtune_cli.evaluate.answer_cache import default_folder
     from prefixtune_cli.evaluate.settings import Settings
 
     settings = Settings(

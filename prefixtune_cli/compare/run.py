@@ -45,8 +45,8 @@ from prefixtune_cli.compare.draw import VALIDATION, Rows, draw
 from prefixtune_cli.compare.folder import RESULTS, claimed, mark
 from prefixtune_cli.compare.workers import Ended, Work, Workers, told_to_stop
 from prefixtune_cli.errors import Interrupted, PtpError
+from prefixtune_cli.evaluate.answer_cache import check_room
 from prefixtune_cli.evaluate.evaluations import WINDOW
-from prefixtune_cli.evaluate.finished import check_room
 from prefixtune_cli.evaluate.forgetting import prepare as prepare_text
 from prefixtune_cli.evaluate.matching import match_rule
 from prefixtune_cli.parallel.devices import device, processes_here, show_only, slow_precision

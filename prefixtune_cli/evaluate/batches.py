@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from prefixtune_cli.errors import ResourceError
 from prefixtune_cli.progress import Reporter
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 TOKENS_ON_CPU = 8192  # larger batches are no faster on a few cores
 TOKENS_ON_GPU = 32768
@@ -48,15 +49,16 @@ class BatchLimit:
         self,
         items: Sequence[Item],
         length: Callable[[Item], int],
-        work: Callable[[Sequence[Item]], None],
-    ) -> None:
-        """Call `work` with batches of `items`, the longest first, so that what does not fit shows at once.
+        work: Callable[[Sequence[Item]], Iterable[Result]],
+    ) -> Iterator[Result]:
+        """What `work` yields of batches of `items`, the longest first, so that what does not fit shows at once.
 
         Args:
             items: in any order.
             length: the tokens of one item.
-            work: does one batch; it is called again with half of it where the memory ran out. It may run batches of
-                its own; where one item of these does not fit, fewer of ours at a time may leave it room.
+            work: does one batch; it is called again with half of it where the memory ran out, and may then yield the
+                same once more. It may run batches of its own; where one item of these does not fit, fewer of ours at a
+                time may leave it room.
 
         Raises:
             ResourceError: the memory does not suffice for a single item.
@@ -67,17 +69,17 @@ class BatchLimit:
             longest = max(1, length(waiting[done]))
             count = max(1, min(self.rows, self.tokens // longest, len(waiting) - done))
             before = self.rows, self.tokens
-            if self._fits(work, waiting[done : done + count], longest):
+            if (yield from self._fits(work, waiting[done : done + count], longest)):
                 done += count
             else:
                 self.rows, self.tokens = before  # batches of work's own were halved in vain
                 self._halve(count, longest)
 
     def _fits(
-        self, work: Callable[[Sequence[Item]], None], batch: list[Item], longest: int
-    ) -> bool:
+        self, work: Callable[[Sequence[Item]], Iterable[Result]], batch: list[Item], longest: int
+    ) -> Generator[Result, None, bool]:
         try:
-            work(batch)
+            yield from work(batch)
         except Exception as error:
             inner = error.__cause__ if isinstance(error, ResourceError) else None
             if not out_of_memory(inner or error) or (inner and len(batch) == 1):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from prefixtune_cli.evaluate.finished import digest
+from prefixtune_cli.evaluate.answer_cache import digest
 from prefixtune_cli.evaluate.outcome import BASE, Line, Outcome
 from prefixtune_cli.evaluate.paired import (
     Difference,

@@ -16,12 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from prefixtune_cli.data.template import chat_template
 from prefixtune_cli.errors import UsageError
 from prefixtune_cli.evaluate import forgetting, own_data
-from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.catalogue import Catalogue, load_catalogue
-from prefixtune_cli.evaluate.finished import Finished
 from prefixtune_cli.evaluate.outcome import Outcome
+from prefixtune_cli.evaluate.scorer import Scorer
 from prefixtune_cli.evaluate.settings import FORGETTING, OWN_BENCHMARKS, QUICKSTART, Settings, stem
-from prefixtune_cli.evaluate.subjects import Cast, Subject
+from prefixtune_cli.evaluate.subjects import Cast
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import EvaluateSection
@@ -32,27 +31,21 @@ WINDOW = 1024
 NO_PATTERN = {"answer_pattern": None}
 
 
-@dataclass
-class Stage:
-    """What judging needs once the base is loaded."""
-
-    tokenizer: PreTrainedTokenizerBase
-    limit: BatchLimit
-    reporter: Reporter
-    lm: Any = None
-
-
-Judge = Callable[[Stage, Subject, Any, Finished], Any]
-
-
 @dataclass(frozen=True)
 class Evaluation:
-    """One name of `--bench`, or one `--data`: ready to be put to a model, and then to be compared."""
+    """One name of `--bench`, or one `--data`: ready to be put to a model, and then to be compared.
+
+    Attributes:
+        name: what its result is called.
+        requests: how many a model has to answer.
+        judge: asks the scorer's model, of the given name; the model as lm-eval sees it is there for benchmarks.
+        compare: makes the table of what every model did, by name.
+    """
 
     name: str
     requests: int
-    judge: Judge
-    compare: Callable[[Mapping[str, Any], Stage], Outcome]
+    judge: Callable[[Scorer, str, Any], Any]
+    compare: Callable[[Mapping[str, Any], Any], Outcome]
 
 
 def prepare(
@@ -122,21 +115,10 @@ def _of_data(
         i = max(range(len(ids)), key=lambda i: max(ids[i]))
         check_ids(cast.recipe.model, tokenizer, ids[i], part.rows.row_origin(i))
 
-    def judge(stage: Stage, subject: Subject, model: Any, finished: Finished) -> Any:
-        return [
-            own_data.judge(
-                model,
-                stage.tokenizer,
-                part,
-                limit=stage.limit,
-                finished=finished,
-                name=f"{subject.name} on {part.name}",
-                reporter=stage.reporter,
-            )
-            for part in parts
-        ]
+    def judge(scorer: Scorer, who: str, _: Any) -> Any:
+        return [own_data.judge(scorer, part, f"{who} on {part.name}") for part in parts]
 
-    def compare(judged: Mapping[str, Any], _: Stage) -> Outcome:
+    def compare(judged: Mapping[str, Any], _: Any) -> Outcome:
         each = [
             own_data.compare(part, {who: its[i] for who, its in judged.items()})
             for i, part in enumerate(parts)
@@ -170,20 +152,11 @@ def _of_text(settings: Settings, cast: Cast, tokenizer: PreTrainedTokenizerBase)
     text = forgetting.prepare(str(settings.text), tokenizer, window, settings.limit)
     highest = max(text.windows, key=lambda window: max(window.ids))
     check_ids(cast.recipe.model, tokenizer, highest.ids, highest.origin)
-
-    def judge(stage: Stage, subject: Subject, model: Any, finished: Finished) -> Any:
-        return forgetting.judge(
-            model,
-            stage.tokenizer,
-            text,
-            limit=stage.limit,
-            finished=finished,
-            name=subject.name,
-            reporter=stage.reporter,
-        )
-
     return Evaluation(
-        FORGETTING, len(text), judge, lambda judged, _: forgetting.compare(text, judged)
+        FORGETTING,
+        len(text),
+        lambda scorer, who, _: forgetting.judge(scorer, text, who),
+        lambda judged, _: forgetting.compare(text, judged),
     )
 
 
@@ -207,17 +180,17 @@ def _of_benchmark(
     )
     loaded = load_benchmark_tasks(name, catalogue, local, rendering)
 
-    def judge(stage: Stage, subject: Subject, model: Any, finished: Finished) -> Any:
-        stage.lm.turn(name, subject.name, model, finished, loaded.versions)
-        return benchmarks.answer(stage.lm, loaded, rendering)
+    def judge(scorer: Scorer, who: str, lm: Any) -> Any:
+        lm.turn(name, who, scorer.model, scorer.cache, loaded.versions)
+        return benchmarks.answer(lm, loaded, rendering)
 
-    def compare(judged: Mapping[str, Any], stage: Stage) -> Outcome:
+    def compare(judged: Mapping[str, Any], lm: Any) -> Outcome:
         outcome = benchmarks.compare(loaded, judged)
-        cut = sum(stage.lm.cut.values())
+        cut = sum(lm.cut.values())
         if not cut:
             return outcome
         notice = (
-            f"{cut:,} of {loaded.requests:,} requests of {name} are longer than the model's {stage.lm.max_length:,} "
+            f"{cut:,} of {loaded.requests:,} requests of {name} are longer than the model's {lm.max_length:,} "
             "tokens and lost their beginning. A smaller --num-fewshot makes them shorter."
         )
         return dataclasses.replace(outcome, notices=(*outcome.notices, notice))

@@ -14,26 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from prefixtune_cli.data.encode import start_ids, with_start
 from prefixtune_cli.data.load import load_rows
 from prefixtune_cli.data.locate import check_text
 from prefixtune_cli.data.read import BOM, iconv
 from prefixtune_cli.errors import DataError, UsageError
-from prefixtune_cli.evaluate.batches import BatchLimit
-from prefixtune_cli.evaluate.finished import Finished
 from prefixtune_cli.evaluate.held_out import evenly_spread
 from prefixtune_cli.evaluate.losses import (
     Judged,
-    finished_losses,
+    check_numbers,
     loss_items,
     loss_lines,
     ratio_line,
 )
 from prefixtune_cli.evaluate.outcome import Outcome
+from prefixtune_cli.evaluate.scorer import Scorer
 from prefixtune_cli.evaluate.settings import FORGETTING, check_limit
-from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import DataSection
 
 
@@ -114,24 +112,12 @@ def prepare(
     )
 
 
-def judge(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text: Text,
-    *,
-    limit: BatchLimit,
-    finished: Finished,
-    name: str,
-    reporter: Reporter,
-) -> Judged:
-    """Ask one model; the arguments are those of `own_data.judge`.
-
-    Raises:
-        ResourceError: the memory or the disk does not suffice.
-    """
+def judge(scorer: Scorer, text: Text, name: str) -> Judged:
+    """Ask one model; see `own_data.judge`."""
     examples = [{"input_ids": window.ids, "labels": window.ids} for window in text.windows]
-    task = f"text loss of {name}"
-    return Judged(finished_losses(model, tokenizer, examples, limit, finished, task, reporter), [])
+    losses = scorer.losses(examples, task := f"text loss of {name}")
+    check_numbers([nats for nats, _ in losses], task)
+    return Judged(losses, [])
 
 
 def compare(text: Text, judged: Mapping[str, Judged]) -> Outcome:

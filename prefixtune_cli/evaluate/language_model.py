@@ -8,7 +8,7 @@ is kept on disk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -17,10 +17,10 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixtune_cli.errors import ModelError
+from prefixtune_cli.evaluate.answer_cache import AnswerCache
 from prefixtune_cli.evaluate.batches import BatchLimit
-from prefixtune_cli.evaluate.finished import Finished, Keep
 from prefixtune_cli.evaluate.losses import check_numbers
-from prefixtune_cli.evaluate.shared_prefix import Request, log_likelihoods
+from prefixtune_cli.evaluate.shared_prefix import Request, Scored, log_likelihoods
 from prefixtune_cli.progress import Reporter
 
 # lm-eval's, for a request without a number of its own.
@@ -48,20 +48,20 @@ class BenchmarkLM(HFLM):
         self.limit, self.reporter = limit, reporter
         self.bench = ""
         self.versions: dict[str, Any] = {}
-        self.finished = Finished(None, {})
+        self.cache = AnswerCache(None, {})
         self._who = ""
         self._ids: dict[str, list[int]] = {}
         self._tokenized: tuple[list[tuple[Any, ...]], list[Any]] | None = None
         self.cut: dict[str, int] = {}  # prompts that were cut from the left, by type of request
 
     def turn(
-        self, bench: str, who: str, model: Any, finished: Finished, versions: dict[str, Any]
+        self, bench: str, who: str, model: Any, cache: AnswerCache, versions: dict[str, Any]
     ) -> None:
         """From here on `model` answers the tasks of these versions, as `who`."""
         if bench != self.bench:  # let go of the texts of the last one
             self._ids.clear()
             self._tokenized, self.cut = None, {}
-        self.bench, self.versions, self.finished, self._who = bench, versions, finished, who
+        self.bench, self.versions, self.cache, self._who = bench, versions, cache, who
         self._model = model
 
     def tok_encode(
@@ -97,10 +97,16 @@ class BenchmarkLM(HFLM):
         """See lm-eval; requests that are finished are read from the disk."""
         pairs = self._pairs(requests)
 
-        def answer(missing: list[int], keep: Keep) -> None:
-            self._score([pairs[i] for i in missing], missing, keep, len(requests))
+        def answer(missing: list[int]) -> Iterator[dict[int, Any]]:
+            done = set(range(len(requests))) - set(missing)
+            self._progress(len(done), len(requests))
+            for scores in self._score([pairs[i] for i in missing]):
+                named = {missing[i]: score for i, score in scores.items()}
+                yield named
+                done.update(named)  # a batch that is halved may give some scores twice
+                self._progress(len(done), len(requests))
 
-        found = self._finished(requests, answer)
+        found = self.cache.complete(self._keys(requests), answer)
         check_numbers([score for score, _ in found], f"{self.bench}, {self._who}")
         return [(float(score), bool(greedy)) for score, greedy in found]
 
@@ -131,29 +137,17 @@ class BenchmarkLM(HFLM):
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Scores of (text, context ids, continuation ids), for the windows of a long text."""
-        scores: dict[int, Any] = {}
-        self._score(requests, list(range(len(requests))), scores.update, None)
+        scores = {i: score for found in self._score(requests) for i, score in found.items()}
         return [scores[i] for i in range(len(requests))]
 
-    def _score(self, pairs: Sequence[Any], names: list[int], keep: Keep, total: int | None) -> None:
-        """Score `pairs`, and keep the scores under `names`; without a `total` nothing is reported."""
-        done: set[int] = set()  # a batch that is halved may give some scores twice
-        if total is not None:
-            self._progress(total - len(pairs), total)
-
-        def kept(scores: dict[int, Any]) -> None:
-            keep({names[i]: score for i, score in scores.items()})
-            done.update(scores)
-            if total is not None:
-                self._progress(total - len(pairs) + len(done), total)
-
-        log_likelihoods(
+    def _score(self, pairs: Sequence[Any]) -> Iterator[dict[int, Scored]]:
+        """The scores of `pairs` by their numbers, batch by batch."""
+        return log_likelihoods(
             self._model,
             [Request(tuple(context), tuple(rest)) for _, context, rest in pairs],
             max_length=self.max_length,
             pad_id=self.tokenizer.pad_token_id or 0,
             limit=self.limit,
-            keep=kept,
         )
 
     def loglikelihood_rolling(
@@ -161,15 +155,16 @@ class BenchmarkLM(HFLM):
     ) -> list[float]:
         """See lm-eval; kept on disk text by text."""
 
-        def answer(missing: list[int], keep: Keep) -> None:
-            self._progress(len(requests) - len(missing), len(requests))
+        def answer(missing: list[int]) -> Iterator[dict[int, float]]:
+            before = len(requests) - len(missing)
+            self._progress(before, len(requests))
             self.batch_size_per_gpu = 2**30  # all windows of a text: `limit` makes the batches
-            for done, i in enumerate(missing, start=1):
+            for done, i in enumerate(missing, start=before + 1):
                 [value] = HFLM.loglikelihood_rolling(self, [requests[i]], disable_tqdm=True)
-                keep({i: value})
-                self._progress(len(requests) - len(missing) + done, len(requests))
+                yield {i: value}
+                self._progress(done, len(requests))
 
-        return [float(value) for value in self._finished(requests, answer)]
+        return [float(value) for value in self.cache.complete(self._keys(requests), answer)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """See lm-eval; answers that are drawn at random are not kept on disk, as each has to be drawn anew.
@@ -186,37 +181,35 @@ class BenchmarkLM(HFLM):
         self._tokenize([request.args[0] for request in requests])
         self.cut["generate"] = sum(self._generation_length(r) > self.max_length for r in requests)
 
-        def answer(missing: list[int], keep: Keep) -> None:
+        def work(batch: Sequence[int]) -> Iterator[dict[int, str]]:
+            self.batch_size_per_gpu = len(batch)
+            said = HFLM.generate_until(self, [requests[i] for i in batch], disable_tqdm=True)
+            yield dict(zip(batch, said, strict=True))
+
+        def answer(missing: list[int]) -> Iterator[dict[int, str]]:
             done = len(requests) - len(missing)
             self._progress(done, len(requests))
-
-            def work(batch: Sequence[int]) -> None:
-                nonlocal done
-                self.batch_size_per_gpu = len(batch)
-                said = HFLM.generate_until(self, [requests[i] for i in batch], disable_tqdm=True)
-                keep(dict(zip(batch, said, strict=True)))
-                done += len(batch)
-                self._progress(done, len(requests))
-
             for settings in {str(requests[i].args[1]) for i in missing}:
                 chosen = [i for i in missing if str(requests[i].args[1]) == settings]
-                self.limit.run(chosen, lambda i: self._generation_length(requests[i]), work)
+                lengths = {i: self._generation_length(requests[i]) for i in chosen}
+                for said in self.limit.run(chosen, lengths.__getitem__, work):
+                    yield said
+                    done += len(said)
+                    self._progress(done, len(requests))
 
-        if any(_settings(request)["do_sample"] for request in requests):
-            drawn: dict[int, str] = {}
-            answer(list(range(len(requests))), drawn.update)
-            return [drawn[i] for i in range(len(requests))]
-        return [str(text) for text in self._finished(requests, answer)]
+        drawn = any(_settings(request)["do_sample"] for request in requests)
+        cache = AnswerCache(None, {}) if drawn else self.cache
+        return [str(text) for text in cache.complete(self._keys(requests), answer)]
 
     def _generation_length(self, request: Instance) -> int:
         return len(self.tok_encode(request.args[0])) + _most_tokens(request)
 
-    def _finished(self, requests: list[Instance], answer: Any) -> list[Any]:
-        keys = [
+    def _keys(self, requests: list[Instance]) -> list[list[Any]]:
+        """All that an answer depends on, beside the model."""
+        return [
             [r.request_type, r.task_name, self.versions.get(str(r.task_name)), *r.args]
             for r in requests
         ]
-        return self.finished.complete(keys, answer)
 
     def _progress(self, done: int, total: int) -> None:
         self.reporter.progress(f"{self.bench}, {self._who}", done, total, {})

@@ -1,4 +1,4 @@
-"""The loss of one model and of several: kept as it comes, and compared, for own data and for forgetting."""
+"""The losses of several models compared, for own data and for forgetting."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixtune_cli.errors import ModelError
-from prefixtune_cli.evaluate.batches import BatchLimit
-from prefixtune_cli.evaluate.finished import Finished
-from prefixtune_cli.evaluate.held_out import Example, row_losses
 from prefixtune_cli.evaluate.outcome import BASE, Line
 from prefixtune_cli.evaluate.paired import (
     Difference,
@@ -23,7 +19,6 @@ from prefixtune_cli.evaluate.paired import (
     ratio_difference,
     ratio_interval,
 )
-from prefixtune_cli.progress import Reporter
 
 Losses = Sequence[tuple[float, int]]  # a row's nats and predicted tokens
 
@@ -34,26 +29,6 @@ class Judged:
 
     losses: Losses
     answers: list[str]
-
-
-def finished_losses(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    limit: BatchLimit,
-    finished: Finished,
-    task: str,
-    reporter: Reporter,
-) -> Losses:
-    """Nats and predicted tokens of each row, of which only those that are not kept yet are computed."""
-    found = finished.complete(
-        [{"type": "loss", **example} for example in examples],
-        lambda missing, keep: row_losses(
-            model, tokenizer, examples, limit, keep, rows=missing, task=task, reporter=reporter
-        ),
-    )
-    check_numbers([nats for nats, _ in found], task)
-    return [(float(nats), int(tokens)) for nats, tokens in found]
 
 
 def check_numbers(scores: Sequence[float], task: str) -> None:

@@ -11,22 +11,20 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from prefixtune_cli.data.encode import end_of_turn_id
 from prefixtune_cli.data.inspect import check, warnings
 from prefixtune_cli.data.load import LoadedData, load_rows
 from prefixtune_cli.data.template import chat_template
 from prefixtune_cli.data.tokenize import tokenize
-from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.confusion_plot import draw_confusion
-from prefixtune_cli.evaluate.finished import Finished
-from prefixtune_cli.evaluate.held_out import evenly_spread, row_answers
+from prefixtune_cli.evaluate.held_out import evenly_spread
 from prefixtune_cli.evaluate.labels import confusion, label_codes, label_of, macro_f1
 from prefixtune_cli.evaluate.losses import (
     Judged,
+    check_numbers,
     compared_line,
-    finished_losses,
     loss_items,
     loss_lines,
 )
@@ -40,6 +38,7 @@ from prefixtune_cli.evaluate.paired import (
     mean_interval,
 )
 from prefixtune_cli.evaluate.questions import Question, short_questions
+from prefixtune_cli.evaluate.scorer import Scorer
 from prefixtune_cli.evaluate.settings import check_limit
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import DataSection, EvaluateSection
@@ -144,56 +143,20 @@ def prepare(
     )
 
 
-def judge(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: OwnData,
-    *,
-    limit: BatchLimit,
-    finished: Finished,
-    name: str,
-    reporter: Reporter,
-) -> Judged:
-    """Ask one model.
-
-    Args:
-        model: the base or the adapted model.
-        tokenizer: its tokenizer.
-        data: what `prepare` gave.
-        limit: of a batch.
-        finished: has the model's earlier answers, and keeps new ones as they come.
-        name: what the reporter calls the model.
-        reporter: is told how far the work is.
+def judge(scorer: Scorer, data: OwnData, name: str) -> Judged:
+    """Ask one model, which the reporter calls `name`.
 
     Raises:
+        ModelError: a loss is not a number.
         ResourceError: the memory or the disk does not suffice.
     """
-    losses = finished_losses(
-        model, tokenizer, data.examples, limit, finished, f"loss of {name}", reporter
-    )
-    requests = [
-        {
-            "type": "answer",
-            "input_ids": question.prompt,
-            "max_new_tokens": data.max_new_tokens,
-            "end_id": data.end_id,
-        }
-        for question in data.questions
-    ]
-    answers = finished.complete(
-        requests,
-        lambda missing, keep: row_answers(
-            model,
-            tokenizer,
-            data.questions,
-            limit,
-            keep,
-            max_new_tokens=data.max_new_tokens,
-            end_id=data.end_id,
-            rows=missing,
-            task=f"answers of {name}",
-            reporter=reporter,
-        ),
+    losses = scorer.losses(data.examples, task := f"loss of {name}")
+    check_numbers([nats for nats, _ in losses], task)
+    answers = scorer.answers(
+        data.questions,
+        f"answers of {name}",
+        max_new_tokens=data.max_new_tokens,
+        end_id=data.end_id,
     )
     return Judged(losses, answers)
 

@@ -19,10 +19,11 @@ from typing import Any
 
 from prefixtune_cli import model as models
 from prefixtune_cli.errors import Interrupted, PtpError, ResourceError
+from prefixtune_cli.evaluate.answer_cache import AnswerCache, check_room, digest
 from prefixtune_cli.evaluate.batches import BatchLimit
-from prefixtune_cli.evaluate.evaluations import Evaluation, Stage, prepare
-from prefixtune_cli.evaluate.finished import Finished, check_room, digest
+from prefixtune_cli.evaluate.evaluations import Evaluation, prepare
 from prefixtune_cli.evaluate.outcome import Outcome
+from prefixtune_cli.evaluate.scorer import Scorer
 from prefixtune_cli.evaluate.settings import OWN_BENCHMARKS, Settings
 from prefixtune_cli.evaluate.subjects import Cast, assemble
 from prefixtune_cli.lock import locked
@@ -81,31 +82,34 @@ def evaluate(
             if settings.batch_size is None
             else BatchLimit.of_rows(settings.batch_size, reporter)
         )
-        stage = Stage(tokenizer, limit, reporter)
+        of_base, lm = Scorer(base, tokenizer, limit, reporter), None
         if any(name not in OWN_BENCHMARKS for name in settings.benches):
             from prefixtune_cli.evaluate.language_model import BenchmarkLM
 
-            stage.lm = BenchmarkLM(base, tokenizer, limit, reporter)
+            lm = BenchmarkLM(base, tokenizer, limit, reporter)
         found = Found([], [], {})
         for evaluation in evaluations:
             with _kept_apart(evaluation.name, found, reporter, settings.cache is not None):
-                outcome = _carry_out(evaluation, settings, cast, stage)
+                outcome = _carry_out(evaluation, settings, cast, of_base, lm)
                 found.outcomes.append(outcome)
                 for folder in folders:
                     found.written.append(_write(outcome, folder))
     return found
 
 
-def _carry_out(evaluation: Evaluation, settings: Settings, cast: Cast, stage: Stage) -> Outcome:
+def _carry_out(
+    evaluation: Evaluation, settings: Settings, cast: Cast, of_base: Scorer, lm: Any
+) -> Outcome:
     """Have every model judged, compare them, and note down all that the figures depend on."""
     started = time.monotonic()
     judged: dict[str, Any] = {}
     for subject in cast.subjects:
-        chat = stage.tokenizer.chat_template if settings.apply_chat_template else None
-        finished = Finished(settings.cache, cast.key(subject, chat=digest(chat)))
+        chat = of_base.tokenizer.chat_template if settings.apply_chat_template else None
+        cache = AnswerCache(settings.cache, cast.key(subject, chat=digest(chat)))
         with cast.on_stage(subject) as model:
-            judged[subject.name] = evaluation.judge(stage, subject, model, finished)
-    outcome = evaluation.compare(judged, stage)
+            scorer = dataclasses.replace(of_base, model=model, cache=cache)
+            judged[subject.name] = evaluation.judge(scorer, subject.name, lm)
+    outcome = evaluation.compare(judged, lm)
     section = cast.recipe.model
     record = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -113,7 +117,7 @@ def _carry_out(evaluation: Evaluation, settings: Settings, cast: Cast, stage: St
         "model": {**section.model_dump(), "sha256": cast.base_sha256},
         "subjects": [subject.to_json() for subject in cast.subjects],
         "settings": settings.to_json(),
-        "batch": {"rows": stage.limit.rows, "tokens": stage.limit.tokens},
+        "batch": {"rows": of_base.limit.rows, "tokens": of_base.limit.tokens},
         "versions": {name: metadata.version(name) for name in PACKAGES},
         **outcome.record,
     }

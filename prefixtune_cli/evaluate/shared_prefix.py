@@ -9,12 +9,13 @@ lie in the cache already), every sequence is computed whole.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -129,8 +130,7 @@ def log_likelihoods(
     max_length: int,
     pad_id: int,
     limit: BatchLimit,
-    keep: Callable[[dict[int, Scored]], None],
-) -> None:
+) -> Iterator[dict[int, Scored]]:
     """Score every request: the summed log-probability of its continuation in nats, and whether greedy decoding
     would produce it.
 
@@ -140,17 +140,18 @@ def log_likelihoods(
         max_length: most tokens of a sequence.
         pad_id: any token.
         limit: the size of a batch.
-        keep: is given {index of a request: its score} after each batch.
+
+    Yields:
+        {index of a request: its score} after each batch; the same once more where a batch is halved.
 
     The softmax is taken in float32, whatever the model's precision.
     """
     rows = rows_of(requests, max_length)
     jobs = plan(rows) if _shares(model, max(len(row.tokens) for row in rows)) else []
-    with torch.no_grad():
-        reader = _Reader(model, requests, pad_id, limit, keep)
-        whole = [row for job in jobs if not job.prefix for row in job.rows] if jobs else rows
-        reader.read([job for job in jobs if job.prefix])
-        reader.read_whole(whole)
+    reader = _Reader(model, requests, pad_id, limit)
+    whole = [row for job in jobs if not job.prefix for row in job.rows] if jobs else rows
+    yield from limit.run([job for job in jobs if job.prefix], lambda job: job.prefix, reader.read)
+    yield from limit.run(whole, lambda row: len(row.tokens), reader.read_whole)
 
 
 def _shares(model: Any, longest: int) -> bool:
@@ -203,60 +204,46 @@ class _Reader:
     """Runs jobs and hands out scores."""
 
     def __init__(
-        self,
-        model: Any,
-        requests: Sequence[Request],
-        pad_id: int,
-        limit: BatchLimit,
-        keep: Callable[[dict[int, Scored]], None],
+        self, model: Any, requests: Sequence[Request], pad_id: int, limit: BatchLimit
     ) -> None:
-        self.model, self.requests, self.pad_id = model, requests, pad_id
-        self.limit, self.keep = limit, keep
+        self.model, self.requests, self.pad_id, self.limit = model, requests, pad_id, limit
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         self.accepted = set(inspect.signature(inner.forward).parameters)
 
-    def read_whole(self, rows: Sequence[Row]) -> None:
-        """Rows that share nothing."""
-        self.limit.run(rows, lambda row: len(row.tokens), self._score_whole)
-
-    def _score_whole(self, rows: Sequence[Row]) -> None:
-        """Padded on the right, which no causal model sees, whatever it makes of positions."""
-        longest = max(len(row.tokens) for row in rows)
-        padding = [[self.pad_id] * (longest - len(row.tokens)) for row in rows]
-        pairs = list(zip(rows, padding, strict=True))
-        device = self.model.device
-        ids = torch.tensor([[*row.tokens, *rest] for row, rest in pairs], device=device)
-        mask = torch.tensor(
-            [[1] * len(row.tokens) + [0] * len(rest) for row, rest in pairs], device=device
-        )
+    def read_whole(self, rows: Sequence[Row]) -> Iterator[dict[int, Scored]]:
+        """Rows that share nothing, padded on the right, which no causal model sees, whatever it makes of positions."""
+        ids, mask = self._padded([row.tokens for row in rows], "right")
+        longest = ids.shape[1]
         keep = longest - min(row.first for row in rows)
         logits = self._forward(ids, mask, None, None, keep=keep)
-        self._hand_out(
-            rows, [its[: keep - len(rest)] for its, (_, rest) in zip(logits, pairs, strict=True)]
-        )
+        own = [
+            its[: keep - longest + len(row.tokens)] for its, row in zip(logits, rows, strict=True)
+        ]
+        yield self._scores(rows, own)
 
-    def read(self, jobs: Sequence[Job]) -> None:
-        """Rows after their prefixes: several prefixes at a time, then their rows in batches."""
-        self.limit.run(jobs, lambda job: job.prefix, self._read_jobs)
-
-    def _read_jobs(self, jobs: Sequence[Job]) -> None:
+    def read(self, jobs: Sequence[Job]) -> Iterator[dict[int, Scored]]:
+        """Several prefixes at a time, then the rows after them in batches."""
         ids, mask = self._padded([job.rows[0].tokens[: job.prefix] for job in jobs])
         cache = DynamicCache(config=self.model.config)
         self._forward(ids, mask, _positions(mask), cache, keep=1)
         rows = [(i, row) for i, job in enumerate(jobs) for row in job.rows]
 
-        def score(batch: Sequence[tuple[int, Row]]) -> None:
+        def score(batch: Sequence[tuple[int, Row]]) -> Iterator[dict[int, Scored]]:
             index = torch.tensor([i for i, _ in batch], device=ids.device)
             layers = [_PrefixLayer(layer.keys, layer.values, index) for layer in cache.layers]
             prefixes = [jobs[i].prefix for i, _ in batch]
-            self._score([row for _, row in batch], prefixes, Cache(layers=layers), mask[index])
+            yield self._score(
+                [row for _, row in batch], prefixes, Cache(layers=layers), mask[index]
+            )
 
         # The prefix is read and not computed: an eighth of a token is a guess at what that takes.
-        self.limit.run(rows, lambda r: len(r[1].tokens) - (7 * jobs[r[0]].prefix) // 8, score)
+        yield from self.limit.run(
+            rows, lambda r: len(r[1].tokens) - (7 * jobs[r[0]].prefix) // 8, score
+        )
 
     def _score(
         self, rows: Sequence[Row], prefixes: Sequence[int], cache: Cache, prefix_mask: torch.Tensor
-    ) -> None:
+    ) -> dict[int, Scored]:
         """Score the requests of `rows`, of which the first `prefixes` tokens lie in the cache."""
         ids, mask = self._padded(
             [row.tokens[start:] for row, start in zip(rows, prefixes, strict=True)]
@@ -264,10 +251,10 @@ class _Reader:
         positions = _positions(mask) + torch.tensor(prefixes, device=ids.device)[:, None]
         width = max(len(row.tokens) - row.first for row in rows)
         mask = torch.cat([prefix_mask, mask], dim=1)
-        self._hand_out(rows, list(self._forward(ids, mask, positions, cache, keep=width)))
+        return self._scores(rows, self._forward(ids, mask, positions, cache, keep=width))
 
-    def _hand_out(self, rows: Sequence[Row], logits: Sequence[torch.Tensor]) -> None:
-        """Keep the scores of all requests of `rows`; each of `logits` ends with the row's: [some, vocabulary]."""
+    def _scores(self, rows: Sequence[Row], logits: Iterable[torch.Tensor]) -> dict[int, Scored]:
+        """The scores of all requests of `rows`; each of `logits` ends with the row's: [some, vocabulary]."""
         scores: dict[int, Scored] = {}
         for row, its in zip(rows, logits, strict=True):
             log_probabilities = its.float().log_softmax(-1)
@@ -278,8 +265,9 @@ class _Reader:
                 chosen = log_probabilities[-len(target) :].gather(-1, target[:, None])
                 greedy = bool((likeliest[-len(target) :] == target).all())
                 scores[i] = (float(chosen.sum()), greedy)
-        self.keep(scores)
+        return scores
 
+    @torch.no_grad()
     def _forward(
         self,
         ids: torch.Tensor,
@@ -301,13 +289,17 @@ class _Reader:
         logits: torch.Tensor = self.model(**arguments).logits
         return logits[:, -keep:]
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask, padded on the left: [rows, longest]."""
-        longest = max(len(row) for row in rows)
-        ids = [[self.pad_id] * (longest - len(row)) + list(row) for row in rows]
-        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    def _padded(
+        self, rows: Sequence[Sequence[int]], side: str = "left"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask, padded on one side: [rows, longest]."""
+        ids = [torch.tensor(row) for row in rows]
+        ones = [torch.ones_like(row) for row in ids]
         device = self.model.device
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+        return (
+            pad_sequence(ids, True, self.pad_id, side).to(device),
+            pad_sequence(ones, True, 0, side).to(device),
+        )
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import gc
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -43,6 +43,21 @@ def size(item: int) -> int:
     return item
 
 
+def run(
+    limited: BatchLimit,
+    items: Sequence[Any],
+    length: Callable[[Any], int],
+    work: Callable[[Any], object],
+) -> list[Any]:
+    """All that is yielded: each batch that was done."""
+
+    def yielding(batch: Sequence[Any]) -> Iterator[Any]:
+        work(batch)
+        yield batch
+
+    return list(limited.run(items, length, yielding))
+
+
 def limit(rows: int = 10**6, tokens: int = 10**6) -> BatchLimit:
     return BatchLimit(rows, tokens, Listener())
 
@@ -57,44 +72,44 @@ def warnings(limited: BatchLimit) -> list[str]:
 
 def test_the_longest_come_first_whatever_the_order() -> None:
     worker = Worker()
-    limit(rows=2).run([3, 9, 1, 7, 5], size, worker)
-    assert worker.done == [[9, 7], [5, 3], [1]]
+    found = run(limit(rows=2), [3, 9, 1, 7, 5], size, worker)
+    assert found == worker.done == [[9, 7], [5, 3], [1]]
 
 
 def test_items_of_one_length_keep_their_order() -> None:
     done: list[str] = []
-    limit(rows=2).run(["bb", "a1", "ccc", "a2", "dd"], len, done.extend)
+    run(limit(rows=2), ["bb", "a1", "ccc", "a2", "dd"], len, done.extend)
     assert done == ["ccc", "bb", "a1", "a2", "dd"]
 
 
 def test_a_batch_is_bounded_by_its_tokens_padding_included() -> None:
     worker = Worker()
-    limit(tokens=20).run([10, 9, 6, 6, 6, 1, 1], size, worker)
+    run(limit(tokens=20), [10, 9, 6, 6, 6, 1, 1], size, worker)
     assert worker.done == [[10, 9], [6, 6, 6], [1, 1]]
     assert all(len(batch) * max(batch) <= 20 for batch in worker.done)
 
 
 def test_a_sequence_that_is_too_long_goes_alone() -> None:
     worker = Worker()
-    limit(tokens=20).run([50, 21, 20, 10, 10], size, worker)
+    run(limit(tokens=20), [50, 21, 20, 10, 10], size, worker)
     assert worker.done == [[50], [21], [20], [10, 10]]
 
 
 def test_items_of_no_length_are_bounded_by_rows_alone() -> None:
     worker = Worker()
-    limit(rows=3, tokens=2).run([0, 0, 0], size, worker)
+    run(limit(rows=3, tokens=2), [0, 0, 0], size, worker)
     assert worker.done == [[0, 0], [0]]
 
 
 def test_nothing_to_do_is_nothing_done() -> None:
     worker = Worker()
-    limit().run([], size, worker)
+    run(limit(), [], size, worker)
     assert worker.tried == []
 
 
 def test_a_number_of_rows_that_was_typed_is_kept_however_long_they_are() -> None:
     worker = Worker()
-    BatchLimit.of_rows(3, Silent()).run([10**12] * 7, size, worker)
+    run(BatchLimit.of_rows(3, Silent()), [10**12] * 7, size, worker)
     assert [*map(len, worker.done)] == [3, 3, 1]
 
 
@@ -102,7 +117,7 @@ def test_a_number_of_rows_that_was_typed_is_kept_however_long_they_are() -> None
 def test_an_automatic_limit_takes_more_short_sequences_than_long_ones(device: str) -> None:
     worker = Worker()
     found = BatchLimit.automatic(torch.device(device), Silent())
-    found.run([4096] * 5 + [8] * 5000, size, worker)
+    run(found, [4096] * 5 + [8] * 5000, size, worker)
     assert len(worker.done[0]) < len(worker.done[-2]) <= found.rows
     assert max(len(batch) * max(batch) for batch in worker.done) <= found.tokens
 
@@ -114,20 +129,21 @@ def test_an_automatic_limit_takes_more_short_sequences_than_long_ones(device: st
 def test_out_of_memory_halves_for_good_and_every_item_is_done_once(rows: int) -> None:
     items = [*range(1, 38)]
     limited, worker = limit(rows=16), Worker(rows=rows)
-    limited.run(items, size, worker)
-    assert [i for batch in worker.done for i in batch] == items[::-1]
+    found = run(limited, items, size, worker)
+    assert found == worker.done
+    assert [i for batch in found for i in batch] == items[::-1]
     failed = [len(batch) for batch in worker.tried if batch not in worker.done]
     assert failed == [n for n in (16, 8, 4, 2) if n > rows]
     assert len(warnings(limited)) == len(failed)
     assert limited.rows == max(n for n in (1, 2, 4, 8, 16) if n <= rows)
     again = Worker()  # the next work does not try again what did not fit
-    limited.run([1, 1, 1, 1, 1], size, again)
+    run(limited, [1, 1, 1, 1, 1], size, again)
     assert len(again.done[0]) == min(limited.rows, 5)
 
 
 def test_a_halving_is_said_aloud() -> None:
     limited = limit(rows=8)
-    limited.run([7, *[5] * 9], size, Worker(rows=2))
+    run(limited, [7, *[5] * 9], size, Worker(rows=2))
     assert warnings(limited) == [
         "Out of memory with 8 sequences of up to 7 tokens; going on with 4 at a time.",
         "Out of memory with 4 sequences of up to 7 tokens; going on with 2 at a time.",
@@ -136,7 +152,7 @@ def test_a_halving_is_said_aloud() -> None:
 
 def test_where_tokens_are_bounded_short_sequences_still_go_many_at_a_time_after_a_halving() -> None:
     limited, worker = limit(tokens=1000), Worker(tokens=600)
-    limited.run([100] * 12 + [10] * 12, size, worker)
+    run(limited, [100] * 12 + [10] * 12, size, worker)
     assert [*map(len, worker.done)] == [5, 5, 5, 9]
     assert (limited.rows, limited.tokens) == (10**6, 500)
 
@@ -151,7 +167,7 @@ def test_a_limit_never_grows() -> None:
         (1, math.inf),
     ]:
         before = (limited.rows, limited.tokens)
-        limited.run([*range(1, 90)], size, Worker(rows, tokens))
+        run(limited, [*range(1, 90)], size, Worker(rows, tokens))
         assert limited.rows <= before[0]
         assert limited.tokens <= before[1]
     assert limited.tokens < 200
@@ -160,7 +176,7 @@ def test_a_limit_never_grows() -> None:
 def test_a_single_item_that_does_not_fit_is_told_with_what_to_type() -> None:
     limited, worker = limit(rows=4), Worker(tokens=50)
     with pytest.raises(ResourceError, match="single sequence of 77 tokens") as caught:
-        limited.run([77, 12, 12, 12, 12], size, worker)
+        run(limited, [77, 12, 12, 12, 12], size, worker)
     for told in ("--bits 4", "--num-fewshot", "a smaller model"):
         assert told in str(caught.value)
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
@@ -184,7 +200,7 @@ def test_the_tensors_of_a_failed_batch_are_free_before_the_next_one() -> None:
 
     gc.disable()
     try:
-        limit(rows=8).run([5] * 8, size, work)
+        run(limit(rows=8), [5] * 8, size, work)
     finally:
         gc.enable()
     assert len(alive) == 3 + 8
@@ -214,7 +230,7 @@ def test_other_errors_pass_through_at_once(error: BaseException, rows: int) -> N
 
     limited = limit(rows=rows)
     with pytest.raises(type(error)) as caught:
-        limited.run([1, 2, 3, 4], size, work)
+        run(limited, [1, 2, 3, 4], size, work)
     assert caught.value is error
     assert tried == [rows]
     assert (limited.rows, warnings(limited)) == (rows, [])
@@ -231,7 +247,7 @@ def nested(
     def work(prefixes: Sequence[int]) -> None:
         outer(prefixes)
         rows = [(prefix, i) for prefix in prefixes for i in range(4)]
-        limited.run(rows, lambda row: 3, lambda batch: inner(batch, len(prefixes)))
+        run(limited, rows, lambda row: 3, lambda batch: inner(batch, len(prefixes)))
 
     return work
 
@@ -245,7 +261,7 @@ def test_work_may_run_batches_of_its_own() -> None:
             raise torch.OutOfMemoryError(CUDA_FULL)
         done.extend(batch)
 
-    limited.run([*range(10, 20)], lambda _: 3, nested(limited, prefixes, inner))
+    run(limited, [*range(10, 20)], lambda _: 3, nested(limited, prefixes, inner))
     assert sorted(done) == [(prefix, i) for prefix in range(10, 20) for i in range(4)]
     assert [*map(len, prefixes.done)] == [8, 2]  # the rows shrank, and with them what came next
     assert limited.rows == 2
@@ -261,7 +277,7 @@ def test_a_single_row_that_does_not_fit_beside_many_prefixes_is_tried_beside_few
             raise torch.OutOfMemoryError(CUDA_FULL)
         done.update(batch)
 
-    limited.run([*range(10, 18)], size, nested(limited, prefixes, inner))
+    run(limited, [*range(10, 18)], size, nested(limited, prefixes, inner))
     assert sorted(done) == [(prefix, i) for prefix in range(10, 18) for i in range(4)]
     assert len(prefixes.done[0]) == 8
     assert limited.rows == 2  # what the rows were halved to in vain is forgotten
@@ -274,7 +290,7 @@ def test_a_row_that_does_not_fit_beside_a_single_prefix_is_told() -> None:
         raise torch.OutOfMemoryError(CUDA_FULL)
 
     with pytest.raises(ResourceError, match="single sequence of 3 tokens") as caught:
-        limited.run([10, 11], size, nested(limited, Worker(), inner))
+        run(limited, [10, 11], size, nested(limited, Worker(), inner))
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
 
 

@@ -15,9 +15,9 @@ from lm_eval.models.huggingface import HFLM
 from prefixtune_cli import model as models
 from prefixtune_cli.errors import DataError, ModelError, UsageError
 from prefixtune_cli.evaluate import benchmarks
+from prefixtune_cli.evaluate.answer_cache import AnswerCache
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.catalogue import Catalogue, load_catalogue
-from prefixtune_cli.evaluate.finished import Finished
 from prefixtune_cli.evaluate.language_model import BenchmarkLM
 from prefixtune_cli.evaluate.outcome import BASE
 from prefixtune_cli.evaluate.tasks import (
@@ -193,7 +193,7 @@ def theirs(tiny: tuple[Any, Any], benchmark: Benchmark) -> benchmarks.Answered:
 
 
 def ours(lm: BenchmarkLM, tiny: tuple[Any, Any], benchmark: Benchmark) -> benchmarks.Answered:
-    lm.turn(benchmark.name, BASE, tiny[0], Finished(None, {}), benchmark.versions)
+    lm.turn(benchmark.name, BASE, tiny[0], AnswerCache(None, {}), benchmark.versions)
     return benchmarks.answer(lm, benchmark, Rendering())
 
 
@@ -240,7 +240,7 @@ def test_long_texts_are_scored_window_by_window_as_lm_eval_does(
     own = HFLM(pretrained=base, tokenizer=tokenizer, batch_size=2, max_length=128)
     expected = own.loglikelihood_rolling(requests, disable_tqdm=True)
     lm._max_length = 128
-    lm.turn("text", BASE, base, Finished(None, {}), {})
+    lm.turn("text", BASE, base, AnswerCache(None, {}), {})
     assert lm.loglikelihood_rolling(requests) == pytest.approx(expected, abs=1e-2)
 
 
@@ -262,7 +262,7 @@ def test_without_a_context_the_start_of_a_text_stands_in(
     expected = HFLM(pretrained=base, tokenizer=tokenizer, batch_size=2).loglikelihood(
         requests, disable_tqdm=True
     )
-    lm.turn("text", BASE, base, Finished(None, {}), {})
+    lm.turn("text", BASE, base, AnswerCache(None, {}), {})
     found = lm.loglikelihood(requests)
     assert [s for s, _ in found] == pytest.approx([s for s, _ in expected], abs=1e-3)
 

@@ -13,15 +13,17 @@ from prefixtune_cli import model as models
 from prefixtune_cli.data.encode import start_ids
 from prefixtune_cli.errors import DataError, UsageError
 from prefixtune_cli.evaluate import forgetting
+from prefixtune_cli.evaluate.answer_cache import AnswerCache
 from prefixtune_cli.evaluate.batches import BatchLimit
-from prefixtune_cli.evaluate.finished import Finished
 from prefixtune_cli.evaluate.forgetting import Text, compare, prepare
 from prefixtune_cli.evaluate.losses import Judged
+from prefixtune_cli.evaluate.scorer import Scorer
 from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.schema import ModelSection, PrefixTuningPlus
 from prefixtune_cli.tokenizer import load_tokenizer
 
 PROSE = "The ferry — it left at nine — was late, and nobody on the quay in Tromsø cared.\n" * 9
+NOTHING_KEPT = AnswerCache(None, {})
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +60,10 @@ class Startless:
 
 
 def judge(
-    model: Any, tokenizer: Any, text: Text, finished: Finished | None = None, rows: int = 4
+    model: Any, tokenizer: Any, text: Text, cache: AnswerCache = NOTHING_KEPT, rows: int = 4
 ) -> Judged:
-    return forgetting.judge(
-        model,
-        tokenizer,
-        text,
-        limit=BatchLimit.of_rows(rows, Silent()),
-        finished=finished or Finished(None, {}),
-        name="base",
-        reporter=Silent(),
-    )
+    limit = BatchLimit.of_rows(rows, Silent())
+    return forgetting.judge(Scorer(model, tokenizer, limit, Silent(), cache), text, "base")
 
 
 @pytest.mark.parametrize("window", [2, 7, 50, 10_000])
@@ -188,17 +183,17 @@ def test_kept_windows_are_not_asked_for_again(
     base: Any, tokenizer: PreTrainedTokenizerBase, prose: Path, tmp_path: Path
 ) -> None:
     text = prepare(str(prose), tokenizer, 30, None)
-    first = judge(base, tokenizer, text, Finished(tmp_path / "kept", {"model": "base"}))
+    first = judge(base, tokenizer, text, AnswerCache(tmp_path / "kept", {"model": "base"}))
 
     def refuse(*_: Any) -> None:
         raise AssertionError("asked again")
 
     handle = base.register_forward_pre_hook(refuse)
     try:
-        kept = Finished(tmp_path / "kept", {"model": "base"})
+        kept = AnswerCache(tmp_path / "kept", {"model": "base"})
         assert judge(base, tokenizer, text, kept) == first
         with pytest.raises(AssertionError, match="asked again"):
-            judge(base, tokenizer, text, Finished(tmp_path / "kept", {"model": "x"}))
+            judge(base, tokenizer, text, AnswerCache(tmp_path / "kept", {"model": "x"}))
     finally:
         handle.remove()
 

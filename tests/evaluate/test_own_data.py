@@ -17,15 +17,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefixtune_cli import model as models
 from prefixtune_cli.errors import DataError, UsageError
 from prefixtune_cli.evaluate import own_data
+from prefixtune_cli.evaluate.answer_cache import AnswerCache
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.confusion_plot import draw_confusion
-from prefixtune_cli.evaluate.finished import Finished
 from prefixtune_cli.evaluate.labels import macro_f1
 from prefixtune_cli.evaluate.losses import Judged
 from prefixtune_cli.evaluate.matching import EXACT_MATCH_RULE
 from prefixtune_cli.evaluate.outcome import Line, Outcome
 from prefixtune_cli.evaluate.own_data import OwnData, compare
 from prefixtune_cli.evaluate.questions import Question
+from prefixtune_cli.evaluate.scorer import Scorer
 from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.schema import (
     DataSection,
@@ -35,6 +36,7 @@ from prefixtune_cli.recipe.schema import (
 )
 from prefixtune_cli.tokenizer import load_tokenizer
 
+NOTHING_KEPT = AnswerCache(None, {})
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -130,20 +132,13 @@ def judge(
     model: Any,
     tokenizer: Any,
     data: OwnData,
-    finished: Finished | None = None,
+    cache: AnswerCache = NOTHING_KEPT,
     listener: Listener | None = None,
     rows: int = 16,
 ) -> Judged:
     listener = listener or Listener()
-    return own_data.judge(
-        model,
-        tokenizer,
-        data,
-        limit=BatchLimit.of_rows(rows, listener),
-        finished=finished or Finished(None, {}),
-        name="base",
-        reporter=listener,
-    )
+    limit = BatchLimit.of_rows(rows, listener)
+    return own_data.judge(Scorer(model, tokenizer, limit, listener, cache), data, "base")
 
 
 def pairs(*answers: str) -> list[dict[str, str]]:
@@ -216,12 +211,12 @@ def test_kept_answers_are_not_asked_for_again(
     adapted: Any, tokenizer: PreTrainedTokenizerBase, colours: Path, tmp_path: Path
 ) -> None:
     data = prepare(str(colours), tokenizer, limit=10)
-    kept = Finished(tmp_path, {"model": "base"})
+    kept = AnswerCache(tmp_path, {"model": "base"})
     first = judge(adapted, tokenizer, data, kept)
     with before_each_pass(adapted, refuse):
-        assert judge(adapted, tokenizer, data, Finished(tmp_path, {"model": "base"})) == first
+        assert judge(adapted, tokenizer, data, AnswerCache(tmp_path, {"model": "base"})) == first
         with pytest.raises(AssertionError, match="asked again"):
-            judge(adapted, tokenizer, data, Finished(tmp_path, {"model": "adapter"}))
+            judge(adapted, tokenizer, data, AnswerCache(tmp_path, {"model": "adapter"}))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +235,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_rows_that_are_missing(
     tmp_path: Path,
 ) -> None:
     data = prepared(pairs(*[f"answer {i}" for i in range(7)]))
-    kept = Finished(tmp_path / "kept", {})
+    kept = AnswerCache(tmp_path / "kept", {})
     listener = Listener()
 
     def interrupt(rows: int) -> None:
@@ -268,7 +263,7 @@ def test_a_request_holds_all_that_its_answer_depends_on(
     tmp_path: Path,
 ) -> None:
     data = prepared(pairs("RED", "BLUE"))
-    kept = Finished(tmp_path / "kept", {})
+    kept = AnswerCache(tmp_path / "kept", {})
     judge(adapted, tokenizer, data, kept)
     if "examples" in change:  # other labels on the same tokens
         change["examples"] = [{**e, "labels": e["input_ids"]} for e in data.examples]

@@ -43,7 +43,8 @@ def questions(seed: int = 0) -> list[Request]:
 
 def scores(model: Any, requests: list[Request], limit: BatchLimit, longest: int) -> list[Scored]:
     found: dict[int, Scored] = {}
-    log_likelihoods(model, requests, max_length=longest, pad_id=0, limit=limit, keep=found.update)
+    for some in log_likelihoods(model, requests, max_length=longest, pad_id=0, limit=limit):
+        found.update(some)
     return [found[i] for i in range(len(requests))]
 
 

@@ -9,17 +9,17 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prefixtune_cli.errors import ResourceError
-from prefixtune_cli.evaluate.finished import Finished, Keep, check_room, default_folder, digest
+from prefixtune_cli.evaluate.answer_cache import AnswerCache, check_room, default_folder, digest
 
 SUBJECT = {"base": "b1", "bits": 16, "adapter": "a1", "task": {"version": 2}}
-Answer = Callable[[list[int], Keep], None]
+Answers = Iterator[dict[int, Any]]
 
 
 class Asked:
@@ -29,13 +29,13 @@ class Asked:
         self.value = value
         self.missing: list[int] = []
 
-    def __call__(self, missing: list[int], keep: Keep) -> None:
+    def __call__(self, missing: list[int]) -> Answers:
         self.missing += missing
         for i in missing:
-            keep({i: self.value(i)})
+            yield {i: self.value(i)}
 
 
-def refuse(missing: list[int], keep: Keep) -> None:
+def refuse(missing: list[int]) -> Answers:
     raise AssertionError(f"asked again for {missing}")
 
 
@@ -44,7 +44,7 @@ def script(body: str, *arguments: object, before: tuple[str, ...] = ()) -> subpr
     head = (
         "import json, os, signal, sys, time\nfrom pathlib import Path\n"
         "from prefixtune_cli.errors import ResourceError\n"
-        "from prefixtune_cli.evaluate.finished import Finished\n"
+        "from prefixtune_cli.evaluate.answer_cache import AnswerCache\n"
         "folder = Path(sys.argv[1])\n"
     )
     return subprocess.Popen(
@@ -57,70 +57,70 @@ def script(body: str, *arguments: object, before: tuple[str, ...] = ()) -> subpr
 
 def test_only_missing_requests_are_asked_for(tmp_path: Path) -> None:
     first = Asked(lambda i: f"answer {i}")
-    assert Finished(tmp_path, SUBJECT).complete(["a", "b"], first) == ["answer 0", "answer 1"]
+    assert AnswerCache(tmp_path, SUBJECT).complete(["a", "b"], first) == ["answer 0", "answer 1"]
     second = Asked(lambda i: f"another {i}")
-    found = Finished(tmp_path, SUBJECT).complete(["c", "b", "d", "a"], second)
+    found = AnswerCache(tmp_path, SUBJECT).complete(["c", "b", "d", "a"], second)
     assert second.missing == [0, 2]
     assert found == ["another 0", "answer 1", "another 2", "answer 0"]
-    assert Finished(tmp_path, SUBJECT).complete([*"abcd"], refuse) == [
+    assert AnswerCache(tmp_path, SUBJECT).complete([*"abcd"], refuse) == [
         "answer 0", "answer 1", "another 0", "another 2",
     ]  # fmt: skip
-    assert Finished(tmp_path, SUBJECT).complete([], refuse) == []
+    assert AnswerCache(tmp_path, SUBJECT).complete([], refuse) == []
 
 
 def test_equal_requests_share_a_kept_answer(tmp_path: Path) -> None:
-    finished = Finished(tmp_path, SUBJECT)
-    finished.complete([{"a": 1, "b": 2}], Asked())
-    assert finished.complete([{"b": 2, "a": 1}, {"a": 1, "b": 2}], refuse) == [0, 0]
+    cache = AnswerCache(tmp_path, SUBJECT)
+    cache.complete([{"a": 1, "b": 2}], Asked())
+    assert cache.complete([{"b": 2, "a": 1}, {"a": 1, "b": 2}], refuse) == [0, 0]
 
 
 def test_an_answer_that_is_null_is_an_answer(tmp_path: Path) -> None:
-    Finished(tmp_path, SUBJECT).complete(["a"], Asked(lambda i: None))
-    assert Finished(tmp_path, SUBJECT).complete(["a"], refuse) == [None]
+    AnswerCache(tmp_path, SUBJECT).complete(["a"], Asked(lambda i: None))
+    assert AnswerCache(tmp_path, SUBJECT).complete(["a"], refuse) == [None]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError, MemoryError])
 def test_what_was_kept_before_an_exception_is_there_after_it(
     tmp_path: Path, error: type[BaseException]
 ) -> None:
-    def answer(missing: list[int], keep: Keep) -> None:
-        keep({3: "three", 0: "zero"})
-        keep({1: "one"})
+    def answer(missing: list[int]) -> Answers:
+        yield {3: "three", 0: "zero"}
+        yield {1: "one"}
         raise error
 
-    finished = Finished(tmp_path, SUBJECT)
+    cache = AnswerCache(tmp_path, SUBJECT)
     with pytest.raises(error):
-        finished.complete([*"abcde"], answer)
+        cache.complete([*"abcde"], answer)
     rest = Asked(lambda i: f"late {i}")
-    found = finished.complete([*"abcde"], rest)
+    found = cache.complete([*"abcde"], rest)
     assert rest.missing == [2, 4]
     assert found == ["zero", "one", "late 2", "three", "late 4"]
 
 
 def test_an_answer_that_cannot_be_written_down_takes_no_other_with_it(tmp_path: Path) -> None:
-    def answer(missing: list[int], keep: Keep) -> None:
-        keep({0: "kept"})
-        keep({1: "half of a batch", 2: object()})
+    def answer(missing: list[int]) -> Answers:
+        yield {0: "kept"}
+        yield {1: "half of a batch", 2: object()}
 
     with pytest.raises(TypeError):
-        Finished(tmp_path, SUBJECT).complete([*"abc"], answer)
+        AnswerCache(tmp_path, SUBJECT).complete([*"abc"], answer)
     rest = Asked()
-    assert Finished(tmp_path, SUBJECT).complete([*"abc"], rest) == ["kept", 1, 2]
+    assert AnswerCache(tmp_path, SUBJECT).complete([*"abc"], rest) == ["kept", 1, 2]
     assert rest.missing == [1, 2]
 
 
 def test_what_was_kept_survives_a_killed_process(tmp_path: Path) -> None:
     killed = script(
-        "def answer(missing, keep):\n"
-        "    keep({0: 'zero', 1: 'one'})\n"
+        "def answer(missing):\n"
+        "    yield {0: 'zero', 1: 'one'}\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Finished(folder, {'adapter': 'a'}).complete([*'abc'], answer)\n",
+        "AnswerCache(folder, {'adapter': 'a'}).complete([*'abc'], answer)\n",
         tmp_path,
     )
     _, said = killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL, said
     rest = Asked()
-    assert Finished(tmp_path, {"adapter": "a"}).complete([*"abc"], rest) == ["zero", "one", 2]
+    assert AnswerCache(tmp_path, {"adapter": "a"}).complete([*"abc"], rest) == ["zero", "one", 2]
     assert rest.missing == [2]
 
 
@@ -137,18 +137,18 @@ def test_what_was_kept_survives_a_killed_process(tmp_path: Path) -> None:
     ],
 )
 def test_another_subject_never_reads_old_answers(tmp_path: Path, change: Mapping[str, Any]) -> None:
-    Finished(tmp_path, SUBJECT).complete(["a"], Asked(lambda i: "old"))
+    AnswerCache(tmp_path, SUBJECT).complete(["a"], Asked(lambda i: "old"))
     asked = Asked(lambda i: "new")
-    assert Finished(tmp_path, {**SUBJECT, **change}).complete(["a"], asked) == ["new"]
+    assert AnswerCache(tmp_path, {**SUBJECT, **change}).complete(["a"], asked) == ["new"]
     assert asked.missing == [0]
-    assert Finished(tmp_path, SUBJECT).complete(["a"], refuse) == ["old"]
+    assert AnswerCache(tmp_path, SUBJECT).complete(["a"], refuse) == ["old"]
     assert len([*tmp_path.iterdir()]) == 2
 
 
 def test_a_subject_does_not_depend_on_the_order_of_its_settings(tmp_path: Path) -> None:
-    Finished(tmp_path, SUBJECT).complete(["a"], Asked())
+    AnswerCache(tmp_path, SUBJECT).complete(["a"], Asked())
     turned = dict(reversed(SUBJECT.items()))
-    assert Finished(tmp_path, turned).complete(["a"], refuse) == [0]
+    assert AnswerCache(tmp_path, turned).complete(["a"], refuse) == [0]
 
 
 def test_floats_and_texts_survive_exactly(tmp_path: Path) -> None:
@@ -156,8 +156,8 @@ def test_floats_and_texts_survive_exactly(tmp_path: Path) -> None:
     texts = ["", "Tromsø 日本語 🙂", "a\x00b\r\n\u2028\t", "alone \ud800", '"\\', "x" * 10**6]
     answers = [*floats, *texts, [-12.5, True], {"ø": [None, 2**70]}]
     requests = [*range(len(answers))]
-    fresh = Finished(tmp_path, SUBJECT).complete(requests, Asked(lambda i: answers[i]))
-    kept = Finished(tmp_path, SUBJECT).complete(requests, refuse)
+    fresh = AnswerCache(tmp_path, SUBJECT).complete(requests, Asked(lambda i: answers[i]))
+    kept = AnswerCache(tmp_path, SUBJECT).complete(requests, refuse)
     assert [*map(repr, kept)] == [*map(repr, fresh)] == [*map(repr, answers)]
 
 
@@ -167,15 +167,15 @@ def test_requests_of_any_text_are_told_apart(tmp_path: Path) -> None:
         ["a", "b"], ["ab"], ["a", ["b"]], {"a": "b"}, "日" * 10_000, "日" * 9_999,
     ]  # fmt: skip
     assert len({digest(request) for request in requests}) == len(requests)
-    Finished(tmp_path, SUBJECT).complete(requests, Asked())
-    assert Finished(tmp_path, SUBJECT).complete(requests, refuse) == [*range(len(requests))]
+    AnswerCache(tmp_path, SUBJECT).complete(requests, Asked())
+    assert AnswerCache(tmp_path, SUBJECT).complete(requests, refuse) == [*range(len(requests))]
 
 
 def test_without_a_folder_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         asked = Asked(lambda i: f"answer {i}")
-        assert Finished(None, SUBJECT).complete(["a", "a"], asked) == ["answer 0", "answer 1"]
+        assert AnswerCache(None, SUBJECT).complete(["a", "a"], asked) == ["answer 0", "answer 1"]
         assert asked.missing == [0, 1]
     assert [*tmp_path.iterdir()] == []
 
@@ -207,26 +207,26 @@ def empty():
     else:
         (folder / "filler").unlink()
 
-def answer(missing, keep):
-    keep({i: f"early {i}" for i in missing[:20]})
+def answer(missing):
+    yield {i: f"early {i}" for i in missing[:20]}
     full()
     for i in missing[20:]:
-        keep({i: "late" * 200})
+        yield {i: "late" * 200}
 
 def attempt(subject, requests, answer):
     try:
-        return Finished(folder, subject).complete(requests, answer)
+        return AnswerCache(folder, subject).complete(requests, answer)
     except ResourceError as error:
         return str(error)
 
 requests = [f"request {i}" for i in range(200)]
 told = attempt({"adapter": "a"}, requests, answer)
 other = attempt({"adapter": "b"}, requests, answer)
-read = attempt({"adapter": "a"}, requests[:20], lambda missing, keep: asked.append("again"))
+read = attempt({"adapter": "a"}, requests[:20], lambda missing: asked.append("again"))
 empty()
-def rest(missing, keep):
+def rest(missing):
     asked.append(missing)
-    keep({i: f"rest {i}" for i in missing})
+    yield {i: f"rest {i}" for i in missing}
 whole = attempt({"adapter": "a"}, requests, rest)
 print(json.dumps({"told": told, "other": other, "read": read, "asked": asked, "whole": whole}))
 """
@@ -269,46 +269,44 @@ def test_a_full_disk_is_told_and_what_was_kept_stays_readable(tmp_path: Path, ho
 
 
 def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) -> None:
-    finished = Finished(tmp_path, SUBJECT)
-    assert finished.file is not None
+    cache = AnswerCache(tmp_path, SUBJECT)
+    assert cache.file is not None
     for content in (b"not a database, but a text that somebody put there\n" * 50, b"SQLite"):
-        finished.file.write_bytes(content)
+        cache.file.write_bytes(content)
         with pytest.raises(ResourceError, match="file is not a database") as caught:
-            finished.complete(["a"], refuse)
-        assert str(finished.file) in str(caught.value)
+            cache.complete(["a"], refuse)
+        assert str(cache.file) in str(caught.value)
         assert "Remove it" in str(caught.value) and "--no-cache" in str(caught.value)
-        assert finished.file.read_bytes() == content
+        assert cache.file.read_bytes() == content
 
 
 def test_a_database_that_is_damaged_in_its_middle_is_refused(tmp_path: Path) -> None:
-    finished = Finished(tmp_path, SUBJECT)
+    cache = AnswerCache(tmp_path, SUBJECT)
     requests = [*range(500)]
-    finished.complete(
-        requests, lambda missing, keep: keep({i: f"answer {i}" * 20 for i in missing})
-    )
-    assert finished.file is not None
-    content = finished.file.read_bytes()
-    finished.file.write_bytes(content[:8192] + b"\xa5" * (len(content) - 8192))
+    cache.complete(requests, lambda missing: [{i: f"answer {i}" * 20 for i in missing}])
+    assert cache.file is not None
+    content = cache.file.read_bytes()
+    cache.file.write_bytes(content[:8192] + b"\xa5" * (len(content) - 8192))
     with pytest.raises(ResourceError, match="malformed"):
-        finished.complete(requests, refuse)
+        cache.complete(requests, refuse)
 
 
 def test_a_database_of_another_program_is_refused(tmp_path: Path) -> None:
-    finished = Finished(tmp_path, SUBJECT)
-    assert finished.file is not None
-    with sqlite3.connect(finished.file) as database:
+    cache = AnswerCache(tmp_path, SUBJECT)
+    assert cache.file is not None
+    with sqlite3.connect(cache.file) as database:
         database.execute("CREATE TABLE answers (question TEXT)")
     database.close()
     with pytest.raises(ResourceError, match="no such column"):
-        finished.complete(["a"], refuse)
+        cache.complete(["a"], refuse)
 
 
 def test_a_folder_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
-    finished = Finished(tmp_path, SUBJECT)
-    assert finished.file is not None
-    finished.file.mkdir()
+    cache = AnswerCache(tmp_path, SUBJECT)
+    assert cache.file is not None
+    cache.file.mkdir()
     with pytest.raises(ResourceError, match="unable to open database file"):
-        finished.complete(["a"], refuse)
+        cache.complete(["a"], refuse)
 
 
 def test_there_is_room_for_a_usual_evaluation_and_nothing_is_left_behind(tmp_path: Path) -> None:
@@ -334,7 +332,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, place: str) -> 
     assert f"cannot be kept in {folder}" in str(caught.value)
     assert "--cache FOLDER" in str(caught.value) and "--no-cache" in str(caught.value)
     with pytest.raises(ResourceError, match=reason):
-        Finished(folder, SUBJECT).complete(["a"], refuse)
+        AnswerCache(folder, SUBJECT).complete(["a"], refuse)
     assert (tmp_path / "file").read_text() == "here"
 
 
@@ -349,16 +347,16 @@ def test_a_folder_that_may_not_be_written_to_is_refused() -> None:
 
 
 def test_a_file_that_another_process_writes_to_is_waited_for(tmp_path: Path) -> None:
-    finished = Finished(tmp_path, SUBJECT)
-    finished.complete(["a"], Asked())
-    assert finished.file is not None
-    other = sqlite3.connect(finished.file, check_same_thread=False, isolation_level=None)
+    cache = AnswerCache(tmp_path, SUBJECT)
+    cache.complete(["a"], Asked())
+    assert cache.file is not None
+    other = sqlite3.connect(cache.file, check_same_thread=False, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     other.execute("INSERT INTO answers VALUES ('key', '1')")
     release = threading.Timer(0.5, other.commit)
     release.start()
     asked = Asked()
-    assert finished.complete(["a", "b"], asked) == [0, 1]
+    assert cache.complete(["a", "b"], asked) == [0, 1]
     assert asked.missing == [1]
     release.join()
     other.close()
@@ -370,10 +368,10 @@ requests = [f"shared {i}" for i in range(60)] + [f"{name} {i}" for i in range(60
 (together / name).touch()
 while len(list(together.iterdir())) < 3:
     time.sleep(0.001)
-def answer(missing, keep):
+def answer(missing):
     for i in missing:
-        keep({i: requests[i].upper()})
-assert Finished(folder, {"adapter": "a"}).complete(requests, answer) == [r.upper() for r in requests]
+        yield {i: requests[i].upper()}
+assert AnswerCache(folder, {"adapter": "a"}).complete(requests, answer) == [r.upper() for r in requests]
 """
 
 
@@ -386,7 +384,7 @@ def test_several_processes_fill_one_file_and_none_loses_an_answer(tmp_path: Path
         _, said = process.communicate(timeout=120)
         assert process.returncode == 0, said
     requests = [f"{name} {i}" for name in ("shared", *names) for i in range(60)]
-    found = Finished(tmp_path / "kept", {"adapter": "a"}).complete(requests, refuse)
+    found = AnswerCache(tmp_path / "kept", {"adapter": "a"}).complete(requests, refuse)
     assert found == [request.upper() for request in requests]
 
 
@@ -397,7 +395,7 @@ def test_several_threads_fill_one_file_and_none_loses_an_answer(tmp_path: Path) 
     def evaluate(name: int) -> None:
         start.wait()
         requests = [*range(30), *(f"{name} {i}" for i in range(30))]
-        results[name] = Finished(tmp_path, SUBJECT).complete(requests, Asked())
+        results[name] = AnswerCache(tmp_path, SUBJECT).complete(requests, Asked())
 
     threads = [threading.Thread(target=evaluate, args=(name,)) for name in range(4)]
     for thread in threads:
@@ -406,4 +404,4 @@ def test_several_threads_fill_one_file_and_none_loses_an_answer(tmp_path: Path) 
         thread.join(timeout=120)
     assert results == {name: [*range(60)] for name in range(4)}
     requests = [f"{name} {i}" for name in range(4) for i in range(30)]
-    assert Finished(tmp_path, SUBJECT).complete(requests, refuse) == [*range(30, 60)] * 4
+    assert AnswerCache(tmp_path, SUBJECT).complete(requests, refuse) == [*range(30, 60)] * 4

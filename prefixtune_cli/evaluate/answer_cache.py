@@ -1,4 +1,4 @@
-"""Finished requests on disk, so that an interrupted evaluation goes on where it stopped.
+"""Losses and answers of finished requests on disk, so that an interrupted evaluation goes on where it stopped.
 
 One SQLite file for every subject: the base, its precision, the adapter's content, the task's version and all
 settings that an answer depends on. Another adapter is another subject, and so never reads an old answer. The
@@ -13,7 +13,7 @@ import json
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,8 @@ VERSION = 1  # raise it when the same request would be answered otherwise than b
 BYTES_A_REQUEST = 400
 MARGIN_BYTES = 4 * 2**20
 
-Keep = Callable[[Mapping[int, Any]], None]
 
-
-class Finished:
+class AnswerCache:
     """The answers of one subject.
 
     Args:
@@ -41,52 +39,50 @@ class Finished:
         self.subject = subject
 
     def complete(
-        self, requests: Sequence[Any], answer: Callable[[list[int], Keep], None]
+        self, requests: Sequence[Any], answer: Callable[[list[int]], Iterable[Mapping[int, Any]]]
     ) -> list[Any]:
         """The answers to `requests`, of which only those that are missing are asked for.
 
         Args:
             requests: each of JSON's types; equal requests share an answer, if the first is kept already.
-            answer: is given the indices of the missing ones and a function that keeps {index: answer}, answers of
-                JSON's types too; what it has kept is safe, whatever happens later.
+            answer: is given the indices of the missing ones, and yields {index: answer}, answers of JSON's types too;
+                what it has yielded is safe, whatever happens later.
 
         Raises:
             ResourceError: the disk is full, or the file is not one of ours.
         """
         found: dict[int, Any] = {}
         if self.file is None:
-            answer(list(range(len(requests))), found.update)
+            for answers in answer(list(range(len(requests)))):
+                found.update(answers)
             return [found[i] for i in range(len(requests))]
         keys = [digest(request) for request in requests]
         with self._open() as database:
-            with self._told():
+            with self._disk_errors_told():
                 for i, key in enumerate(keys):
                     row = database.execute(
                         "SELECT answer FROM answers WHERE key = ?", (key,)
                     ).fetchone()
                     if row is not None:
                         found[i] = json.loads(row[0])
-
-            def keep(answers: Mapping[int, Any]) -> None:
+            missing = [i for i in range(len(requests)) if i not in found]
+            for answers in answer(missing) if missing else ():
                 found.update(answers)
-                with self._told(), database:
+                with self._disk_errors_told(), database:
                     database.executemany(
                         "INSERT OR REPLACE INTO answers VALUES (?, ?)",
                         [(keys[i], json.dumps(value)) for i, value in answers.items()],
                     )
-
-            if missing := [i for i in range(len(requests)) if i not in found]:
-                answer(missing, keep)
         return [found[i] for i in range(len(requests))]
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         assert self.file is not None
-        with self._told():
+        with self._disk_errors_told():
             self.file.parent.mkdir(parents=True, exist_ok=True)
             database = sqlite3.connect(self.file, timeout=60)
         with contextlib.closing(database):
-            with self._told():
+            with self._disk_errors_told():
                 database.execute(
                     "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT)"
                 )
@@ -94,7 +90,7 @@ class Finished:
             yield database
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _disk_errors_told(self) -> Iterator[None]:
         try:
             yield
         except (sqlite3.Error, OSError) as error:

@@ -1,0 +1,171 @@
+"""A model that rows are put to: their losses, and its answers to questions.
+
+The same object scores held-out rows in training, the user's own data and plain text, the base and the adapter alike, so
+that two figures differ by the adapter alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefixtune_cli import model as models
+from prefixtune_cli.data.encode import MASKED
+from prefixtune_cli.evaluate.answer_cache import AnswerCache
+from prefixtune_cli.evaluate.batches import BatchLimit
+from prefixtune_cli.evaluate.questions import Question
+from prefixtune_cli.generate import answer_batched
+from prefixtune_cli.progress import Reporter
+from prefixtune_cli.sampling import Sampling
+
+Example = Mapping[str, Sequence[int]]  # input_ids and labels, MASKED where there is no loss
+Compute = Callable[[Sequence[int], Callable[[int], object]], Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """One model, and how it is asked.
+
+    Attributes:
+        model: a causal language model, adapted or not.
+        tokenizer: its tokenizer.
+        limit: of a batch.
+        reporter: is told how far the work is.
+        cache: has the model's earlier losses and answers, and keeps new ones batch by batch.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    limit: BatchLimit
+    reporter: Reporter
+    cache: AnswerCache = field(default_factory=lambda: AnswerCache(None, {}))
+
+    def losses(self, examples: Sequence[Example], task: str) -> list[tuple[float, int]]:
+        """Each row's cross-entropy in nats, summed over its predicted tokens, and how many these are.
+
+        Args:
+            examples: token ids and labels; the first token of a row is never predicted.
+            task: what the reporter calls the work.
+
+        Raises:
+            ResourceError: the memory does not suffice for a single row, or the disk for the cache.
+        """
+        found = self._complete(
+            [{"type": "loss", **example} for example in examples],
+            [len(example["input_ids"]) for example in examples],
+            lambda batch, _: self._losses([examples[i] for i in batch]),
+            task,
+        )
+        return [(nats, int(tokens)) for nats, tokens in found]
+
+    def answers(
+        self,
+        questions: Sequence[Question],
+        task: str,
+        *,
+        max_new_tokens: int,
+        end_id: int | None,
+    ) -> list[str]:
+        """Each question's likeliest answer, token by token, of at most `max_new_tokens`; `end_id` ends one.
+
+        `task` and what is raised are those of `losses`.
+        """
+
+        def answer(batch: Sequence[int], told: Callable[[int], object]) -> list[str]:
+            return answer_batched(
+                self.model,
+                self.tokenizer,
+                [questions[i].prompt for i in batch],
+                end_id=end_id,
+                sampling=Sampling(max_new_tokens=max_new_tokens),
+                batch_size=len(batch),
+                told=told,
+            )
+
+        how = {"max_new_tokens": max_new_tokens, "end_id": end_id}
+        return self._complete(
+            [{"type": "answer", "input_ids": q.prompt, **how} for q in questions],
+            [len(q.prompt) + max_new_tokens for q in questions],
+            answer,
+            task,
+        )
+
+    def _complete(
+        self, requests: Sequence[Any], lengths: Sequence[int], compute: Compute, task: str
+    ) -> list[Any]:
+        """What is kept for `requests`, and what `compute` gives for batches of the others.
+
+        `compute` gets the indices of a batch, and may tell how many of it are done before it returns.
+        """
+        with models.evaluating(self.model):
+            return self.cache.complete(
+                requests, lambda missing: self._batches(missing, lengths, compute, task)
+            )
+
+    def _batches(
+        self, rows: Sequence[int], lengths: Sequence[int], compute: Compute, task: str
+    ) -> Iterator[dict[int, Any]]:
+        """{row: value} of one batch after the other."""
+        done = 0
+
+        def told(more: int) -> None:
+            self.reporter.progress(task, done + more, len(rows), {})
+
+        def work(batch: Sequence[int]) -> Iterator[dict[int, Any]]:
+            def some(made: int) -> None:
+                if made < len(batch):  # the whole batch is told once it is kept
+                    told(made)
+
+            yield dict(zip(batch, compute(batch, some), strict=True))
+
+        if rows:
+            told(0)  # it has begun, though the first batch may take minutes
+        for found in self.limit.run(rows, lengths.__getitem__, work):
+            yield found
+            done += len(found)
+            told(0)
+
+    @torch.no_grad()
+    def _losses(self, batch: Sequence[Example]) -> list[list[float]]:
+        """[nats, predicted tokens] of each row; logits are computed where some row of the batch has a label.
+
+        They are compared in float32, whatever the model's precision.
+        """
+
+        def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+            found = [torch.tensor(row) for row in rows]
+            return pad_sequence(found, True, value).to(self.model.device)
+
+        ids = padded([row["input_ids"] for row in batch], self.tokenizer.pad_token_id or 0)
+        mask = padded([[1] * len(row["input_ids"]) for row in batch], 0)
+        targets = padded([row["labels"] for row in batch], MASKED)[:, 1:]
+        chosen = targets != MASKED
+        columns = chosen.any(dim=0).nonzero()[:, 0]
+        from_end = columns - ids.shape[1]  # as trained tokens may stand in front
+        given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        if _chooses_logits(self.model):
+            logits = self.model(**given, logits_to_keep=from_end).logits
+        else:
+            logits = self.model(**given).logits[:, from_end]
+        # Row by row: only one of them is held in float32.
+        nats = [
+            F.cross_entropy(row[picked].float(), wanted[picked], reduction="sum")
+            for row, wanted, picked in zip(
+                logits, targets[:, columns], chosen[:, columns], strict=True
+            )
+        ]
+        counts = chosen.sum(dim=1).tolist()
+        return [[n, float(c)] for n, c in zip(torch.stack(nats).tolist(), counts, strict=True)]
+
+
+def _chooses_logits(model: PreTrainedModel) -> bool:
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
