@@ -21,6 +21,7 @@ TOP_LEVEL = {
 
 DISTRIBUTIONS = {"lm_eval": "lm-eval",
     "yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "pydantic_core": "pydantic",
+    "sklearn": "scikit-learn",
 }  # fmt: skip
 
 

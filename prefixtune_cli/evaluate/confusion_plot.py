@@ -5,22 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
 
 OTHER = "other"
 MOST_COUNTED = 12  # with more labels, cells are too small for numbers
 LABEL_CHARACTERS = 40
 COLOURS = "Blues"  # lightness alone tells the shares apart, also for those who see fewer colours
-POINT = 1 / 72  # inches
-CHARACTER_WIDTH = 0.6  # of the font's size
 
 
 def draw_confusion(
@@ -36,66 +28,45 @@ def draw_confusion(
     os.environ.setdefault("MPLBACKEND", "Agg")
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
 
-    cell = min(max(0.17, 7 / (len(labels) + 1)), 0.75)  # inches
-    height, width = cell * len(labels), cell * (len(labels) + 1)
-    panel_width = max(width, 2.5)
-    title = 12 if width < 8 else 16  # points
-    figure = Figure(figsize=(panel_width * len(counts), height), dpi=110)
-    norm = PowerNorm(0.5, vmin=0, vmax=1)  # so that a few mistakes among many rows are seen
-    for i, (model, matrix) in enumerate(counts.items()):
-        left = i * (panel_width + 0.35)
-        axes = figure.add_axes(_share(figure, left, 0, width, height))
-        image = _panel(axes, labels, matrix, norm, cell)
+    names = [_start_of(label) for label in [*labels, OTHER]]
+    cell = min(max(0.17, 7 / len(names)), 0.75)  # inches
+    panel = max(cell * len(names), 2.5)
+    width = panel * len(counts)
+    figure = Figure(figsize=(width, cell * len(labels)), dpi=110)
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.08)
+    panels = figure.subplots(1, len(counts), squeeze=False)[0]
+    for axes, (model, matrix) in zip(panels, counts.items(), strict=True):
+        shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
+        display = ConfusionMatrixDisplay(
+            np.pad(shares, ((0, 1), (0, 0))),  # a square, whose last row is not shown
+            display_labels=names,
+        ).plot(
+            ax=axes,
+            include_values=len(labels) <= MOST_COUNTED,
+            cmap=COLOURS,
+            colorbar=False,
+            xticks_rotation="vertical",
+            im_kw={"norm": PowerNorm(0.5, vmin=0, vmax=1)},  # so that a few mistakes are seen
+            text_kw={"clip_on": True},
+        )
+        if display.text_ is not None:
+            for place, count in np.ndenumerate(matrix):
+                display.text_[place].set_text(str(count))
         hits = 100 * matrix.trace() / max(1, matrix.sum())
-        characters = int(panel_width / (title * CHARACTER_WIDTH * POINT))
-        axes.set_title(f"{_end_of(model, characters)}\naccuracy {hits:.1f} %", fontsize=title)
-        axes.set_xlabel("answer")
-        if i == 0:
-            axes.set_ylabel("reference")
-        else:
-            axes.tick_params(labelleft=False)
-    bar_height = min(height, 5.0)
-    bar = figure.colorbar(
-        image,
-        cax=figure.add_axes(
-            _share(figure, left + width + 0.25, (height - bar_height) / 2, 0.18, bar_height)
-        ),
-    )
-    bar.set_label("share of the row")
+        axes.set(
+            title=f"{_end_of(model, int(9 * panel))}\naccuracy {hits:.1f} %",
+            xlabel="answer",
+            ylabel="reference",
+            ylim=(len(labels) - 0.5, -0.5),
+        )
+        axes.tick_params(labelsize=min(10, 52 * cell))
+        axes.label_outer()
+        axes.axvline(len(labels) - 0.5, color="black", linewidth=1)
+    bar = figure.add_axes((1 + 0.25 / width, 0, 0.18 / width, 1))
+    figure.colorbar(display.im_, cax=bar, label="share of the row")
     figure.savefig(path, bbox_inches="tight", pad_inches=0.2)  # grows to hold the labels
-
-
-def _share(
-    figure: Figure, left: float, bottom: float, width: float, height: float
-) -> tuple[float, float, float, float]:
-    """Inches as matplotlib wants them: in shares of the figure."""
-    whole_width, whole_height = figure.get_size_inches()
-    return left / whole_width, bottom / whole_height, width / whole_width, height / whole_height
-
-
-def _panel(
-    axes: Axes, labels: Sequence[str], matrix: NDArray[np.int64], norm: Normalize, cell: float
-) -> Any:
-    shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
-    image = axes.imshow(shares, cmap=COLOURS, norm=norm, aspect="auto")
-    font = min(10.0, 0.72 * cell / POINT)
-    short = [_start_of(label) for label in labels]
-    longest = max(map(len, [*short, OTHER])) * CHARACTER_WIDTH * font * POINT
-    rotation = 0 if longest < cell else 90
-    axes.set_xticks(range(len(labels) + 1), [*short, OTHER], rotation=rotation, fontsize=font)
-    axes.set_yticks(range(len(labels)), short, fontsize=font)
-    axes.get_xticklabels()[-1].set_fontstyle("italic")
-    axes.set_xticks(np.arange(len(labels)) + 0.5, minor=True)
-    axes.set_yticks(np.arange(len(labels) - 1) + 0.5, minor=True)
-    axes.grid(which="minor", color="0.85", linewidth=0.4)
-    axes.tick_params(which="minor", length=0)
-    axes.axvline(len(labels) - 0.5, color="black", linewidth=1)
-    if len(labels) <= MOST_COUNTED:
-        for (row, column), count in np.ndenumerate(matrix):
-            colour = "white" if norm(shares[row, column]) > 0.6 else "black"
-            axes.text(column, row, str(count), ha="center", va="center", color=colour)
-    return image
 
 
 def _start_of(label: str) -> str:
