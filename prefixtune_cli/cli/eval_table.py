@@ -13,7 +13,7 @@ OPTIONAL = ("McNemar p", "items", "metric")  # where the terminal is narrow
 
 if TYPE_CHECKING:
     from prefixtune_cli.evaluate.outcome import Line, Outcome
-    from prefixtune_cli.evaluate.paired import Difference, Interval
+    from prefixtune_cli.evaluate.paired import Interval, PairedDifference
     from prefixtune_cli.evaluate.run import Found
 
 
@@ -133,7 +133,7 @@ def _row(line: Line, models: list[str], adapters: list[str], tested: bool) -> li
     return cells
 
 
-def _difference(line: Line, found: Difference | None, tested: bool) -> Iterator[str]:
+def _difference(line: Line, found: PairedDifference | None, tested: bool) -> Iterator[str]:
     if found is None:
         yield from ["", "", ""] if tested else ["", ""]
         return

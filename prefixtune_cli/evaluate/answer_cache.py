@@ -58,7 +58,7 @@ class AnswerCache:
             return [found[i] for i in range(len(requests))]
         keys = [digest(request) for request in requests]
         with self._open() as database:
-            with self._disk_errors_told():
+            with self._disk_errors_explained():
                 for i, key in enumerate(keys):
                     row = database.execute(
                         "SELECT answer FROM answers WHERE key = ?", (key,)
@@ -68,7 +68,7 @@ class AnswerCache:
             missing = [i for i in range(len(requests)) if i not in found]
             for answers in answer(missing) if missing else ():
                 found.update(answers)
-                with self._disk_errors_told(), database:
+                with self._disk_errors_explained(), database:
                     database.executemany(
                         "INSERT OR REPLACE INTO answers VALUES (?, ?)",
                         [(keys[i], json.dumps(value)) for i, value in answers.items()],
@@ -78,11 +78,11 @@ class AnswerCache:
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         assert self.file is not None
-        with self._disk_errors_told():
+        with self._disk_errors_explained():
             self.file.parent.mkdir(parents=True, exist_ok=True)
             database = sqlite3.connect(self.file, timeout=60)
         with contextlib.closing(database):
-            with self._disk_errors_told():
+            with self._disk_errors_explained():
                 database.execute(
                     "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT)"
                 )
@@ -90,7 +90,7 @@ class AnswerCache:
             yield database
 
     @contextlib.contextmanager
-    def _disk_errors_told(self) -> Iterator[None]:
+    def _disk_errors_explained(self) -> Iterator[None]:
         try:
             yield
         except (sqlite3.Error, OSError) as error:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from prefixtune_cli.evaluate.answer_cache import digest
 from prefixtune_cli.evaluate.outcome import BASE, Line, Outcome
 from prefixtune_cli.evaluate.paired import (
-    Difference,
     Interval,
+    PairedDifference,
     aggregate_difference,
     aggregate_interval,
     mean_difference,
@@ -117,7 +117,7 @@ class _Sample(Protocol):
 
     def interval(self, who: str) -> Interval: ...
 
-    def difference(self, base: str, adapter: str) -> Difference: ...
+    def difference(self, base: str, adapter: str) -> PairedDifference: ...
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class _Mean:
     def interval(self, who: str) -> Interval:
         return mean_interval(self.strata[who], weights=self.weights)
 
-    def difference(self, base: str, adapter: str) -> Difference:
+    def difference(self, base: str, adapter: str) -> PairedDifference:
         return mean_difference(self.strata[base], self.strata[adapter], weights=self.weights)
 
 
@@ -152,7 +152,7 @@ class _Aggregate:
     def interval(self, who: str) -> Interval:
         return aggregate_interval(self.items[who], self.aggregate, resamples=self.resamples)
 
-    def difference(self, base: str, adapter: str) -> Difference:
+    def difference(self, base: str, adapter: str) -> PairedDifference:
         return aggregate_difference(
             self.items[base], self.items[adapter], self.aggregate, resamples=self.resamples
         )

@@ -123,7 +123,7 @@ def _of_data(
             own_data.compare(part, {who: its[i] for who, its in judged.items()})
             for i, part in enumerate(parts)
         ]
-        return each[0] if bench is None else _joined(bench, each)
+        return each[0] if bench is None else _as_one(bench, each)
 
     name = bench or parts[0].name
     return Evaluation(name, sum(2 * len(part) for part in parts), judge, compare)
@@ -134,7 +134,7 @@ def _judging(section: EvaluateSection, typed: Mapping[str, Any]) -> EvaluateSect
     return resolve(flags={"evaluate": {**section.model_dump(), **typed}}).evaluate
 
 
-def _joined(bench: str, each: list[Outcome]) -> Outcome:
+def _as_one(bench: str, each: list[Outcome]) -> Outcome:
     return Outcome(
         bench,
         [line for outcome in each for line in outcome.lines],

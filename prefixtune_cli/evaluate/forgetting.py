@@ -51,8 +51,8 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Text:
-    """Text, cut into windows of at most `window` tokens.
+class WindowedText:
+    """A text, cut into windows of at most `window` tokens.
 
     Attributes:
         source: what the user typed; `fingerprint` is the sha256 of what stands there.
@@ -73,7 +73,7 @@ class Text:
 
 def prepare(
     source: str, tokenizer: PreTrainedTokenizerBase, window: int, limit: int | None
-) -> Text:
+) -> WindowedText:
     """Read, tokenize and cut, before a model loads.
 
     Args:
@@ -102,7 +102,7 @@ def prepare(
             "Give a text of some thousand words."
         )
     chosen = evenly_spread(len(windows), limit or len(windows))
-    return Text(
+    return WindowedText(
         source=source,
         fingerprint=fingerprint,
         documents=len(documents),
@@ -112,7 +112,7 @@ def prepare(
     )
 
 
-def judge(scorer: Scorer, text: Text, name: str) -> Judged:
+def judge(scorer: Scorer, text: WindowedText, name: str) -> Judged:
     """Ask one model; see `own_data.judge`."""
     examples = [{"input_ids": window.ids, "labels": window.ids} for window in text.windows]
     losses = scorer.losses(examples, task := f"text loss of {name}")
@@ -120,7 +120,7 @@ def judge(scorer: Scorer, text: Text, name: str) -> Judged:
     return Judged(losses, [])
 
 
-def compare(text: Text, judged: Mapping[str, Judged]) -> Outcome:
+def compare(text: WindowedText, judged: Mapping[str, Judged]) -> Outcome:
     """Loss, perplexity and bits per byte, every model against the base where that is among them.
 
     Args:

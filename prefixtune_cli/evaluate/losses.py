@@ -12,9 +12,9 @@ import numpy as np
 from prefixtune_cli.errors import ModelError
 from prefixtune_cli.evaluate.outcome import BASE, Line
 from prefixtune_cli.evaluate.paired import (
-    Difference,
     Floats,
     Interval,
+    PairedDifference,
     Transform,
     ratio_difference,
     ratio_interval,
@@ -90,7 +90,7 @@ def compared_line(
     metric: str,
     items: int,
     values: Mapping[str, float],
-    difference: Callable[[str, str], Difference],
+    difference: Callable[[str, str], PairedDifference],
     interval: Callable[[str], Interval],
     **how: Any,
 ) -> Line:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefixtune_cli.evaluate.paired import Difference, Interval
+from prefixtune_cli.evaluate.paired import Interval, PairedDifference
 
 BASE = "base"
 
@@ -33,7 +33,7 @@ class Line:
     metric: str
     items: int
     values: Mapping[str, float]
-    differences: Mapping[str, Difference] = field(default_factory=dict)
+    differences: Mapping[str, PairedDifference] = field(default_factory=dict)
     intervals: Mapping[str, Interval] = field(default_factory=dict)
     higher_is_better: bool | None = True
     percent: bool = False

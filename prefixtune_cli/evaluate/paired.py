@@ -36,7 +36,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """A figure of the adapter less the base's.
 
     Attributes:
@@ -73,7 +73,7 @@ def mean_difference(
     *,
     weights: Sequence[float] | None = None,
     seed: int = 0,
-) -> Difference:
+) -> PairedDifference:
     """The difference of two means over the same items; see `mean_interval`.
 
     `p_value` is McNemar's (1947), over all items, where every value is 0 or 1 and all items weigh the same.
@@ -109,7 +109,7 @@ def ratio_difference(
     *,
     transform: Transform | None = None,
     seed: int = 0,
-) -> Difference:
+) -> PairedDifference:
     """The difference of two ratios over the same rows; see `ratio_interval`."""
     pairs = [(base_sums, base_counts), (adapter_sums, adapter_counts)]
     whole = np.array([np.sum(s) / np.sum(c) for s, c in pairs], dtype=np.float64)
@@ -144,7 +144,7 @@ def aggregate_difference(
     *,
     resamples: int = 1000,
     seed: int = 0,
-) -> Difference:
+) -> PairedDifference:
     """The difference of any figure, both sides on the same draw of items; see `aggregate_interval`."""
     assert len(base_items) == len(adapter_items)
     drawn = [
@@ -172,9 +172,9 @@ def _interval(drawn: Floats) -> Interval:
     return Interval(float(low), float(high))
 
 
-def _difference(value: float, drawn: Floats, p_value: float | None = None) -> Difference:
+def _difference(value: float, drawn: Floats, p_value: float | None = None) -> PairedDifference:
     interval = _interval(drawn)
-    return Difference(value, interval.low, interval.high, p_value)
+    return PairedDifference(value, interval.low, interval.high, p_value)
 
 
 def _pairs(base: Sequence[Floats], adapter: Sequence[Floats]) -> list[tuple[Floats, Floats]]:

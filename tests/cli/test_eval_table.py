@@ -7,7 +7,7 @@ from rich.console import Console
 
 from prefixtune_cli.cli import console, eval_table
 from prefixtune_cli.evaluate.outcome import BASE, Line, Outcome
-from prefixtune_cli.evaluate.paired import Difference
+from prefixtune_cli.evaluate.paired import PairedDifference
 from prefixtune_cli.evaluate.run import Found
 
 ADAPTERS = ("a-long-name-of-an-adapter", "another")
@@ -21,8 +21,8 @@ def found() -> Found:
             items=1234,
             values={BASE: 0.25, ADAPTERS[0]: 0.5, ADAPTERS[1]: 0.125},
             differences={
-                ADAPTERS[0]: Difference(0.25, 0.2, 0.3, 0.0001),
-                ADAPTERS[1]: Difference(-0.125, -0.2, -0.05, 0.04),
+                ADAPTERS[0]: PairedDifference(0.25, 0.2, 0.3, 0.0001),
+                ADAPTERS[1]: PairedDifference(-0.125, -0.2, -0.05, 0.04),
             },
             percent=True,
         )

@@ -15,7 +15,7 @@ from prefixtune_cli.errors import DataError, UsageError
 from prefixtune_cli.evaluate import forgetting
 from prefixtune_cli.evaluate.answer_cache import AnswerCache
 from prefixtune_cli.evaluate.batches import BatchLimit
-from prefixtune_cli.evaluate.forgetting import Text, compare, prepare
+from prefixtune_cli.evaluate.forgetting import WindowedText, compare, prepare
 from prefixtune_cli.evaluate.losses import Judged
 from prefixtune_cli.evaluate.scorer import Scorer
 from prefixtune_cli.progress import Silent
@@ -60,7 +60,7 @@ class Startless:
 
 
 def judge(
-    model: Any, tokenizer: Any, text: Text, cache: AnswerCache = NOTHING_KEPT, rows: int = 4
+    model: Any, tokenizer: Any, text: WindowedText, cache: AnswerCache = NOTHING_KEPT, rows: int = 4
 ) -> Judged:
     limit = BatchLimit.of_rows(rows, Silent())
     return forgetting.judge(Scorer(model, tokenizer, limit, Silent(), cache), text, "base")

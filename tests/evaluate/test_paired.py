@@ -9,8 +9,8 @@ from scipy import stats
 
 from prefixtune_cli.evaluate.paired import (
     FEW_VALUES,
-    Difference,
     Interval,
+    PairedDifference,
     aggregate_difference,
     aggregate_interval,
     mcnemar,
@@ -24,7 +24,7 @@ from prefixtune_cli.evaluate.paired import (
 MONTE_CARLO = 0.12
 
 
-def close(found: Interval | Difference, other: Any, tolerance: float = MONTE_CARLO) -> bool:
+def close(found: Interval | PairedDifference, other: Any, tolerance: float = MONTE_CARLO) -> bool:
     """Whether an interval is that of scipy's result, within Monte Carlo error."""
     low, high = other.confidence_interval
     far = max(abs(found.low - low), abs(found.high - high))
@@ -59,7 +59,7 @@ def test_the_interval_of_a_difference_of_means_is_that_of_scipy(items: int) -> N
     expected = scipy_bootstrap(lambda b, a, axis: (a - b).mean(axis), base, adapter)
     assert found.value == pytest.approx((adapter - base).mean())
     assert close(found, expected)
-    assert not close(Difference(0, found.low * 1.1, found.high), expected)
+    assert not close(PairedDifference(0, found.low * 1.1, found.high), expected)
     one_sided = scipy_bootstrap(lambda x, axis: x.mean(axis), adapter)
     assert close(mean_interval([adapter]), one_sided)
 
@@ -237,7 +237,7 @@ def test_items_that_are_all_alike_give_an_interval_without_width(values: list[fl
     assert (found.value, found.low, found.high) == (0, 0, 0)
     assert (found.p_value == 1.0) is (values[0] in (0, 1))
     ones = np.ones(len(some))
-    assert ratio_difference(some, ones, some, ones) == Difference(0, 0, 0)
+    assert ratio_difference(some, ones, some, ones) == PairedDifference(0, 0, 0)
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:
