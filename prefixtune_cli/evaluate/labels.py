@@ -46,6 +46,8 @@ def confusion(codes: NDArray[np.int64], labels: int) -> NDArray[np.int64]:
 def macro_f1(codes: NDArray[np.int64], labels: int) -> float:
     """The mean of the F1 of those labels that occur as references.
 
+    It is scikit-learn's f1_score, a hundred times as fast: a bootstrap asks for it two thousand times.
+
     Args:
         codes: of the rows, each reference · (labels + 1) + answer; the answer `labels` is none of the labels.
         labels: how many there are.
