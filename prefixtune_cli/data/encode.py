@@ -87,7 +87,11 @@ class Encoder:
         )
 
     def prompt(self, row: dict[str, Any]) -> PromptAndAnswer:
-        """The row as a question up to its last answer, and that answer."""
+        """The row as a question, in the tokens that training saw, up to its last answer, and that answer.
+
+        Raises:
+            DataError: the row has no answer.
+        """
         where = origin(self.files[row["file"]], row["line"])
         if "text" in row:
             raise DataError(f"{where}: a text has no answer to compare with.")

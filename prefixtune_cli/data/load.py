@@ -86,6 +86,15 @@ class LoadedData:
         return train, held_out
 
 
+def evenly_spread(count: int, most: int) -> list[int]:
+    """Indices of at most `most` rows of `count`, evenly spread and in order."""
+    import numpy as np
+
+    if count <= most:
+        return list(range(count))
+    return [int(i) for i in np.linspace(0, count - 1, most).round()]
+
+
 def split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     """(train, held out): `fraction` of the rows held out at random, the same ones for the same seed.
 

@@ -11,10 +11,9 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from prefixtune_cli.data.encode import Encoder, PromptAndAnswer, Remark
+from prefixtune_cli.data.encode import Encoder, Remark
 from prefixtune_cli.data.load import LoadedData
 from prefixtune_cli.errors import DataError
 from prefixtune_cli.recipe.schema import DataSection
@@ -72,7 +71,7 @@ class TokenizedData:
         every_row: the same for all rows, as row i of the loaded data, with `length`, `trained`, `ended` and
             `remarks`.
         statistics: of both.
-        rows: what was tokenized.
+        rows: what was tokenized, and `encoder` by what; it turns the same rows into questions, too.
         notices: what the user should hear.
     """
 
@@ -80,7 +79,12 @@ class TokenizedData:
     every_row: Dataset
     statistics: DataStatistics
     rows: LoadedData
+    encoder: Encoder
     notices: tuple[str, ...]
+
+    def kept(self) -> LoadedData:
+        """The rows of `dataset`, as they were loaded."""
+        return self.rows.select(self.dataset["row"])
 
     def first_from(self, token_id: int) -> tuple[int, int] | None:
         """The first row of `dataset` with a token of this id or a higher one: its number, and its highest id."""
@@ -123,7 +127,8 @@ def tokenize(
     dataset = every_row.select_columns(["input_ids", "labels", "row"])
     if statistics.kept < statistics.rows:
         dataset = dataset.select(kept)
-    return TokenizedData(dataset, every_row, statistics, rows, _notices(rows, tokenizer, encoder))
+    notices = _notices(rows, tokenizer, encoder)
+    return TokenizedData(dataset, every_row, statistics, rows, encoder, notices)
 
 
 def _fingerprint(
@@ -231,16 +236,3 @@ def _remarks(every_row: Dataset) -> dict[Remark, Counter[str]]:
         remark, _, name = entry["values"].partition(": ")
         found[Remark(remark)][name] = entry["counts"]
     return found
-
-
-def prompts_and_answers(
-    rows: LoadedData, tokenizer: PreTrainedTokenizerBase, section: DataSection
-) -> Iterator[PromptAndAnswer]:
-    """Each row as a question, in the tokens that training saw, and its last answer.
-
-    Raises:
-        DataError: the rows have no answers, or the tokenizer no template for chats.
-    """
-    encoder = Encoder(rows, tokenizer, section)
-    for row in rows.dataset:
-        yield encoder.prompt(row)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -105,10 +104,3 @@ def _shared(
     share = processes.share(len(rows))
     found = processes.joined(dict(zip(share, ask([rows[i] for i in share]), strict=True)))
     return [found[i] for i in range(len(rows))]
-
-
-def evenly_spread(count: int, most: int) -> list[int]:
-    """Indices of at most `most` rows of `count`, evenly spread and in order."""
-    if count <= most:
-        return list(range(count))
-    return [int(i) for i in np.linspace(0, count - 1, most).round()]

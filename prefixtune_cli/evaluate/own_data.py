@@ -13,13 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from prefixtune_cli.data.encode import end_of_turn_id
 from prefixtune_cli.data.inspect import check, warnings
-from prefixtune_cli.data.load import LoadedData, load_rows
-from prefixtune_cli.data.template import chat_template
+from prefixtune_cli.data.load import LoadedData, evenly_spread, load_rows
 from prefixtune_cli.data.tokenize import tokenize
 from prefixtune_cli.evaluate.confusion_plot import draw_confusion
-from prefixtune_cli.evaluate.held_out import evenly_spread
 from prefixtune_cli.evaluate.labels import confusion, label_codes, label_of, macro_f1
 from prefixtune_cli.evaluate.losses import (
     Judged,
@@ -123,9 +120,8 @@ def prepare(
     for warning in warnings(tokenized.statistics):
         reporter.warning(warning)
     check(tokenized, tokenizer)
-    kept = rows.select(tokenized.dataset["row"])
-    chat = chat_template(tokenizer, section.chat_template) if rows.layout != "text" else None
-    questions = short_questions(kept, tokenizer, section, evaluation)
+    kept = tokenized.kept()
+    questions = short_questions(kept, tokenized.encoder, evaluation)
     if questions.notice is not None:
         reporter.notice(questions.notice)
     return OwnData(
@@ -137,7 +133,7 @@ def prepare(
         examples=tokenized.dataset.select_columns(["input_ids", "labels"]).to_list(),
         questions=questions.asked,
         max_new_tokens=questions.room,
-        end_id=end_of_turn_id(tokenizer, chat),
+        end_id=tokenized.encoder.end_id,
         why_none=questions.why_none,
         pattern=evaluation.answer_pattern,
     )

@@ -8,14 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from prefixtune_cli.data.conversation import Conversation
+from prefixtune_cli.data.encode import Encoder
 from prefixtune_cli.data.load import LoadedData
-from prefixtune_cli.data.tokenize import prompts_and_answers
 from prefixtune_cli.errors import DataError
 from prefixtune_cli.evaluate.matching import compared_part
-from prefixtune_cli.recipe.schema import DataSection, EvaluateSection
+from prefixtune_cli.recipe.schema import EvaluateSection
 
 Asked = str | list[dict[str, Any]]  # a prompt as the data has it: a text, or messages
 
@@ -56,16 +54,14 @@ class Questions:
 
 def short_questions(
     rows: LoadedData,
-    tokenizer: PreTrainedTokenizerBase,
-    section: DataSection,
+    encoder: Encoder,
     evaluation: EvaluateSection,
 ) -> Questions:
     """The rows as questions, or none where a row has no answer, or one answer in twenty is long.
 
     Args:
         rows: held-out rows.
-        tokenizer: the model's.
-        section: chat_template is used.
+        encoder: by which they became tokens.
         evaluation: an answer of `max_new_tokens` is long, unless `answer_pattern` finds the part that counts.
 
     Raises:
@@ -77,12 +73,12 @@ def short_questions(
             raise DataError(f"{why}, in which --answer-pattern could find something. {LEAVE_OUT}")
         return Questions([], room, f"No exact match: {why}.")
     found = [
-        Question(each.prompt_ids, each.answer, asked(row), rows.row_origin(i))
-        for i, (row, each) in enumerate(
-            zip(rows.dataset, prompts_and_answers(rows, tokenizer, section), strict=True)
-        )
+        Question(*encoder.prompt(row), asked(row), rows.row_origin(i))
+        for i, row in enumerate(rows.dataset)
     ]
-    lengths = sorted(len(tokenizer(q.answer, add_special_tokens=False)["input_ids"]) for q in found)
+    lengths = sorted(
+        len(encoder.tokenizer(q.answer, add_special_tokens=False)["input_ids"]) for q in found
+    )
     if pattern is not None:
         _check_references(found, pattern)
         needed = math.ceil(MARGIN * lengths[-1])

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from peft import PrefixTuningConfig
 
 from prefixtune_cli import model as models
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
-from prefixtune_cli.data.load import load_rows
+from prefixtune_cli.data.load import evenly_spread, load_rows
 from prefixtune_cli.data.tokenize import tokenize
 from prefixtune_cli.errors import ResourceError, UsageError
 from prefixtune_cli.merge_info.bias import (
@@ -171,7 +170,7 @@ def _examples(
     loaded = load_rows(data, section)
     total = len(loaded)
     if limit < total:
-        loaded = loaded.select([int(i) for i in np.linspace(0, total - 1, limit)])
+        loaded = loaded.select(evenly_spread(total, limit))
     tokenizer = load_tokenizer(model, adapter)
     tokenized = tokenize(loaded, tokenizer, section)
     check_data(model, tokenizer, tokenized)

@@ -11,13 +11,10 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from prefixtune_cli.data.encode import end_of_turn_id
 from prefixtune_cli.data.inspect import check, facts, warnings
-from prefixtune_cli.data.load import load_rows
+from prefixtune_cli.data.load import evenly_spread, load_rows
 from prefixtune_cli.data.locate import named
-from prefixtune_cli.data.template import chat_template
 from prefixtune_cli.data.tokenize import tokenize
-from prefixtune_cli.evaluate.held_out import evenly_spread
 from prefixtune_cli.evaluate.questions import Questions, example, short_questions
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import Recipe
@@ -93,12 +90,12 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: R
         reporter.warning(f"held-out: {warning}")
     check(held_out, tokenizer)
     check_data(recipe.model, tokenizer, held_out)
-    chat = chat_template(tokenizer, section.chat_template) if rows.layout != "text" else None
+    chat = held_out.encoder.chat
     if section.chat_template is not None and chat is not None:
         digest = hashlib.sha256(chat.source.encode()).hexdigest()
         fingerprints["chat_template"] = {"source": section.chat_template, "sha256": digest}
-    kept = held_out_rows.select(held_out.dataset["row"])
-    questions = short_questions(kept, tokenizer, section, recipe.evaluate)
+    kept = held_out.kept()
+    questions = short_questions(kept, held_out.encoder, recipe.evaluate)
     if questions.notice is not None:
         reporter.notice(questions.notice)
     return Data(
@@ -107,6 +104,6 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: R
         held_out=held_out.dataset,
         questions=questions,
         example=example(kept),
-        end_id=end_of_turn_id(tokenizer, chat),
+        end_id=held_out.encoder.end_id,
         fingerprints=fingerprints,
     )

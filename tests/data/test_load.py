@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from prefixtune_cli.data import read
-from prefixtune_cli.data.load import LoadedData, load_rows, split
+from prefixtune_cli.data.load import LoadedData, evenly_spread, load_rows, split
 from prefixtune_cli.errors import DataError, PtpError, ResourceError
 from prefixtune_cli.recipe.schema import DataSection
 from tests.heard import Heard
@@ -782,3 +782,10 @@ def test_a_split_leaves_a_row_on_each_side_and_refuses_one_row(write):
     assert [len(part) for part in split(rows.dataset, 0.999, 0)] == [1, 1]
     with pytest.raises(DataError, match="has 1 row"):
         split(rows.dataset.select([0]), 0.5, 0)
+
+
+def test_rows_are_spread_evenly_and_never_repeat() -> None:
+    assert evenly_spread(3, 5) == [0, 1, 2]
+    chosen = evenly_spread(1000, 7)
+    assert len(set(chosen)) == 7
+    assert (chosen[0], chosen[-1]) == (0, 999)

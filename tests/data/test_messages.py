@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from prefixtune_cli.data.encode import MASKED, plain
+from prefixtune_cli.data.encode import MASKED, Encoder, plain
 from prefixtune_cli.data.inspect import example, warnings
 from prefixtune_cli.data.load import load_rows
 from prefixtune_cli.data.question import questions
-from prefixtune_cli.data.tokenize import prompts_and_answers, tokenize
+from prefixtune_cli.data.tokenize import tokenize
 from prefixtune_cli.errors import DataError
 from prefixtune_cli.recipe.schema import DataSection
 
@@ -101,7 +101,7 @@ def test_a_question_that_asks_to_be_trained_is_told_of(done) -> None:
 def test_the_question_asked_in_evaluation_is_that_of_the_last_answer_that_is_learned(done) -> None:
     turns = [ASK, SAY, ASK, {**SAY, "content": "Never", "weight": 0}]
     found, tokenizer = done([{"messages": turns}])
-    (asked,) = prompts_and_answers(found.rows, tokenizer, DataSection())
+    (asked,) = map(found.encoder.prompt, found.rows.dataset)
     assert asked.answer == "Hello"
     assert tokenizer.decode(asked.prompt_ids).count("<|im_start|>user") == 1
 
@@ -178,8 +178,8 @@ def test_a_key_that_the_template_prints_in_one_row_is_taken(done) -> None:
 
 def test_a_call_without_a_text_is_the_reference_of_its_row(done) -> None:
     call = {"role": "assistant", "content": None, "tool_calls": CALLS}
-    found, tokenizer = done([{"messages": [ASK, call]}], RICH)
-    (asked,) = prompts_and_answers(found.rows, tokenizer, DataSection())
+    found, _ = done([{"messages": [ASK, call]}], RICH)
+    (asked,) = map(found.encoder.prompt, found.rows.dataset)
     assert asked.answer == '<call>{"name": "room", "arguments": {"n": 12}}</call>'
 
 
@@ -238,7 +238,7 @@ def test_a_pair_of_lists_of_messages_is_read_as_trl_reads_it(done) -> None:
         assert "Be terse" in text(found, tokenizer)
         assert text(found, tokenizer, 1).endswith("⟦Hello<|im_end|>⟧")
     assert "1 answers are not trained, as they stand in a prompt." in found.rows.notices
-    (asked, _) = prompts_and_answers(found.rows, tokenizer, DataSection())
+    (asked, _) = map(found.encoder.prompt, found.rows.dataset)
     assert asked.answer == "Again"
 
 
@@ -406,7 +406,7 @@ def test_a_conversation_that_begins_with_an_answer_is_trained_from_its_first_que
     s = found.statistics
     assert (s.openings, s.openings_left_out) == (1, int(refused))
     assert "begin with an answer, which is context and not trained" in warnings(s)[0]
-    (asked,) = prompts_and_answers(found.rows, tokenizer, DataSection())
+    (asked,) = map(found.encoder.prompt, found.rows.dataset)
     labels = found.dataset[0]["labels"]
     assert asked.prompt_ids == found.dataset[0]["input_ids"][: len(asked.prompt_ids)]
     assert labels[len(asked.prompt_ids)] != MASKED
@@ -428,9 +428,9 @@ def test_blocks_that_cannot_be_told_apart_stop_masked_answers_alone(done) -> Non
 
 def test_a_greeting_is_no_question_of_evaluation(done) -> None:
     turns = [SAY, ASK, {**SAY, "weight": 0}]
-    found, tokenizer = done([{"messages": turns}], train_on="all")
+    found, _ = done([{"messages": turns}], train_on="all")
     with pytest.raises(DataError, match="no message is an answer that is trained"):
-        next(prompts_and_answers(found.rows, tokenizer, DataSection()))
+        next(map(found.encoder.prompt, found.rows.dataset))
 
 
 def test_a_lone_answer_is_trained_and_no_opening(done) -> None:
@@ -472,5 +472,5 @@ def test_a_text_that_begins_with_the_beginning_token_gets_no_second_one(write, m
     other = tokenize(load_rows(write("b.jsonl", [bare]), section), tokenizer, section).dataset[0]
     assert other["input_ids"] == found["input_ids"]
     if "prompt" in row:
-        (asked,) = prompts_and_answers(rows, tokenizer, section)
+        (asked,) = map(Encoder(rows, tokenizer, section).prompt, rows.dataset)
         assert asked.prompt_ids.count(begin) == 1

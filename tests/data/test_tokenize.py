@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prefixtune_cli.data.encode import MASKED
+from prefixtune_cli.data.encode import MASKED, Encoder
 from prefixtune_cli.data.inspect import check, example, spans, warnings
 from prefixtune_cli.data.load import load_rows
-from prefixtune_cli.data.tokenize import prompts_and_answers, tokenize
+from prefixtune_cli.data.tokenize import tokenize
 from prefixtune_cli.errors import DataError
 from prefixtune_cli.recipe.schema import DataSection
 from tests.data.chat_templates import END_OF_TURN, TEMPLATES
@@ -89,7 +89,7 @@ def test_a_pair_is_rendered_as_user_and_assistant(write, make_tokenizer, name):
 def test_the_question_is_the_masked_beginning_of_the_training_example(write, make_tokenizer, name):
     tokenizer = make_tokenizer(name)
     tokenized = done(write, tokenizer, [PAIR])
-    (found,) = prompts_and_answers(tokenized.rows, tokenizer, DataSection())
+    (found,) = map(tokenized.encoder.prompt, tokenized.rows.dataset)
     labels = tokenized.dataset[0]["labels"]
     masked = next(i for i, label in enumerate(labels) if label != MASKED)
     assert found.prompt_ids == tokenized.dataset[0]["input_ids"][:masked]
@@ -99,7 +99,7 @@ def test_the_question_is_the_masked_beginning_of_the_training_example(write, mak
 def test_the_question_of_a_chat_ends_before_its_last_answer(write, make_tokenizer):
     tokenizer = make_tokenizer("chatml")
     rows = load_rows(write("a.jsonl", [{"messages": [*CHAT, CHAT[0]]}]), DataSection())
-    (found,) = prompts_and_answers(rows, tokenizer, DataSection())
+    (found,) = map(Encoder(rows, tokenizer, DataSection()).prompt, rows.dataset)
     assert tokenizer.decode(found.prompt_ids).endswith("today?<|im_end|>\n<|im_start|>assistant\n")
     assert found.answer == "Fine, thanks"
 

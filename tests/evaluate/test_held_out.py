@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefixtune_cli import model as models
 from prefixtune_cli.evaluate.held_out import (
     TOKENS_A_BATCH,
-    evenly_spread,
     score,
 )
 from prefixtune_cli.evaluate.matching import exactly_matches
@@ -99,13 +98,6 @@ def test_an_answer_is_right_when_it_equals_the_reference_but_for_outer_space(
 ) -> None:
     assert exactly_matches(answer, " card.block") is right
     assert exactly_matches(answer, "<think>\nA card.\n</think>\n\ncard.block") is right
-
-
-def test_rows_are_spread_evenly_and_never_repeat() -> None:
-    assert evenly_spread(3, 5) == [0, 1, 2]
-    chosen = evenly_spread(1000, 7)
-    assert len(set(chosen)) == 7
-    assert (chosen[0], chosen[-1]) == (0, 999)
 
 
 def test_a_batch_is_bounded_by_rows_and_by_tokens(loaded: Loaded) -> None:
