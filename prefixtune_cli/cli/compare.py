@@ -187,12 +187,12 @@ def _of_runs(runs: list[str], anyway: bool, out: str | None) -> tuple[Comparison
     from dataclasses import replace
     from pathlib import Path
 
-    from prefixtune_cli.compare.folder import check_free
+    from prefixtune_cli.compare.folder import check_folder
     from prefixtune_cli.compare.runs import read_runs
 
     found = read_runs(runs, anyway=anyway)
     folder = Path(out) if out else Path("compare") / found.name
-    check_free(folder)
+    check_folder(folder)
     return replace(found, name=folder.name, command=_command()), folder
 
 
@@ -217,7 +217,7 @@ def _trained(given: dict[str, Any]) -> tuple[Comparison, Path]:
     from prefixtune_cli.cli import console
     from prefixtune_cli.cli.reporter import reporter
     from prefixtune_cli.compare.contest import entries
-    from prefixtune_cli.compare.folder import check_free
+    from prefixtune_cli.compare.folder import check_folder
     from prefixtune_cli.data.locate import check_text
 
     settings = _settings(given)
@@ -225,7 +225,7 @@ def _trained(given: dict[str, Any]) -> tuple[Comparison, Path]:
     chosen.check(recipe, settings.ood)
     if settings.text is not None:
         check_text(settings.text)
-    check_free(settings.folder(recipe))
+    check_folder(settings.folder(recipe))
     console.quiet_libraries()
     from prefixtune_cli.compare.run import compare as compare_methods
 

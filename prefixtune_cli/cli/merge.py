@@ -96,14 +96,14 @@ def merge(
 
     from prefixtune_cli.cli import console
     from prefixtune_cli.cli.reporter import reporter
-    from prefixtune_cli.merge.folder import check_free
+    from prefixtune_cli.merge.folder import check_out
     from prefixtune_cli.merge.methods import checked_weights
 
     if not into_base:
         checked_weights(adapters, method or "linear", given, density)
     who = chosen.several(adapters, model, None)
     adapters = [one.given for one in who]
-    check_free(Path(out), who, overwrite=overwrite)
+    check_out(Path(out), who, overwrite=overwrite)
     console.quiet_libraries()
     from prefixtune_cli.merge.adapters import merge as merge_several
     from prefixtune_cli.merge.into_base import merge_into_base

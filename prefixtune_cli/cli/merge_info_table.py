@@ -92,7 +92,7 @@ def _rows(facts: Facts) -> list[dict[str, str]]:
         "parameters": f"{facts.parameters:,}{share}",
         "on disk": f"{saved.bytes_on_disk:,} bytes, {', '.join(facts.dtypes)}",
     }
-    settings = {name: _told(value) for name, value in facts.settings.items()}
+    settings = {name: _spelled(value) for name, value in facts.settings.items()}
     made = dict(_run_rows(facts))
     return [
         who,
@@ -288,7 +288,7 @@ def _layer(layer: int | None) -> str:
     return "other" if layer is None else str(layer)
 
 
-def _told(value: Any) -> str:
+def _spelled(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -15,7 +15,7 @@ RESULTS, TABLE = "results.json", "table.md"
 _MARK = ".comparison"
 
 
-def check_free(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Raise UsageError where the folder holds something that no comparison has made."""
     if not os.path.exists(folder) or (folder / _MARK).exists():
         return
@@ -30,11 +30,11 @@ def claimed(folder: Path) -> Iterator[None]:
     """Within the block no other command writes there.
 
     Raises:
-        UsageError: see `check_free`.
+        UsageError: see `check_folder`.
         RunDirError: another command writes there already.
         ResourceError: the folder cannot be written to.
     """
-    check_free(folder)
+    check_folder(folder)
     with locked(folder):
         yield
 

@@ -41,8 +41,8 @@ from prefixtune_cli.compare.costs import (
     shape_of,
     with_costs,
 )
-from prefixtune_cli.compare.draw import VALIDATION, Rows, draw
 from prefixtune_cli.compare.folder import RESULTS, claimed, mark
+from prefixtune_cli.compare.rows import VALIDATION, Rows, draw_rows
 from prefixtune_cli.compare.workers import Ended, Work, Workers, told_to_stop
 from prefixtune_cli.errors import Interrupted, PtpError
 from prefixtune_cli.evaluate.answer_cache import check_room
@@ -114,7 +114,7 @@ def _compared(
     recipe = contest[0].recipe
     window = _window(contest, settings)
     seeds = [recipe.train.seed + i for i in range(settings.seeds)]
-    rows = draw(
+    rows = draw_rows(
         recipe, folder / "data", seeds,
         few_shot=settings.few_shot, ood=settings.ood, begin=lambda: mark(folder), reporter=reporter,
     )  # fmt: skip
@@ -201,7 +201,7 @@ class _Cells:
         work: list[Work] = [
             (judge_cell, (run, replace(self._sheet, base=i == 0))) for i, run in enumerate(runs)
         ]
-        ended = self._told("test", [Path(run).parent.parent.name for run in runs])
+        ended = self._progress("test", [Path(run).parent.parent.name for run in runs])
         for run, end in zip(runs, self._workers.run(work, ended, **self._here()), strict=True):
             if end.failure is not None:
                 self._failures[run] = end.failure
@@ -255,7 +255,7 @@ class _Cells:
             )
         names = [f"{cells[i][0].label}, seed {cells[i][1]}, lr {cells[i][2]:g}" for i in todo]
         work: list[Work] = [(train_cell, (recipes[i],)) for i in todo]
-        found = self._workers.run(work, self._told(stage, names), **self._here())
+        found = self._workers.run(work, self._progress(stage, names), **self._here())
         for i, end in zip(todo, found, strict=True):
             if end.failure is not None:
                 self._failures[str(recipes[i].out)] = end.failure
@@ -263,7 +263,7 @@ class _Cells:
     def _here(self) -> dict[str, Any]:
         return {"reporter": self._reporter} if self._workers.count == 1 else {}
 
-    def _told(self, stage: str, names: Sequence[str]) -> Callable[[int, Ended], None]:
+    def _progress(self, stage: str, names: Sequence[str]) -> Callable[[int, Ended], None]:
         done = 0
         self._reporter.progress(f"cells ({stage})", 0, len(names), {})
 

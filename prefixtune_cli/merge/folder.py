@@ -51,12 +51,12 @@ def claimed(out: Path, sources: Sequence[Pointed], *, overwrite: bool) -> Iterat
             command writes there already.
         ResourceError: it cannot be written to.
     """
-    check_free(out, sources, overwrite=overwrite)
+    check_out(out, sources, overwrite=overwrite)
     with locked(out):
         yield
 
 
-def check_free(out: Path, sources: Sequence[Pointed], *, overwrite: bool) -> None:
+def check_out(out: Path, sources: Sequence[Pointed], *, overwrite: bool) -> None:
     """Refuse a folder that is taken; raises RunDirError, see `claimed`."""
     if Path.cwd().is_relative_to(out.resolve()):
         raise RunDirError(

@@ -17,7 +17,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from prefixtune_cli.compare.memory import available_bytes, peak_memory
 from prefixtune_cli.compare.speed import (
     BASE,
     DECODE,
@@ -30,6 +29,7 @@ from prefixtune_cli.compare.speed import (
 )
 from prefixtune_cli.compare.speed import random_base as build_random_base
 from prefixtune_cli.compare.speed.inference import Answer, cache_bytes
+from prefixtune_cli.compare.speed.peak_memory import available_bytes, peak_memory
 from prefixtune_cli.compare.speed.training import TrainingStep
 from prefixtune_cli.compare.speed.turn import attached, in_float32, seconds_each
 from prefixtune_cli.errors import ModelError, RecipeError, ResourceError, UsageError

@@ -114,7 +114,7 @@ def measure(
                 except Interrupted:
                     raise
                 except Exception as error:  # whatever one method runs into, the others go on
-                    failures[label] = _told(error, shape)
+                    failures[label] = _why_not(error, shape)
                     if label == BASE and should_reduce_batch_size(error):
                         raise ResourceError(
                             f"Not even the base by itself can be measured. {failures[BASE]}"
@@ -183,7 +183,7 @@ def _virtual_tokens(adapter: AdapterSection) -> int:
     return 0
 
 
-def _told(error: Exception, shape: Shape) -> str:
+def _why_not(error: Exception, shape: Shape) -> str:
     if isinstance(error, PtpError):
         return str(error)
     said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__

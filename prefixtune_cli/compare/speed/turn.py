@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from prefixtune_cli import model as models
 from prefixtune_cli.adapter import fold_basis, identity_basis
-from prefixtune_cli.compare.memory import available_bytes, peak_memory
 from prefixtune_cli.compare.speed.inference import Answer, cache_bytes
+from prefixtune_cli.compare.speed.peak_memory import available_bytes, peak_memory
 from prefixtune_cli.compare.speed.training import TrainingStep
 from prefixtune_cli.errors import ModelError, ResourceError
 from prefixtune_cli.recipe.schema import AdapterSection, PrefixTuningPlus

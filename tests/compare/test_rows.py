@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prefixtune_cli.compare.comparison import OOD, TEST
-from prefixtune_cli.compare.draw import TRAIN, VALIDATION, Rows, draw
+from prefixtune_cli.compare.rows import TRAIN, VALIDATION, Rows, draw_rows
 from prefixtune_cli.data.load import load_rows
 from prefixtune_cli.errors import DataError
 from prefixtune_cli.progress import Silent
@@ -37,7 +37,7 @@ def drawn(data: Path, folder: Path, seeds: tuple[int, ...] = (0, 1), **how: Any)
     section = {"train": str(data), **how.pop("section", {})}
     recipe = resolve(flags={"data": section, "evaluate": {"max_rows": how.pop("max_rows", 500)}})
     given = {"few_shot": None, "ood": None, **how}
-    return draw(recipe, folder, seeds, reporter=Silent(), **given)
+    return draw_rows(recipe, folder, seeds, reporter=Silent(), **given)
 
 
 def rows(file: Path) -> list[str]:

@@ -47,7 +47,7 @@ class Rows:
     notices: Sequence[str]
 
 
-def draw(
+def draw_rows(
     recipe: Recipe,
     folder: Path,
     seeds: Sequence[int],
