@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from prefixtune_cli.compare.metrics import Cost, Measured
+
 BASE = "base"
 TEST, OOD, FORGETTING = "test", "ood", "forgetting"
 
@@ -72,60 +74,6 @@ class Point:
     exact_match: float | None
     run: str
     failure: str | None = None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A figure that was taken several times."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Measured:
-        ordered = sorted(values)
-        middle = len(ordered) // 2
-        median = (
-            ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-        )
-        return cls(median, ordered[0], ordered[-1])
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a contestant costs; None where it was not measured.
-
-    Attributes:
-        training_tokens_per_second: forward, backward and optimizer step.
-        decode_tokens_per_second: of all `prompts` that are answered at once, token by token.
-        time_to_first_token_seconds: at `prompts` prompts of `prompt_tokens` each.
-        peak_memory_gib: of a training step: the GPU allocator's, or the process's on a CPU.
-        kv_cache_bytes: of one sequence of `prompt_tokens`.
-        adapters: of the contestant's kind, active at once.
-        training_over_lora, decode_over_lora, first_token_over_lora: the same over LoRA's speed, where it takes part.
-        training_ratio, decode_ratio, first_token_ratio: this contestant's speed over the base's (forward and
-            backward for training), by the median of the rounds' ratios; above 1 is faster. None where the base was
-            not measured beside it.
-        interleaved: taken in one process in turns with the others; else as the runs logged it, which other work on
-            the machine may have disturbed.
-    """
-
-    training_tokens_per_second: Measured | None = None
-    decode_tokens_per_second: Measured | None = None
-    time_to_first_token_seconds: Measured | None = None
-    peak_memory_gib: float | None = None
-    kv_cache_bytes: int | None = None
-    prompt_tokens: int | None = None
-    prompts: int = 1
-    adapters: int = 1
-    training_ratio: Measured | None = None
-    decode_ratio: Measured | None = None
-    first_token_ratio: Measured | None = None
-    training_over_lora: Measured | None = None
-    decode_over_lora: Measured | None = None
-    first_token_over_lora: Measured | None = None
-    interleaved: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,12 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefixtune_cli import model as models
-from prefixtune_cli.compare.comparison import Comparison, Contestant, Cost, Group
+from prefixtune_cli.compare.comparison import Comparison, Contestant, Group
 from prefixtune_cli.compare.contest import OF_A_COST, Entry, Settings, entries, spelled
 from prefixtune_cli.compare.folder import claimed
+from prefixtune_cli.compare.metrics import COSTS, Cost
 from prefixtune_cli.compare.speed import (
     BASE,
-    DECODE,
-    FIRST_TOKEN,
-    TRAINING,
     Shape,
     Speeds,
     config_of,
@@ -216,12 +214,10 @@ def _over(cost: Cost, label: str, lora: str | None, speeds: Speeds) -> Cost:
     """The cost with its ratios to LoRA's, round by round."""
     if lora is None:
         return cost
-    return replace(
-        cost,
-        training_over_lora=speeds.ratio(label, lora, TRAINING),
-        decode_over_lora=speeds.ratio(label, lora, DECODE),
-        first_token_over_lora=speeds.ratio(label, lora, FIRST_TOKEN),
-    )
+    over_lora: dict[str, Any] = {
+        m.over_lora: speeds.ratio(label, lora, m) for m in COSTS if m.ratio
+    }
+    return replace(cost, **over_lora)
 
 
 def _protocol(shape: Shape) -> dict[str, object]:

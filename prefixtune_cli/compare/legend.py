@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prefixtune_cli.compare.comparison import FORGETTING, OOD, TEST, Comparison, Contestant
+from prefixtune_cli.compare.metrics import COSTS, EXACT_MATCH, FORGOTTEN, KV_CACHE
 from prefixtune_cli.compare.standing import Standings, standings
 
 BEST, LARGER = "*", "†"
@@ -105,12 +106,12 @@ def _fewest_seeds(every: list[Standings]) -> int:
 
 def _forgetting(every: list[Standings]) -> Iterator[str]:
     for found in every:
-        if found.metric == "forgetting" and found.base is not None:
+        if found.metric is FORGOTTEN and found.base is not None:
             yield (
                 "Forgetting: by how much the loss on text that has nothing to do with the task is above the base's "
-                f"{found.base:.3f} nats a token; less is better."
+                f"{found.metric.figure(found.base)} nats a token; less is better."
             )
-        elif found.metric != "exact match":
+        elif found.metric is not EXACT_MATCH:
             yield f"Loss on {NAMES.get(found.data, found.data)}: nats a token; less is better."
 
 
@@ -129,11 +130,10 @@ def _costs(comparison: Comparison) -> Iterator[str]:
     asked = {(cost.prompts, cost.prompt_tokens) for cost in costs if cost.prompt_tokens is not None}
     if len(asked) == 1:
         ((prompts, length),) = asked
-        yield (
-            f"Decoding, first token and KV cache: one sequence with a prompt of {length:,} tokens."
-            if prompts == 1
-            else f"Decoding and first token: {prompts} sequences at once, each with a prompt of {length:,} tokens."
-        )
+        alone = prompts == 1
+        names = [m.answering for m in COSTS if m.answering and (alone or m is not KV_CACHE)]
+        many = "one sequence" if alone else f"{prompts} sequences at once, each"
+        yield f"{listed(names)}: {many} with a prompt of {length:,} tokens."
     if (adapters := max((cost.adapters for cost in costs), default=1)) > 1:
         yield f"Of each method {adapters} adapters are active at once, and trained together."
     if comparison.kind == "speed" and any(cost.training_ratio for cost in costs):
@@ -198,3 +198,8 @@ def _edge(contestant: Contestant) -> str | None:
     if len(rates) < 3 or contestant.learning_rate not in (rates[0], rates[-1]):
         return None
     return "lowest" if contestant.learning_rate == rates[0] else "highest"
+
+
+def listed(parts: Sequence[str]) -> str:
+    """As in `a, b and c`."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

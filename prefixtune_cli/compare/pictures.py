@@ -16,15 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prefixtune_cli.compare.axes import Axis, cost, front, quality, spread
 from prefixtune_cli.compare.comparison import OOD, Comparison, Contestant
-from prefixtune_cli.compare.quantities import (
-    Quantity,
-    front,
-    parameters,
-    quality,
-    spread,
-    training_speed,
-)
+from prefixtune_cli.compare.metrics import PARAMETERS, TRAINING
 from prefixtune_cli.run_dir import write_atomically
 
 if TYPE_CHECKING:
@@ -115,8 +109,8 @@ def pictures(comparison: Comparison) -> list[Picture]:
     """Those that the comparison has the data for; they are not drawn yet."""
     found = [
         _quality(comparison),
-        _against(comparison, FILES[1], parameters(comparison), quality(comparison)),
-        _against(comparison, FILES[2], training_speed(comparison), quality(comparison)),
+        _against(comparison, FILES[1], cost(comparison, PARAMETERS), quality(comparison)),
+        _against(comparison, FILES[2], cost(comparison, TRAINING), quality(comparison)),
         _against(comparison, FILES[3], quality(comparison), quality(comparison, OOD)),
         _losses(comparison),
     ]
@@ -151,7 +145,7 @@ def _quality(comparison: Comparison) -> Picture | None:
     return Picture(FILES[0], title, text, 1.6 + 0.48 * len(labels), paint)
 
 
-def _paint_row(axes: Axes, row: int, axis: Quantity, label: str, style: Style) -> None:
+def _paint_row(axes: Axes, row: int, axis: Axis, label: str, style: Style) -> None:
     values = axis.values.get(label)
     if values is None:
         axes.text(
@@ -171,7 +165,7 @@ def _paint_row(axes: Axes, row: int, axis: Quantity, label: str, style: Style) -
     )  # fmt: skip
 
 
-def _against(comparison: Comparison, file: str, x: Quantity, y: Quantity) -> Picture | None:
+def _against(comparison: Comparison, file: str, x: Axis, y: Axis) -> Picture | None:
     """A scatter of two axes with its Pareto front; None with fewer than two points."""
     points = {
         c.label: (statistics.mean(x.values[c.label]), statistics.mean(y.values[c.label]))
@@ -180,7 +174,7 @@ def _against(comparison: Comparison, file: str, x: Quantity, y: Quantity) -> Pic
     }
     if len(points) < 2:
         return None
-    best = front(points, right=x.up, up=y.up)
+    best = front(points, right=x.metric.up, up=y.metric.up)
     title = {
         FILES[1]: "Quality against trainable parameters",
         FILES[2]: "Quality against training speed",
@@ -189,15 +183,17 @@ def _against(comparison: Comparison, file: str, x: Quantity, y: Quantity) -> Pic
     pairs = "; ".join(f"{label} {x.said(label)}, {y.said(label)}" for label in points)
     text = f"Scatter plot, {x.name} and {y.name}: {pairs}. On the Pareto front: {', '.join(best)}."
 
+    on_log_scale = x.metric is PARAMETERS
+
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        if x.log:
+        if on_log_scale:
             _count_in_thousands(axes, [count for each in x.values.values() for count in each])
         for contestant, style in _styled(comparison):
             if contestant.label in points:
                 _paint_point(axes, x, y, contestant.label, style, on_front=contestant.label in best)
         # Between two points of the front one has the quality of the one that costs no more.
-        steps = "steps-pre" if x.up else "steps-post"
+        steps = "steps-pre" if x.metric.up else "steps-post"
         line = [points[label] for label in best]
         axes.plot(*zip(*line, strict=True), color="0.5", drawstyle=steps, zorder=1)
         if x.base is not None:
@@ -209,7 +205,7 @@ def _against(comparison: Comparison, file: str, x: Quantity, y: Quantity) -> Pic
         axes.set(xlabel=x.name, ylabel=y.name)
         axes.margins(x=0.1, y=0.1)
         axes.grid(alpha=0.3)
-        if not x.log:
+        if not on_log_scale:
             axes.locator_params(axis="x", nbins=6)
         figure.suptitle(title, fontsize="large")
         _legend(figure, axes)
@@ -219,9 +215,7 @@ def _against(comparison: Comparison, file: str, x: Quantity, y: Quantity) -> Pic
     )
 
 
-def _paint_point(
-    axes: Axes, x: Quantity, y: Quantity, label: str, style: Style, *, on_front: bool
-) -> None:
+def _paint_point(axes: Axes, x: Axis, y: Axis, label: str, style: Style, *, on_front: bool) -> None:
     xs, ys = x.values[label], y.values[label]
     at = (statistics.mean(xs), statistics.mean(ys))
     axes.errorbar(*at, spread(ys), spread(xs), fmt="none", ecolor=style.colour, capsize=3)

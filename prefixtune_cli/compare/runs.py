@@ -21,11 +21,10 @@ from prefixtune_cli.compare.comparison import (
     Cell,
     Comparison,
     Contestant,
-    Cost,
-    Measured,
     Result,
 )
 from prefixtune_cli.compare.finished_run import ADAPTER, BASE, FinishedRun, open_run
+from prefixtune_cli.compare.metrics import Cost, Measured
 from prefixtune_cli.errors import RunDirError, UsageError
 from prefixtune_cli.evaluate.matching import match_rule
 from prefixtune_cli.pointed import run_of

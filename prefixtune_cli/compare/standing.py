@@ -17,7 +17,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +29,9 @@ from prefixtune_cli.compare.comparison import (
     Contestant,
     Result,
 )
+from prefixtune_cli.compare.metrics import EXACT_MATCH, FORGOTTEN, LOSS, LOSS_ON_TEXT, Metric
 
 Floats = NDArray[np.float64]
-Metric = Literal["exact match", "loss", "forgetting"]
 
 LEVEL = 0.05  # of a test; the intervals are 95 % ones
 DIGITS = 3  # that are shown: a tenth of a per cent, or a thousandth of a nat
@@ -97,7 +96,7 @@ class Standings:
 
     Attributes:
         data: TEST, OOD, FORGETTING or the name of another one.
-        metric: `forgetting` is the loss less the base's, on text that has nothing to do with the task.
+        metric: FORGOTTEN is the loss less the base's, on text that has nothing to do with the task.
         base: the base's figure; None where it was not judged.
         each: a standing a contestant.
         untested: why differences are given without a test; None where they are tested.
@@ -108,10 +107,6 @@ class Standings:
     base: float | None
     each: Sequence[Standing]
     untested: str | None = None
-
-    @property
-    def higher_is_better(self) -> bool:
-        return self.metric == "exact match"
 
     @property
     def _differences(self) -> list[Difference]:
@@ -158,10 +153,10 @@ def standings_on(comparison: Comparison, data: str) -> Standings:
     contestants = comparison.contestants
     metric = _metric(comparison, data)
     base = comparison.base.get(data)
-    origin = base.loss if metric == "forgetting" and base is not None else 0.0
+    origin = base.loss if base is not None and metric is FORGOTTEN else 0.0
     untested = _why_untested(comparison, data, metric)
     each = [_standing(c, data, metric, origin) for c in contestants]
-    better = max if metric == "exact match" else min
+    better = max if metric.up else min
     best = better((s.mean for s in each if s.mean is not None), default=None)
     each = [replace(s, best=is_level(s.mean, best)) for s in each]
     differences = {
@@ -171,24 +166,18 @@ def standings_on(comparison: Comparison, data: str) -> Standings:
     }
     adjusted = _holm_adjusted(differences)
     each = [replace(s, difference=adjusted.get(i)) for i, s in enumerate(each)]
-    return Standings(data, metric, _base_figure(base, metric), each, untested)
+    return Standings(data, metric, metric.median(base), each, untested)
 
 
 def _metric(comparison: Comparison, data: str) -> Metric:
     if data == FORGETTING:
-        return "forgetting"
+        return FORGOTTEN if FORGETTING in comparison.base else LOSS_ON_TEXT
     found = [result for c in comparison.contestants for result in c.results(data)]
-    return "exact match" if all(r.right is not None for r in found) else "loss"
-
-
-def _base_figure(base: Result | None, metric: Metric) -> float | None:
-    if base is None or metric == "exact match":
-        return None if base is None else base.exact_match
-    return base.loss
+    return EXACT_MATCH if all(r.right is not None for r in found) else LOSS
 
 
 def _standing(contestant: Contestant, data: str, metric: Metric, origin: float) -> Standing:
-    figures = [_figure(result, metric) - origin for result in contestant.results(data)]
+    figures = [metric.value(result) - origin for result in contestant.results(data)]
     return Standing(
         contestant.label,
         mean=statistics.fmean(figures) if figures else None,
@@ -198,15 +187,9 @@ def _standing(contestant: Contestant, data: str, metric: Metric, origin: float) 
     )
 
 
-def _figure(result: Result, metric: Metric) -> float:
-    found = result.exact_match if metric == "exact match" else result.loss
-    assert found is not None
-    return found
-
-
 def _rows(result: Result, metric: Metric) -> Floats:
     """Each row's part in the figure: their mean is the figure."""
-    if metric == "exact match":
+    if metric is EXACT_MATCH:
         assert result.right is not None
         return np.array(result.right, dtype=float)
     return np.array(result.nats, dtype=float) / (sum(result.tokens) / len(result.tokens))
@@ -217,7 +200,7 @@ def _why_untested(comparison: Comparison, data: str, metric: Metric) -> str | No
     if not comparison.data.get(data, {}).get("same_rows", True):
         return "not every run was judged on the same rows"
     found = [result for c in comparison.contestants for result in c.results(data)]
-    shapes = {len(r.right or ()) if metric == "exact match" else tuple(r.tokens) for r in found}
+    shapes = {len(r.right or ()) if metric is EXACT_MATCH else tuple(r.tokens) for r in found}
     return "not every run was judged on the same rows" if len(shapes) > 1 else None
 
 
@@ -231,7 +214,7 @@ def _difference(
     if not seeds:
         return None
     if not tested:
-        values = [_figure(theirs[s], metric) - _figure(ours[s], metric) for s in seeds]
+        values = [metric.value(theirs[s]) - metric.value(ours[s]) for s in seeds]
         return Difference(statistics.fmean(values), seeds=len(seeds))
     return crossed_difference(
         np.stack([_rows(theirs[s], metric) - _rows(ours[s], metric) for s in seeds])

@@ -6,10 +6,8 @@ What the marks mean, what was tested and why a cell failed stands under the tabl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from prefixtune_cli.compare.comparison import (
@@ -18,11 +16,19 @@ from prefixtune_cli.compare.comparison import (
     TEST,
     Comparison,
     Contestant,
-    Cost,
     Group,
-    Measured,
 )
 from prefixtune_cli.compare.legend import BEST, LARGER, legend
+from prefixtune_cli.compare.metrics import (
+    COSTS,
+    FORGOTTEN,
+    LEARNING_RATE,
+    ON_DISK,
+    PARAMETERS,
+    Cost,
+    Metric,
+    shown,
+)
 from prefixtune_cli.compare.standing import Difference, Standing, Standings, standings
 
 
@@ -95,7 +101,9 @@ def _columns(comparison: Comparison) -> Iterator[Column]:
         if found.data not in (OOD, FORGETTING):
             yield _quality(found, column)
             yield column(
-                _titled(found, f"difference from {contestants[0].label}, {_unit(found)}"),
+                _titled(
+                    found, f"difference from {contestants[0].label}, {found.metric.difference}"
+                ),
                 "",
                 [_shown_difference(found, s.difference) for s in found.each],
             )
@@ -116,34 +124,25 @@ def _name(contestant: Contestant) -> str:
 
 def _titled(found: Standings, what: str) -> str:
     """The head of a column, with the data set where it is not the test data."""
-    if found.data == TEST:
+    if found.data in (TEST, FORGETTING):
         return what
     return f"{'OOD' if found.data == OOD else found.data}: {what}"
 
 
-def _unit(found: Standings) -> str:
-    return "points" if found.metric == "exact match" else "nats"
-
-
 def _quality(found: Standings, column: Make, *, marks_differences: bool = False) -> Column:
-    base = "" if found.base is None else _figure(found, found.base)
-    if found.metric == "forgetting":
-        head = "forgetting, nats" if found.base is not None else "loss on other text, nats"
-        base = ""  # what is shown is the increase over it
-    else:
-        head = _titled(found, "exact match, %" if found.metric == "exact match" else "loss, nats")
+    base = (
+        "" if found.base is None or found.metric is FORGOTTEN else found.metric.figure(found.base)
+    )
     cells = [_standing(found, s, marks_differences=marks_differences) for s in found.each]
-    return column(head, base, cells)
+    return column(_titled(found, found.metric.heading), base, cells)
 
 
 def _standing(found: Standings, standing: Standing, *, marks_differences: bool) -> Entry:
     """`84.2 ± 1.3`; where the difference has no column of its own, it is marked here."""
     if standing.mean is None:
         return Entry("failed" if standing.failed else "")
-    signed = found.metric == "forgetting" and found.base is not None
-    text = _figure(found, standing.mean, signed=signed)
-    if standing.deviation is not None:
-        text += f" ± {_figure(found, standing.deviation)}"
+    metric = found.metric
+    text = metric.figure(standing.mean, standing.deviation, signed=metric is FORGOTTEN)
     difference = standing.difference
     if marks_differences and difference is not None and difference.larger_than_noise:
         text += f" {LARGER}"
@@ -154,135 +153,56 @@ def _shown_difference(found: Standings, difference: Difference | None) -> str:
     """`+3.1 [+0.4, +5.8] †`."""
     if difference is None:
         return ""
-    text = _figure(found, difference.value, signed=True)
+    metric = found.metric
+    text = metric.figure(difference.value, signed=True)
     if difference.low is not None and difference.high is not None:
-        low, high = (_figure(found, v, signed=True) for v in (difference.low, difference.high))
+        low, high = (metric.figure(v, signed=True) for v in (difference.low, difference.high))
         text += f" [{low}, {high}]"
     return f"{text} {LARGER}" if difference.larger_than_noise else text
 
 
-def _figure(found: Standings, value: float, *, signed: bool = False) -> str:
-    """Fractions in percent with one digit, nats with three."""
-    sign = "+" if signed else ""
-    return f"{100 * value:{sign}.1f}" if found.metric == "exact match" else f"{value:{sign}.3f}"
-
-
 def _costs(comparison: Comparison, column: Make) -> Iterator[Column]:
     """Sizes, speeds and memory; with ratios where speed is what was measured."""
-    contestants = comparison.contestants
-    parameters = [c.trainable_parameters for c in contestants]
-    unit, size = _parameters_unit([p for p in parameters if p])
-    yield column(f"trained parameters, {unit}", "", [_number(p, size) for p in parameters])
-    stored = [c.adapter_bytes for c in contestants]
-    yield column("adapter on disk, MB", "", [_number(b, 1e6) for b in stored])
-    rates = [c.learning_rate for c in contestants]
-    if comparison.kind != "speed":
-        yield column("learning rate", "", ["" if r is None else f"{r:g}" for r in rates])
+    contestants, speed_alone = comparison.contestants, comparison.kind == "speed"
 
-    def costs(head: str, show: Callable[[Cost | None], str]) -> Column:
-        return column(
-            head, lambda group: show(group.base_cost), [show(c.cost) for c in contestants]
-        )
+    def costs(metric: Metric) -> Column:
+        cells = [metric.cell(c) for c in contestants]
+        return column(metric.heading, lambda group: metric.cell(group.base_cost), cells)
 
-    for speed in SPEEDS:
-        yield costs(speed.head, partial(_range, figure=speed.figure, scale=speed.scale))
-        if comparison.kind == "speed":
-            yield from _ratios(comparison, column, speed)
-        if speed.what == "training":
-            yield costs("peak memory, GiB", _memory)
-    yield costs("KV cache a sequence, MB", _cache)
+    yield costs(_in_thousands([c.trainable_parameters for c in contestants]))
+    yield costs(ON_DISK)
+    if not speed_alone:
+        yield costs(LEARNING_RATE)
+    for metric in COSTS:
+        yield costs(metric)
+        if metric.ratio and speed_alone:
+            yield from _ratios(comparison, column, metric)
 
 
-@dataclass(frozen=True)
-class Speed:
-    """A speed's column: what of it is shown, and how one compares two of them, above 1 being faster."""
-
-    what: str
-    head: str
-    figure: Callable[[Cost], Measured | None]
-    ratio: Callable[[Cost], Measured | None]
-    over_lora: Callable[[Cost], Measured | None]
-    scale: float = 1.0
-    is_time: bool = False
-
-
-SPEEDS = (
-    Speed(
-        "training",
-        "training, tokens/s",
-        lambda cost: cost.training_tokens_per_second,
-        lambda cost: cost.training_ratio,
-        lambda cost: cost.training_over_lora,
-    ),
-    Speed(
-        "decode",
-        "decode, tokens/s",
-        lambda cost: cost.decode_tokens_per_second,
-        lambda cost: cost.decode_ratio,
-        lambda cost: cost.decode_over_lora,
-    ),
-    Speed(
-        "first token",
-        "first token, ms",
-        lambda cost: cost.time_to_first_token_seconds,
-        lambda cost: cost.first_token_ratio,
-        lambda cost: cost.first_token_over_lora,
-        scale=1e-3,
-        is_time=True,
-    ),
-)
-
-
-def _ratios(comparison: Comparison, column: Make, speed: Speed) -> Iterator[Column]:
+def _ratios(comparison: Comparison, column: Make, metric: Metric) -> Iterator[Column]:
     """To the group's base, and to its first LoRA where that takes part, with the rounds' range."""
     contestants = comparison.contestants
-    to_base = [_range(c.cost, speed.ratio, 1.0) for c in contestants]
+    to_base = [_ratio(c.cost, metric.over_base) for c in contestants]
     one = "1" if any(to_base) else ""
-    yield column(f"{speed.what} × base", lambda group: one if group.base_cost else "", to_base)
+    yield column(f"{metric.name} × base", lambda group: one if group.base_cost else "", to_base)
     loras = [lora for group in comparison.measured_together if (lora := comparison.lora_of(group))]
     if not loras:
         return
     cells = [
-        "1" if c in loras and c.cost else _range(c.cost, speed.over_lora, 1.0) for c in contestants
+        "1" if c in loras and c.cost else _ratio(c.cost, metric.over_lora) for c in contestants
     ]
     name = loras[0].label if len(loras) == 1 else loras[0].method
     yield column(
-        f"{speed.what} × {name}",
-        lambda group: _range(group.base_cost, speed.over_lora, 1.0),
-        cells,
+        f"{metric.name} × {name}", lambda group: _ratio(group.base_cost, metric.over_lora), cells
     )
 
 
-def _memory(cost: Cost | None) -> str:
-    return "" if cost is None else _number(cost.peak_memory_gib, 1.0)
+def _ratio(cost: Cost | None, key: str) -> str:
+    return shown(getattr(cost, key, None))
 
 
-def _cache(cost: Cost | None) -> str:
-    return "" if cost is None else _number(cost.kv_cache_bytes, 1e6, digits=4)
-
-
-def _range(cost: Cost | None, figure: Callable[[Cost], Measured | None], scale: float) -> str:
-    """`5,200 (4,940–5,460)`: the median, and the range where there is one."""
-    measured = None if cost is None else figure(cost)
-    if measured is None:
-        return ""
-    median, low, high = (
-        _significant(value / scale) for value in (measured.median, measured.low, measured.high)
-    )
-    return median if low == high else f"{median} ({low}–{high})"
-
-
-def _parameters_unit(found: Sequence[int]) -> tuple[str, float]:
-    return ("M", 1e6) if found and min(found) >= 1e6 else ("k", 1e3)
-
-
-def _number(value: float | None, unit: float, *, digits: int = 3) -> str:
-    return "" if value is None else _significant(value / unit, digits)
-
-
-def _significant(value: float, digits: int = 3) -> str:
-    """To so many significant digits, never fewer than stand before the point: 0.0983, 49.2, 6,013."""
-    if value == 0 or abs(value) < 1e-4:
-        return f"{value:.{digits}g}"
-    decimals = digits - 1 - math.floor(math.log10(abs(value)))
-    return f"{value:,.{max(0, decimals)}f}"
+def _in_thousands(parameters: Sequence[int | None]) -> Metric:
+    """Parameters in a unit that goes with all of them."""
+    known = [count for count in parameters if count]
+    large = bool(known) and min(known) >= 1e6
+    return replace(PARAMETERS, unit="M" if large else "k", size=1e6 if large else 1e3)

@@ -8,6 +8,7 @@ from typing import Any
 
 from prefixtune_cli.compare.comparison import OOD, TEST, Cell, Comparison, Contestant, Point, Result
 from prefixtune_cli.compare.legend import BEST, legend
+from prefixtune_cli.compare.metrics import EXACT_MATCH, LOSS
 from prefixtune_cli.compare.table import columns
 
 
@@ -170,8 +171,8 @@ def _title(data: str) -> str:
 
 
 def _loss(loss: float | None) -> str:
-    return "–" if loss is None else f"{loss:.3f}"
+    return "–" if loss is None else LOSS.figure(loss)
 
 
 def _share(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"
+    return "–" if share is None else EXACT_MATCH.with_unit(share)

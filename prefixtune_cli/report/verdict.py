@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from prefixtune_cli.compare.comparison import FORGETTING, OOD, TEST, Comparison, Contestant, Group
+from prefixtune_cli.compare.comparison import FORGETTING, OOD, TEST, Comparison
+from prefixtune_cli.compare.legend import listed
+from prefixtune_cli.compare.metrics import COSTS, FORGOTTEN, PARAMETERS, Metric
 from prefixtune_cli.compare.standing import Difference, Standing, Standings, standings
 
 WHERE = {TEST: "the test data", OOD: "the out-of-distribution data", FORGETTING: "unrelated text"}
@@ -44,13 +46,14 @@ def _opening(found: Standings, known: Sequence[Standing]) -> str:
     """Who has the best mean, and where the first one stands."""
     where, winners = _where(found), [s for s in known if s.best]
     first = found.each[0]
-    figure = f"{_mean(found, winners[0])} ({_seeds(winners[0])})"
-    known_base = found.base is not None and found.metric != "forgetting"
-    base = "" if not known_base else f"; the base alone has {_amount(found, _base(found))}"
+    figure = f"{_mean(found.metric, winners[0])} ({_seeds(winners[0])})"
+    base = ""
+    if found.base is not None and found.metric is not FORGOTTEN:
+        base = f"; the base alone has {_amount(found.metric, found.base)}"
     if len(known) == 1:
         return f"On {where}, {known[0].contestant} has {figure}{base}. There is nothing to compare it with."
     if len(winners) > 1:
-        return f"On {where}, {_listed([s.contestant for s in winners])} share the best mean: {figure}{base}."
+        return f"On {where}, {listed([s.contestant for s in winners])} share the best mean: {figure}{base}."
     best = winners[0]
     said = f"On {where}, {best.contestant} has the best mean: {figure}{base}."
     if best is first:
@@ -68,7 +71,7 @@ def _lead_over(found: Standings) -> str:
         return "Whether its lead is more than noise was not tested."
     if not doubtful:
         return "Its lead is more than noise."
-    return f"Its lead over {_listed(doubtful)} may be noise."
+    return f"Its lead over {listed(doubtful)} may be noise."
 
 
 def _behind(found: Standings, first: Standing, best: Standing, difference: Difference) -> str:
@@ -76,18 +79,18 @@ def _behind(found: Standings, first: Standing, best: Standing, difference: Diffe
         sure = "this was not tested"
     else:
         sure = "this is more than noise" if difference.larger_than_noise else "this may be noise"
-    mean = f"{first.contestant} ({_mean(found, first)})"
-    if (difference.value > 0) != found.higher_is_better:
+    mean = f"{first.contestant} ({_mean(found.metric, first)})"
+    if (difference.value > 0) != found.metric.up:
         return f"On the seeds that both finished, {mean} is not behind it."
-    by = _amount(found, abs(difference.value), of_a_difference=True)
+    by = _gap(found.metric, difference.value)
     return f"{mean} is behind it by {by}; {sure}."
 
 
 def _against_first(
     found: Standings, first: Standing, rival: Standing, difference: Difference
 ) -> str:
-    by = _amount(found, abs(difference.value), of_a_difference=True)
-    better = (difference.value > 0) == found.higher_is_better
+    by = _gap(found.metric, difference.value)
+    better = (difference.value > 0) == found.metric.up
     if difference.is_none:
         return f"{rival.contestant} is level with {first.contestant}."
     how = f"{by} {'better' if better else 'worse'} than"
@@ -108,8 +111,8 @@ def _sureness(found: Standings, difference: Difference) -> str:
 
 
 def _signed(found: Standings, value: float) -> str:
-    text = f"{100 * value:+.1f}" if found.metric == "exact match" else f"{value:+.3f}"
-    return "0" if float(text) == 0 else text.replace("-", "−")
+    text = found.metric.figure(value, signed=True)
+    return "0" if float(text.replace(",", "")) == 0 else text.replace("-", "−")
 
 
 def _of_the_test(found: Standings) -> list[str]:
@@ -134,45 +137,27 @@ def _of_cost(comparison: Comparison) -> list[Said]:
     said = []
     for group in comparison.measured_together:
         contestants = [c for c in comparison.contestants if c.label in group.contestants]
-        sizes = {c.label: c.trainable_parameters for c in contestants}
-        known = {label: count for label, count in sizes.items() if count}
-        if len(known) > 1:
-            least = min(known.values())
-            who = [label for label, count in known.items() if count == least]
-            lead = f"{_who(who)} the fewest parameters: {least:,}"
-            said.append(Said(lead + _beside_first(group, who, known, "") + "."))
-        speeds = {c.label: speed for c in contestants if (speed := _training_speed(c))}
-        if len(speeds) > 1:
-            most = max(speeds.values())
-            who = [label for label, speed in speeds.items() if round(speed) == round(most)]
-            lead = f"{_who(who)} fastest: {most:,.0f} tokens/s"
-            said.append(Said(lead + _beside_first(group, who, speeds, " tokens/s") + "."))
+        for metric in (PARAMETERS, *COSTS):
+            figures = {c.label: figure for c in contestants if (figure := metric.median(c))}
+            if metric.best and len(figures) > 1:
+                said.append(Said(_cheapest(metric, figures, group.contestants[0])))
     return said
 
 
-def _who(labels: Sequence[str]) -> str:
-    return f"{_listed(labels)} {'trains' if len(labels) == 1 else 'alike train'}"
-
-
-def _beside_first(
-    group: Group, labels: Sequence[str], figures: Mapping[str, float], unit: str
-) -> str:
-    first = group.contestants[0]
-    if first in labels or first not in figures:
-        return ""
-    return f" ({first}: {figures[first]:,.0f}{unit})"
-
-
-def _training_speed(contestant: Contestant) -> float | None:
-    speed = contestant.cost.training_tokens_per_second if contestant.cost else None
-    return None if speed is None else speed.median
+def _cheapest(metric: Metric, figures: Mapping[str, float], first: str) -> str:
+    best = (max if metric.up else min)(figures.values())
+    who = [label for label, figure in figures.items() if round(figure) == round(best)]
+    lead = f"{listed(who)} {'trains' if len(who) == 1 else 'alike train'} {metric.best}"
+    beside = first in figures and first not in who
+    its = f" ({first}: {metric.with_unit(figures[first])})" if beside else ""
+    return f"{lead}: {metric.with_unit(best)}{its}."
 
 
 def _of_failures(comparison: Comparison) -> list[Said]:
     failed = [(c.label, len(c.failures)) for c in comparison.contestants if c.failures]
     if not failed:
         return []
-    cells = _listed([f"{count} of {label}" for label, count in failed])
+    cells = listed([f"{count} of {label}" for label, count in failed])
     return [
         Said(
             f"Some runs failed, and the figures are without them: {cells}. The reasons are under Runs."
@@ -184,38 +169,19 @@ def _where(found: Standings) -> str:
     return WHERE.get(found.data, found.data)
 
 
-def _base(found: Standings) -> float:
-    assert found.base is not None
-    return found.base
-
-
 def _seeds(standing: Standing) -> str:
     return f"mean of {standing.seeds} seeds" if standing.seeds > 1 else "one seed"
 
 
-def _mean(found: Standings, standing: Standing) -> str:
+def _mean(metric: Metric, standing: Standing) -> str:
     if standing.mean is None:
         return "no result"
-    if standing.deviation is None:
-        return _amount(found, standing.mean)
-    if found.metric == "exact match":
-        return f"{100 * standing.mean:.1f} ± {100 * standing.deviation:.1f} % right answers"
-    return f"{standing.mean:.3f} ± {standing.deviation:.3f} nats a token{_of_what(found)}"
+    return _amount(metric, standing.mean, standing.deviation)
 
 
-def _amount(found: Standings, value: float, *, of_a_difference: bool = False) -> str:
-    if found.metric == "exact match":
-        return f"{100 * value:.1f} " + ("points" if of_a_difference else "% right answers")
-    return f"{value:.3f} nats a token" + ("" if of_a_difference else _of_what(found))
+def _amount(metric: Metric, value: float, deviation: float | None = None) -> str:
+    return f"{metric.figure(value, deviation)} {metric.said}"
 
 
-def _of_what(found: Standings) -> str:
-    return (
-        " more loss than the base"
-        if found.metric == "forgetting" and found.base is not None
-        else " of loss"
-    )
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+def _gap(metric: Metric, difference: float) -> str:
+    return f"{metric.figure(abs(difference))} {metric.said_of_difference}"

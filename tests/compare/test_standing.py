@@ -16,6 +16,7 @@ from prefixtune_cli.compare.comparison import (
     Contestant,
     Result,
 )
+from prefixtune_cli.compare.metrics import EXACT_MATCH, FORGOTTEN, LOSS
 from prefixtune_cli.compare.standing import (
     Difference,
     crossed_difference,
@@ -139,8 +140,8 @@ def test_means_deviations_and_the_best() -> None:
         ),
         TEST,
     )
-    assert found.metric == "exact match"
-    assert found.higher_is_better
+    assert found.metric is EXACT_MATCH
+    assert found.metric.up
     assert [s.mean for s in found.each] == [0.375, 0.75]
     assert found.each[0].deviation == pytest.approx(0.125 * 2**0.5)
     assert found.each[1].deviation == 0
@@ -165,8 +166,8 @@ def test_by_loss_less_is_better_and_a_row_counts_by_its_tokens() -> None:
         among(of("a", {0: Result([8.0, 4.0], [4, 2])}), of("b", {0: Result([6.0, 3.0], [4, 2])})),
         TEST,
     )
-    assert found.metric == "loss"
-    assert not found.higher_is_better
+    assert found.metric is LOSS
+    assert not found.metric.up
     assert [s.mean for s in found.each] == [2.0, 1.5]
     assert [s.best for s in found.each] == [False, True]
     assert found.each[1].difference is not None
@@ -193,7 +194,7 @@ def test_answers_that_some_lack_leave_the_loss() -> None:
     found = standings_on(
         among(of("a", {0: answers(1, 1)}), of("b", {0: Result([1.0, 2.0], [1, 1])})), TEST
     )
-    assert found.metric == "loss"
+    assert found.metric is LOSS
 
 
 def test_a_failed_cell_leaves_its_seed_out_of_the_pairs() -> None:
@@ -259,7 +260,7 @@ def test_forgetting_is_the_increase_over_the_base() -> None:
     found = standings_on(made, FORGETTING)
     base = made.base[FORGETTING].loss
     losses = [result.loss for result in made.contestants[1].results(FORGETTING)]
-    assert found.metric == "forgetting"
+    assert found.metric is FORGOTTEN
     assert found.base == base
     assert found.each[1].mean == pytest.approx(sum(losses) / 3 - base)
     assert [s.contestant for s in found.each if s.best] == ["prefix-tuning"]

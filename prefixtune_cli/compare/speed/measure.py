@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import PreTrainedModel
 
 from prefixtune_cli import model as models
-from prefixtune_cli.compare.comparison import Cost, Measured
+from prefixtune_cli.compare.metrics import COSTS, ON_DISK, PARAMETERS, Cost, Measured, Metric
 from prefixtune_cli.compare.speed.random_base import random_base
 from prefixtune_cli.compare.speed.turn import Figures, Shape, take_turn
 from prefixtune_cli.errors import Interrupted, PtpError, ResourceError, UsageError
@@ -25,10 +26,6 @@ from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import AdapterSection, ModelSection
 
 BASE = "base"
-TRAINING = "training_tokens_per_second"
-DECODE = "decode_tokens_per_second"
-FIRST_TOKEN = "time_to_first_token_seconds"
-PEAK_MEMORY = "peak_memory_bytes"
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,8 @@ class Speeds:
             to the embeddings' output, without anything that is trained. A method can be faster: one that trains the
             top layers alone, or PT+, which needs no gradient of the first layer's queries, keys and values.
         contestants: by label, in the order given: the costs, or why there are none.
-        rounds: by label, BASE among them, and by metric (TRAINING, DECODE, FIRST_TOKEN, PEAK_MEMORY): one value a
-            round, in the same rounds for all. Who failed is not among them.
+        rounds: by label, BASE among them, and by metric (COSTS, PARAMETERS, ON_DISK): one value a round, in the same
+            rounds for all; none where some round has none. Who failed is not among them.
         order: of each round, the labels as they took their turns.
         parameters: trained ones by label; for BASE, all that it has.
         adapter_bytes: of the adapter as saved, by label.
@@ -49,20 +46,19 @@ class Speeds:
 
     base: Cost
     contestants: Mapping[str, Cost | str]
-    rounds: Mapping[str, Mapping[str, list[float]]]
+    rounds: Mapping[str, Mapping[Metric, list[float]]]
     order: Sequence[Sequence[str]]
     parameters: Mapping[str, int]
     adapter_bytes: Mapping[str, int]
 
-    def ratio(self, label: str, other: str, metric: str) -> Measured | None:
+    def ratio(self, label: str, other: str, metric: Metric) -> Measured | None:
         """How many times as fast `label` is as `other`, round by round; None where one of them failed.
 
         Args:
             label, other: contestants, or BASE.
-            metric: TRAINING, DECODE, FIRST_TOKEN (of which more is slower), or PEAK_MEMORY (how many times as much).
+            metric: one of COSTS.
         """
-        ours, theirs = (self.rounds.get(of, {}).get(metric, []) for of in (label, other))
-        return _ratio(ours, theirs, inverted=metric == FIRST_TOKEN)
+        return _ratio(metric, self.rounds.get(label, {}), self.rounds.get(other, {}))
 
 
 def measure(
@@ -127,16 +123,16 @@ def measure(
                     reporter.warning(f"{label} cannot be measured. {failures[label]}")
     reporter.progress("measuring", total, total, {})
     counted = {label: them[1:] for label, them in figures.items() if label not in failures}
-    parameters = {label: them[0].parameters for label, them in counted.items()}
-    rounds = {label: _rounds(them, shape) for label, them in counted.items()}
-    costs = {label: _cost(label, them, rounds, shape) for label, them in counted.items()}
+    rounds = {label: _rounds(them) for label, them in counted.items()}
+    costs = {label: _cost(label, rounds, shape) for label in rounds}
     return Speeds(
         costs[BASE],
         {label: costs.get(label) or failures[label] for label, _ in contestants},
         rounds,
         order[1:],
-        parameters | {BASE: base.num_parameters()},
-        {label: them[0].adapter_bytes for label, them in counted.items() if label != BASE},
+        {label: int(ours[PARAMETERS][0]) for label, ours in rounds.items()}
+        | {BASE: base.num_parameters()},
+        {label: int(ours[ON_DISK][0]) for label, ours in rounds.items() if label != BASE},
     )
 
 
@@ -195,51 +191,42 @@ def _why_not(error: Exception, shape: Shape) -> str:
     return f"{type(error).__name__}: {said}"
 
 
-def _rounds(figures: Sequence[Figures], shape: Shape) -> dict[str, list[float]]:
-    tokens = shape.batch_size * shape.length
-    peaks = [float(f.peak_bytes) for f in figures if f.peak_bytes is not None]
+def _rounds(turns: Sequence[Figures]) -> dict[Metric, list[float]]:
+    """The values of each metric; none where some turn has none."""
+    found = {metric: [turn[metric] for turn in turns] for metric in turns[0]}
     return {
-        TRAINING: [tokens / f.step_seconds for f in figures],
-        DECODE: [shape.prompts / f.decode_seconds for f in figures],
-        FIRST_TOKEN: [f.first_token_seconds for f in figures],
-        PEAK_MEMORY: peaks if len(peaks) == len(figures) else [],
+        m: [v for v in values if v is not None] if None not in values else []
+        for m, values in found.items()
     }
 
 
-def _cost(
-    label: str,
-    figures: Sequence[Figures],
-    rounds: Mapping[str, Mapping[str, list[float]]],
-    shape: Shape,
-) -> Cost:
+def _cost(label: str, rounds: Mapping[str, Mapping[Metric, list[float]]], shape: Shape) -> Cost:
     ours, base = rounds[label], rounds[BASE]
-    cost = Cost(
-        training_tokens_per_second=Measured.of(ours[TRAINING]),
-        decode_tokens_per_second=Measured.of(ours[DECODE]),
-        time_to_first_token_seconds=Measured.of(ours[FIRST_TOKEN]),
-        peak_memory_gib=Measured.of(ours[PEAK_MEMORY]).median / 2**30
-        if ours[PEAK_MEMORY]
-        else None,
-        kv_cache_bytes=figures[0].cache_bytes,
+    figures: dict[str, Any] = {m.key: _over_rounds(m, ours[m]) for m in COSTS}
+    if label != BASE:
+        figures |= {m.over_base: _ratio(m, ours, base) for m in COSTS if m.ratio}
+    return Cost(
+        **figures,
         prompt_tokens=shape.prompt_tokens,
         prompts=shape.prompts,
+        adapters=1 if label == BASE else shape.adapters,
         interleaved=True,
     )
-    if label == BASE:
-        return cost
-    return replace(
-        cost,
-        adapters=shape.adapters,
-        training_ratio=_ratio(ours[TRAINING], base[TRAINING]),
-        decode_ratio=_ratio(ours[DECODE], base[DECODE]),
-        first_token_ratio=_ratio(ours[FIRST_TOKEN], base[FIRST_TOKEN], inverted=True),
-    )
+
+
+def _over_rounds(metric: Metric, values: Sequence[float]) -> Measured | float | None:
+    """The median, of what varies with its range."""
+    if not values:
+        return None
+    found = Measured.of(values)
+    return found if metric.ratio else values[0] if found.low == found.high else found.median
 
 
 def _ratio(
-    ours: Sequence[float], theirs: Sequence[float], *, inverted: bool = False
+    metric: Metric, ours: Mapping[Metric, list[float]], theirs: Mapping[Metric, list[float]]
 ) -> Measured | None:
-    if not ours or not theirs:
+    mine, others = ours.get(metric), theirs.get(metric)
+    if not mine or not others:
         return None
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return Measured.of([1 / r for r in ratios] if inverted else ratios)
+    ratios = [a / b for a, b in zip(mine, others, strict=True)]
+    return Measured.of(ratios if metric.up else [1 / ratio for ratio in ratios])

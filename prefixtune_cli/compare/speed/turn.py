@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,16 @@ from transformers import PreTrainedModel
 
 from prefixtune_cli import model as models
 from prefixtune_cli.adapter import fold_basis, identity_basis
+from prefixtune_cli.compare.metrics import (
+    DECODE,
+    FIRST_TOKEN,
+    KV_CACHE,
+    ON_DISK,
+    PARAMETERS,
+    PEAK_MEMORY,
+    TRAINING,
+    Metric,
+)
 from prefixtune_cli.compare.speed.inference import Answer, cache_bytes
 from prefixtune_cli.compare.speed.peak_memory import available_bytes, peak_memory
 from prefixtune_cli.compare.speed.training import TrainingStep
@@ -55,27 +65,7 @@ class Shape:
     cast_adapters: bool = False
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What was measured in one turn.
-
-    Attributes:
-        step_seconds: of one training step.
-        first_token_seconds: from the prompts to their first tokens.
-        decode_seconds: of one further token of each answer.
-        peak_bytes: most memory in use during training steps; None where it cannot be measured.
-        cache_bytes: of the key/value cache after one prompt.
-        parameters: trained ones.
-        adapter_bytes: of the adapters as they are saved, in float32; for `full`, of all weights.
-    """
-
-    step_seconds: float
-    first_token_seconds: float
-    decode_seconds: float
-    peak_bytes: int | None
-    cache_bytes: int
-    parameters: int
-    adapter_bytes: int
+Figures = Mapping[Metric, float | None]  # of one turn; None where it cannot be measured
 
 
 def take_turn(
@@ -92,6 +82,9 @@ def take_turn(
         adapter: None for the base by itself.
         shape: how much is computed.
         autocast: train in bfloat16.
+
+    Returns:
+        COSTS, PARAMETERS, and ON_DISK as adapters are saved, in float32; of `full`, all weights.
 
     Raises:
         ModelError: the adapter does not fit the base.
@@ -115,15 +108,15 @@ def take_turn(
             for parameter in trained:
                 parameter.data = parameter.data.to(base.dtype)
         first_token_seconds, decode_seconds, cached = _answer(model, base, shape)
-        return Figures(
-            step_seconds,
-            first_token_seconds,
-            decode_seconds,
-            peak_bytes,
-            cached,
-            sum(p.numel() for p in trained),
-            size,
-        )
+        return {
+            TRAINING: shape.batch_size * shape.length / step_seconds,
+            PEAK_MEMORY: None if peak_bytes is None else peak_bytes / 2**30,
+            DECODE: shape.prompts / decode_seconds,
+            FIRST_TOKEN: first_token_seconds,
+            KV_CACHE: cached,
+            PARAMETERS: sum(p.numel() for p in trained),
+            ON_DISK: size,
+        }
 
 
 @contextlib.contextmanager

@@ -1,0 +1,90 @@
+"""What can stand on an axis of a picture: a metric of each contestant; and the Pareto front."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from prefixtune_cli.compare.comparison import OOD, TEST, Comparison
+from prefixtune_cli.compare.metrics import Metric
+from prefixtune_cli.compare.standing import standings_on
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A metric of each contestant, in its unit.
+
+    Attributes:
+        name: with the unit.
+        values: by contestant, one a seed; contestants without any are absent.
+        base: the base's value.
+    """
+
+    metric: Metric
+    name: str
+    values: Mapping[str, Sequence[float]]
+    base: float | None = None
+
+    def said(self, label: str) -> str:
+        """The mean, and the standard deviation where there are several."""
+        values = self.values[label]
+        return self._said(statistics.mean(values), spread(values))
+
+    @property
+    def said_of_base(self) -> list[str]:
+        return [] if self.base is None else [f"base {self._said(self.base)}"]
+
+    def _said(self, value: float, deviation: float | None = None) -> str:
+        return f"{self.metric.written(value, deviation)} {self.metric.unit}".rstrip()
+
+
+def quality(comparison: Comparison, data: str = TEST) -> Axis:
+    """Right answers in per cent where every result has answers, else the loss."""
+    found = standings_on(comparison, data)
+    metric = found.metric
+    values = {
+        c.label: [v for r in c.results(data) if math.isfinite(v := metric.in_unit(metric.value(r)))]
+        for c in comparison.contestants
+    }
+    where = {TEST: "test", OOD: "out-of-distribution"}[data]
+    known = {label: each for label, each in values.items() if each}
+    base = None if found.base is None else metric.in_unit(found.base)
+    return Axis(metric, f"{where} data: {metric.axis}", known, base)
+
+
+def cost(comparison: Comparison, metric: Metric) -> Axis:
+    """By its median where it was taken several times."""
+    values = {c.label: metric.median(c) for c in comparison.contestants}
+    known = {label: [metric.in_unit(value)] for label, value in values.items() if value}
+    return Axis(metric, metric.axis, known)
+
+
+def front(points: Mapping[str, tuple[float, float]], *, right: bool, up: bool) -> list[str]:
+    """The Pareto front: those that no other one beats in one thing without being beaten by it in the other.
+
+    Args:
+        points: (x, y) by label.
+        right, up: whether more of x and of y is better.
+
+    Returns:
+        their labels, by x from left to right.
+    """
+    gains = {
+        label: (x if right else -x, y if up else -y) for label, (x, y) in sorted(points.items())
+    }
+    beaten = {
+        a
+        for a, (ax, ay) in gains.items()
+        for bx, by in gains.values()
+        if bx >= ax and by >= ay and (bx, by) != (ax, ay)
+    }
+    return sorted(
+        (label for label in gains if label not in beaten), key=lambda label: points[label]
+    )
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """The standard deviation; None of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else None
