@@ -54,6 +54,18 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
                 one.rmdir()
 
 
+def in_use(folder: Path) -> bool:
+    """Whether a command has `folder` for itself, as training has; who looks leaves nothing there."""
+    try:
+        file = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return not _lock(file, fcntl.LOCK_SH)
+    finally:
+        os.close(file)
+
+
 def why_not(folder: Path, error: OSError) -> str:
     """Why a folder could not be made or written to, in words."""
     files = [path for path in (folder, *folder.parents) if os.path.isfile(path)]

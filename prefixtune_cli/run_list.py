@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune_cli.errors import RecipeError
+from prefixtune_cli.lock import in_use
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.run_dir import RunDir, step_of
 
@@ -23,7 +24,7 @@ class Listed:
     Attributes:
         run: its folder.
         model, method: of its recipe; None where that cannot be read.
-        state: `finished`, `unfinished`, or why it cannot be read.
+        state: `finished`, `running`, `unfinished`, or why it cannot be read.
         loss: the adapter's on the held-out rows, in nats a token; None where there is none yet.
         date: when it was last written.
     """
@@ -74,5 +75,6 @@ def _listed(run: RunDir) -> Listed:
         return Listed(str(run.path), None, None, "its summary cannot be read", None, date)
     saved = run.checkpoints()
     step = f", saved at step {step_of(saved[-1])}" if saved else ""
-    state = "finished" if run.finished else f"unfinished{step}"
+    going = "running" if in_use(run.path) else "unfinished"
+    state = "finished" if run.finished else f"{going}{step}"
     return Listed(str(run.path), recipe.model.name, recipe.adapter.method, state, loss, date)

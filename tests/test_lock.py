@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from prefixtune_cli.errors import ResourceError, RunDirError
-from prefixtune_cli.lock import LOCK, locked
+from prefixtune_cli.lock import LOCK, in_use, locked
 
 HOLD = """
 import sys
@@ -112,6 +112,17 @@ def test_who_only_looks_refuses_nobody(tmp_path: Path) -> None:
         threading.Timer(0.1, first.stdin.close).start()  # type: ignore[union-attr]
         with locked(tmp_path):
             pass
+
+
+def test_a_folder_is_in_use_by_who_has_it_alone_while_that_lives(tmp_path: Path) -> None:
+    assert not in_use(tmp_path)
+    with another(tmp_path, "shared"):
+        assert not in_use(tmp_path)
+    with another(tmp_path) as first:
+        assert in_use(tmp_path)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        assert not in_use(tmp_path)
 
 
 def test_a_name_that_is_too_long_is_told_in_words(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from prefixtune_cli.errors import AdapterError, RunDirError, UsageError
+from prefixtune_cli.lock import locked
 from prefixtune_cli.pointed import base_key, choose, point
 from prefixtune_cli.recipe.schema import ModelSection
 from prefixtune_cli.run_dir import RunDir
@@ -193,6 +194,10 @@ def test_runs_are_listed_newest_first_with_their_state(tmp_path: Path) -> None:
         (str(done), "tiny", "lora", "finished", 0.25),
         (str(broken), None, None, "its recipe cannot be read", None),
     ]
+    with locked(done), locked(going):
+        states = {one.run: one.state for one in list_runs(tmp_path)}
+    assert states[str(going)] == "running, saved at step 5"
+    assert states[str(done)] == "finished"
     newest = newest_finished(tmp_path)
     assert newest is not None
     assert newest.path == done
