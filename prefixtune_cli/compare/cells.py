@@ -6,7 +6,7 @@ Everything that goes in and out can be pickled, so that a cell may run in a proc
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,12 +110,26 @@ def _benches(sheet: Sheet) -> dict[str, str]:
 
 def results_of(run: str, sheet: Sheet, who: str) -> dict[str, Result]:
     """What `judge_cell` has written, by data set, of `who`: the adapter or the base."""
-    found = {name: RunDir(run).eval_result(bench) for name, bench in _benches(sheet).items()}
-    return {name: _result(file, who) for name, file in found.items() if file.exists()}
+    return {name: _result(found["items"], who) for name, found in _judged(run, sheet).items()}
 
 
-def _result(file: Path, who: str) -> Result:
-    items = json.loads(file.read_text(encoding="utf-8"))["items"]
+def why_unmatched(run: str, sheet: Sheet) -> dict[str, str]:
+    """Data set → why no answer was matched there; without those in which answers were."""
+    judged = _judged(run, sheet).items()
+    return {name: why for name, found in judged if (why := found.get("why_no_exact_match"))}
+
+
+def _judged(run: str, sheet: Sheet) -> dict[str, Any]:
+    """What `judge_cell` has written, by data set."""
+    files = {name: RunDir(run).eval_result(bench) for name, bench in _benches(sheet).items()}
+    return {
+        name: json.loads(file.read_text(encoding="utf-8"))
+        for name, file in files.items()
+        if file.exists()
+    }
+
+
+def _result(items: Sequence[Mapping[str, Any]], who: str) -> Result:
     right = [bool(item["right"][who]) for item in items if "right" in item]
     return Result(
         nats=[item["nats"][who] for item in items],

@@ -22,6 +22,7 @@ from prefixtune_cli.compare.cells import (
     judge_cell,
     results_of,
     train_cell,
+    why_unmatched,
 )
 from prefixtune_cli.compare.comparison import (
     BASE,
@@ -174,7 +175,8 @@ class _Cells:
         """Train each contestant with each of its learning rates on the first seed; the validation rows choose."""
         rates = {e.label: e.learning_rates(self._settings.sweep) for e in self._contest}
         first = self._seeds[0]
-        self._train([(e, first, rate) for e in self._contest for rate in rates[e.label]], "sweep")
+        stage = "sweep" if self._settings.sweep > 1 else "first seed"
+        self._train([(e, first, rate) for e in self._contest for rate in rates[e.label]], stage)
         for entry in self._contest:
             points = [self._point(entry, rate) for rate in rates[entry.label]]
             self._points[entry.label] = points if len(points) > 1 else []
@@ -344,6 +346,9 @@ class _Cells:
         found = list(self._rows.notices)
         if pattern := self._contest[0].recipe.evaluate.answer_pattern:
             found.append(f"An answer is right where {match_rule(pattern)}.")
+        if self._judged_base is not None:
+            unmatched = why_unmatched(self._judged_base, self._sheet).items()
+            found += [why if name == TEST else f"{name}: {why}" for name, why in unmatched]
         if len({c.steps for one in contestants for c in one.cells if c.steps is not None}) > 1:
             found.append("The contestants took different numbers of steps, as the grid asks for.")
         if self._settings.few_shot is not None and self._settings.sweep > 1:

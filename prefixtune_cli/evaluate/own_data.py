@@ -179,6 +179,7 @@ def compare(data: OwnData, judged: Mapping[str, Judged]) -> Outcome:
     }
     lines = loss_lines(data.name, losses)
     if not data.questions:
+        record["why_no_exact_match"] = str(data.why_none)
         return Outcome(data.name, lines, record, (str(data.why_none),))
     right = {model: _right(data, found.answers) for model, found in judged.items()}
     for i, (item, question) in enumerate(zip(items, data.questions, strict=True)):

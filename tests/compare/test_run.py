@@ -17,6 +17,7 @@ from prefixtune_cli.compare import cells
 from prefixtune_cli.compare.cells import BASES, is_done
 from prefixtune_cli.compare.comparison import FORGETTING, OOD, TEST, Comparison
 from prefixtune_cli.compare.contest import Settings, Typed
+from prefixtune_cli.compare.legend import legend
 from prefixtune_cli.compare.run import compare
 from prefixtune_cli.errors import UsageError
 from prefixtune_cli.parallel import devices
@@ -125,6 +126,24 @@ def test_a_precision_that_is_slow_here_is_told_though_the_cells_are_silent(
     made.typed.flags["model"]["bits"] = 16
     compare(made, reporter=heard)
     assert [n for n in heard.notices if "--bits 32 is several times as fast" in n]
+
+
+def test_one_learning_rate_is_no_sweep_and_answers_too_long_to_match_are_told(
+    random_base: Path, data: Path, tmp_path: Path
+) -> None:
+    heard = Heard()
+    made = settings(
+        random_base, data, tmp_path / "out", methods=("lora",), seeds=1, sweep=1, ood=str(data)
+    )
+    made.typed.flags["evaluate"]["max_new_tokens"] = 1
+    told, _ = compare(made, reporter=heard)
+    stages = {task for task in heard.tasks if task.startswith("cells")}
+    assert stages == {"cells (first seed)", "cells (seeds)", "cells (test)"}
+    assert told.contestants[0].results()[0].right is None
+    why = [line for line in legend(told) if "No exact match" in line]
+    assert len(why) == 2
+    assert why[0].startswith("No exact match: more than one answer in twenty has more tokens than")
+    assert why[1] == f"ood: {why[0]}"
 
 
 def written(out: Path) -> dict[str, int]:
