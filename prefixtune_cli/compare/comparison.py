@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from prefixtune_cli.compare.metrics import Cost, Measured
+from pydantic import TypeAdapter
+
+from prefixtune_cli.compare.metrics import Cost
 
 BASE = "base"
 TEST, OOD, FORGETTING = "test", "ood", "forgetting"
@@ -180,48 +182,9 @@ class Comparison:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Comparison:
-        base = {name: Result(**r) for name, r in found["base"].items()}
-        return cls(
-            **{
-                **found,
-                "base": base,
-                "base_cost": _cost(found["base_cost"]),
-                "contestants": [_contestant(c) for c in found["contestants"]],
-                "groups": [
-                    Group(**{**group, "base_cost": _cost(group["base_cost"])})
-                    for group in found.get("groups", ())
-                ],
-            }
-        )
+        return TypeAdapter(cls).validate_python(found)
 
     @classmethod
     def read(cls, file: Path) -> Comparison:
         """That of a results.json."""
         return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
-
-
-def _contestant(found: Mapping[str, Any]) -> Contestant:
-    return Contestant(
-        **{
-            **found,
-            "cells": [_cell(cell) for cell in found["cells"]],
-            "sweep": [Point(**point) for point in found["sweep"]],
-            "cost": _cost(found["cost"]),
-        }
-    )
-
-
-def _cell(found: Mapping[str, Any]) -> Cell:
-    results = {name: Result(**r) for name, r in found["results"].items()}
-    losses = [(int(step), float(loss)) for step, loss in found["losses"]]
-    return Cell(**{**found, "results": results, "losses": losses})
-
-
-def _cost(found: Mapping[str, Any] | None) -> Cost | None:
-    if found is None:
-        return None
-    figures: dict[str, Any] = {
-        name: Measured(**value) if isinstance(value, Mapping) else value
-        for name, value in found.items()
-    }
-    return Cost(**figures)

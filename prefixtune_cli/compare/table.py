@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import TypeVar
 
 from prefixtune_cli.compare.comparison import (
     FORGETTING,
@@ -30,6 +31,8 @@ from prefixtune_cli.compare.metrics import (
     shown,
 )
 from prefixtune_cli.compare.standing import Difference, Standing, Standings, standings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,12 @@ def columns(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
     Columns without any figure are left out.
     """
-    return _shown(comparison, lambda e: f"{e.text} {BEST}" if e.best else e.text)
+    return laid_out(comparison, lambda e: f"{e.text} {BEST}" if e.best else e.text)
 
 
 def markdown(comparison: Comparison) -> str:
     """The table with its legend, as in table.md."""
-    head, rows = _shown(comparison, lambda e: f"**{e.text}**" if e.best else e.text)
+    head, rows = laid_out(comparison, lambda e: f"**{e.text}**" if e.best else e.text)
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     table = "".join(f"| {' | '.join(map(_escaped, line))} |\n" for line in lines)
     said = "".join(f"- {line}\n" for line in legend(comparison, bold=True))
@@ -74,9 +77,8 @@ def _escaped(cell: str) -> str:
     return cell.replace("|", r"\|")
 
 
-def _shown(
-    comparison: Comparison, show: Callable[[Entry], str]
-) -> tuple[list[str], list[list[str]]]:
+def laid_out(comparison: Comparison, show: Callable[[Entry], T]) -> tuple[list[str], list[list[T]]]:
+    """Head and rows of what `show` makes of each cell."""
     found = [column for column in _columns(comparison) if not column.empty]
     rows = zip(*(column.entries for column in found), strict=True)
     return [column.head for column in found], [[show(entry) for entry in row] for row in rows]

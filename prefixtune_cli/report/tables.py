@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefixtune_cli.compare.comparison import OOD, TEST, Cell, Comparison, Contestant, Point, Result
-from prefixtune_cli.compare.legend import BEST, legend
+from prefixtune_cli.compare.legend import legend
 from prefixtune_cli.compare.metrics import EXACT_MATCH, LOSS
-from prefixtune_cli.compare.table import columns
+from prefixtune_cli.compare.table import Entry, laid_out
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,18 @@ class Table:
 
 def result(comparison: Comparison) -> Table:
     """The table of the comparison, as in table.md."""
-    head, rows = columns(comparison)
+    head, rows = laid_out(comparison, _figure)
     said = {*comparison.notices, f"Command: {comparison.command}"}  # they have a place of their own
     return Table(
         "Quality and cost",
         head,
-        [[Text(row[0]), *map(_figure, row[1:])] for row in rows],
+        [[Text(row[0].text), *row[1:]] for row in rows],
         [line for line in legend(comparison, bold=True) if line not in said],
     )
 
 
-def _figure(shown: str) -> Text:
-    mark = f" {BEST}"
-    best = shown.endswith(mark)
-    return Text(shown.removesuffix(mark) or "–", "best" if best else "number")
+def _figure(entry: Entry) -> Text:
+    return Text(entry.text or "–", "best" if entry.best else "number")
 
 
 def sweep(comparison: Comparison) -> Table | None:

@@ -14,12 +14,11 @@ from prefixtune_cli.compare.comparison import (
     Cell,
     Comparison,
     Contestant,
-    Cost,
     Group,
-    Measured,
     Point,
     Result,
 )
+from prefixtune_cli.compare.metrics import Cost, Measured
 
 SEEDS = (0, 1, 2)
 # method: share of right answers, loss on the text of FORGETTING, learning rate, parameters, tokens/s

@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import LlamaConfig, PreTrainedModel
 
-from prefixtune_cli.compare.comparison import Comparison, Measured
+from prefixtune_cli.compare.comparison import Comparison
 from prefixtune_cli.compare.contest import Settings, Typed
 from prefixtune_cli.compare.costs import compare_costs
+from prefixtune_cli.compare.metrics import Measured
 from prefixtune_cli.errors import RecipeError, UsageError
 from prefixtune_cli.progress import Silent
 
