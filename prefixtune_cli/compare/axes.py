@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from prefixtune_cli.compare.comparison import OOD, TEST, Comparison
+from prefixtune_cli.compare.comparison import TEST, Comparison
+from prefixtune_cli.compare.legend import FULL_NAMES
 from prefixtune_cli.compare.metrics import Metric
 from prefixtune_cli.compare.standing import standings_on
 
@@ -48,10 +49,10 @@ def quality(comparison: Comparison, data: str = TEST) -> Axis:
         c.label: [v for r in c.results(data) if math.isfinite(v := metric.in_unit(metric.value(r)))]
         for c in comparison.contestants
     }
-    where = {TEST: "test", OOD: "out-of-distribution"}[data]
+    where = FULL_NAMES[data].removeprefix("the ")
     known = {label: each for label, each in values.items() if each}
     base = None if found.base is None else metric.in_unit(found.base)
-    return Axis(metric, f"{where} data: {metric.axis}", known, base)
+    return Axis(metric, f"{where}: {metric.axis}", known, base)
 
 
 def cost(comparison: Comparison, metric: Metric) -> Axis:

@@ -10,7 +10,13 @@ from prefixtune_cli.compare.metrics import COSTS, EXACT_MATCH, FORGOTTEN, KV_CAC
 from prefixtune_cli.compare.standing import Standings, standings
 
 BEST, LARGER = "*", "†"
+# A data set's name under a table, and in a sentence that stands alone; another one has its own.
 NAMES: Mapping[str, str] = {TEST: "the test data", OOD: "the OOD data", FORGETTING: "other text"}
+FULL_NAMES: Mapping[str, str] = {
+    TEST: "the test data",
+    OOD: "the out-of-distribution data",
+    FORGETTING: "unrelated text",
+}
 
 
 def legend(comparison: Comparison, *, bold: bool = False) -> list[str]:

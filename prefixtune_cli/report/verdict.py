@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from prefixtune_cli.compare.comparison import FORGETTING, OOD, TEST, Comparison
-from prefixtune_cli.compare.legend import listed
+from prefixtune_cli.compare.comparison import Comparison
+from prefixtune_cli.compare.legend import FULL_NAMES, listed
 from prefixtune_cli.compare.metrics import COSTS, FORGOTTEN, PARAMETERS, Metric
 from prefixtune_cli.compare.standing import Difference, Standing, Standings, standings
-
-WHERE = {TEST: "the test data", OOD: "the out-of-distribution data", FORGETTING: "unrelated text"}
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ def _of_failures(comparison: Comparison) -> list[Said]:
 
 
 def _where(found: Standings) -> str:
-    return WHERE.get(found.data, found.data)
+    return FULL_NAMES.get(found.data, found.data)
 
 
 def _seeds(standing: Standing) -> str:
