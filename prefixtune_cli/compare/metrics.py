@@ -1,6 +1,6 @@
 """What is measured, and how it is told: a metric is one record, which table, legend, pictures and report read.
 
-A cost more is a field of `Cost`, a record below it, and its measurement in `speed.turn`. Needs no torch.
+A new cost is a field of `Cost`, a record below it, and its measurement in `speed.turn`. Needs no torch.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ PARAMETERS = Metric(
 ON_DISK = Metric("adapter_bytes", "adapter on disk", "MB", size=1e6)
 LEARNING_RATE = Metric("learning_rate", "learning rate", digits=0)
 
-# Of a Cost; in what is kept of it, tokens a second and seconds are medians with their range.
+# Of a Cost; one that has ratios is kept as a median with its range.
 TRAINING = Metric(
     "training_tokens_per_second", "training", "tokens/s", up=True,
     axis="training speed (tokens/s)", ratio="training", best="fastest",

@@ -215,11 +215,13 @@ def _cost(label: str, rounds: Mapping[str, Mapping[Metric, list[float]]], shape:
 
 
 def _over_rounds(metric: Metric, values: Sequence[float]) -> Measured | float | None:
-    """The median, of what varies with its range."""
+    """The median; with its range where ratios are taken of it, and as it is where it never varies."""
     if not values:
         return None
     found = Measured.of(values)
-    return found if metric.ratio else values[0] if found.low == found.high else found.median
+    if metric.ratio:
+        return found
+    return found.median if found.low < found.high else values[0]
 
 
 def _ratio(
