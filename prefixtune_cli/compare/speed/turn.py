@@ -29,7 +29,7 @@ from prefixtune_cli.compare.speed.inference import Answer, cache_bytes
 from prefixtune_cli.compare.speed.peak_memory import available_bytes, peak_memory
 from prefixtune_cli.compare.speed.training import TrainingStep
 from prefixtune_cli.errors import ModelError, ResourceError
-from prefixtune_cli.recipe.schema import AdapterSection, PrefixTuningPlus
+from prefixtune_cli.recipe.schema import AdapterSection, PrefixTuningPlus, TrainSection
 
 # What method full takes a weight: itself, its gradient and AdamW's two moments, in float32.
 BYTES_OF_FULL = 16
@@ -53,14 +53,14 @@ class Shape:
     """
 
     rounds: int = 5
-    batch_size: int = 8
+    batch_size: int = TrainSection().batch_size
     length: int = 256
     prompt_tokens: int = 512
     prompts: int = 1
     adapters: int = 1
     new_tokens: int = 32
     gradient_checkpointing: bool = False
-    optimizer: str = "adamw_torch"
+    optimizer: str = TrainSection().optimizer
     seconds: float = 0.3
     cast_adapters: bool = False
 
