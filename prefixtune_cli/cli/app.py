@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import signal
 import sys
@@ -21,6 +23,7 @@ from prefixtune_cli.cli import (
     merge,
     merge_info,
     models,
+    options,
     plan,
     recipe_schema,
     recipes,
@@ -47,8 +50,18 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
+@functools.cache
+def _built(name: str) -> Any:
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    alone.command(name, cls=help.Command)(options.for_typer(COMMANDS[name]))
+    return typer.main.get_command(alone)
+
+
 class Ptp(help.Group):
-    """The commands, and what is done to arguments before Typer sees them."""
+    """The commands, each built when it is called, and what is done to arguments before Typer sees them."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return _built(cmd_name) if cmd_name in COMMANDS else super().get_command(ctx, cmd_name)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         typed.check_text(args)
@@ -65,8 +78,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings=help.SETTINGS,
 )
-for _name, _command in COMMANDS.items():
-    app.command(_name, cls=help.Command)(_command)
+for _name, _command in COMMANDS.items():  # what `ptp --help` tells; the flags need the schema
+    app.command(_name, help=inspect.getdoc(_command))(lambda: None)
 
 
 def _print_version(wanted: bool) -> None:

@@ -14,13 +14,13 @@ HELP = "/base and /adapter switch, each with its own conversation; /reset forget
 
 def chat(
     run: options.Run = None,
-    model: options.Model = None,
+    model: str | None = None,
     adapter: options.AdapterFolder = None,
     no_adapter: options.NoAdapter = False,
     system: options.System = None,
-    chat_template: options.ChatTemplate = None,
-    bits: options.Bits = None,
-    device: options.Device = None,
+    chat_template: str | None = None,
+    bits: int | None = None,
+    device: str | None = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prefixtune_cli.cli import chosen, options, typed
-from prefixtune_cli.cli.train import train
+from prefixtune_cli.cli.flags import FLAGS, Flag, panel
 from prefixtune_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,167 +18,99 @@ if TYPE_CHECKING:
     from prefixtune_cli.compare.comparison import Comparison
     from prefixtune_cli.compare.contest import Settings
 
-CONTEST, RESULTS = "Contest", "Results"
 # Of `ptp train`: what a comparison decides itself.
 WITHOUT = (
-    "method", "feature_map", "out", "resume", "overwrite", "nodes", "node_rank", "rendezvous",
-    "parallel", "keep", "save_steps", "save_minutes", "track", "auto_batch",
+    "method", "feature_map", "resume", "overwrite", "nodes", "node_rank", "rendezvous", "parallel",
+    "keep", "save_steps", "save_minutes", "track", "auto_batch",
 )  # fmt: skip
-OF_A_CONTEST = ("methods", "seeds", "sweep", "few_shot", "feature_maps", "grid", "ood", "text")
+CONTEST = panel(
+    "Contest",
+    Flag(
+        "--methods",
+        metavar="NAME,…",
+        help="Names as for --method, also as in lora(r=8,alpha=16); the others are compared with the first.",
+        offers="adapter.method",
+    ),
+    Flag("--seeds", type=int, help="Runs of each method: 3."),
+    Flag(
+        "--sweep",
+        type=int,
+        help="Learning rates of each method, around its default: 3. 1 is the default alone.",
+    ),
+    Flag("--few-shot", type=int, metavar="K", help="Train on K examples of each class."),
+    Flag(
+        "--feature-maps",
+        metavar="NAME,…",
+        help="Of Prefix-Tuning+, each of these.",
+        offers="adapter.feature_map",
+    ),
+    Flag(
+        "--grid",
+        type=list[str],
+        metavar="KEY=VALUE,…",
+        help="Any recipe key with several values, as in adapter.layers=all,last:8. Repeatable.",
+    ),
+    Flag("--ood", metavar="DATA", help="Data of another distribution to test on."),
+    Flag("--text", metavar="FILE", help="Unrelated text to measure forgetting on."),
+    Flag(
+        "--speed/--no-speed",
+        type=bool,
+        help="Costs alone, on random weights and without data; or no costs.",
+    ),
+    Flag("--rounds", type=int, help="Of measuring costs: 5."),
+    Flag(
+        "--prompt-tokens",
+        type=int,
+        help="Of the prompt for first token, decoding and cache: 2,048, or what the base takes.",
+    ),
+    Flag("--prompts", type=int, help="Prompts that are answered at once: 1."),
+    Flag("--adapters", type=int, help="Adapters that are active at once: 1."),
+)
+RESULTS = panel(
+    "Results",
+    Flag("--out -o", metavar="FOLDER", help="Else compare/<model>-<data>."),
+    Flag("--anyway", type=bool, help="Compare runs of different data, bases or budgets."),
+    Flag("--workers", type=int, help="Processes; else one a GPU, or a core."),
+    Flag("--markdown", type=bool, help="Print the table in Markdown."),
+)
 
 
-@options.with_flags_of(train, WITHOUT)
 def compare(
     runs: Annotated[
         list[str] | None,
         typer.Argument(metavar="[RUN]...", help="Finished run directories.", show_default=False),
     ] = None,
-    methods: Annotated[
-        str | None,
-        options.option(
-            "--methods",
-            panel=CONTEST,
-            metavar="NAME,…",
-            help="Names as for --method, also as in lora(r=8,alpha=16); the others are compared with the first.",
-        ),
-    ] = None,
-    seeds: Annotated[
-        int | None,
-        options.option("--seeds", panel=CONTEST, metavar="N", help="Runs of each method: 3."),
-    ] = None,
-    sweep: Annotated[
-        int | None,
-        options.option(
-            "--sweep",
-            panel=CONTEST,
-            metavar="N",
-            help="Learning rates of each method, around its default: 3. 1 is the default alone.",
-        ),
-    ] = None,
-    few_shot: Annotated[
-        int | None,
-        options.option(
-            "--few-shot", panel=CONTEST, metavar="K", help="Train on K examples of each class."
-        ),
-    ] = None,
-    feature_maps: Annotated[
-        str | None,
-        options.option(
-            "--feature-maps",
-            panel=CONTEST,
-            metavar="NAME,…",
-            help="Of Prefix-Tuning+, each of these.",
-        ),
-    ] = None,
-    grid: Annotated[
-        list[str] | None,
-        options.option(
-            "--grid",
-            panel=CONTEST,
-            metavar="KEY=VALUE,…",
-            help="Any recipe key with several values, as in adapter.layers=all,last:8. Repeatable.",
-        ),
-    ] = None,
-    ood: Annotated[
-        str | None,
-        options.option(
-            "--ood", panel=CONTEST, metavar="DATA", help="Data of another distribution to test on."
-        ),
-    ] = None,
-    text: Annotated[
-        str | None,
-        options.option(
-            "--text", panel=CONTEST, metavar="FILE", help="Unrelated text to measure forgetting on."
-        ),
-    ] = None,
-    speed: Annotated[
-        bool | None,
-        options.option(
-            "--speed/--no-speed",
-            panel=CONTEST,
-            help="Costs alone, on random weights and without data; or no costs.",
-        ),
-    ] = None,
-    rounds: Annotated[
-        int | None,
-        options.option("--rounds", panel=CONTEST, metavar="N", help="Of measuring costs: 5."),
-    ] = None,
-    prompt_tokens: Annotated[
-        int | None,
-        options.option(
-            "--prompt-tokens",
-            panel=CONTEST,
-            metavar="N",
-            help="Of the prompt for first token, decoding and cache: 2,048, or what the base takes.",
-        ),
-    ] = None,
-    prompts: Annotated[
-        int | None,
-        options.option(
-            "--prompts", panel=CONTEST, metavar="N", help="Prompts that are answered at once: 1."
-        ),
-    ] = None,
-    adapters: Annotated[
-        int | None,
-        options.option(
-            "--adapters", panel=CONTEST, metavar="N", help="Adapters that are active at once: 1."
-        ),
-    ] = None,
-    anyway: Annotated[
-        bool,
-        options.option(
-            "--anyway", panel=RESULTS, help="Compare runs of different data, bases or budgets."
-        ),
-    ] = False,
-    workers: Annotated[
-        int | None,
-        options.option(
-            "--workers", panel=RESULTS, metavar="N", help="Processes; else one a GPU, or a core."
-        ),
-    ] = None,
-    out: Annotated[
-        str | None,
-        options.option(
-            "--out", "-o", panel=RESULTS, metavar="FOLDER", help="Else compare/<model>-<data>."
-        ),
-    ] = None,
-    markdown: Annotated[
-        bool, options.option("--markdown", panel=RESULTS, help="Print the table in Markdown.")
-    ] = False,
-    **flags: Any,
+    *,
+    given: Annotated[typed.Given, options.takes(*FLAGS, *CONTEST, *RESULTS, but=WITHOUT)],
+    anyway: bool = False,
+    markdown: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Compare methods on your data, or runs that are finished.
 
     Each method is trained on the same rows for the same number of steps, at the best of as many learning rates.
     The same command goes on where an earlier one stopped.
     """
-    given = {**locals(), **flags}
     if runs:
-        costs = ("speed", "rounds", "prompt_tokens", "prompts", "adapters")
-        others = ("recipe", "sets", *costs, "workers", *typed.KEYS)
-        _refuse(given, (*OF_A_CONTEST, *others), "finished runs", ("out",))
-        found, folder = _of_runs(runs, anyway, out)
+        _refuse([name for name in given if name != "out"], "finished runs")
+        found, folder = _of_runs(runs, anyway, given.get("out"))
     elif anyway:
         raise UsageError("--anyway is for finished runs. Leave it out, or give run directories.")
-    elif speed:
-        _refuse(
-            given, ("seeds", "sweep", "few_shot", "ood", "text", "data", "eval_data"), "--speed"
-        )
+    elif given.get("speed"):
+        of_training = ("seeds", "sweep", "few_shot", "ood", "text", "data", "eval_data")
+        _refuse([name for name in of_training if name in given], "--speed")
         found, folder = _speed(given)
     else:
         found, folder = _trained(given)
-    _print(found, markdown=markdown, as_json=flags["as_json"])
+    _print(found, markdown=markdown, as_json=as_json)
     _write(found, folder)
     if found.failed:
         raise typer.Exit(1)
 
 
-def _refuse(
-    given: dict[str, Any], names: tuple[str, ...], where: str, but: tuple[str, ...] = ()
-) -> None:
-    extra = [name for name in names if given.get(name) is not None and name not in but]
-    if extra:
-        flag = "--" + {"sets": "set"}.get(extra[0], extra[0].replace("_", "-"))
+def _refuse(names: list[str], where: str) -> None:
+    if names:
+        flag = f"--{names[0].replace('_', '-')}"
         raise UsageError(f"{flag} has no meaning for {where}. Leave it out.")
 
 
@@ -196,7 +128,7 @@ def _of_runs(runs: list[str], anyway: bool, out: str | None) -> tuple[Comparison
     return replace(found, name=folder.name, command=_command()), folder
 
 
-def _speed(given: dict[str, Any]) -> tuple[Comparison, Path]:
+def _speed(given: typed.Given) -> tuple[Comparison, Path]:
     from prefixtune_cli.cli import console
     from prefixtune_cli.cli.reporter import reporter
     from prefixtune_cli.compare.contest import entries
@@ -213,7 +145,7 @@ def _speed(given: dict[str, Any]) -> tuple[Comparison, Path]:
         return compare_costs(settings, shown)
 
 
-def _trained(given: dict[str, Any]) -> tuple[Comparison, Path]:
+def _trained(given: typed.Given) -> tuple[Comparison, Path]:
     from prefixtune_cli.cli import console
     from prefixtune_cli.cli.reporter import reporter
     from prefixtune_cli.compare.contest import entries
@@ -233,38 +165,24 @@ def _trained(given: dict[str, Any]) -> tuple[Comparison, Path]:
         return compare_methods(settings, shown, begin=console.quiet_libraries)
 
 
-def _settings(given: dict[str, Any]) -> Settings:
+def _settings(given: typed.Given) -> Settings:
     """What was typed, as a contest takes it."""
+    from dataclasses import fields
+
     from prefixtune_cli.compare.contest import Settings, Typed, parse_grids, split
 
+    asked = {one.name: given[one.name] for one in fields(Settings) if one.name in given}
+    if "methods" in given:
+        asked["methods"] = split(given["methods"])
     grids: dict[str, list[Any]] = {}
-    if given["feature_maps"] is not None:
+    if "feature_maps" in given:
         grids["adapter.feature_map"] = list(typed.names([given["feature_maps"]]))
-    grids.update(parse_grids(given["grid"] or (), speed=bool(given["speed"])))
-    chosen: dict[str, Any] = {}
-    if given["methods"] is not None:
-        chosen["methods"] = split(given["methods"])
-    for name in (
-        "seeds",
-        "sweep",
-        "few_shot",
-        "ood",
-        "text",
-        "rounds",
-        "prompt_tokens",
-        "prompts",
-        "adapters",
-        "out",
-        "workers",
-    ):
-        if given[name] is not None:
-            chosen[name] = given[name]
+    grids.update(parse_grids(given.get("grid", ()), speed=bool(given.get("speed"))))
     return Settings(
-        typed=Typed(given["recipe"], given["sets"] or (), typed.overrides({**given, "out": None})),
+        typed=Typed(given.get("recipe"), given.get("set", ()), given.settings),
         grids=grids,
-        speed=given["speed"] is not False,
         command=_command(),
-        **chosen,
+        **asked,
     )
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def generate(
     run: options.Run = None,
-    model: options.Model = None,
+    model: str | None = None,
     adapter: options.AdapterFolder = None,
     no_adapter: options.NoAdapter = False,
     prompt: Annotated[
@@ -36,11 +36,11 @@ def generate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the file that --out names.")
     ] = False,
-    map: options.Map = None,
+    map: list[str] | None = None,
     system: options.System = None,
-    chat_template: options.ChatTemplate = None,
-    bits: options.Bits = None,
-    device: options.Device = None,
+    chat_template: str | None = None,
+    bits: int | None = None,
+    device: str | None = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,

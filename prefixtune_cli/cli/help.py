@@ -1,4 +1,4 @@
-"""How `ptp` explains itself: help in sections, whole at every width, with the schema's defaults.
+"""How `ptp` explains itself: help in sections, whole at every width.
 
 It is plain text, so that rich is not imported, which takes 70 ms of the quarter of a second in which help answers.
 """
@@ -14,13 +14,6 @@ from typer.core import TyperCommand, TyperGroup
 from prefixtune_cli.cli import typed
 
 WIDEST = 120
-# The commands whose flags set a recipe, with those of their parameters that do not, whatever their names.
-OF_A_RECIPE: dict[str, tuple[str, ...]] = {
-    "train": (),
-    "plan": (),
-    "inspect-data": (),
-    "compare": ("out",),
-}
 BESIDE = 30  # a longer flag has a line of its own, above what it does
 SETTINGS: dict[str, Any] = {
     "help_option_names": ["--help", "-h"],
@@ -66,22 +59,10 @@ class Command(TyperCommand):
             if (record := parameter.get_help_record(ctx)) is not None:
                 kind = "Options" if parameter.param_type_name == "option" else "Arguments"
                 panel = getattr(parameter, "rich_help_panel", None) or kind
-                names, told = record
-                sections.setdefault(panel, []).append((names, f"{told}{self._default(parameter)}"))
+                sections.setdefault(panel, []).append(record)
         for panel, records in sections.items():
             with formatter.section(panel):
                 _write(formatter, records)
-
-    def _default(self, parameter: Any) -> str:
-        """The default of the recipe's setting that a flag sets, as the schema has it."""
-        own = OF_A_RECIPE.get(str(self.name))
-        key = typed.KEYS.get(parameter.name)
-        if own is None or key is None or parameter.name in own:
-            return ""
-        from prefixtune_cli.recipe.settings import default
-
-        found = default(key)
-        return f"  [default: {found}]" if found else ""
 
 
 def _write(formatter: Any, told: Sequence[tuple[str, str]]) -> None:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from prefixtune_cli.data.inspect import Example, Inspection
 
 OPEN, CLOSE = "⟦", "⟧"
+FLAGS = (
+    "data", "format", "map", "train_on", "max_length", "on_long", "chat_template", "recipe", "set",
+    "model", "revision", "trust_remote_code", "seed",
+)  # fmt: skip
 
 
 def inspect_data(
@@ -22,38 +26,26 @@ def inspect_data(
         str | None,
         typer.Argument(metavar="[DATA]", help="The same as --data.", show_default=False),
     ] = None,
-    data: options.Data = None,
-    recipe: options.RecipeName = None,
-    model: options.Model = None,
-    format: options.Format = None,
-    map: options.Map = None,
-    train_on: options.TrainOn = None,
-    max_length: options.MaxLength = None,
-    on_long: options.OnLong = None,
-    chat_template: options.ChatTemplate = None,
+    *,
+    given: Annotated[typed.Given, options.takes(*FLAGS)],
     examples: Annotated[
         int, typer.Option("--examples", "-n", min=0, metavar="N", help="Rows to show.")
     ] = 3,
-    seed: options.Seed = None,
-    sets: options.Sets = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = None,
-    as_json: options.Json = False,
+    as_json: bool = False,
 ) -> None:
     """Show examples as the model sees them, trained tokens against masked ones, and statistics.
 
     Loads the tokenizer only, and needs no GPU.
     """
-    if source is not None and data is not None and source != data:
-        raise UsageError(f"DATA is given twice, {source!r} and --data {data!r}. Give one.")
-    data = data or source
-    flags = typed.overrides(locals())
+    if source is not None:
+        if source != (data := given.get("data", source)):
+            raise UsageError(f"DATA is given twice, {source!r} and --data {data!r}. Give one.")
+        given.settings.setdefault("data", {})["train"] = source
     from prefixtune_cli.cli import console
-    from prefixtune_cli.recipe import load
     from prefixtune_cli.recipe.aliases import resolve
     from prefixtune_cli.tokenizer import check_data, load_tokenizer
 
-    settings = load.resolve(recipe, sets or (), flags)
+    settings = given.recipe()
     if settings.data.train is None:
         raise UsageError("No data is given. Type: ptp inspect-data FILE (or sample:NAME).")
     chosen.check_data(settings)

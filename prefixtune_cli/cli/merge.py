@@ -29,6 +29,7 @@ def merge(
             panel=HOW,
             metavar="NAME",
             help="The base, where it is not the one that the adapters name, or has moved.",
+            offers="model.name",
         ),
     ] = None,
     method: Annotated[
@@ -82,7 +83,7 @@ def merge(
         bool,
         options.option("--overwrite", panel=RESULT, help="Replace what an earlier merge wrote."),
     ] = False,
-    as_json: options.Json = False,
+    as_json: bool = False,
 ) -> None:
     """Make one adapter of several, or fold a LoRA into its base.
 

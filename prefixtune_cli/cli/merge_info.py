@@ -37,10 +37,11 @@ def merge_info(
             panel=BASE,
             metavar="NAME",
             help="The base, where it is not the one that the adapter names.",
+            offers="model.name",
         ),
     ] = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = None,
+    revision: str | None = None,
+    trust_remote_code: bool | None = None,
     data: Annotated[
         str | None,
         options.option(
@@ -54,8 +55,8 @@ def merge_info(
     rows: Annotated[
         int, options.option("--rows", panel=QUERIES, metavar="N", help="Rows of --data; 64.")
     ] = 64,
-    bits: options.Bits = None,
-    device: options.Device = None,
+    bits: int | None = None,
+    device: str | None = None,
     out: Annotated[
         str | None,
         options.option(
@@ -66,7 +67,7 @@ def merge_info(
             help="Where pictures go; else the run's merge-info/, or merge-info-NAME/.",
         ),
     ] = None,
-    as_json: options.Json = False,
+    as_json: bool = False,
 ) -> None:
     """Tell what an adapter is, what it costs, what it has learned, and whether several can be merged.
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from prefixtune_cli.cli import options
 
-
-def models(as_json: options.Json = False) -> None:
+def models(as_json: bool = False) -> None:
     """List the short names of base models.
 
     --model takes any other hub id, a folder, or a GGUF file, as well.

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from prefixtune_cli.cli import chosen, options, typed
-from prefixtune_cli.cli.train import train
+from prefixtune_cli.cli.flags import FLAGS, Flag, panel
 from prefixtune_cli.errors import ModelError, RecipeError, UsageError
 
 if TYPE_CHECKING:
@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from prefixtune_cli.recipe.schema import Recipe
 
 GIB = 2**30
+GPU_MEMORY = panel(
+    "Run",
+    Flag(
+        "--gpu-memory",
+        type=float,
+        metavar="GIB",
+        help="Memory of each GPU, where it is not one of this machine's.",
+    ),
+)
 SHOWN_REMEDIES = 4
 PARTS = {
     "weights": "base weights",
@@ -28,18 +37,11 @@ PARTS = {
 }
 
 
-@options.with_flags_of(train)
 def plan(
-    gpu_memory: Annotated[
-        float | None,
-        options.option(
-            "--gpu-memory",
-            panel=options.RUN,
-            metavar="GIB",
-            help="Memory of each GPU, where it is not one of this machine's.",
-        ),
-    ] = None,
-    **flags: Any,
+    given: Annotated[typed.Given, options.takes(*FLAGS, *GPU_MEMORY)],
+    *,
+    gpu_memory: float | None = None,
+    as_json: bool = False,
 ) -> None:
     """Tell how much memory `ptp train` with the same flags takes, by part and by method, and what fits.
 
@@ -47,9 +49,7 @@ def plan(
     """
     if gpu_memory is not None and not 0 < gpu_memory < math.inf:
         raise UsageError(f"--gpu-memory must be above 0, in GiB, got {gpu_memory:g}.")
-    from prefixtune_cli.recipe import load
-
-    settings = load.resolve(flags["recipe"], flags["sets"] or (), typed.overrides(flags))
+    settings = given.recipe()
     if gpu_memory is not None:
         on_gpu = settings.model.model_copy(update={"device": "cuda"})
         settings = settings.model_copy(update={"model": on_gpu})
@@ -62,7 +62,7 @@ def plan(
     console.quiet_libraries()
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="peft")
     found = _found(settings, gpu_memory)
-    if flags["as_json"]:
+    if as_json:
         console.print_json(found)
     else:
         _print(settings, found)

@@ -6,14 +6,12 @@ from typing import Annotated
 
 import typer
 
-from prefixtune_cli.cli import options
-
 
 def recipes(
     name: Annotated[
         str | None, typer.Argument(help="Print this recipe, to redirect into a file of your own.")
     ] = None,
-    as_json: options.Json = False,
+    as_json: bool = False,
 ) -> None:
     """List the recipes that come with ptp, or print one."""
     from prefixtune_cli.cli import console

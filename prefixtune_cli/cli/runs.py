@@ -6,14 +6,12 @@ from typing import Annotated
 
 import typer
 
-from prefixtune_cli.cli import options
-
 
 def runs(
     folder: Annotated[
         str, typer.Argument(metavar="[FOLDER]", help="Where to look, at any depth.")
     ] = "runs",
-    as_json: options.Json = False,
+    as_json: bool = False,
 ) -> None:
     """List runs: model, method, state, held-out loss and date."""
     from pathlib import Path

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prefixtune_cli.cli import chosen, options, typed
+from prefixtune_cli.cli.flags import FLAGS
 from prefixtune_cli.errors import LAUNCHER_PID, UsageError
 
 if TYPE_CHECKING:
@@ -23,85 +24,22 @@ WORSE = (
 
 
 def train(
-    recipe: options.RecipeName = None,
-    model: options.Model = None,
-    data: options.Data = None,
-    out: options.Out = None,
-    resume: options.Resume = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Delete the run that --out holds.", rich_help_panel=options.RUN
-        ),
-    ] = False,
-    find_learning_rate: Annotated[
-        bool,
-        typer.Option(
-            "--find-learning-rate",
-            help="First try a few rates around the default in short runs, and take the best.",
-            rich_help_panel=options.TRAINING,
-        ),
-    ] = False,
-    as_json: options.Json = False,
-    sets: options.Sets = None,
-    revision: options.Revision = None,
-    bits: options.Bits = None,
-    device: options.Device = None,
-    attention: options.Attention = None,
-    trust_remote_code: options.TrustRemoteCode = None,
-    eval_data: options.EvalData = None,
-    eval_split: options.EvalSplit = None,
-    format: options.Format = None,
-    map: options.Map = None,
-    train_on: options.TrainOn = None,
-    max_length: options.MaxLength = None,
-    on_long: options.OnLong = None,
-    chat_template: options.ChatTemplate = None,
-    answer_pattern: options.AnswerPattern = None,
-    method: options.Method = None,
-    preset: options.Preset = None,
-    feature_map: options.FeatureMap = None,
-    feature_dim: options.FeatureDim = None,
-    normalize_query: options.NormalizeQuery = None,
-    basis: options.Basis = None,
-    sites: options.Sites = None,
-    block_size: options.BlockSize = None,
-    rank: options.Rank = None,
-    share_heads: options.ShareHeads = None,
-    layers: options.Layers = None,
-    lora_r: options.LoraR = None,
-    lora_alpha: options.LoraAlpha = None,
-    num_virtual_tokens: options.NumVirtualTokens = None,
-    epochs: options.Epochs = None,
-    steps: options.Steps = None,
-    learning_rate: options.LearningRate = None,
-    warmup_ratio: options.WarmupRatio = None,
-    weight_decay: options.WeightDecay = None,
-    batch_size: options.BatchSize = None,
-    gradient_accumulation: options.GradientAccumulation = None,
-    packing: options.Packing = None,
-    gradient_checkpointing: options.GradientCheckpointing = None,
-    auto_batch: options.AutoBatch = None,
-    seed: options.Seed = None,
-    gpus: options.Gpus = None,
-    parallel: options.Parallel = None,
-    nodes: options.Nodes = None,
-    node_rank: options.NodeRank = None,
-    rendezvous: options.Rendezvous = None,
-    keep: options.Keep = None,
-    save_steps: options.SaveSteps = None,
-    save_minutes: options.SaveMinutes = None,
-    track: options.Track = None,
+    given: Annotated[typed.Given, options.takes(*FLAGS)],
+    *,
+    resume: str | None = None,
+    overwrite: bool = False,
+    find_learning_rate: bool = False,
+    nodes: int | None = None,
+    node_rank: int | None = None,
+    rendezvous: str | None = None,
+    as_json: bool = False,
 ) -> None:
     """Fine-tune a base model on your data.
 
     A flag wins over --set, which wins over the recipe, which wins over the default. The exit code is 4 where the
     adapter turns out worse than its base.
     """
-    flags = typed.overrides(locals())
-    from prefixtune_cli.recipe import load
-
-    settings = load.resolve(recipe, sets or (), flags)
+    settings = given.recipe()
     if resume not in (None, "auto", "must"):
         raise UsageError(f"--resume stands alone, or as --resume auto, got --resume {resume}.")
 

@@ -1,4 +1,4 @@
-"""What was typed, as a recipe holds it: which flag sets which key, and flags whose values have a form of their own."""
+"""What was typed: as a recipe holds it, where it has a form of its own, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -9,87 +9,44 @@ import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from prefixtune_cli.cli.flags import FLAGS, Flag
 from prefixtune_cli.errors import UsageError
 
-# A parameter of a command → the recipe key that it sets. What a recipe has no key for, such as
-# --resume, is not in here.
-KEYS = {
-    "model": "model.name",
-    "revision": "model.revision",
-    "bits": "model.bits",
-    "device": "model.device",
-    "attention": "model.attention",
-    "trust_remote_code": "model.trust_remote_code",
-    "data": "data.train",
-    "eval_data": "data.eval",
-    "eval_split": "data.eval_split",
-    "format": "data.format",
-    "map": "data.map",
-    "train_on": "data.train_on",
-    "max_length": "data.max_length",
-    "on_long": "data.on_long",
-    "chat_template": "data.chat_template",
-    "answer_pattern": "evaluate.answer_pattern",
-    "method": "adapter.method",
-    "preset": "adapter.preset",
-    "feature_map": "adapter.feature_map",
-    "feature_dim": "adapter.feature_dim",
-    "normalize_query": "adapter.normalize_query",
-    "basis": "adapter.basis",
-    "sites": "adapter.sites",
-    "block_size": "adapter.block_size",
-    "rank": "adapter.rank",
-    "share_heads": "adapter.share_heads",
-    "layers": "adapter.layers",
-    "lora_r": "adapter.r",
-    "lora_alpha": "adapter.alpha",
-    "num_virtual_tokens": "adapter.num_virtual_tokens",
-    "epochs": "train.epochs",
-    "steps": "train.max_steps",
-    "learning_rate": "train.learning_rate",
-    "warmup_ratio": "train.warmup_ratio",
-    "weight_decay": "train.weight_decay",
-    "batch_size": "train.batch_size",
-    "gradient_accumulation": "train.gradient_accumulation",
-    "packing": "train.packing",
-    "gradient_checkpointing": "train.gradient_checkpointing",
-    "seed": "train.seed",
-    "gpus": "train.gpus",
-    "parallel": "train.parallel",
-    "auto_batch": "train.auto_batch",
-    "keep": "train.keep_checkpoints",
-    "save_steps": "train.save_steps",
-    "save_minutes": "train.save_minutes",
-    "track": "train.track",
-    "out": "out",
-}
+if TYPE_CHECKING:
+    from prefixtune_cli.recipe.schema import Recipe
 
 
-def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe settings that a command's flags ask for, nested as a recipe is.
+class Given(dict[str, Any]):
+    """What was typed of flags, by their parameters' names (`lora_r` of --lora-r); what was not is left out.
 
-    Args:
-        given: a command's parameters by name (its `locals()`); those that are None or have no
-            recipe key are passed over.
-
-    Raises:
-        UsageError: `--map` is not of the form column=column.
+    Attributes:
+        settings: those of a recipe, nested as a recipe is: `{"adapter": {"r": 4}}`.
     """
-    nested: dict[str, Any] = {}
-    for name, key in KEYS.items():
-        value = given.get(name)
-        if value is None:
-            continue
-        if name in PARSERS:
-            value = PARSERS[name](value)
-        *sections, last = key.split(".")
-        inner = nested
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[last] = value
-    return nested
+
+    def __init__(self, values: Mapping[Flag, Any]) -> None:
+        """Take what each flag was given, None where it was not typed.
+
+        Raises:
+            UsageError: `--map` is not of the form column=column.
+        """
+        typed = {flag: value for flag, value in values.items() if value is not None}
+        super().__init__({flag.parameter: value for flag, value in typed.items()})
+        self.settings: dict[str, Any] = {}
+        for flag, value in typed.items():
+            if flag.key is not None:
+                *sections, last = flag.key.split(".")
+                inner = self.settings
+                for section in sections:
+                    inner = inner.setdefault(section, {})
+                inner[last] = PARSERS[flag.key](value) if flag.key in PARSERS else value
+
+    def recipe(self) -> Recipe:
+        """The recipe that is meant. Raises RecipeError: see `load.resolve`."""
+        from prefixtune_cli.recipe import load
+
+        return load.resolve(self.get("recipe"), self.get("set", ()), self.settings)
 
 
 def parse_map(given: list[str]) -> dict[str, str]:
@@ -175,7 +132,7 @@ def _in_our_words(name: str, known: Collection[str]) -> str:
 def _as_flag(setting: str, known: Collection[str]) -> str:
     """`train.max_steps` as `--steps`, `model.bits=4` as `--bits 4`; what has no flag as `--set KEY=VALUE`."""
     key, _, value = setting.partition("=")
-    flag = next((f"--{n.replace('_', '-')}" for n, k in KEYS.items() if k == key), None)
+    flag = next((flag.name for flag in FLAGS if flag.key == key), None)
     if flag not in known:
         return f"--set {key}={value or 'VALUE'}"
     return f"{flag} {value}".rstrip()
@@ -255,7 +212,7 @@ def stdin_text(read: Callable[[], str]) -> str:
 
 MAY_BE_EMPTY = ("--prompt", "--system", "--answer-pattern")
 PARSERS: dict[str, Callable[[Any], Any]] = {
-    "map": parse_map,
-    "layers": parse_layers,
-    "gpus": parse_gpus,
+    "data.map": parse_map,
+    "adapter.layers": parse_layers,
+    "train.gpus": parse_gpus,
 }

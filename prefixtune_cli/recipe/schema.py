@@ -1,4 +1,6 @@
-"""The recipe's schema: the only home of defaults.
+"""The recipe's schema: the only home of defaults, choices and descriptions.
+
+A description's first clause, up to a semicolon, is what help says of the flag (see `settings`).
 
 A recipe is frozen once validated, and unknown keys are forbidden. `adapter` is a union told apart
 by `adapter.method`; the training defaults that depend on the method stand in `METHOD_DEFAULTS`, the
@@ -107,12 +109,12 @@ class Section(BaseModel):
 class ModelSection(Section):
     name: str = Field(
         "tiny",
-        description="`tiny`, a local folder, a GGUF file, a hub id, or an alias of `ptp models`.",
+        description="tiny, an alias of `ptp models`, a local folder, a GGUF file, or a hub id.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     bits: Literal[4, 8, 16, 32] = Field(
         16,
-        description="Precision of the frozen base: 4 and 8 by bitsandbytes, 16 is bfloat16, 32 is float32; of a base "
+        description="Precision of the frozen base; 4 and 8 by bitsandbytes, 16 is bfloat16, 32 is float32; of a base "
         "that is quantized already, 16 and 32 are what is computed in.",
     )
     device: Literal["auto", "cuda", "cpu"] = Field(
@@ -133,7 +135,7 @@ HELD_OUT_SHARE = 0.05  # of the rows, where neither `eval` nor `eval_split` says
 
 class DataSection(Section):
     train: str | None = Field(
-        None, description="A file, a folder, `sample:NAME` or a hub data set id."
+        None, description="A file, a folder, sample:NAME, or a hub data set id."
     )
     eval: str | None = Field(None, description="Held-out data, in the same forms as `train`.")
     eval_split: float | None = Field(
@@ -142,13 +144,15 @@ class DataSection(Section):
         lt=1,
         description=f"Fraction of `train` that is held out when there is no `eval`; null holds out {HELD_OUT_SHARE}.",
     )
-    format: DataFormat = Field("auto", description="`auto` recognises the format from the columns.")
+    format: DataFormat = Field(
+        "auto", description="Format of the rows; `auto` recognises it from the columns."
+    )
     map: dict[str, str] = Field(
         default_factory=dict, description="Renamed columns, as in {prompt: question}."
     )
     train_on: Literal["completion", "all"] = Field(
         "completion",
-        description="The tokens with a loss: completions and assistant turns, or every token.",
+        description="Tokens with a loss; completions and assistant turns, or every token.",
     )
     max_length: int = Field(1024, ge=8, description="Tokens of an example, template included.")
     on_long: Literal["truncate", "drop", "error"] = Field(
@@ -172,17 +176,17 @@ class PrefixTuningPlus(Section):
         None, description="Settings below by name: `paper` is the paper's form exactly."
     )
     feature_map: Literal["elu", "gelu", "mlp"] = Field(
-        "elu", description="φ of eq. 7; elu is the paper's."
+        "elu", description="The feature map φ; eq. 7's, where elu is the paper's."
     )
     feature_dim: int | None = Field(
-        None, ge=1, description="Features a head of `mlp`; null is the query's width."
+        None, ge=1, description="Features a head of mlp; null is the query's width."
     )
     normalize_query: bool = Field(
-        False, description="φ sees the query divided by its root mean square."
+        False, description="Divide the query that φ sees by its root mean square."
     )
     sites: Literal["attention", "ffn", "attention+ffn"] = Field(
         "attention+ffn",
-        description="Where M is read (the paper: attention); at the FFN its input's blocks are the queries.",
+        description="Where M is read; at attention alone in the paper. At the FFN its input's blocks are the queries.",
     )
     block_size: int | None = Field(
         None,
@@ -291,7 +295,7 @@ class Lora(WithConfig):
 
     method: Literal["lora"] = "lora"
     r: int = Field(16, ge=1, description="Rank.")
-    alpha: float = Field(32, gt=0, description="Scale: the update is multiplied by alpha / r.")
+    alpha: float = Field(32, gt=0, description="Scale; the update is multiplied by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = Field(
         "all-linear", description="As in peft: `all-linear`, names, or a regex."
@@ -393,35 +397,33 @@ class TrainSection(Section):
     learning_rate: float | None = Field(
         None,
         gt=0,
-        description="Peak; null is a rate for the method and the base's width, which `ptp train` says.",
+        description="Peak learning rate; null is a rate for the method and the base's width, which `ptp train` says.",
     )
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field("cosine")
-    warmup_ratio: float = Field(
-        0.05, ge=0, lt=1, description="Fraction of the steps spent on warm-up."
-    )
-    weight_decay: float = Field(0.0, ge=0)
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Fraction of the steps for warm-up.")
+    weight_decay: float = Field(0.0, ge=0, description="Of what is trained.")
     batch_size: int = Field(8, ge=1, description="Examples a device and forward pass.")
     gradient_accumulation: int = Field(1, ge=1, description="Forward passes an optimizer step.")
     auto_batch: bool = Field(
         False,
-        description="Where the memory runs out, halve batch_size and double gradient_accumulation.",
+        description="Halve the batch, and double the accumulation, until it fits the memory.",
     )
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 switches it off.")
     packing: bool = Field(
         False,
-        description="Fill each row with several examples, where the attention kernel keeps them apart.",
+        description="Fill each row with several examples; only where the attention kernel keeps them apart.",
     )
     group_by_length: bool = Field(
         False,
         description="Batches of rows of about the same length, in random order: less padding, where rows differ.",
     )
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass."
+        False, description="Recompute activations in the backward pass, to save memory."
     )
     optimizer: str = Field(
         "adamw_torch", description="A name that transformers' TrainingArguments takes."
     )
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of everything random.")
     log_steps: int = Field(10, ge=1, description="Steps between two lines of metrics.jsonl.")
     eval_steps: int | None = Field(
         None, ge=1, description="Steps between two held-out losses; null is only at the end."
@@ -430,18 +432,22 @@ class TrainSection(Section):
         None, ge=1, description="Steps between two checkpoints; null is a tenth of the run."
     )
     save_minutes: float | None = Field(
-        10, gt=0, description="Minutes between two checkpoints, beside save_steps; null is never."
+        10, gt=0, description="Minutes between two checkpoints, beside the steps; null is never."
     )
-    keep_checkpoints: int = Field(3, ge=1, description="Older checkpoints are deleted.")
+    keep_checkpoints: int = Field(
+        3, ge=1, description="Checkpoints that are kept; older ones are deleted."
+    )
     gpus: int | str | list[Annotated[int, Field(ge=0)]] | None = Field(
         None,
         description="GPUs of each machine: how many, `auto` for all, or a list; null takes the first, or the CPU.",
     )
     parallel: Literal["ddp", "fsdp", "deepspeed-zero2", "deepspeed-zero3"] = Field(
         "ddp",
-        description="Over several GPUs: ddp gives each the whole base, the others shard it or what is trained.",
+        description="Over several GPUs; ddp gives each the whole base, the others shard it or what is trained.",
     )
-    track: Literal["none", "tensorboard", "wandb", "trackio"] = Field("none")
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
+        "none", description="Where the metrics are sent as well."
+    )
 
     @field_validator("gpus", mode="before")
     @classmethod
@@ -464,8 +470,9 @@ class EvaluateSection(Section):
     )
     answer_pattern: str | None = Field(
         None,
-        description="A regular expression of Python's re, such as `#### (.*)`: what its group finds first is matched, "
-        "in answer and reference alike, however long both are.",
+        description="What of an answer has to match the reference: '#### (.*)' for worked answers; a regular "
+        "expression of Python's re: what its group finds first is matched, in answer and reference alike, however long "
+        "both are.",
     )
     batch_size: int = Field(32, ge=1)
     bench_data: dict[str, str] = Field(

@@ -1,9 +1,10 @@
-"""What the schema says of one setting, for those who type it: its default, and the values that it takes."""
+"""What the schema says of one setting, for those who type it: what it does, its type, default and values."""
 
 from __future__ import annotations
 
 import re
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -11,9 +12,37 @@ from pydantic.fields import FieldInfo
 from prefixtune_cli.recipe.aliases import ALIASES
 from prefixtune_cli.recipe.explain import METHODS
 from prefixtune_cli.recipe.load import shipped
-from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.recipe.schema import Lora, PrefixTuning, PrefixTuningPlus, Recipe
 
 OF_PEFT = ("ia3", "boft", "vera")  # of the many other methods, those that people look for
+TITLES = {PrefixTuningPlus: "Prefix-Tuning+", Lora: "LoRA", PrefixTuning: "Prefix-Tuning"}
+
+
+def told(key: str) -> str:
+    """What a setting does, in a line: the first clause of its description, with the values that have names.
+
+    Args:
+        key: dotted; one of `adapter` is introduced by the first method that has it.
+    """
+    clause = (_field(key).description or "").partition(";")[0].rstrip(".")
+    *most, last = _choices(key) or [""]
+    listed = f": {', '.join(most)} or {last}" if most else ""
+    title = TITLES.get(_section(key))
+    return f"{title}: {clause[:1].lower()}{clause[1:]}{listed}." if title else f"{clause}{listed}."
+
+
+def kind(key: str) -> Any:
+    """The type of what is typed for a setting: text where it has several, and texts for a mapping."""
+    annotation = _field(key).annotation
+    union = get_origin(annotation) in (Union, UnionType)
+    members = [
+        one for one in (get_args(annotation) if union else [annotation]) if one is not NoneType
+    ]
+    if len(members) > 1:
+        return str
+    if get_origin(members[0]) is Literal:
+        return type(get_args(members[0])[0])
+    return list[str] if get_origin(members[0]) is dict else members[0]
 
 
 def default(key: str) -> str:
@@ -46,17 +75,26 @@ def values(key: str) -> list[str]:
         return ["tiny", *ALIASES]
     if key == "adapter.method":
         return [*METHODS, *OF_PEFT]
+    return _choices(key)
+
+
+def _choices(key: str) -> list[str]:
     annotation = _field(key).annotation
     members = [inner for part in get_args(annotation) for inner in (get_args(part) or (part,))]
     return [str(member) for member in members if isinstance(member, str | int)]
 
 
-def _field(key: str) -> FieldInfo:
+def _section(key: str) -> type[BaseModel]:
+    """The model that has a setting; of `adapter`, the first method's that has it."""
     section, _, name = key.rpartition(".")
     if not section:
-        return Recipe.model_fields[name]
+        return Recipe
     if section == "adapter":
-        return next(m.model_fields[name] for m in METHODS.values() if name in m.model_fields)
+        return next(model for model in METHODS.values() if name in model.model_fields)
     model = Recipe.model_fields[section].annotation
     assert isinstance(model, type) and issubclass(model, BaseModel)
-    return model.model_fields[name]
+    return model
+
+
+def _field(key: str) -> FieldInfo:
+    return _section(key).model_fields[key.rpartition(".")[2]]

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from prefixtune_cli.cli import help, typed
+from prefixtune_cli.cli.flags import FLAGS
 from prefixtune_cli.recipe import settings
 from prefixtune_cli.recipe.explain import METHODS
 from prefixtune_cli.recipe.load import shipped
 from tests.cli.conftest import Ptp
 
 
-@pytest.mark.parametrize("command", sorted(help.OF_A_RECIPE))
+@pytest.mark.parametrize("command", ["compare", "inspect-data", "plan", "train"])
 def test_help_tells_the_schemas_default_of_every_flag_that_has_one(
     ptp: Ptp, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -22,7 +22,7 @@ def test_help_tells_the_schemas_default_of_every_flag_that_has_one(
     said = " ".join(ptp(command, "--help")[1].split())
     assert "[default: 1024]" in said  # --max-length
     told = re.findall(r"\[default: ([^]]+)\]", said)
-    defaults = [settings.default(key) for key in typed.KEYS.values()]
+    defaults = [settings.default(flag.key) for flag in FLAGS if flag.key]
     assert set(told) <= {*defaults, "3; x>=0"}  # inspect-data's own --examples
     if command == "train":
         assert sorted(told) == sorted(filter(None, defaults))
@@ -72,6 +72,7 @@ def test_the_shell_is_offered_methods_recipes_models_and_choices() -> None:
         "smollm2-135m", "smollm2-135m-instruct"
     }  # fmt: skip
     assert completed("train", "--sites", "a") == {"attention", "attention+ffn"}
+    assert completed("merge", "a", "--method", "") == set()  # another method than of `ptp train`
 
 
 @pytest.mark.parametrize(

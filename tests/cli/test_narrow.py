@@ -130,7 +130,7 @@ def test_help_names_every_flag_whole(
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     code, said, _ = ptp(name, "--help")
-    command = typer.main.get_command(application.app).commands[name]  # type: ignore[attr-defined]
+    command = typer.main.get_command(application.app).get_command(None, name)  # type: ignore[attr-defined]
     flags = [flag for p in command.params for flag in (*p.opts, *p.secondary_opts)]
     assert code == 0
     assert max(map(len, said.splitlines())) <= width

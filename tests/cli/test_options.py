@@ -1,76 +1,93 @@
-"""The table from flags to recipe keys, against the schema that it points into."""
+"""The table of flags, against the schema that it points into."""
 
 import inspect
 import re
+from typing import Any
 
 import pytest
 
-from prefixtune_cli.cli import options, typed
-from prefixtune_cli.cli.train import train
+from prefixtune_cli.cli import app, options, typed
+from prefixtune_cli.cli.flags import FLAGS, Flag
 from prefixtune_cli.data.load import load_rows
 from prefixtune_cli.errors import DataError, UsageError
+from prefixtune_cli.recipe import settings
 from prefixtune_cli.recipe.explain import METHODS, keys
-from prefixtune_cli.recipe.schema import DataSection, Recipe
+from prefixtune_cli.recipe.schema import DataSection
 
-# The parameters of `ptp train` that are about this run of the command, not about the recipe.
-NO_SETTINGS = {
-    "recipe",
-    "sets",
-    "resume",
-    "overwrite",
-    "as_json",
-    "find_learning_rate",
-    "nodes",
-    "node_rank",
-    "rendezvous",
-}
+WITH_CHOICES = [
+    flag
+    for flag in FLAGS
+    if flag.key not in (None, "model.name") and len(settings.values(flag.key)) > 1
+]
+
+
+def spelled_out(command: str) -> dict[str, Any]:
+    """What each parameter of a command is for Typer: its type, and its option."""
+    parameters = inspect.signature(options.for_typer(app.COMMANDS[command])).parameters
+    return {name: parameter.annotation.__metadata__[0] for name, parameter in parameters.items()}
 
 
 def test_every_flag_points_at_a_key_of_the_schema() -> None:
     known = {key for method in METHODS for key in keys(method)}
-    assert set(typed.KEYS.values()) <= known
+    assert {flag.key for flag in FLAGS} - {None} <= known
 
 
-def test_every_flag_of_train_is_in_the_table_and_the_other_way_round() -> None:
-    assert set(inspect.signature(train).parameters) - NO_SETTINGS == set(typed.KEYS)
+def test_no_two_flags_have_a_name_a_parameter_or_a_key_in_common() -> None:
+    names = [name for flag in FLAGS for name in flag.names.replace("/", " ").split()]
+    for told in (names, [f.parameter for f in FLAGS], [f.key for f in FLAGS if f.key]):
+        assert len(set(told)) == len(told)
+
+
+def test_train_and_plan_take_the_whole_table_and_compare_leaves_out_what_it_decides() -> None:
+    table = {flag.parameter for flag in FLAGS}
+    assert set(spelled_out("train")) == table
+    assert set(spelled_out("plan")) == table | {"gpu_memory"}
+    assert table - set(spelled_out("compare")) >= {"method", "resume", "nodes", "track"}
 
 
 def test_no_flag_of_train_has_a_default_of_its_own() -> None:
-    parameters = inspect.signature(train).parameters
-    assert all(parameters[name].default is None for name in typed.KEYS)
+    parameters = inspect.signature(options.for_typer(app.COMMANDS["train"])).parameters
+    assert all(parameters[flag.parameter].default is None for flag in FLAGS if flag.key)
 
 
-@pytest.mark.parametrize(
-    ("option", "field"),
-    [
-        (options.Bits, Recipe.model_fields["model"].annotation.model_fields["bits"]),
-        (options.Attention, Recipe.model_fields["model"].annotation.model_fields["attention"]),
-        (options.Format, Recipe.model_fields["data"].annotation.model_fields["format"]),
-        (options.TrainOn, Recipe.model_fields["data"].annotation.model_fields["train_on"]),
-        (options.OnLong, Recipe.model_fields["data"].annotation.model_fields["on_long"]),
-        (options.FeatureMap, METHODS["prefix-tuning-plus"].model_fields["feature_map"]),
-        (options.Sites, METHODS["prefix-tuning-plus"].model_fields["sites"]),
-        (options.ShareHeads, METHODS["prefix-tuning-plus"].model_fields["share_heads"]),
-        (options.Device, Recipe.model_fields["model"].annotation.model_fields["device"]),
-        (options.Parallel, Recipe.model_fields["train"].annotation.model_fields["parallel"]),
-        (options.Track, Recipe.model_fields["train"].annotation.model_fields["track"]),
-    ],
-)
-def test_a_flags_help_names_every_choice_of_the_schema(option: object, field: object) -> None:
-    (info,) = option.__metadata__
-    choices = field.annotation.__args__
-    assert len(choices) > 1
-    assert all(str(choice) in info.help for choice in choices)
+@pytest.mark.parametrize("flag", WITH_CHOICES, ids=lambda flag: flag.parameter)
+def test_a_flags_help_names_every_choice_of_the_schema(flag: Flag) -> None:
+    told = spelled_out("train")[flag.parameter].help
+    assert all(choice in told for choice in settings.values(flag.key))
 
 
-def test_the_help_of_method_names_every_method() -> None:
-    (info,) = options.Method.__metadata__
-    assert all(method in info.help for method in METHODS)
+def test_a_flag_has_its_type_and_description_from_the_schema() -> None:
+    assert [settings.kind(key) for key in ("model.bits", "train.epochs", "train.packing")] == [
+        int, float, bool,
+    ]  # fmt: skip
+    assert [settings.kind(key) for key in ("train.gpus", "data.map", "adapter.preset")] == [
+        str, list[str], str,
+    ]  # fmt: skip
+    assert settings.told("adapter.r") == "LoRA: rank."
+    assert settings.told("data.on_long") == (
+        "What happens to longer examples: truncate, drop or error."
+    )
 
 
-def test_overrides_hold_what_was_given_and_nothing_else() -> None:
-    given = {"model": "tiny", "bits": None, "packing": False, "lora_r": 4, "resume": True}
-    assert typed.overrides(given) == {
+@pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.parameter)
+def test_every_flag_is_described(flag: Flag) -> None:
+    told = spelled_out("train")[flag.parameter].help
+    assert re.match(r".{10,}\.(  \[default: .+\])?$", told)
+    assert ";" not in settings.told(flag.key or "out")
+
+
+def test_what_was_given_holds_what_was_typed_and_nothing_else() -> None:
+    by_name = {flag.name: flag for flag in FLAGS}
+    values = {
+        "--model": "tiny",
+        "--bits": None,
+        "--packing": False,
+        "--lora-r": 4,
+        "--set": ["a=b"],
+    }
+    given = typed.Given({by_name[name]: value for name, value in values.items()})
+    assert given == {"model": "tiny", "packing": False, "lora_r": 4, "set": ["a=b"]}
+    assert given.settings == {
         "model": {"name": "tiny"},
         "train": {"packing": False},
         "adapter": {"r": 4},
