@@ -52,6 +52,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 @functools.cache
 def _built(name: str) -> Any:
+    """A command with its flags."""
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     alone.command(name, cls=help.Command)(options.for_typer(COMMANDS[name]))
     return typer.main.get_command(alone)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -43,53 +42,43 @@ def _values_of(key: str | None) -> Callable[[str], list[str]]:
     return offered
 
 
-@dataclass(frozen=True)
-class Takes:
-    """Stands in the annotation of a parameter that holds what is typed of these flags, as `Given`."""
+def takes(*flags: Flag | str, but: Collection[str] = ()) -> tuple[Flag, ...]:
+    """The flags of a command, for the annotation of its parameter `given`, which holds what was typed of them.
 
-    flags: tuple[Flag, ...]
-
-
-def takes(*flags: Flag | str, but: Collection[str] = ()) -> Takes:
-    """The flags that a command takes: entries, or those of the table by their parameters' names.
-
-    Of two of one name the last is meant. Where the command has a parameter of that name as well, it holds the flag.
+    Args:
+        flags: entries, or parameters' names of the table's; of two for one parameter the last is meant, in place of
+            the first.
+        but: parameters' names of those that are left out.
     """
     found = [BY_NAME[flag] if isinstance(flag, str) else flag for flag in flags]
-    by_name = {flag.parameter: flag for flag in found if flag.parameter not in but}
-    return Takes(tuple(by_name.values()))
+    return tuple({f.parameter: f for f in found if f.parameter not in but}.values())
 
 
 def for_typer(command: Callable[..., None]) -> Callable[..., None]:
-    """A command as Typer reads it: its flags spelled out, of which `Takes` and plain parameters stand for entries.
+    """A command as Typer reads it: its flags spelled out.
 
+    A parameter without an annotation of Typer's is a flag: one that `given` takes, or else the table's of that name.
     This reads the schema, which takes time: it is done when the command is called.
     """
     own = inspect.signature(command, eval_str=True).parameters
-    groups = {
-        name: mark.flags
-        for name, parameter in own.items()
-        for mark in getattr(parameter.annotation, "__metadata__", ())
-        if isinstance(mark, Takes)
-    }
-    taken = {flag.parameter: flag for flags in groups.values() for flag in flags}
+    taken: tuple[Flag, ...] = own["given"].annotation.__metadata__[0] if "given" in own else ()
+    names = [flag.parameter for flag in taken]
 
     def spelled_out() -> Iterator[inspect.Parameter]:
         for name, parameter in own.items():
-            if name in groups:
-                for flag in groups[name]:
+            if name == "given":
+                for flag in taken:
                     default = own[flag.parameter].default if flag.parameter in own else None
-                    yield _parameter(flag, default, tells_default="recipe" in taken)
+                    yield _parameter(flag, default, tells_default="recipe" in names)
             elif hasattr(parameter.annotation, "__metadata__"):
                 yield parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            elif name not in taken:
+            elif name not in names:
                 yield _parameter(BY_NAME[name], parameter.default)
 
     def run(**values: Any) -> None:
-        for name, flags in groups.items():
-            held = [flag for flag in flags if flag.parameter not in own]
-            values[name] = Given({flag: values.pop(flag.parameter) for flag in held})
-        command(**values)
+        held = [flag for flag in taken if flag.parameter not in own]
+        given = Given({flag: values.pop(flag.parameter) for flag in held})
+        command(**values, **({"given": given} if "given" in own else {}))
 
     run.__signature__ = inspect.Signature(list(spelled_out()))  # type: ignore[attr-defined]
     run.__doc__ = command.__doc__

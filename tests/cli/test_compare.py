@@ -80,8 +80,8 @@ def test_methods_are_trained_timed_and_reported(
         "--prompt-tokens", "16", "--prompts", "2", "--markdown",
     )  # fmt: skip
     BASES.release()
-    assert "2 sequences at once, each with a prompt of 16 tokens" in said
     assert code == 0, err
+    assert "2 sequences at once, each with a prompt of 16 tokens" in said
     assert "| prefix-tuning-plus elu |" in said
     assert "| ia3 |" in said
     found = Comparison.read(out / "results.json")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from prefixtune_cli.cli.plan import plan
-from prefixtune_cli.cli.train import train
 from prefixtune_cli.plan import MOST_ROWS
 from tests.cli.conftest import Ptp
 
@@ -118,7 +115,3 @@ def test_memory_of_nothing_is_a_usage_error(ptp: Ptp, bare: Path) -> None:
     code, _, said = ptp("plan", "--model", bare, "--gpu-memory", 0)
     assert code == 2
     assert "--gpu-memory must be above 0" in said
-
-
-def test_it_takes_every_flag_of_train() -> None:
-    assert set(inspect.signature(train).parameters) <= set(inspect.signature(plan).parameters)
