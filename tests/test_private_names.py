@@ -8,10 +8,10 @@ moved, or whose parameters are others now.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,9 +126,10 @@ OURS = {
 }  # set on objects of libraries
 
 
-def trees() -> Iterator[ast.AST]:
-    for file in sorted(PACKAGE.rglob("*.py")):
-        yield from ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+@functools.cache
+def trees() -> list[ast.AST]:
+    files = sorted(PACKAGE.rglob("*.py"))
+    return [node for f in files for node in ast.walk(ast.parse(f.read_text(encoding="utf-8")))]
 
 
 def is_private(name: object) -> bool:
@@ -152,9 +153,10 @@ def defined_here() -> set[str]:
 def reached_for() -> set[str]:
     """Private names that are read, set or spelled in the package, and not defined by it."""
     found = set()
+    ends = {id(part) for node in trees() if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in trees():
         match node:
-            case ast.Attribute(attr=name) | ast.Constant(value=name):
+            case ast.Attribute(attr=name) | ast.Constant(value=name) if id(node) not in ends:
                 found.add(name)
             case ast.ImportFrom(names=names):
                 found |= {alias.name for alias in names}
