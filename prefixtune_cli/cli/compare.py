@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Of `ptp train`: what a comparison decides itself.
 WITHOUT = (
     "method", "feature_map", "resume", "overwrite", "nodes", "node_rank", "rendezvous", "parallel",
-    "keep", "save_steps", "save_minutes", "track", "auto_batch",
+    "keep", "save_steps", "save_minutes", "track", "auto_batch", "find_learning_rate",
 )  # fmt: skip
 CONTEST = panel(
     "Contest",

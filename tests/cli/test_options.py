@@ -42,7 +42,13 @@ def test_train_and_plan_take_the_whole_table_and_compare_leaves_out_what_it_deci
     table = {flag.parameter for flag in FLAGS}
     assert set(spelled_out("train")) == table
     assert set(spelled_out("plan")) == table | {"gpu_memory"}
-    assert table - set(spelled_out("compare")) >= {"method", "resume", "nodes", "track"}
+    assert table - set(spelled_out("compare")) >= {
+        "method",
+        "resume",
+        "nodes",
+        "track",
+        "find_learning_rate",
+    }
 
 
 def test_no_flag_of_train_has_a_default_of_its_own() -> None:
