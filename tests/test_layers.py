@@ -43,7 +43,10 @@ BESIDE = {
     "agreement": {"model"},  # with its adapter, and without
     "evaluate": {"generate"},  # the answers that are matched
     "report": {"compare"},  # what it tells of
-    "merge_info": {"plan"},  # the base's configuration, which may not be here
+    "merge_info": {
+        "plan",
+        "merge",
+    },  # the base's configuration, which may not be here; what can be merged
     "train": {"evaluate", "plan"},  # a run ends with its evaluation; the plan tells what fits
 }
 

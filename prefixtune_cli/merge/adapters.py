@@ -32,6 +32,7 @@ from prefixtune_cli.merge.folder import (
     written_whole,
 )
 from prefixtune_cli.merge.methods import DENSITY, METHODS, PRUNING, checked_weights
+from prefixtune_cli.merge.rule import INITIALISATION, without_a_sum
 from prefixtune_cli.merge.source import Source, read_source
 from prefixtune_cli.model import check_fits, copies_of_base, drop_model_card
 from prefixtune_cli.pointed import WEIGHTS, base_key
@@ -46,18 +47,6 @@ from prefixtune_cli.tokenizer import (
 )
 
 MERGED = "default"  # peft writes the adapter of this name into the folder itself
-
-# What a LoRA may have beside A and B, which `cat` and the rest leave out.
-_MORE_THAN_A_AND_B = (
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-    "alora_invocation_tokens",
-)
-_KIND_INITIALISATIONS = ("gaussian", "eva", "orthogonal")  # others change the base's weights
 
 
 def merge(
@@ -206,38 +195,29 @@ def _differ(first: Source, other: Source, what: str, mine: object, theirs: objec
 
 
 def _check_mergeable(source: Source) -> None:
-    config = source.config
-    if isinstance(config, PrefixTuningPlusConfig):
-        extra: dict[str, Any] = {"modules_to_save": config.modules_to_save}
-    elif isinstance(config, LoraConfig):
-        extra = {key: getattr(config, key, None) for key in _MORE_THAN_A_AND_B}
-        extra["bias"] = None if config.bias == "none" else config.bias
-        if (
-            isinstance(drawn := config.init_lora_weights, str)
-            and drawn not in _KIND_INITIALISATIONS
-        ):
-            raise AdapterError(
-                f"{source.given} cannot be merged: its initialisation, init_lora_weights {drawn!r}, has changed the "
-                "base's weights. Save it as a plain LoRA first (peft: save_pretrained with "
-                "path_initial_model_for_weight_conversion)."
-            )
-    elif source.method == "prefix-tuning":
+    beside = without_a_sum(source.config)
+    if beside is None and source.method == "prefix-tuning":
         raise AdapterError(
             f"{source.given} cannot be merged: its method is prefix-tuning, whose prefixes share one softmax with the "
             "input and with each other, so no prefix acts as the sum of several. Adapters of prefix-tuning-plus and "
             "lora can be merged."
         )
-    else:
+    if beside is None:
         raise AdapterError(
             f"{source.given} cannot be merged: its method is {source.method}, and ptp merges adapters of "
             "prefix-tuning-plus and lora."
         )
-    for key, value in extra.items():
-        if value:
+    for key, value in beside.items():
+        if key == INITIALISATION:
             raise AdapterError(
-                f"{source.given} cannot be merged: with {key} {value!r} it has more than "
-                f"{'A and B' if source.method == 'lora' else 'its memories'}, which has no sum."
+                f"{source.given} cannot be merged: its initialisation, {key} {value!r}, has changed the base's "
+                "weights. Save it as a plain LoRA first (peft: save_pretrained with "
+                "path_initial_model_for_weight_conversion)."
             )
+        raise AdapterError(
+            f"{source.given} cannot be merged: with {key} {value!r} it has more than "
+            f"{'A and B' if source.method == 'lora' else 'its memories'}, which has no sum."
+        )
 
 
 def skeleton(section: ModelSection) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from torch import Tensor
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
 from prefixtune_cli.adapter.arithmetic import differing_setting
 from prefixtune_cli.adapter.feature_map import MAPS
+from prefixtune_cli.merge.rule import INITIALISATION, without_a_sum
 from prefixtune_cli.merge_info.facts import Facts
 from prefixtune_cli.merge_info.saved import LORA
 from prefixtune_cli.merge_info.trained import Trained, memory_parts
@@ -35,14 +36,6 @@ RULE = (
 _ENTRIES_AT_ONCE = 2**22
 # Settings of how M is read.
 _READS = ("feature_map", "normalize_query", "share_heads", "block_size")
-# What a LoRA may have beside A and B, which has no sum.
-_MORE_THAN_A_AND_B = (
-    "use_dora",
-    "lora_bias",
-    "target_parameters",
-    "trainable_token_indices",
-    "modules_to_save",
-)
 
 
 @dataclass(frozen=True)
@@ -145,7 +138,8 @@ def differences(a: Facts, b: Facts) -> Iterator[Difference]:
     if (mine := a.adapter.method) != (theirs := b.adapter.method):
         yield Difference("method", mine, theirs)
         return
-    if not a.matrices or not b.matrices:
+    no_sum = without_a_sum(a.adapter.config) is None or without_a_sum(b.adapter.config) is None
+    if no_sum or not a.matrices or not b.matrices:
         yield Difference(f"adapters of {a.adapter.method} have no sum", "", "")
         return
     yield from _different_settings(a, b)
@@ -163,17 +157,14 @@ def differences(a: Facts, b: Facts) -> Iterator[Difference]:
 
 def _different_settings(a: Facts, b: Facts) -> Iterator[Difference]:
     mine, theirs = a.adapter.config, b.adapter.config
-    if isinstance(mine, PrefixTuningPlusConfig) and isinstance(theirs, PrefixTuningPlusConfig):
-        if found := differing_setting(mine, theirs):
-            what, before, after = found
-            yield Difference(what, str(before), str(after))
-        beside: tuple[str, ...] = ("modules_to_save",)
-    else:
-        beside = _MORE_THAN_A_AND_B
-    for name in beside:
-        before, after = getattr(mine, name, None), getattr(theirs, name, None)
-        if before or after:
-            yield Difference(f"{name}, which has no sum", str(before), str(after))
+    both = isinstance(mine, PrefixTuningPlusConfig) and isinstance(theirs, PrefixTuningPlusConfig)
+    if both and (found := differing_setting(mine, theirs)):
+        what, before, after = found
+        yield Difference(what, str(before), str(after))
+    for name in {**(without_a_sum(mine) or {}), **(without_a_sum(theirs) or {})}:
+        before, after = getattr(mine, name), getattr(theirs, name)
+        why = "has changed the base's weights" if name == INITIALISATION else "has no sum"
+        yield Difference(f"{name}, which {why}", str(before), str(after))
 
 
 def _different_matrices(a: Facts, b: Facts) -> Iterator[Difference]:

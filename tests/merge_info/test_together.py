@@ -123,8 +123,9 @@ def test_an_adapter_and_its_negative_cancel(make: Make) -> None:
         (memory(share_heads="kv"), memory(), "share_heads: kv against query"),
         (memory(), memory(sites="ffn"), "sites: attention against ffn"),
         (lora(), lora(use_dora=True), "use_dora, which has no sum: False against True"),
+        (lora(bias="all"), lora(bias="all"), "bias, which has no sum: all against all"),
     ],
-    ids=["method", "map", "normalize", "heads", "sites", "dora"],
+    ids=["method", "map", "normalize", "heads", "sites", "dora", "bias"],
 )
 def test_the_first_difference_is_named(make: Make, a, b, difference: str) -> None:
     assert str(compared(make("a", a), make("b", b)).difference) == difference
@@ -140,6 +141,18 @@ def test_another_base_and_another_revision_are_named_before_all_else(make: Make)
 
     assert rebased(revision="v2") == "revision of the base: main against v2"
     assert rebased(base_model_name_or_path="some-org/other").endswith("against some-org/other")
+
+
+@pytest.mark.parametrize("other", ["pissa", True])
+def test_a_lora_that_has_changed_its_base_is_not_said_to_be_mergeable(make: Make, other) -> None:
+    """`ptp merge` refuses it by the same rule."""
+    a, b = make("a", lora()), make("b", lora())
+    for folder, drawn in ((a, "pissa"), (b, other)):
+        settings = folder / "adapter_config.json"
+        config = json.loads(settings.read_text())
+        settings.write_text(json.dumps(config | {"init_lora_weights": drawn}))
+    told = f"init_lora_weights, which has changed the base's weights: pissa against {other}"
+    assert str(compared(a, b).difference) == told
 
 
 def test_prefixes_cannot_be_added(make: Make) -> None:
