@@ -35,7 +35,6 @@ TUNER = "peft.tuners.tuners_utils:BaseTuner"
 LAYER = "peft.tuners.tuners_utils:BaseTunerLayer"
 MODEL = "transformers:PreTrainedModel"
 SFT = "trl:SFTTrainer"
-PROCESSES = "torch.distributed.elastic.multiprocessing.api:SubprocessContext"
 CLASS_OF_A_TUNER = "abstract in peft: a tuner is made by defining it"
 ENUM = "an enum has no public way to get a member more; PEFT's list of methods is one"
 A_TRACE = "the trial step leaves none in what TRL counts"
@@ -105,15 +104,13 @@ NAMES = {
     "_encode_plus": Private(
         "transformers:PreTrainedTokenizerFast", None, "whether a tokenizer class has a call of its own"
     ),
-    # Benchmarks and processes.
+    # Benchmarks.
     "_loglikelihood_tokens": Private(
         "lm_eval.models.huggingface:HFLM", "self, requests, disable_tqdm, override_bs", "lm-eval's seam for scoring"
     ),
     "_encode_pair": Private(
         "lm_eval.api.model:TemplateLM", "self, context, continuation", "lm-eval's own way to cut a question"
     ),
-    "_poll": Private(PROCESSES, "self", "a worker that is lost ends the others"),
-    "_close": Private(PROCESSES, "self, death_sig, timeout", "within seconds"),
     # Operations of torch as its dispatcher spells them.
     "_grouped_mm": Private("torch.ops.aten:", None, "a mixture's product, which the plan counts"),
     "_local_scalar_dense": Private("torch.ops.aten:", None, "`.item()`, which the plan answers"),

@@ -17,7 +17,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,26 +111,6 @@ def _threads(workers: int, on_gpu: bool) -> int | None:
     return min(8, share) if on_gpu else share
 
 
-class _Context(SubprocessContext):
-    """torchrun's processes; the survivors of a failure get less time, so that a run ends within 30 seconds of it."""
-
-    _failed_at: float | None = None
-    by_themselves: AbstractSet[int] = frozenset()  # the processes that this one did not end
-
-    def _poll(self) -> Any:
-        # Where one has failed the others may be about to say why: they get a moment before they are ended.
-        codes = [handler.proc.poll() for handler in self.subprocess_handlers.values()]
-        if any(codes):
-            self._failed_at = self._failed_at or time.monotonic()
-            if None in codes and time.monotonic() - self._failed_at < SECONDS_TO_SPEAK:
-                return None
-            self.by_themselves = {i for i, code in enumerate(codes) if code is not None}
-        return super()._poll()
-
-    def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
-        super()._close(death_sig, min(timeout, SECONDS_TO_END))
-
-
 @dataclass(frozen=True)
 class _Ended:
     """A process that failed."""
@@ -186,6 +165,7 @@ class _Workers:
         threads: int | None,
     ) -> None:
         self.signals: list[int] = []  # that were forwarded
+        self._failed_at: float | None = None
         self._first = nodes.rank * count
         shared: dict[str, Any] = {
             "WORLD_SIZE": nodes.count * count,
@@ -199,7 +179,7 @@ class _Workers:
         }
         own = [{"RANK": self._first + i, "LOCAL_RANK": i} for i in range(count)]
         quiet = {i: Std.ALL for i in range(count) if self._first + i > 0}
-        self._context = _Context(
+        self._context = SubprocessContext(
             name="ptp",
             entrypoint=sys.executable,
             args={i: ("-m", "prefixtune_cli", *typed) for i in range(count)},
@@ -237,18 +217,20 @@ class _Workers:
 
     def ended(self) -> list[_Ended] | None:
         """The processes that failed, the one that began it first; None while all of them run."""
-        result = self._context.wait(0)
-        if result is None:
+        processes = {i: one.proc for i, one in self._context.subprocess_handlers.items()}
+        codes = {i: process.poll() for i, process in processes.items()}
+        if any(codes.values()):
+            # The others may be about to say why: they get a moment before they are ended.
+            self._failed_at = self._failed_at or time.monotonic()
+            if None in codes.values() and time.monotonic() - self._failed_at < SECONDS_TO_SPEAK:
+                return None
+            self._context.close(signal.SIGTERM, SECONDS_TO_END)
+        elif None in codes.values():
             return None
         found = [
-            _Ended(
-                self._first + i,
-                failure.pid,
-                failure.exitcode,
-                self._said(i),
-                i in self._context.by_themselves,
-            )
-            for i, failure in result.failures.items()
+            _Ended(self._first + i, process.pid, code, self._said(i), codes[i] is not None)
+            for i, process in processes.items()
+            if (code := process.returncode)
         ]
         return sorted(found, key=lambda one: (one.followed, one.killed_by is None, one.rank))
 

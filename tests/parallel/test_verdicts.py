@@ -18,11 +18,11 @@ from prefixtune_cli.cli.app import _tell
 from prefixtune_cli.errors import PtpError
 from prefixtune_cli.parallel import launch
 from prefixtune_cli.parallel.nodes import Nodes
-plain = launch._Context.__init__
+plain = launch.SubprocessContext.__init__
 def init(self, **given):
     given["args"] = {i: ("-c", sys.argv[2]) for i in given["args"]}
     plain(self, **given)
-launch._Context.__init__ = init
+launch.SubprocessContext.__init__ = init
 try:
     launch.launch([], int(sys.argv[1]), eval(sys.argv[3]), on_gpu=False, advice=lambda: "ADVICE")
 except PtpError as error:
