@@ -225,15 +225,15 @@ def _paint_point(axes: Axes, x: Axis, y: Axis, label: str, style: Style, *, on_f
 
 
 def _count_in_thousands(axes: Axes, counts: Sequence[float]) -> None:
-    """A log axis of 10 k, 100 k, 1 M; with 20 k and 50 k as well where the counts are near to each other."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+    """A log axis of 10 k, 100 k, 1 M; with 20 k and 50 k as well, or even steps, where the counts are near."""
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axes.set_xscale("log")
     if min(counts) == max(counts):
         axes.set_xlim(min(counts) / 2, 2 * max(counts))
-    axes.xaxis.set_major_locator(
-        LogLocator(subs=(1, 2, 5) if max(counts) < 30 * min(counts) else (1,))
-    )
+    ratio = max(counts) / min(counts)
+    by_decades = LogLocator(subs=(1, 2, 5) if ratio < 30 else (1,))
+    axes.xaxis.set_major_locator(MaxNLocator(4) if ratio < 5 else by_decades)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
 

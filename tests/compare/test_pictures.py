@@ -1,15 +1,17 @@
 """The pictures of a comparison: which are drawn, what they say in words, who is on a Pareto front."""
 
+import itertools
 import math
 import struct
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from prefixtune_cli.compare.axes import front
 from prefixtune_cli.compare.comparison import OOD, TEST, Cell, Comparison, Result
-from prefixtune_cli.compare.pictures import FILES, _curve, draw, pictures
+from prefixtune_cli.compare.pictures import FILES, _count_in_thousands, _curve, draw, pictures
 
 from .made import comparison, contestant
 
@@ -163,3 +165,22 @@ def test_contestants_of_the_same_size_can_be_drawn(tmp_path: Path) -> None:
     found = comparison()
     same = [replace(c, trainable_parameters=98_304) for c in found.contestants]
     assert tmp_path / FILES[1] in draw(replace(found, contestants=same), tmp_path)
+
+
+@pytest.mark.parametrize("counts", [(1.1e6, 2.2e6, 2.44e6), (1e4, 2e5, 3e5), (2e3, 1e5, 7e7)])
+def test_no_numbers_of_the_axis_of_parameters_lie_on_each_other(counts) -> None:
+    figure = Figure(figsize=(5.6, 4))
+    axes = figure.subplots()
+    axes.plot(counts, [1] * len(counts))
+    _count_in_thousands(axes, counts)
+    axes.margins(x=0.1)
+    figure.draw_without_rendering()
+    low, high = axes.get_xlim()
+    shown = [
+        label.get_window_extent()
+        for at, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+        if low <= at <= high and label.get_text()
+    ]
+    assert len(shown) >= 2
+    boxes = sorted(shown, key=lambda box: box.x0)
+    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
