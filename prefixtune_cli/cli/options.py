@@ -77,7 +77,7 @@ def for_typer(command: Callable[..., None]) -> Callable[..., None]:
 
     def run(**values: Any) -> None:
         held = [flag for flag in taken if flag.parameter not in own]
-        given = Given({flag: values.pop(flag.parameter) for flag in held})
+        given = Given({flag: values.pop(flag.parameter, None) for flag in held})
         command(**values, **({"given": given} if "given" in own else {}))
 
     run.__signature__ = inspect.Signature(list(spelled_out()))  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from prefixtune_cli.cli.options import for_typer
 from prefixtune_cli.cli.train import train as command
 from prefixtune_cli.compare import rates
 from prefixtune_cli.errors import TrainingError, UsageError
@@ -68,4 +69,6 @@ def test_where_no_rate_gives_a_number_there_is_an_error(
 @pytest.mark.parametrize("more", [{"resume": "must"}, {"gpus": "2"}])
 def test_it_is_for_a_fresh_run_of_one_process(more: dict[str, str]) -> None:
     with pytest.raises(UsageError, match="fresh run of one process"):
-        command(model="tiny", data="sample:intents-train", find_learning_rate=True, **more)
+        for_typer(command)(
+            model="tiny", data="sample:intents-train", find_learning_rate=True, **more
+        )

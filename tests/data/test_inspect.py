@@ -9,11 +9,14 @@ import sys
 
 import pytest
 
-from prefixtune_cli.cli.inspect_data import _coloured, inspect_data
+from prefixtune_cli.cli.inspect_data import _coloured
+from prefixtune_cli.cli.inspect_data import inspect_data as command
+from prefixtune_cli.cli.options import for_typer
 from prefixtune_cli.data.inspect import Example, facts, warnings
 from prefixtune_cli.data.tokenize import DataStatistics
 from prefixtune_cli.errors import DataError, UsageError
 
+inspect_data = for_typer(command)
 PAIR = {"prompt": "What is [bold]up[/bold]?", "completion": "Paris 😀"}
 
 

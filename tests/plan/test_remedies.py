@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
-from prefixtune_cli.cli.typed import KEYS, parse_layers
+from prefixtune_cli.cli.flags import FLAGS
+from prefixtune_cli.cli.typed import parse_layers
 from prefixtune_cli.plan import Planner, remedies, with_method
 from prefixtune_cli.recipe.schema import Recipe
 from tests.plan.conftest import MakeRecipe
+
+KEYS = {flag.parameter: flag.key for flag in FLAGS if flag.key}
 
 
 def typed(recipe: Recipe, flag: str) -> Recipe:
