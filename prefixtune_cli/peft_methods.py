@@ -90,10 +90,9 @@ def build_config(method: str, own: Mapping[str, Any], config: Mapping[str, Any])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            built = kind(**given)
+            return kind(**given)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise RecipeError(f"adapter.config does not fit method {method}: {error}") from error
-    return built
 
 
 def has_setting(method: str, key: str) -> bool:

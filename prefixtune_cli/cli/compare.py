@@ -41,7 +41,7 @@ CONTEST = panel(
     Flag(
         "--feature-maps",
         metavar="NAME,…",
-        help="Of Prefix-Tuning+, each of these.",
+        help="Try each of these feature maps of Prefix-Tuning+.",
         offers="adapter.feature_map",
     ),
     Flag(
@@ -57,11 +57,11 @@ CONTEST = panel(
         type=bool,
         help="Costs alone, on random weights and without data; or no costs.",
     ),
-    Flag("--rounds", type=int, help="Of measuring costs: 5."),
+    Flag("--rounds", type=int, help="How often costs are measured: 5."),
     Flag(
         "--prompt-tokens",
         type=int,
-        help="Of the prompt for first token, decoding and cache: 2,048, or what the base takes.",
+        help="The prompt's tokens for first token, decoding and cache: 2,048, or what the base takes.",
     ),
     Flag("--prompts", type=int, help="Prompts that are answered at once: 1."),
     Flag("--adapters", type=int, help="Adapters that are active at once: 1."),

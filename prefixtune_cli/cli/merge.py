@@ -56,7 +56,7 @@ def merge(
             "--density",
             panel=HOW,
             metavar="FRACTION",
-            help="Of an adapter's entries, what ties and dare keep; else 0.2.",
+            help="The share of an adapter's entries that ties and dare keep; else 0.2.",
         ),
     ] = None,
     seed: Annotated[
@@ -67,7 +67,7 @@ def merge(
             metavar="N",
             min=0,
             max=2**32 - 1,
-            help="Of what dare drops.",
+            help="Seed of what dare drops.",
             show_default=False,
         ),
     ] = 0,

@@ -43,6 +43,7 @@ from prefixtune_cli.compare.costs import (
     with_costs,
 )
 from prefixtune_cli.compare.folder import RESULTS, claimed, mark
+from prefixtune_cli.compare.legend import NAMES
 from prefixtune_cli.compare.rows import VALIDATION, Rows, draw_rows
 from prefixtune_cli.compare.workers import Ended, Work, Workers, told_to_stop
 from prefixtune_cli.errors import Interrupted, PtpError
@@ -348,7 +349,9 @@ class _Cells:
             found.append(f"An answer is right where {match_rule(pattern)}.")
         if self._judged_base is not None:
             unmatched = why_unmatched(self._judged_base, self._sheet).items()
-            found += [why if name == TEST else f"{name}: {why}" for name, why in unmatched]
+            found += [
+                why if name == TEST else f"Of {NAMES[name]}: {why}" for name, why in unmatched
+            ]
         if len({c.steps for one in contestants for c in one.cells if c.steps is not None}) > 1:
             found.append("The contestants took different numbers of steps, as the grid asks for.")
         if self._settings.few_shot is not None and self._settings.sweep > 1:

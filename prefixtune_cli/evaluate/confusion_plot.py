@@ -53,7 +53,8 @@ def draw_confusion(
         )
         if display.text_ is not None:
             for place, count in np.ndenumerate(matrix):
-                display.text_[place].set_text(str(count))
+                on_dark = shares[place] ** 0.5 > 0.6  # by the colour, which goes with the root
+                display.text_[place].set(text=str(count), color="white" if on_dark else "black")
         hits = 100 * matrix.trace() / max(1, matrix.sum())
         axes.set(
             title=f"{_end_of(model, int(9 * panel))}\naccuracy {hits:.1f} %",

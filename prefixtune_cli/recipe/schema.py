@@ -401,7 +401,7 @@ class TrainSection(Section):
     )
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field("cosine")
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Fraction of the steps for warm-up.")
-    weight_decay: float = Field(0.0, ge=0, description="Of what is trained.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of what is trained.")
     batch_size: int = Field(8, ge=1, description="Examples a device and forward pass.")
     gradient_accumulation: int = Field(1, ge=1, description="Forward passes an optimizer step.")
     auto_batch: bool = Field(

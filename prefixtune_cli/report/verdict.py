@@ -58,7 +58,7 @@ def _opening(found: Standings, known: Sequence[Standing]) -> str:
         return f"{said} {_lead_over(found)}"
     if best.difference is None:
         return said
-    return f"{said} {_behind(found, first, best, best.difference)}"
+    return f"{said} {_behind(found, first, best.difference)}"
 
 
 def _lead_over(found: Standings) -> str:
@@ -72,7 +72,7 @@ def _lead_over(found: Standings) -> str:
     return f"Its lead over {listed(doubtful)} may be noise."
 
 
-def _behind(found: Standings, first: Standing, best: Standing, difference: Difference) -> str:
+def _behind(found: Standings, first: Standing, difference: Difference) -> str:
     if difference.p_value is None:
         sure = "this was not tested"
     else:

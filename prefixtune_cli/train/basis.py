@@ -76,9 +76,6 @@ class Basis(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.finish()
-
-    def finish(self) -> None:
         """Have the adapter hold M itself; of weights that DeepSpeed spreads, saving does it."""
         if not any(hasattr(p, "ds_id") for p in self.trainer.model.parameters()):
             fold_basis(self.trainer.model)

@@ -90,7 +90,7 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: R
         reporter.warning(f"held-out: {warning}")
     check(held_out, tokenizer)
     check_data(recipe.model, tokenizer, held_out)
-    chat = held_out.encoder.chat
+    chat = tokenized.encoder.chat
     if section.chat_template is not None and chat is not None:
         digest = hashlib.sha256(chat.source.encode()).hexdigest()
         fingerprints["chat_template"] = {"source": section.chat_template, "sha256": digest}
@@ -104,6 +104,6 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: R
         held_out=held_out.dataset,
         questions=questions,
         example=example(kept),
-        end_id=held_out.encoder.end_id,
+        end_id=tokenized.encoder.end_id,
         fingerprints=fingerprints,
     )

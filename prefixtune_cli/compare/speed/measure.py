@@ -56,7 +56,7 @@ class Speeds:
 
         Args:
             label, other: contestants, or BASE.
-            metric: one of COSTS.
+            metric: one with a `ratio`.
         """
         return _ratio(metric, self.rounds.get(label, {}), self.rounds.get(other, {}))
 
