@@ -37,6 +37,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "packed": {"train": {**TWO, "packing": True}},
     "often": {"train": {**TWO, "save_steps": 4}},
     "continued": {"train": {**TWO, "save_steps": 4}},
+    "signalled-ddp": {"train": TWO},
+    "signalled-fsdp": {"train": {**TWO, "parallel": "fsdp"}},
     "small": {"train": {**TWO, "batch_size": 2, "gradient_accumulation": 2}},
     "halved-ddp": {"train": {**TWO, "batch_size": 4, "auto_batch": True}},
     "halved-fsdp": {"train": {**TWO, "batch_size": 4, "auto_batch": True, "parallel": "fsdp"}},
@@ -44,6 +46,8 @@ JOBS: dict[str, dict[str, Any]] = {
 # In DDP one process alone may run out of memory; sharded, they do it together.
 BESIDES: dict[str, dict[str, Any]] = {
     "continued": {"continue": "often"},
+    "signalled-ddp": {"signalled": 1},
+    "signalled-fsdp": {"signalled": 1},
     "halved-ddp": {"fits": 2, "poor": [1]},
     "halved-fsdp": {"fits": 2, "poor": [0, 1]},
 }
@@ -129,6 +133,16 @@ def test_two_processes_give_the_adapter_of_one(
     how: str, one: dict[str, RunDir], two: dict[str, RunDir]
 ) -> None:
     assert 0 < distance(adapter(one["ddp"]), adapter(two[how])) < 1e-4
+
+
+@pytest.mark.parametrize("how", ["signalled-ddp", "signalled-fsdp"])
+def test_a_signal_to_one_process_ends_the_pass_for_the_basis_in_both(
+    how: str, two: dict[str, RunDir]
+) -> None:
+    for told in (process["told"] for process in seen(two[how])):
+        assert "Stopped by SIGTERM at step 0 of 14; nothing is lost" in told
+    assert not two[how].checkpoints()
+    assert not two[how].finished
 
 
 @pytest.mark.parametrize("how", ["lora-ddp", "lora-fsdp"])

@@ -2,13 +2,15 @@
 
 Usage: torchrun … -m tests.train.two_ranks JOBS.json, a list of {"recipe", "port", "seen"}; each process writes
 `<seen>-<rank>.json`. A job with "continue" goes on with a copy of that run without its last checkpoint; one with
-"fits" has memory for so many rows at once, on the ranks of "poor".
+"fits" has memory for so many rows at once, on the ranks of "poor"; one with "signalled" gets a SIGTERM on that rank
+while the basis is found.
 """
 
 import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +20,10 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.tensor import DTensor
 
+from prefixtune_cli.errors import Interrupted
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
-from prefixtune_cli.train import prepare, train
+from prefixtune_cli.train import basis, prepare, train
 from prefixtune_cli.train.trainer import SafeTrainer
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -91,6 +94,25 @@ def memory_for(rows: int, poor: list[int]) -> Iterator[None]:
         SafeTrainer.plain_training_step = plain
 
 
+@contextlib.contextmanager
+def signalled(rank: int | None) -> Iterator[None]:
+    """Within the block a signal comes to `rank` after the first batch of the pass that finds the basis."""
+    plain, asked = SafeTrainer.stop_if_asked, iter(range(1000))
+
+    def stop_if_asked(trainer: SafeTrainer) -> None:
+        if next(asked) == 1 and int(os.environ["RANK"]) == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        plain(trainer)
+
+    at_once = basis.AT_ONCE
+    if rank is not None:
+        SafeTrainer.stop_if_asked, basis.AT_ONCE = stop_if_asked, 1
+    try:
+        yield
+    finally:
+        SafeTrainer.stop_if_asked, basis.AT_ONCE = plain, at_once
+
+
 def cut(whole: Path, out: Path) -> None:
     """A copy of a run as it was before its last checkpoint."""
     shutil.copytree(whole, out)
@@ -112,9 +134,19 @@ def main() -> None:
         resume = "continue" in job
         if resume and os.environ["RANK"] == "0":
             cut(Path(job["continue"]), Path(recipe.folder))
-        with memory_for(job.get("fits", 1000), job.get("poor", [])):
-            train(recipe, resume=resume)
-        Path(f"{job['seen']}-{os.environ['RANK']}.json").write_text(json.dumps(witness.report()))
+        told = ""
+        with (
+            memory_for(job.get("fits", 1000), job.get("poor", [])),
+            signalled(job.get("signalled")),
+        ):
+            try:
+                train(recipe, resume=resume)
+            except Interrupted as end:
+                if "signalled" not in job:
+                    raise
+                told = str(end)
+        report = {**witness.report(), "told": told}
+        Path(f"{job['seen']}-{os.environ['RANK']}.json").write_text(json.dumps(report))
 
 
 if __name__ == "__main__":
