@@ -142,7 +142,7 @@ class DataSection(Section):
         None,
         gt=0,
         lt=1,
-        description=f"Fraction of `train` that is held out when there is no `eval`; null holds out {HELD_OUT_SHARE}.",
+        description=f"Fraction of `train` that is held out when there is no `eval`; null is {HELD_OUT_SHARE}.",
     )
     format: DataFormat = Field(
         "auto", description="Format of the rows; `auto` recognises it from the columns."

@@ -37,7 +37,7 @@ def test_help_tells_the_schemas_default_of_every_flag_that_has_one(
         ("adapter.basis", "yes"),
         ("adapter.r", "16"),
         ("adapter.method", "prefix-tuning-plus"),
-        ("data.eval_split", "holds out 0.05"),
+        ("data.eval_split", "0.05"),
         ("train.save_steps", "a tenth of the run"),
         ("out", "runs/<model>-<data>-<method>"),
         ("data.train", ""),
