@@ -151,12 +151,6 @@ FLAGS = (
         ),
         Flag("--track", "train.track"),
     ),
-    Flag(
-        "--json",
-        type=bool,
-        help="Print JSON on stdout, for another program to read.",
-        called="as_json",
-    ),
     *panel(
         "Adapter",
         Flag(
@@ -187,5 +181,11 @@ FLAGS = (
         Flag("--lora-r", "adapter.r"),
         Flag("--lora-alpha", "adapter.alpha"),
         Flag("--num-virtual-tokens", "adapter.num_virtual_tokens"),
+    ),
+    Flag(
+        "--json",
+        type=bool,
+        help="Print JSON on stdout, for another program to read.",
+        called="as_json",
     ),
 )

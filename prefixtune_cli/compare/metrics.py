@@ -6,6 +6,7 @@ A new cost is a field of `Cost`, a record below it, and its measurement in `spee
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -24,12 +25,7 @@ class Measured:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Measured:
-        ordered = sorted(values)
-        middle = len(ordered) // 2
-        median = (
-            ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-        )
-        return cls(median, ordered[0], ordered[-1])
+        return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)

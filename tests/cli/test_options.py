@@ -8,6 +8,8 @@ import pytest
 
 from prefixtune_cli.cli import app, options, typed
 from prefixtune_cli.cli.flags import FLAGS, Flag
+from prefixtune_cli.compare import contest
+from prefixtune_cli.compare.speed.turn import Shape
 from prefixtune_cli.data.load import load_rows
 from prefixtune_cli.errors import DataError, UsageError
 from prefixtune_cli.recipe import settings
@@ -155,3 +157,15 @@ def test_gpus_are_a_number_a_word_or_a_list(given: str, gpus: object) -> None:
 )
 def test_resume_may_stand_alone(given: list[str], read: list[str]) -> None:
     assert typed.with_resume_value(given) == read
+
+
+def test_the_numbers_in_compares_help_are_its_defaults() -> None:
+    told = {name: flag.help for name, flag in spelled_out("compare").items()}
+    for name, number in (
+        ("seeds", contest.Settings.seeds),
+        ("sweep", contest.Settings.sweep),
+        ("rounds", Shape.rounds),
+        ("prompts", Shape.prompts),
+        ("adapters", Shape.adapters),
+    ):
+        assert f": {number}." in told[name]

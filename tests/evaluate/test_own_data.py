@@ -435,6 +435,26 @@ def test_a_confusion_matrix_grows_with_its_labels(labels: int, tmp_path: Path) -
     assert height < width < 6000
 
 
+def test_the_counts_of_a_confusion_matrix_stand_out_from_their_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    plain = Figure.savefig
+
+    def kept(figure: Figure, *arguments: Any, **how: Any) -> None:
+        drawn.append(figure)
+        plain(figure, *arguments, **how)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    counts = np.array([[60, 30, 10], [0, 0, 100]], dtype=np.int64)
+    draw_confusion(tmp_path / "counts.png", ["a", "b"], {"base": counts})
+    texts = {text.get_text(): text.get_color() for text in drawn[0].axes[0].texts}
+    assert texts["10"] == texts["30"] == "black"
+    assert texts["60"] == texts["100"] == "white"
+
+
 def test_long_answers_are_judged_by_their_loss_alone(
     base: Any, tokenizer: PreTrainedTokenizerBase, prepared: Any
 ) -> None:

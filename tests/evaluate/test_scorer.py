@@ -172,3 +172,16 @@ def test_a_batch_that_is_being_answered_tells_how_far_it_is(
     assert told == sorted(told)
     assert told.count(told[-1]) == 1
     assert len({done for done, _ in told}) > 3
+
+
+def test_a_model_is_asked_in_evaluation_mode_and_goes_on_training(loaded: Loaded) -> None:
+    model, _ = loaded
+    modes: list[bool] = []
+    handle = model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    model.train()
+    scorer(loaded, 5, Silent()).losses(EXAMPLES, "loss")
+    asked = [Question([5, 6], "x")]
+    scorer(loaded, 5, Silent()).answers(asked, "answers", max_new_tokens=2, end_id=None)
+    handle.remove()
+    assert set(modes) == {False}
+    assert model.training

@@ -88,6 +88,13 @@ def test_the_error_of_another_process_is_shown_though_the_first_one_hangs() -> N
     assert "SIGKILL" not in said
 
 
+def test_a_process_gets_a_moment_to_say_why_where_another_has_failed() -> None:
+    code, said = verdict(
+        "if rank == 1: stop(1)\ntime.sleep(1)\nsys.stderr.write('error: the disk is full')\nstop(2)"
+    )
+    assert (code, said) == (2, "error: the disk is full")
+
+
 def test_processes_that_lose_each_other_without_a_reason_are_no_silent_end() -> None:
     code, said = verdict("print('error: gloo: no route to host', file=sys.stderr)\nstop(3)")
     assert code == 1
