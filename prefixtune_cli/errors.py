@@ -1,28 +1,28 @@
 """The errors that a user can cause, as a tree.
 
-Every one of them says what is wrong, what was received and what to type instead; `cli/app.py`
-prints the message without a traceback and exits with `exit_code`.
+Each error says what is wrong, what was received and what to type instead. `cli/app.py` prints the
+message without a traceback and exits with `exit_code`.
 
     PtpError
     ├── UsageError            the command line itself (exit code 2)
     ├── RecipeError           a recipe, a flag's value, a --set (exit code 2)
-    ├── DataError             a row, a file or a data set: file and line where there is one
+    ├── DataError             a row, a file or a data set, with file and line if known
     ├── ModelError            a base model that cannot be found, read or adapted
     │   └── AdapterError      an adapter folder that does not fit the base, or is too new
     ├── RunDirError           an output directory that is taken, incomplete or of another recipe
     ├── ResourceError         disk, memory, GPUs, network
     ├── TrainingError         training went wrong: a loss that is not finite, weights that did not move
-    ├── LostWorker            another process of the run has failed, and says why itself (exit code 3)
-    └── Interrupted           Ctrl-C, after what was done was saved (exit code 130)
-        └── Preempted         SIGTERM or SIGUSR1, a scheduler's, likewise (exit code 0)
+    ├── LostWorker            another process of the run has failed and says why (exit code 3)
+    └── Interrupted           Ctrl-C, once the work so far is saved (exit code 130)
+        └── Preempted         SIGTERM or SIGUSR1 from a scheduler, once the work so far is saved (exit code 0)
 """
 
-# `ptp` sets it in the environment of processes that it starts; it names the one that was lost.
+# `ptp` sets this environment variable for the processes that it starts, and says which of them was lost.
 LAUNCHER_PID = "PTP_LAUNCHER_PID"
 
 
 class PtpError(Exception):
-    """Something that the user can put right; the message is all that they see."""
+    """A problem that the user can fix. The message is all that they see."""
 
     exit_code = 1
 
@@ -34,7 +34,7 @@ class UsageError(PtpError):
 
 
 class RecipeError(PtpError):
-    """A recipe, a flag's value or a `--set` is wrong; all problems of a recipe stand in one error."""
+    """A recipe, a flag's value or a `--set` is wrong. One error lists all problems of a recipe."""
 
     exit_code = 2
 
@@ -60,22 +60,22 @@ class ResourceError(PtpError):
 
 
 class TrainingError(PtpError):
-    """Training went wrong in a way that going on would hide."""
+    """Training went wrong, and more training would hide it."""
 
 
 class LostWorker(PtpError):
-    """Another process of the run has failed, so this one cannot go on; the other one says why."""
+    """Another process of the run has failed, so this one cannot continue. The other one says why."""
 
     exit_code = 3
 
 
 class Interrupted(PtpError):
-    """The user stopped the work; what was done is kept."""
+    """The user stopped the work. What was done is kept."""
 
     exit_code = 130
 
 
 class Preempted(Interrupted):
-    """The scheduler stopped the work; what was done is kept, and the same command with `--resume auto` goes on."""
+    """The scheduler stopped the work. What was done is kept; the same command with `--resume auto` continues it."""
 
     exit_code = 0

@@ -1,8 +1,8 @@
 """A lock on a folder: no two commands write there at once.
 
-It is `flock` on a file in the folder. The kernel gives it up when the process ends, however it ends, and Linux carries
-it over NFS to other machines. The file tells who holds the lock, and goes with it; what a killed process leaves of it
-locks nothing. On a file system without locks nothing is locked.
+The lock is `flock` on a file in the folder. The kernel releases it when the process ends, however it ends, and Linux
+extends it over NFS to other machines. The file says who holds the lock, and is deleted when the lock is released. A
+file that a killed process leaves behind locks nothing. On a file system without locks, nothing is locked.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from pathlib import Path
 from prefixtune_cli.errors import ResourceError, RunDirError
 
 LOCK = ".lock"
-SECONDS_TO_LOOK = 0.5  # as another command may only be checking
+SECONDS_TO_LOOK = 0.5  # another command may hold the lock only to check it
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _held: set[int] = set()  # open files
 
 
 @contextlib.contextmanager
 def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Within the block no other command writes into `folder`, which is made; if it stays empty, it goes again.
+    """Hold the lock on `folder` within the block. The folder is created, and removed again if it stays empty.
 
     Args:
-        folder: of a run, a comparison or a merge.
-        shared: others that share it may write there, too, as those do that only add whole files.
+        folder: the folder of a run, a comparison or a merge.
+        shared: several commands may share the lock, if each of them only adds whole files.
 
     Raises:
-        RunDirError: another command writes there, which is named.
-        ResourceError: the folder cannot be made or written to.
+        RunDirError: another command writes there; the message names it.
+        ResourceError: the folder cannot be created or written to.
     """
     new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
@@ -48,14 +48,14 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        _give_up(folder / LOCK, file)
+        _release(folder / LOCK, file)
         for one in new:
             with contextlib.suppress(OSError):
                 one.rmdir()
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a command has `folder` for itself, as training has; who looks leaves nothing there."""
+    """Whether a command has `folder` for itself, as training does. The check leaves nothing there."""
     try:
         file = os.open(folder / LOCK, os.O_RDONLY)
     except OSError:
@@ -67,13 +67,13 @@ def in_use(folder: Path) -> bool:
 
 
 def why_not(folder: Path, error: OSError) -> str:
-    """Why a folder could not be made or written to, in words."""
+    """Why a folder could not be created or written to, in words."""
     files = [path for path in (folder, *folder.parents) if os.path.isfile(path)]
     return f"{files[0]} is a file" if files else error.strerror or str(error)
 
 
 def _take(folder: Path, *, shared: bool) -> int:
-    """The open file that holds the lock."""
+    """Take the lock, and return the open file that holds it."""
     deadline = time.monotonic() + SECONDS_TO_LOOK
     while True:
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -81,7 +81,7 @@ def _take(folder: Path, *, shared: bool) -> int:
         try:
             alone = _lock(file, fcntl.LOCK_EX)
             if alone:
-                os.ftruncate(file, 0)  # what dead processes have left
+                os.ftruncate(file, 0)  # delete the lines of dead processes
             taken = alone if not shared else _lock(file, fcntl.LOCK_SH)
             if not taken and time.monotonic() > deadline:
                 raise RunDirError(
@@ -95,7 +95,7 @@ def _take(folder: Path, *, shared: bool) -> int:
             _close(file)
             raise
         _close(file)
-        if not taken:  # else whoever held it has deleted it meanwhile
+        if not taken:  # if taken, its last holder has just deleted the file: try again at once
             time.sleep(SECONDS_TO_LOOK / 10)
 
 
@@ -110,8 +110,8 @@ def _lock(file: int, how: int) -> bool:
     return True
 
 
-def _give_up(path: Path, file: int) -> None:
-    if file not in _held:  # in a process that was forked
+def _release(path: Path, file: int) -> None:
+    if file not in _held:  # a forked process has closed it already
         return
     with contextlib.suppress(FileNotFoundError):
         if _lock(file, fcntl.LOCK_EX) and os.path.samestat(path.stat(), os.fstat(file)):
@@ -125,11 +125,11 @@ def _close(file: int) -> None:
 
 
 def _holders(file: int) -> str:
-    """Who has written into the file, but for processes of this machine that are no more."""
+    """The processes that the file names, without those of this machine that have ended."""
     found = []
     for line in os.pread(file, 4096, 0).decode(errors="replace").splitlines():
         if len(words := line.split()) != 3 or not words[0].isdecimal():
-            continue  # of a file that was written in part, or is longer than what is read
+            continue  # a line that is incomplete, or cut off after 4,096 bytes
         pid, host, since = words
         if host != socket.gethostname() or _lives(int(pid)):
             found.append(f"process {pid} on {host}, since {since},")
@@ -141,13 +141,13 @@ def _lives(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # another user's process
         return True
     return True
 
 
 def _forget() -> None:
-    """In a process that was forked: it keeps no lock that its parent gives up."""
+    """Close the lock files in a forked process, so that it keeps no lock that its parent releases."""
     for file in list(_held):
         _close(file)
 

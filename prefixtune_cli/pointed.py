@@ -1,6 +1,6 @@
 """What the user points at: a run, its adapter/ or a checkpoint of it, an adapter folder, or a base.
 
-Every command that takes one asks here, before torch and the like are imported; no weight is read.
+Every command that takes one of these asks here, before torch and the like are imported. No weight is read.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ FULL = "full"
 
 @dataclass(frozen=True, kw_only=True)
 class Pointed:
-    """One thing that was pointed at.
+    """One thing that the user pointed at.
 
     Attributes:
-        given: as it was typed.
-        model: the base, with what was typed of it; None where an adapter folder names none.
-        folder: the adapter's, or that of the whole model that a run of method full has trained; None for a base alone.
-        method: as recipes call it; of methods that only peft knows, its name there; None for a base alone.
-        run: the run that the folder belongs to, and its recipe.
-        as_trained: the folder is the run's last word, on the base that the run names: results of it are the run's.
-        notices: what the user should hear of what was taken.
+        given: what was typed.
+        model: the base, with the settings that were typed; None if an adapter folder names no base.
+        folder: the adapter's folder, or the whole model's if a run of method full trained it; None for a base alone.
+        method: the method's name in recipes, or in peft if only peft knows it; None for a base alone.
+        run, recipe: the run that the folder belongs to, and its recipe.
+        as_trained: the folder is the run's final adapter, on the run's own base. Its results are the run's results.
+        notices: what the user should know about the choice.
     """
 
     given: str
@@ -49,7 +49,7 @@ class Pointed:
 
     @property
     def base(self) -> ModelSection:
-        """The base; raises UsageError where nothing names it."""
+        """The base; raises UsageError if nothing names it."""
         if self.model is None:
             raise UsageError(
                 f"The adapter in {self.given} does not say which base it belongs to (base_model_name_or_path in its "
@@ -59,12 +59,12 @@ class Pointed:
 
     @property
     def whole(self) -> bool:
-        """Whether the folder holds a whole model, and no adapter."""
+        """Whether the folder holds a whole model instead of an adapter."""
         return self.method == FULL
 
     @property
     def name(self) -> str:
-        """Short: the run's or the folder's; `adapter` says less than the folder around it."""
+        """A short name: the run's or the folder's. For a folder called `adapter`, the name of the folder around it."""
         folder = (self.folder or Path(self.given)).absolute()
         above = (self.run.path if self.run else folder.parent).absolute().name
         if self.run is None:
@@ -73,10 +73,10 @@ class Pointed:
 
     @property
     def reading(self) -> DataSection:
-        """How the run reads data, whatever the data is; the template is the adapter's. The defaults without a run."""
+        """How the run reads data, without its files and its template, which the adapter has. Defaults without a run."""
         data = DataSection() if self.recipe is None else self.recipe.data
-        which = {"train": None, "eval": None, "eval_split": None, "chat_template": None}
-        return data.model_copy(update=which)
+        left_out = {"train": None, "eval": None, "eval_split": None, "chat_template": None}
+        return data.model_copy(update=left_out)
 
 
 def choose(
@@ -86,11 +86,11 @@ def choose(
     adapters: Sequence[str] = (),
     typed: Mapping[str, Any] | None = None,
 ) -> list[Pointed]:
-    """What --run, --adapter and --model point at, and the newest finished run where none of them was typed.
+    """What --run, --adapter and --model point at, or the newest finished run if none of them was typed.
 
     Args:
-        runs: runs, or what lies in them.
-        model: the base of the runs or adapters, where it is not the one that they name, or a base by itself.
+        runs: runs, or folders in them.
+        model: a base by itself, or a base for the runs or adapters in place of the one that they name.
         adapters: adapter folders.
         typed: further settings of the model section.
 
@@ -122,12 +122,12 @@ def choose(
 
 
 def point(given: str | Path, typed: Mapping[str, Any] | None = None) -> Pointed:
-    """What a run or an adapter is, by its path.
+    """Find out what the run or the adapter at a path is.
 
     Args:
-        given: a run, its adapter/ or a checkpoint of it, or an adapter folder. Of an unfinished run the newest
-            checkpoint is taken, and a notice says so.
-        typed: settings of the model section that win over the run's, or the adapter's.
+        given: a run, its adapter/ or a checkpoint of it, or an adapter folder. For an unfinished run, the newest
+            checkpoint is used, and a notice says so.
+        typed: settings of the model section. They override the run's or the adapter's.
 
     Raises:
         AdapterError, RunDirError, RecipeError: see `choose`.
@@ -153,7 +153,7 @@ def point(given: str | Path, typed: Mapping[str, Any] | None = None) -> Pointed:
 
 
 def run_of(path: Path) -> RunDir | None:
-    """The run that a path points at: itself, its adapter/, or a checkpoint of it."""
+    """The run that a path belongs to: the path is the run, its adapter/, or a checkpoint of it."""
     if (run := RunDir(path)).recipe.is_file():
         return run
     name = path.name or path.absolute().name
@@ -172,7 +172,7 @@ def _of_run(given: str, path: Path, run: RunDir, settings: dict[str, Any]) -> Po
             folder, notices = run.newest_whole_checkpoint()
             if folder is None:
                 raise RunDirError(
-                    f"The run in {run.path} has no adapter yet, and no checkpoint. To go on with it: "
+                    f"The run in {run.path} has no adapter yet and no checkpoint. To go on with it: "
                     f"{run.resume_command}"
                 )
             notices.append(
@@ -209,7 +209,7 @@ def _newest(settings: Mapping[str, Any]) -> Pointed:
 
 
 def _is_trained(model: str) -> bool:
-    """Whether a --model is a run or an adapter; a run of method full has a whole model in its adapter/."""
+    """Whether a --model is a run or an adapter. The adapter/ of a run of method full is neither: it is a model."""
     try:
         path = Path(resolve_alias(model))
     except ModelError:
@@ -220,20 +220,20 @@ def _is_trained(model: str) -> bool:
 
 
 def base_key(section: ModelSection) -> str:
-    """What tells bases apart, however they are spelled: a folder's or file's full path, or a hub id; its revision."""
+    """A key for a base, the same for all its spellings: the full path or the hub id, and the revision."""
     try:
         name = resolve_alias(section.name)
-    except ModelError:  # it was here when the run was made
+    except ModelError:  # it existed when the run was made
         name = section.name
     where = str(Path(name).resolve()) if Path(name).exists() else name
     return f"{where} at {section.revision}" if section.revision else where
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The adapter_config.json of an adapter folder, whose weights are there.
+    """The content of adapter_config.json in an adapter folder that also has its weights.
 
     Raises:
-        AdapterError: one of the two files is missing, or the configuration is no JSON object.
+        AdapterError: one of the two files is missing, or the configuration is not a JSON object.
     """
     if not (folder / CONFIG).is_file():
         raise AdapterError(nothing_at(folder))
@@ -250,22 +250,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(found, dict):
-            raise ValueError(f"{CONFIG} holds no object")
+            raise ValueError(f"{CONFIG} is not a JSON object")
     except (OSError, ValueError) as error:
         raise AdapterError(f"The adapter in {folder} cannot be read: {error}") from error
     return found
 
 
 def nothing_at(path: Path) -> str:
-    """Why a path is no run, or neither a run nor an adapter, and what to type instead."""
+    """Why a path is not a run, or neither a run nor an adapter, and what to type instead."""
     if (path / CONFIG).is_file():
         return f"{path} is an adapter outside of a run. {near_runs(path)}"
     if path.is_dir() and (path / WEIGHTS).exists():
-        return f"{path} has weights but no {CONFIG}, so nothing says what they are. Bring it back."
+        return f"{path} has weights but no {CONFIG}, so nothing says what they are. Restore it."
     if (path / "config.json").is_file() or (path.is_file() and path.suffix.lower() == ".gguf"):
-        return f"{path} is a base, and no run or adapter. Type: --model {shlex.quote(str(path))}"
+        return f"{path} is a base, not a run or an adapter. Type: --model {shlex.quote(str(path))}"
     if path.is_file():
-        return f"{path} is a file, and no run or adapter. {near_runs(path)}"
+        return f"{path} is a file, not a run or an adapter. {near_runs(path)}"
     if path.exists():
         return (
             f"{path} is not a run directory (it has no recipe.yaml) and holds no adapter (no {CONFIG}). "
@@ -275,7 +275,7 @@ def nothing_at(path: Path) -> str:
 
 
 def near_runs(path: Path) -> str:
-    """Which run may have been meant by a path that is none."""
+    """A hint at the run that the user may mean by a path that is not a run."""
     if inside := _runs_in(path):
         shown = " ".join(shlex.quote(str(run)) for run in inside[:3])
         return f"It holds {len(inside)}: {shown}{' …' if len(inside) > 3 else ''}"
@@ -289,6 +289,6 @@ def near_runs(path: Path) -> str:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """The runs right in a folder, which may be any: nothing below is searched."""
+    """The runs directly in a folder. Subfolders are not searched, as the folder may be any."""
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
     return [path for path in inside if RunDir(path).recipe.is_file()]

@@ -1,4 +1,4 @@
-"""How long work tells whoever started it where it stands, without knowing how that is shown."""
+"""How long work reports its progress, without knowing how the progress is shown."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Reporter(Protocol):
-    """What `cli/` shows on stderr, and what a test or another program may collect."""
+    """Takes messages and progress. `cli/` shows them on stderr; a test or another program may collect them."""
 
     def notice(self, text: str) -> None:
         """Say something worth knowing."""

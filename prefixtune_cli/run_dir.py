@@ -1,6 +1,6 @@
-"""The run directory: the only place that knows the names in it.
+"""The run directory. Only this module knows the names of its files.
 
-Every file is written beside itself and renamed into place, so a reader never sees half of one.
+Every file is written under a temporary name and then renamed, so a reader never sees half of one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]
     """Write `path` whole or not at all.
 
     Args:
-        path: the file to write; its folder is made.
-        content: the text, the bytes, or a function that writes a file of its own at the path that it is given.
+        path: the file to write; its folder is created.
+        content: the text, the bytes, or a function that takes a path and writes a file there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
@@ -51,17 +51,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def to_json(value: Any) -> str:
-    """`value` as indented JSON; numbers that are not finite, which JSON does not know, become null."""
+    """`value` as indented JSON. NaN and infinity, which JSON lacks, become null."""
     return _encodable(_finite(value), indent=2, allow_nan=False)
 
 
 def json_line(row: Any) -> str:
-    """`row` as a line of JSON Lines; what JSON does not know, such as a date, becomes a text."""
+    """`row` as a line of JSON Lines. Types that JSON lacks, such as dates, become text."""
     return _encodable(_finite(row), default=str, allow_nan=False) + "\n"
 
 
 def _encodable(value: Any, **settings: Any) -> str:
-    """JSON in plain characters; where one of them is half a surrogate pair, which no file can hold, in escapes."""
+    """JSON in plain characters, or in escapes if a text holds half a surrogate pair, which no file can hold."""
     text = json.dumps(value, ensure_ascii=False, **settings)
     try:
         text.encode()
@@ -79,12 +79,12 @@ def _finite(value: Any) -> Any:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer steps that a checkpoint has behind it."""
+    """The optimizer step at which a checkpoint was saved."""
     return int(checkpoint.name.split("-")[1])
 
 
 def _aside(folder: Path) -> Path:
-    """A free place for a folder that is to be deleted."""
+    """A free path, to which a folder is moved before it is deleted."""
     aside = folder.with_name(f".{folder.name}.old.part")
     shutil.rmtree(aside, ignore_errors=True)
     return aside
@@ -98,14 +98,14 @@ def _sha256(file: Path, *, to_disk: bool = False) -> str:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint."""
+    """What is wrong with a checkpoint; None if nothing is."""
     try:
         hashes = json.loads((folder / HASHES).read_text(encoding="utf-8"))
         for name, digest in hashes.items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
             if _sha256(folder / name) != digest:
-                return f"{name} is not what was written"
+                return f"{name} has changed since it was written"
     except (OSError, ValueError, AttributeError) as error:
         return f"{HASHES} cannot be read ({error})"
     return None
@@ -143,7 +143,7 @@ class RunDir:
 
     @property
     def chat_template(self) -> Path:
-        """A copy of the template that the run was trained with, where the recipe names one."""
+        """A copy of the template that the run was trained with, if the recipe names one."""
         return self.path / "chat_template.jinja"
 
     @property
@@ -173,12 +173,12 @@ class RunDir:
 
     @property
     def resume_command(self) -> str:
-        """What the user types to go on with the run: its recipe names this folder as `out`."""
+        """The command that continues the run. Its recipe names this folder as `out`."""
         return f"ptp train --recipe {shlex.quote(str(self.recipe))} --resume"
 
     @property
     def how_to_go_on(self) -> str:
-        """What is left of a run that has died, and what to type."""
+        """How much of a run that has died is saved, and the command that continues it."""
         if saved := self.checkpoints():
             return f"The run is saved up to step {step_of(saved[-1])}. To go on, type: {self.resume_command}"
         again = f" To begin again, type: {self.resume_command}" if self.recipe.exists() else ""
@@ -193,12 +193,12 @@ class RunDir:
         return self.path / ".checkpoint.part"
 
     def checkpoints(self) -> list[Path]:
-        """The checkpoints, oldest first; a half-written one has no list of its files' hashes."""
+        """The finished checkpoints, oldest first. A half-written one has no list of hashes."""
         found = [p for p in self.path.glob("checkpoint-*") if (p / HASHES).exists()]
         return sorted((p for p in found if p.name.split("-")[1].isdigit()), key=step_of)
 
     def seal(self, part: Path, step: int) -> None:
-        """Give a finished checkpoint its place, with the hashes of its files: on the disk, and all at once."""
+        """Flush a finished checkpoint to disk, add the hashes of its files, and move it to its final place."""
         hashes = {
             str(file.relative_to(part)): _sha256(file, to_disk=True)
             for file in sorted(part.rglob("*"))
@@ -208,7 +208,7 @@ class RunDir:
         self.place(part, self.checkpoint(step))
 
     def place(self, part: Path, final: Path) -> None:
-        """Give a finished folder its place; what stood there is deleted under another name, so never seen in part."""
+        """Move a finished folder to its final place. An old folder there is renamed first, then deleted."""
         aside = _aside(final)
         if final.exists():
             os.replace(final, aside)
@@ -216,23 +216,23 @@ class RunDir:
         shutil.rmtree(aside, ignore_errors=True)
 
     def newest_whole_checkpoint(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint whose files are what was written.
+        """The newest checkpoint that is not damaged.
 
         Returns:
-            its folder, None where there is none, and a sentence about each newer one that is damaged.
+            its folder, or None if there is none; and a sentence about each newer one, which is damaged.
         """
         said: list[str] = []
         for folder in reversed(self.checkpoints()):
             if (damage := _damage(folder)) is None:
                 return folder, said
-            said.append(f"{folder} is left out, as it is damaged: {damage}.")
+            said.append(f"{folder} is damaged and left out: {damage}.")
         return None, said
 
     def check_free(self, *, overwrite: bool) -> None:
         """Refuse a folder that is taken.
 
         Raises:
-            RunDirError: it holds something, and `overwrite` is off; or it is not a folder of ours.
+            RunDirError: the folder is not empty and `overwrite` is off; or it is not a run directory.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunDirError(f"The output directory {self.path} is a file. Give another --out.")
@@ -252,7 +252,7 @@ class RunDir:
             )
 
     def _taken(self) -> bool:
-        """Whether more is in the folder than a run leaves that was killed before it had written its recipe."""
+        """Whether the folder holds more than a run leaves if it is killed before it writes its recipe."""
         first = {self.environment, self.chat_template, self.path / LOCK}
         return any(
             path not in first and not (path.name.startswith(".") and ".part" in path.name)
@@ -260,7 +260,7 @@ class RunDir:
         )
 
     def check_resumable(self) -> None:
-        """Raise RunDirError where there is no run to go on with."""
+        """Raise RunDirError if there is no run to go on with."""
         if not self.recipe.exists():
             raise RunDirError(
                 f"There is no run in {self.path} to resume (no recipe.yaml). Leave --resume out."
@@ -271,12 +271,12 @@ class RunDir:
             )
 
     def create(self, *, overwrite: bool) -> None:
-        """Make the folder for a new run, empty; raises what `check_free` does."""
+        """Create the folder for a new run, or empty it; raises what `check_free` raises."""
         self.check_free(overwrite=overwrite)
         self.path.mkdir(parents=True, exist_ok=True)
-        # The recipe goes last: while it is there, the folder is known to be a run's.
+        # The recipe is deleted last: it marks the folder as a run's.
         for inside in sorted(self.path.iterdir(), key=lambda path: path == self.recipe):
-            if inside.name == LOCK:  # of who makes the folder
+            if inside.name == LOCK:  # this command's own
                 continue
             if inside.is_dir() and not inside.is_symlink():
                 shutil.rmtree(inside)
@@ -284,7 +284,7 @@ class RunDir:
                 inside.unlink()
 
     def drop_old_checkpoints(self, kept: int) -> None:
-        """Delete all but the newest `kept` checkpoints, and what a killed run has left of those that it deleted."""
+        """Delete all but the newest `kept` checkpoints, and what is left of those that a killed run was deleting."""
         for old in self.checkpoints()[:-kept]:
             with contextlib.suppress(OSError):
                 os.replace(old, _aside(old))
@@ -292,7 +292,7 @@ class RunDir:
             shutil.rmtree(aside, ignore_errors=True)
 
     def drop_checkpoints(self) -> None:
-        """Delete all checkpoints of a run that is finished."""
+        """Delete all checkpoints of a finished run."""
         assert self.finished
         for folder in self.checkpoints():
             shutil.rmtree(folder, ignore_errors=True)
@@ -304,16 +304,15 @@ class RunDir:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All whole lines of metrics.jsonl."""
-        return list(self._metric_rows())
-
-    def _metric_rows(self) -> Iterator[dict[str, Any]]:
         if not self.metrics.exists():
-            return
+            return []
+        rows = []
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(line)
+                rows.append(json.loads(line))
+        return rows
 
     def truncate_metrics(self, step: int) -> None:
-        """Forget what was logged after `step`, before a run goes on from that step."""
+        """Delete the rows that were logged after `step`, before a run continues from that step."""
         rows = [row for row in self.read_metrics() if row["step"] <= step]
         write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""The runs below a folder, as `ptp runs` lists them, and the newest finished one, which commands take by themselves."""
+"""The runs below a folder, as `ptp runs` lists them, and the newest finished one, which commands use by default."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Listed:
 
     Attributes:
         run: its folder.
-        model, method: of its recipe; None where that cannot be read.
-        state: `finished`, `running`, `unfinished`, or why it cannot be read.
-        loss: the adapter's on the held-out rows, in nats a token; None where there is none yet.
-        date: when it was last written.
+        model, method: from its recipe; None if the recipe cannot be read.
+        state: `finished`, `running`, `unfinished`, or why the run cannot be read.
+        loss: the adapter's loss on the held-out rows, in nats per token; None if there is none yet.
+        date: when the run was last written.
     """
 
     run: str

@@ -1,4 +1,4 @@
-"""How an answer's tokens are chosen. Needs no torch, so that what was typed is checked before it loads."""
+"""How an answer's tokens are chosen. This needs no torch, so the flags are checked before torch loads."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ class Sampling:
     def arguments(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_id: int | None
     ) -> dict[str, Any]:
-        """The keyword arguments of `generate`: it stops where training taught it to, and nothing that the model's
-        own generation_config sets bends the probabilities.
+        """The keyword arguments of `generate`.
+
+        Generation stops at the token that training taught. The model's own generation_config changes no probability.
         """
         own = model.generation_config.eos_token_id
-        ends = {end_id, *(own if isinstance(own, list) else [own])} - {None}
+        ends = {end_id, *(own if isinstance(own, list) else [own])}
         chosen: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "pad_token_id": tokenizer.pad_token_id,

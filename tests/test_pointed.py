@@ -96,14 +96,14 @@ def test_an_unfinished_run_is_used_through_its_newest_whole_checkpoint_and_says_
     tmp_path: Path,
 ) -> None:
     folder = run(tmp_path / "mine", finished=False)
-    with pytest.raises(RunDirError, match=r"has no adapter yet, and no checkpoint.*--resume"):
+    with pytest.raises(RunDirError, match=r"has no adapter yet and no checkpoint.*--resume"):
         point(folder)
     older, damaged = checkpoint(folder, 5), checkpoint(folder, 10)
     (damaged / "adapter_model.safetensors").write_bytes(b"cut")
     found = point(folder)
     assert (found.folder, found.given, found.as_trained) == (older, str(older), False)
     said = " ".join(found.notices)
-    assert "checkpoint-10 is left out, as it is damaged" in said
+    assert "checkpoint-10 is damaged and left out" in said
     assert "is not finished: its checkpoint of step 5 is used" in said
     assert "--resume" in said
 
@@ -151,9 +151,9 @@ def test_what_is_neither_a_run_nor_an_adapter_is_told_from_what_it_is(
         "mine": "There is no run or adapter mine. Did you mean runs/mine?",
         "runs/mime": "Did you mean runs/mine?",
         "runs": "It holds 1: runs/mine",
-        "base": "is a base, and no run or adapter. Type: --model base",
+        "base": "is a base, not a run or an adapter. Type: --model base",
         "bare": "has weights but no adapter_config.json",
-        "file.txt": "is a file, and no run or adapter",
+        "file.txt": "is a file, not a run or an adapter",
         "pickled": "pickle (adapter_model.bin), which is never read",
         "cut": "cannot be read",
     }.items():

@@ -76,7 +76,7 @@ def test_a_damaged_checkpoint_is_skipped_and_told(harm: str, tmp_path: Path) -> 
     found, said = run_dir.newest_whole_checkpoint()
     assert found == older
     assert len(said) == 1
-    assert "checkpoint-10 is left out, as it is damaged: " in said[0]
+    assert "checkpoint-10 is damaged and left out: " in said[0]
     if harm != "unreadable":
         assert "adapter_model.safetensors" in said[0]
 

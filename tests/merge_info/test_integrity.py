@@ -118,9 +118,9 @@ def test_what_is_no_adapter_is_told_from_what_is_no_folder(
 ) -> None:
     with pytest.raises(AdapterError, match="There is no run or adapter"):
         read(point(tmp_path / "nowhere"))
-    with pytest.raises(AdapterError, match="is a base, and no run or adapter"):
+    with pytest.raises(AdapterError, match="is a base, not a run or an adapter"):
         read(point(random_base))
-    with pytest.raises(AdapterError, match="is a file, and no run or adapter"):
+    with pytest.raises(AdapterError, match="is a file, not a run or an adapter"):
         read(point(random_base / "config.json"))
 
 

@@ -187,7 +187,11 @@ def test_a_truncated_newest_checkpoint_is_skipped_with_a_warning(
     os.truncate(optimizer, optimizer.stat().st_size // 2)
     listener = Listener()
     train(chosen, resume=True, reporter=listener)
-    assert [w for w in listener.warnings if "checkpoint-6 is left out" in w and "optimizer.pt" in w]
+    assert [
+        w
+        for w in listener.warnings
+        if "checkpoint-6 is damaged and left out" in w and "optimizer.pt" in w
+    ]
     assert f"Resuming {run_dir.path} from checkpoint-4." in listener.notices
     assert files(run_dir) == whole
     assert run_dir.newest_whole_checkpoint()[0] == run_dir.checkpoint(8)
