@@ -19,7 +19,7 @@ below: each imports only what stands before it in this list, and tests/test_laye
     parallel/       devices, processes, the launcher, sharding
 4. The model
     gguf_base       a base in a GGUF file
-    tokenizer       which base is meant, and its tokenizer: what looking at data needs
+    tokenizer       checks of a base, its configuration and tokenizer: what looking at data needs
     quantization    4, 8, 16 and 32 bits
     optimizer       the names of optimizers
     peft_methods    the methods of PEFT that can be trained here

@@ -1,7 +1,8 @@
-"""Whether a model generates what it computes, which is checked before its answers are believed.
+"""Whether a model generates what it computes. This is checked before its answers are trusted.
 
-`generate` keeps keys and values and prepares its inputs by itself, and peft reaches into that. A library that moves can
-so cut an adapter off from its answers alone, while its loss stays right: every comparison would be unfair, in silence.
+`generate` keeps keys and values and prepares its own inputs, and peft hooks into that. A new version of a library can
+therefore lose the adapter in `generate` alone, while its loss stays right. Every comparison would be unfair, and nobody
+would notice.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from prefixtune_cli.parallel.sharding import is_sharded
 from prefixtune_cli.recipe.schema import canonical
 
 LIBRARIES = ("peft", "transformers", "torch")
-TOKENS = 8  # that are generated
-PROMPT_TOKENS = 32  # more of a prompt are not read
-# Rounding is measured (see `_rounding`) where logits are further apart than this many units of the precision. Measured
-# with a 30-layer base: 2 to 6 units in bfloat16.
+TOKENS = 8  # to generate
+PROMPT_TOKENS = 32  # of the prompt, at most
+# If logits are further apart than this many units of the precision, rounding is measured (see `_rounding`). With a
+# 30-layer base in bfloat16 they were 2 to 6 units apart.
 UNITS = 8
 # GPUs may multiply float32 with as few bits as TF32 has.
 FEWEST_UNIT = 2.0**-10
-# A pass of one token, as `generate` takes, may round up to four times as differently as passes of several tokens do.
+# Passes of one token, as in `generate`, may differ by up to four times the rounding between passes of several tokens.
 ROUNDINGS = 4
 
 
@@ -37,18 +38,18 @@ def check_generation(
 ) -> str | None:
     """Check that the logits of `generate`, token by token, are those of a plain forward pass over the same tokens.
 
-    Decoding is greedy, and takes no random numbers. Of several processes, each checks its own model.
+    Decoding is greedy, and uses no random numbers. If there are several processes, each checks its own model.
 
     Args:
         model: a causal language model, its adapter active.
-        prompt: token ids, of which the first few are taken.
-        then: what to do once the libraries are changed, for the error.
+        prompt: token ids; only the first few are used.
+        then: what to do after the libraries are changed, for the error.
 
     Returns:
-        why nothing can be told, None where all is well.
+        None if all is well; else why the check is not possible.
 
     Raises:
-        ModelError: they differ by more than rounding, or `generate` fails with the adapter alone.
+        ModelError: the logits differ by more than rounding, or `generate` fails only with the adapter.
     """
     if is_sharded(model):
         return "the weights are spread over several processes"
@@ -71,7 +72,7 @@ def _verdict(model: Any, prompt: list[int], then: str) -> str | None:
         if not isinstance(model, PeftModel) or not _base_generates(model, prompt):
             return f"this base cannot generate: {type(error).__name__}: {error}"
         raise ModelError(
-            f"Method {_method(model)} cannot generate on this base, which can without it: {type(error).__name__}: "
+            f"Method {_method(model)} cannot generate on this base, which can alone: {type(error).__name__}: "
             f"{error} {_remedy(then)}"
         ) from error
     if apart <= rounding:
@@ -117,16 +118,16 @@ def _apart(model: Any, prompt: list[int]) -> tuple[float, float]:
 
 
 def _rounding(model: Any, read: torch.Tensor, computed: torch.Tensor) -> float:
-    """How far the last logits of shorter passes are from those of the whole pass: they differ by rounding alone.
+    """How far the last logits of shorter passes are from those of the whole pass. They differ only by rounding.
 
-    That depends on the weights, on outliers (8 bits) and on kernels, so that no table tells it.
+    The distance depends on the weights, on outliers (8 bits) and on kernels, so no table can give it.
     """
     shorter = [_logits(model, read[:, : read.shape[1] - i])[-1] for i in reversed(range(TOKENS))]
     return _distance(torch.stack(shorter), computed)
 
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """[positions, vocabulary], in float32; those of virtual tokens come first."""
+    """The logits, [positions, vocabulary], in float32. Virtual tokens come first."""
     found: torch.Tensor = model(
         input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
     ).logits
@@ -134,7 +135,7 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Between logits [positions, vocabulary], as a share of those of `b`; what is added to all tokens is no matter."""
+    """The relative distance of logits `a` from `b`, both [positions, vocabulary]. Shifts of all tokens do not count."""
     tokens = b.isfinite().all(0)  # some models mask what pads their vocabulary
     a, b = a[:, tokens], b[:, tokens]
     a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
@@ -157,6 +158,6 @@ def _method(model: Any) -> str:
 def _remedy(then: str) -> str:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)
     return (
-        f"These libraries do not go together: {versions}. Type pip install --upgrade peft transformers, or install "
-        f"versions with which this has worked; then {then}"
+        f"These libraries do not work together: {versions}. Type pip install --upgrade peft transformers, or install "
+        f"versions that have worked here; then {then}"
     )

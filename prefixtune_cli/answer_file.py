@@ -1,7 +1,7 @@
-"""The file that `ptp generate` writes: rows with the model's answers, which are kept as they are made.
+"""The file that `ptp generate` writes: rows with the model's answers.
 
-They go to a part file beside it, in the order in which they are made. At the end the file takes its place whole, in the
-order of the rows, and the part file goes.
+Each answer is saved at once, to a part file beside it. At the end the whole file is written in the order of the rows,
+and the part file is deleted.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ COLUMN = "generated"
 
 
 class AnswerFile:
-    """A JSONL file of rows with their answers; within its `with` block it takes answers.
+    """A JSONL file of rows with their answers. Add answers within its `with` block.
 
     Args:
         path: the file to write.
-        rows: those that are answered.
+        rows: the rows to answer.
         sources: the files that they come from.
-        overwrite: replace a file that is there already, and the part file of an earlier command.
+        overwrite: replace an existing file, and the part file of an earlier command.
 
     Raises:
-        RunDirError: the file is one of the sources, is there already, or is a folder; or a part file is there.
+        RunDirError: the file is one of the sources, exists already, or is a folder; or a part file exists.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class AnswerFile:
                     f"--out {path} would replace {source}, which --data reads. Give another --out."
                 )
         if os.path.exists(path) and not path.is_file():
-            what = "a folder" if path.is_dir() else "no plain file"
+            what = "a folder" if path.is_dir() else "not a plain file"
             raise RunDirError(
                 f"--out {path} is {what}. Give the name of a file, as in answers.jsonl."
             )
@@ -58,16 +58,16 @@ class AnswerFile:
             return
         if os.path.lexists(path):
             raise RunDirError(
-                f"--out {path} is there already. Type --overwrite to replace it, or give another name."
+                f"--out {path} exists already. Type --overwrite to replace it, or give another name."
             )
         if os.path.exists(self.part):
             raise RunDirError(
-                f"{self.part} holds the answers of a command that did not end, or that still runs. Move it away, give "
+                f"{self.part} holds the answers of a command that was cut off, or that still runs. Move it away, give "
                 "another --out, or type --overwrite to delete it."
             )
 
     def __enter__(self) -> AnswerFile:
-        """Make the part file, before anything loads.
+        """Create the part file, before anything loads.
 
         Raises:
             ResourceError: it cannot be written.
@@ -123,7 +123,7 @@ class AnswerFile:
 
 
 def _free_column(rows: Sequence[Row]) -> str:
-    """A name that no row has for a column of its own."""
+    """A name for the column of answers that no row has already."""
     taken = {name for row in rows for name in row}
     names = (COLUMN, *(f"{COLUMN}_{number}" for number in range(2, len(taken) + 3)))
     return next(name for name in names if name not in taken)

@@ -1,7 +1,7 @@
 """A base in a GGUF file: its configuration, its tokenizer, and its weights as the plain numbers that training needs.
 
-transformers reads such files (`gguf_file=`), with the package `gguf`. Two things are put right around it: it leaves out
-how rotary frequencies are scaled, and it would take the tokenizer of another model that lies beside the file.
+transformers reads such files (`gguf_file=`) with the package `gguf`. This module corrects two things: transformers
+ignores how rotary frequencies are scaled, and it would use another model's tokenizer that lies beside the file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 _IN_ITS_FOLDER = "model.gguf"
-# Llama 3.1 and later, as Meta gives them; a file has only the frequencies' factors that come of these.
+# Meta's numbers for Llama 3.1 and later. A file has only the factors of the frequencies that follow from them.
 _LLAMA_3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -37,8 +37,8 @@ def check(path: str | Path) -> None:
     """Refuse a GGUF file that cannot be a base here, before its weights are read.
 
     Raises:
-        ModelError: it is a part of a model, an adapter, cut off, of an architecture that transformers cannot read, or
-            the package `gguf` is missing.
+        ModelError: the file is one part of a model, an adapter, or cut off; transformers cannot read its architecture;
+            or the package `gguf` is missing.
     """
     from transformers.utils import is_gguf_available
 
@@ -47,8 +47,8 @@ def check(path: str | Path) -> None:
     count = max(header.parts, int(part[1]) if part else 1)
     if count > 1:
         raise ModelError(
-            f"{path} is one of {count} files of a model, and transformers reads GGUF from one file. Put them together "
-            "with llama.cpp, and give what it writes: llama-gguf-split --merge FIRST-OF-THEM.gguf WHOLE.gguf"
+            f"{path} is one of {count} files of a model, and transformers reads GGUF only from one file. Merge them "
+            "with llama.cpp, and give the merged file: llama-gguf-split --merge FIRST-OF-THEM.gguf WHOLE.gguf"
         )
     kind = header.metadata.get("general.type", "model")
     if kind != "model":
@@ -57,7 +57,7 @@ def check(path: str | Path) -> None:
         )
     if not is_gguf_available():
         raise ModelError(
-            f"{path} is a GGUF file, and the package that reads those is not installed. Type: "
+            f"{path} is a GGUF file, and the package that reads such files is not installed. Type: "
             "pip install 'prefixtune-cli[gguf]'"
         )
     load_config(path)
@@ -73,7 +73,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     return copy.deepcopy(_config(str(path), about.st_size, about.st_mtime_ns))
 
 
-@functools.lru_cache(maxsize=4)  # transformers takes seconds for a vocabulary
+@functools.lru_cache(maxsize=4)  # transformers needs seconds to read a vocabulary
 def _config(path: str, size: int, time: int) -> PreTrainedConfig:
     from transformers import AutoConfig, __version__
 
@@ -86,11 +86,11 @@ def _config(path: str, size: int, time: int) -> PreTrainedConfig:
         if "architecture" in reason:
             raise ModelError(
                 f"{path} is a GGUF file of the architecture {header.architecture!r}, which transformers {__version__} "
-                "cannot read from GGUF. Take the model's safetensors: its id on the hub, or their folder."
+                "cannot read from GGUF. Use the model's safetensors: give its hub id, or their folder."
             ) from error
         raise ModelError(
             f"{path}, a GGUF file of the architecture {header.architecture!r}, cannot be read: {reason.rstrip('.')}. "
-            "Compare its size with that of its source, or take the model's safetensors."
+            "Compare its size with that of its source, or use the model's safetensors."
         ) from error
     _scale_frequencies(header, config)
     config.name_or_path = os.path.abspath(path)
@@ -98,7 +98,7 @@ def _config(path: str, size: int, time: int) -> PreTrainedConfig:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that is in the file, with its chat template."""
+    """The tokenizer in the file, with its chat template."""
     from transformers import AutoTokenizer
 
     with _alone(path) as folder:
@@ -112,13 +112,13 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def load_model(
     path: str | Path, config: PreTrainedConfig, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The base, whose weights are plain numbers, and what transformers says of the loading.
+    """The base, with weights as plain numbers, and transformers' loading info.
 
     Args:
         path: the file.
         config: see `load_config`.
-        options: of `from_pretrained`. Where they ask bitsandbytes to quantize, the weights become plain numbers in main
-            memory first: transformers does not do both in one go.
+        options: arguments of `from_pretrained`. If they ask bitsandbytes to quantize, the weights first become plain
+            numbers in main memory, because transformers cannot do both at once.
     """
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
@@ -127,8 +127,8 @@ def load_model(
     place = {"device_map": {"": torch.device("cpu")}} if settings is not None else {}
     with (
         _alone(path) as folder,
-        contextlib.redirect_stderr(io.StringIO()),
-    ):  # a bar of transformers'
+        contextlib.redirect_stderr(io.StringIO()),  # hides transformers' progress bar
+    ):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=_IN_ITS_FOLDER,
@@ -145,16 +145,16 @@ def load_model(
             quantization_config=settings,
             **options,
         )
-    # In full: peft writes it beside the adapter, and asks the hub about names that look like the hub's.
+    # The full path: peft saves the name with the adapter, and asks the hub about any name that looks like a hub id.
     model.name_or_path = model.config.name_or_path = os.path.abspath(path)
     return model, loaded
 
 
 @contextlib.contextmanager
 def _alone(path: str | Path) -> Iterator[str]:
-    """Within the block there is a folder with this file and nothing else.
+    """A folder, within the block, with this file and nothing else.
 
-    Beside the file there may be the tokenizer of another model, which transformers would take.
+    The file's own folder may hold the tokenizer of another model, and transformers would use it.
     """
     with tempfile.TemporaryDirectory(prefix="ptp-gguf-") as folder:
         (Path(folder) / _IN_ITS_FOLDER).symlink_to(Path(path).resolve())
@@ -162,10 +162,10 @@ def _alone(path: str | Path) -> Iterator[str]:
 
 
 def _scale_frequencies(header: GgufHeader, config: PreTrainedConfig) -> None:
-    """Have rotary frequencies scaled as the file says; transformers leaves that out for all but gpt-oss.
+    """Configure rotary frequencies to be scaled as the file says. transformers does that only for gpt-oss.
 
     Raises:
-        ModelError: in a way that cannot be given to transformers.
+        ModelError: transformers has no setting for the way in which the file scales them.
     """
     if header.architecture == "gpt-oss":
         return
@@ -193,15 +193,15 @@ def _scale_frequencies(header: GgufHeader, config: PreTrainedConfig) -> None:
     ):
         return
     raise ModelError(
-        f"{header.path} scales its rotary frequencies ({kind}) in a way that cannot be taken over from GGUF, so the "
-        "model would answer otherwise than it should. Take the model's safetensors: its id on the hub, or their folder."
+        f"{header.path} scales its rotary frequencies ({kind}) in a way that cannot be read from GGUF, so the model "
+        "would give wrong answers. Use the model's safetensors: give its hub id, or their folder."
     )
 
 
 def _set(config: PreTrainedConfig, kind: str, **numbers: Any) -> bool:
-    """Write a scaling into the configuration; where layers differ, to those that attend to everything, as Gemma 3 does.
+    """Write a scaling into the configuration. If layers differ, only full attention gets it, as in Gemma 3.
 
-    False where the configuration has no place for it.
+    Returns False if the configuration has no place for it.
     """
     parameters = getattr(config, "rope_parameters", None)
     if not isinstance(parameters, dict):

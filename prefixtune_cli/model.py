@@ -1,6 +1,6 @@
 """The base model, and the adapters that are attached to it.
 
-The only place that knows peft's configurations of the baseline methods.
+Only this module knows peft's configurations of the baseline methods.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from prefixtune_cli.recipe.schema import (
 )
 from prefixtune_cli.tokenizer import cannot_load, load_config
 
-# What peft's methods raise where they do not fit a base.
+# What peft's methods raise if they do not fit a base.
 _FAILURES = (RuntimeError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
 
 
@@ -58,17 +58,17 @@ def tell_loading(section: ModelSection, reporter: Reporter) -> None:
 def load_base(
     section: ModelSection, *, trainable: bool = False, sharded: bool = False
 ) -> PreTrainedModel:
-    """The base model in the precision asked for, or its own where it is quantized already, on this process's device.
+    """The base model on this process's device, in the precision asked for, or in its own if it is already quantized.
 
     Args:
         section: the recipe's model.
-        trainable: every weight will be trained (method `full`), so they are kept in float32.
-        sharded: FSDP will give each process its part: the model is loaded into main memory, and 4-bit weights are
-            stored as bfloat16, so that they are sharded with the rest.
+        trainable: all weights will be trained (method `full`), so they are kept in float32.
+        sharded: FSDP will give each process its part. The model is loaded into main memory, and 4-bit weights are
+            stored as bfloat16, so that they are sharded like the others.
 
     Raises:
-        ModelError: the model cannot be found or read, or not in this precision.
-        ResourceError: it does not fit into the memory.
+        ModelError: the model cannot be found or read, or cannot have this precision.
+        ResourceError: the model does not fit into the memory.
     """
     check_device(section.device)
     name, config = resolve(section.name), load_config(section)
@@ -97,8 +97,8 @@ def load_base(
         raise ModelError(cannot_load("model", section, error)) from error
     if missing := sorted(loaded["missing_keys"]):
         raise ModelError(
-            f"{section.name} lacks {len(missing)} of its weights, first {missing[0]}: they would be random. Is it a "
-            "whole causal language model, and the download complete?"
+            f"{section.name} lacks {len(missing)} of its weights, the first is {missing[0]}: they would be random. Is "
+            "it a whole causal language model, and is the download complete?"
         )
     quantization.settle(model, sharded=sharded)
     return cast(PreTrainedModel, model)
@@ -108,19 +108,19 @@ def hidden_size(section: ModelSection) -> int:
     """The width of the base's hidden states.
 
     Raises:
-        ModelError: the model cannot be found or read, or does not say it.
+        ModelError: the model cannot be found or read, or does not give the width.
     """
     width = getattr(load_config(section).get_text_config(), "hidden_size", None)
     if not isinstance(width, int):
         raise ModelError(
-            f"{section.name} does not say the width of its hidden states (config.hidden_size), by which a default "
-            "learning rate is chosen. Type one, such as --learning-rate 1e-3."
+            f"{section.name} does not give the width of its hidden states (config.hidden_size), which decides the "
+            "default learning rate. Type a rate, such as --learning-rate 1e-3."
         )
     return width
 
 
 def with_learning_rate(recipe: Recipe) -> Recipe:
-    """The recipe with the default rate for its method and its base, where it has none.
+    """The recipe; if it has no learning rate, with the default for its method and its base.
 
     Raises:
         ModelError: see `hidden_size`.
@@ -161,12 +161,12 @@ def check_precision(
 def check_method(
     section: ModelSection, adapter: AdapterSection, config: PreTrainedConfig | None = None
 ) -> None:
-    """Refuse a method that peft does not have or that does not go with the base's precision, and its wrong settings.
+    """Refuse a method that peft lacks, that has wrong settings, or that does not go with the base's precision.
 
     Args:
         section: the recipe's model.
         adapter: the recipe's adapter.
-        config: the base's configuration, where it is known already.
+        config: the base's configuration, if it is already known.
 
     Raises:
         RecipeError: see `peft_methods.build_config`.
@@ -198,10 +198,10 @@ def evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 def peft_config(section: AdapterSection) -> PeftConfig | None:
-    """The peft configuration of a recipe's adapter; None for `full`, which has none.
+    """The peft configuration of a recipe's adapter; None for `full`.
 
     Raises:
-        RecipeError: peft does not have the method, or not this setting of it.
+        RecipeError: peft does not have the method or the setting.
     """
     match section:
         case PrefixTuningPlus():
@@ -238,7 +238,7 @@ def peft_config(section: AdapterSection) -> PeftConfig | None:
 
 
 def attach(base: PreTrainedModel, section: AdapterSection) -> PeftModel | PreTrainedModel:
-    """The base with a fresh adapter, whose weights alone are trainable; for `full`, the base itself.
+    """The base with a fresh adapter, of which only the adapter is trainable; for `full`, the base itself.
 
     Raises:
         ModelError: the adapter does not fit the base.
@@ -258,20 +258,20 @@ def attach(base: PreTrainedModel, section: AdapterSection) -> PeftModel | PreTra
 
 
 def attach_more(model: PeftModel | PreTrainedModel, method: str, count: int) -> None:
-    """Put `count` fresh adapters beside the one that `attach` has made; all are active, add up, and are trainable.
+    """Add `count` fresh adapters to the one that `attach` made. All are active and trainable, and they add up.
 
     Raises:
-        ModelError: the method has one adapter at a time.
+        ModelError: the method can have only one active adapter.
     """
     if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning:
         raise ModelError(
-            f"Of method {method} no two adapters can be active at once. Leave it out, or leave out --adapters."
+            f"Method {method} cannot have two active adapters. Leave it out, or leave out --adapters."
         )
     config = model.active_peft_config
     try:
         for number in range(2, count + 2):
             model.add_adapter(f"number_{number}", copy.deepcopy(config))
-        # The tuner's own, as PeftModel's takes a single name.
+        # The tuner's own `set_adapter`: PeftModel's takes a single name.
         model.base_model.set_adapter(list(model.peft_config))
     except (ValueError, *_FAILURES) as error:
         raise ModelError(f"adapter: {error}") from error
@@ -282,7 +282,7 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
 
     Args:
         base: the base that the adapter was trained on.
-        folder: an adapter folder, as peft saves it. Weights are read from safetensors alone, never from a pickle.
+        folder: an adapter folder, as peft saves it. Weights are read only from safetensors, never from a pickle.
 
     Raises:
         AdapterError: there is no adapter, it is damaged or too new, or it belongs to another base.
@@ -295,7 +295,7 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
         model = PeftModel.from_pretrained(base, str(folder), config=config)
     except (UnsupportedModelError, ValueError, *_FAILURES) as error:
         raise AdapterError(_does_not_fit(base, folder, config, error)) from error
-    for name, weight in kept.items():  # which peft has read from the copies
+    for name, weight in kept.items():  # peft has overwritten them with the copies
         weights[name].copy_(weight)
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         stored = set(file.keys())
@@ -303,7 +303,7 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
     if missing := sorted(expected - stored):
         raise AdapterError(
             f"The adapter in {folder} does not fit the base {base.name_or_path}: it has no weights for "
-            f"{len(missing)} of {len(expected)} places, first {missing[0]}. Its base was "
+            f"{len(missing)} of {len(expected)} places, the first is {missing[0]}. Its base was "
             f"{config.base_model_name_or_path}; give that one with --model."
         )
     peft_methods.compute_in_one_dtype(model)
@@ -314,13 +314,13 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
 def copies_of_base(
     adapter: Iterable[str], trained: Container[str], base: Container[str]
 ) -> dict[str, str]:
-    """The keys of an adapter under which peft has saved weights of the base: key → the base's name for them.
+    """The keys under which peft saved weights of the base in an adapter: key → the base's name for the weight.
 
-    It does so where an adapter stands at the embedding or the output layer, or where the vocabulary has grown.
+    peft does so if an adapter stands at the embedding or the output layer, or if the vocabulary has grown.
 
     Args:
-        adapter: its keys.
-        trained: those that its configuration accounts for.
+        adapter: the adapter's keys.
+        trained: the keys that its configuration accounts for.
         base: the names of the base's weights.
     """
     names = {
@@ -337,7 +337,7 @@ def _copied(
     """The base's weights of which the adapter has copies, by name.
 
     Raises:
-        AdapterError: a copy is of another base, which peft would put in place of this one's.
+        AdapterError: a copy differs from the base's weight, which peft would replace with it.
     """
     saved_whole = tuple(f".{name}." for name in getattr(config, "modules_to_save", None) or ())
     found = {}
@@ -348,16 +348,16 @@ def _copied(
             here, copy = weights[name].detach().to("cpu", copy=True), file.get_tensor(key)
             if not _same(here, copy):
                 raise AdapterError(
-                    f"The adapter in {folder} holds a copy of {name}, which is not that of the base "
-                    f"{base.name_or_path}: it was trained on a base that had been resized or changed before. Save that "
-                    "base and its tokenizer to a folder, and give the folder with --model."
+                    f"The adapter in {folder} holds a copy of {name}, which differs from the base "
+                    f"{base.name_or_path}: the adapter was trained on a base that had been resized or changed. Save "
+                    "that base and its tokenizer to a folder, and give the folder with --model."
                 )
             found[name] = here
     return found
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two weights are the same, each in its own precision; of packed ones nothing is known."""
+    """Whether two weights are the same within their precisions. Packed ones cannot be compared, and count as same."""
     if not (a.is_floating_point() and b.is_floating_point()):
         return True
     rounding = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
@@ -368,7 +368,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def check_fits(section: ModelSection, folder: str | Path) -> None:
-    """Refuse an adapter that does not fit the base, by their shapes, before any weight is loaded.
+    """Refuse an adapter whose shapes do not fit the base, before any weight is loaded.
 
     Raises:
         AdapterError: as `load_adapter`.
@@ -377,7 +377,7 @@ def check_fits(section: ModelSection, folder: str | Path) -> None:
     folder = Path(folder)
     config = read_adapter_config(folder)
     fresh = copy.deepcopy(config)
-    if config.is_prompt_learning:  # by its own account it would fit any base
+    if config.is_prompt_learning:  # with its own numbers it would fit any base
         fresh.num_layers = fresh.token_dim = fresh.num_attention_heads = None
     with torch.device("meta"):
         base = skeleton(section)
@@ -386,9 +386,7 @@ def check_fits(section: ModelSection, folder: str | Path) -> None:
             model = PeftModel(base, fresh)
             expected = get_peft_model_state_dict(model, save_embedding_layers=False)
         except (NotImplementedError, RuntimeError) as error:
-            if (
-                "meta" in str(error).lower()
-            ):  # a method that looks at weights: told when it is loaded
+            if "meta" in str(error).lower():  # the method reads weights: `load_adapter` checks it
                 return
             raise AdapterError(_does_not_fit(base, folder, config, error)) from error
         except (UnsupportedModelError, ValueError) as error:
@@ -405,13 +403,13 @@ def check_fits(section: ModelSection, folder: str | Path) -> None:
 
 
 def detach(model: PeftModel) -> None:
-    """Take every adapter off the base again, which is as it was."""
+    """Remove every adapter from the base, which is then as it was."""
     if not model.active_peft_config.is_prompt_learning:  # those leave the base alone
         peft_methods.take_off(model)
 
 
 def drop_model_card(folder: str | Path) -> None:
-    """Remove peft's model card, a form that nobody has filled in, from a folder that peft has just written."""
+    """Remove peft's model card, an empty form, from a folder that peft has just written."""
     (Path(folder) / "README.md").unlink(missing_ok=True)
 
 
@@ -433,13 +431,13 @@ def _does_not_fit(base: PreTrainedModel, folder: Path, config: PeftConfig, error
     said = next(
         (line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error)
     )
-    # At an FFN shapes tell of blocks, not of heads, and the first that differs says more.
+    # At an FFN, shapes are of blocks, not of heads: there the first shape that differs says more.
     of_heads = isinstance(config, PrefixTuningPlusConfig) and "attention" in config.sites
     if of_heads and isinstance(error, RuntimeError):
         modules = prefix_tuning_plus.attention_modules(base)
         here = next(iter(modules.values()))
         places = {name.rpartition(".")[2] for name in modules}
-        # Whole, and of low rank: both [heads, _, d_value].
+        # M whole, and M_up of a low rank: both are [heads, _, d_value].
         matrix = re.compile(rf".*\.({'|'.join(places)})\.prefix_tuning_plus_memory\.(M|M_up)")
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             names = [key for key in file.keys() if matrix.fullmatch(key)]  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""Which optimizers there are: those of transformers' trainer."""
+"""The optimizers, which are those of transformers' trainer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prefixtune_cli.errors import RecipeError
 
 
 def check_optimizer(name: str) -> None:
-    """Raise RecipeError where transformers does not know the optimizer."""
+    """Raise RecipeError if transformers does not know the optimizer."""
     known = [str(known.value) for known in OptimizerNames]
     if name not in known:
         near = get_close_matches(name, known, n=3)

@@ -1,8 +1,8 @@
-"""The methods of peft by their names: which can be trained here, with which settings, on which bases.
+"""peft's methods by name: which can be trained here, with which settings, on which bases.
 
-peft's registry is the list. What is written here is what it does not tell: methods that need more than a causal
-language model and its tokens, settings that would change the base itself, and methods that cannot read quantized
-weights. A test tries every method of the registry.
+peft's registry lists the methods. This module adds what the registry does not say: which methods need more than a
+causal language model and its tokens, which settings would change the base itself, and which methods cannot read
+quantized weights. A test tries every method of the registry.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ from torch import nn
 from prefixtune_cli.errors import ModelError, RecipeError
 from prefixtune_cli.recipe.schema import canonical
 
-# Why a method of peft's cannot be trained here.
+# Methods that cannot be trained here, and why.
 REFUSED = {
-    "xlora": "it mixes adapters that are trained already, and ptp attaches fresh ones",
-    "poly": "it needs the number of a task with every row",
-    "multitask-prompt-tuning": "it needs the number of a task with every row",
-    "adaption-prompt": "peft cannot take it off a base again, nor compute it beside one in bfloat16",
-    "adalora": "it prunes ranks by a memory of its steps, which peft has no public way to keep in a checkpoint",
-    "cpt": "it needs the tokens of a context with their roles, and has a loss of its own",
+    "xlora": "it mixes adapters that are already trained, and ptp attaches fresh ones",
+    "poly": "it needs a task number with every row",
+    "multitask-prompt-tuning": "it needs a task number with every row",
+    "adaption-prompt": "peft can neither remove it from a base nor run it on a base in bfloat16",
+    "adalora": "it prunes ranks by a record of its steps, and peft has no public way to save that in a checkpoint",
+    "cpt": "it needs the tokens of a context with their roles, and its own loss",
 }
-# What a method cannot do without, and an example.
+# A setting that a method needs, and an example.
 REQUIRED = {
     "trainable-tokens": ("token_indices", "[5, 6]"),
 }
-# What ptp sets where the recipe does not, as peft demands a value.
+# Settings that peft demands, with the values that ptp uses if the recipe has none.
 FILLED_IN: dict[str, dict[str, Any]] = {
     "prompt-tuning": {"num_virtual_tokens": 32},
     "p-tuning": {"num_virtual_tokens": 32, "encoder_hidden_size": 128},
     "cartridge": {"num_virtual_tokens": 32},
 }
-# Methods that compute with the base's weights themselves, for which 4 or 8 bits are packed numbers.
+# Methods that compute with the base's weights, which are packed at 4 or 8 bits.
 NOT_QUANTIZED = frozenset(
     {"adamss", "deft", "delora", "frod", "glora", "hra", "loha", "lokr", "osf", "peanut", "psoft"}
     | {"shira", "supertuning", "tinylora", "unilora"}
 )
-# Whose layers do not cast what they are given: outside of training they need autocast.
+# Methods whose layers do not cast their inputs: outside of training they need autocast.
 _MIXES_DTYPES = frozenset({"ADALORA", "IA3", "LN_TUNING", "PVERA", "RANDLORA", "ROAD", "SHIRA"})
-# Whose default modules are no linear layers by nature.
+# Methods that are not meant for all linear layers.
 _NOT_ALL_LINEAR = frozenset({"IA3", "LN_TUNING"})
-# Ways to begin LoRA that leave the base as it is.
+# Initialisations of LoRA that leave the base as it is.
 _BEGINNINGS = (True, False, "gaussian", "orthogonal")
 
 
@@ -69,7 +69,7 @@ def build_config(method: str, own: Mapping[str, Any], config: Mapping[str, Any])
 
     Args:
         method: a name of `names()`.
-        own: the settings that the recipe's section has itself, under peft's names.
+        own: the settings with fields of their own in the recipe's section, under peft's names.
         config: the recipe's `adapter.config`.
 
     Raises:
@@ -80,7 +80,7 @@ def build_config(method: str, own: Mapping[str, Any], config: Mapping[str, Any])
         problem for key, value in config.items() if (problem := _wrong(method, kind, key, value))
     ]
     if problems:
-        raise RecipeError("\n  ".join([*problems]))
+        raise RecipeError("\n  ".join(problems))
     if method in REQUIRED and REQUIRED[method][0] not in config:
         key, example = REQUIRED[method]
         raise RecipeError(
@@ -105,16 +105,16 @@ def has_setting(method: str, key: str) -> bool:
 
 
 def check_base(method: str, name: str, *, quantized: bool) -> None:
-    """Raise ModelError where the method cannot be trained on a base of this precision."""
+    """Raise ModelError if the method cannot be trained on a base of this precision."""
     if quantized and method in NOT_QUANTIZED:
         raise ModelError(
-            f"Method {method} computes with the base's weights themselves, and those of {name} are quantized. "
+            f"Method {method} computes with the base's weights, and the weights of {name} are quantized. "
             "Type --bits 16, or use another method."
         )
 
 
 def name_modules(config: PeftConfig, base: nn.Module) -> None:
-    """Have a method adapt all linear layers where peft has no choice of its own for the architecture."""
+    """Let a method adapt all linear layers if peft has no default for the architecture."""
     chosen = getattr(config, "target_modules", "none")
     kind = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
     known = getattr(kind, "target_module_mapping", None)
@@ -124,9 +124,9 @@ def name_modules(config: PeftConfig, base: nn.Module) -> None:
 
 
 def compute_in_one_dtype(model: PeftModel) -> None:
-    """Have a method whose layers mix float32 with the base's dtype compute under autocast, as it was trained.
+    """Run a method whose layers mix float32 with the base's dtype under autocast, as in training.
 
-    Without the adapter the base computes as ever.
+    With the adapter disabled, the base computes as before.
     """
     base = model.get_base_model()
     dtype = base.dtype
@@ -147,11 +147,11 @@ def compute_in_one_dtype(model: PeftModel) -> None:
 
 
 def call_the_cache_as_peft_does(model: PeftModel) -> None:
-    """Have `generate` hand peft the key/value cache by the name that peft reads, which is `past_key_values`.
+    """Let `generate` pass peft the key/value cache under the name that peft reads: `past_key_values`.
 
-    transformers calls it `cache` from 5.24 on. peft up to 0.21.2 then sees no cache: methods in the cache generate
-    without their prefix, and methods in front of the tokens put their prompt before every token. Where transformers
-    uses the old name, nothing changes. To be dropped once all versions of peft that pyproject.toml allows read both.
+    From 5.24 on, transformers calls it `cache`. peft up to 0.21.2 then sees no cache: methods in the cache generate
+    without their prefix, and methods in front of the tokens put their prompt before every token. With an older
+    transformers nothing changes. Drop this when every peft that pyproject.toml allows reads both names.
     """
     if not model.active_peft_config.is_prompt_learning:
         return
@@ -168,7 +168,7 @@ def call_the_cache_as_peft_does(model: PeftModel) -> None:
                 inputs["past_key_values"], renamed = inputs.pop("cache"), True
             return inputs
 
-        # Only for the call: peft leaves this function behind on the base, which may be lent to others.
+        # Only during the call: peft would leave this function on the base, which others may use.
         model.base_model_prepare_inputs_for_generation = prepare_base
         try:
             inputs: dict[str, Any] = plain(*args, **kwargs)
@@ -182,16 +182,16 @@ def call_the_cache_as_peft_does(model: PeftModel) -> None:
 
 
 def take_off(model: PeftModel) -> None:
-    """Leave the base as it was before any adapter was attached."""
+    """Remove all adapters, so that the base is as it was before."""
     base = model.get_base_model()
     ours = base.__dict__.pop("_forward_in_one_dtype", None)
     if ours is not None and base.__dict__.get("forward") is ours:
         del base.__dict__["forward"]
     for name, module in list(base.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
-            # peft would leave what was trained in its place.
+            # peft would leave the trained copy in its place.
             base.set_submodule(name, module.original_module)
-    # peft refuses IA3's quantized layers, though nothing is merged, and of two layers on one module it takes one off.
+    # peft refuses IA3's quantized layers, though nothing is merged. If a module has two layers, it removes only one.
     if model.peft_type.value != "IA3":
         model.unload()
     taken_off: tuple[str, ...] = ()
@@ -217,7 +217,7 @@ def _registered(method: str) -> type[PeftConfig]:
 
 
 def _wrong(method: str, kind: type[PeftConfig], key: str, value: Any) -> str | None:
-    """The sentence about a setting that the method does not have, or of the wrong type; None where it is fine."""
+    """A sentence about a setting that is unknown or has the wrong type; None if it is fine."""
     path = f"adapter.config.{key}"
     own = {field.name for field in fields(kind) if field.init}
     if key not in own:
@@ -225,17 +225,17 @@ def _wrong(method: str, kind: type[PeftConfig], key: str, value: Any) -> str | N
         hint = f" Did you mean {near[0]}?" if near else ""
         return f"{path} is not a setting of method {method}.{hint}"
     if key == "bias" and value != "none":
-        return f"{path} {value!r} would train the base's own biases, so that there is no base to compare with."
+        return f"{path} {value!r} would train the base's own biases, so there would be no base to compare with."
     if method == "lora" and key == "init_lora_weights" and value not in _BEGINNINGS:
         return (
-            f"{path} {value!r} changes the base's weights, or needs data of its own, so that there is no base to "
-            "compare with. Use true, false, gaussian or orthogonal."
+            f"{path} {value!r} changes the base's weights, so there would be no base to compare with, or needs its own "
+            "data. Use true, false, gaussian or orthogonal."
         )
     try:
         hint_of = typing.get_type_hints(kind)[key]
         checker: TypeAdapter[Any] = TypeAdapter(hint_of)
     except (NameError, KeyError, TypeError, PydanticUserError):
-        return None  # a type that is known to peft alone: its own checks remain
+        return None  # only peft knows this type, and checks it
     try:
         checker.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:

@@ -1,8 +1,9 @@
-"""The precision of the base's weights: what `bits` asks of transformers, and what a checkpoint has of its own.
+"""The precision of the base's weights: what `bits` asks of transformers, and what a checkpoint already has.
 
-`bits` 4 and 8 quantize a checkpoint by bitsandbytes while it loads. A checkpoint that is quantized already, by
-bitsandbytes, GPTQ, AWQ or whatever else transformers can load, keeps its weights: `bits` 16 and 32 then say in what
-dtype is computed, and 4 or 8 must be what it has. Adapters stand beside such layers and need none of their own.
+With `bits` 4 or 8, bitsandbytes quantizes a checkpoint while it loads. A checkpoint that is already quantized keeps its
+weights, be it by bitsandbytes, GPTQ, AWQ or another method that transformers can load. For it, `bits` 16 and 32 choose
+the dtype of the computation, and `bits` 4 and 8 must match the checkpoint. Adapters work beside quantized layers as
+beside any others.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from prefixtune_cli.errors import ModelError
 from prefixtune_cli.parallel.devices import device
 from prefixtune_cli.recipe.schema import ModelSection
 
-# Where transformers names one missing package after the other, all of them.
+# All packages that a method needs: transformers names only one missing package at a time.
 _PACKAGES = {"gptq": "optimum gptqmodel", "awq": "gptqmodel", "bitsandbytes": "bitsandbytes"}
 
 
@@ -31,17 +32,17 @@ def check(
     *,
     sharded: bool = False,
 ) -> None:
-    """Refuse a precision that the checkpoint, or what is installed, does not allow; nothing is loaded.
+    """Refuse a precision that the checkpoint or the installed packages do not allow. Nothing is loaded.
 
     Args:
         section: the recipe's model.
         config: the checkpoint's configuration.
-        method: the adapter's, which will be trained; None where nothing is.
-        sharded: several processes will have a part of the weights each.
+        method: the method that will be trained; None if nothing is trained.
+        sharded: each of several processes will hold a part of the weights.
 
     Raises:
-        ModelError: the loader is not installed, the weights are of another precision already, or they cannot be
-            trained or sharded so.
+        ModelError: the loader is not installed, the weights already have another precision, or they cannot be trained
+            or sharded like this.
     """
     stored = stored_settings(config)
     wanted = stored or _settings(section.bits, sharded)
@@ -52,7 +53,7 @@ def check(
     if stored and section.bits in (4, 8) and section.bits != bits:
         instead = f"Type --bits {bits}" if bits in (4, 8) else "Leave --bits out"
         raise ModelError(
-            f"{section.name} is quantized{of} already (by {name}), so it cannot be quantized to {section.bits} bits. "
+            f"{section.name} is already quantized{of} (by {name}), so it cannot be quantized to {section.bits} bits. "
             f"{instead}, or give the model that it was made from."
         )
     if method == "full":
@@ -63,25 +64,25 @@ def check(
     trainable = _ask_the_loader(section, wanted, name, quantized_already=stored is not None)
     if method is not None and not trainable:
         raise ModelError(
-            f"{section.name} is quantized by {name}, through which transformers passes no gradient, so nothing can be "
+            f"{section.name} is quantized by {name}, and transformers passes no gradient through it, so nothing can be "
             "trained on it. Give the model that it was made from, with --bits 4."
         )
     if sharded and (name != "bitsandbytes" or bits != 4):
         raise ModelError(
-            f"{section.name} at {bits or 'its own'} bits (by {name}) cannot be sharded: its weights have scales beside "
-            "them that would not be. Use --bits 4, --bits 16, or --parallel ddp, where each has the whole base."
+            f"{section.name} at {bits or 'its own'} bits (by {name}) cannot be sharded: the scales of its weights "
+            "would stay whole. Use --bits 4, --bits 16, or --parallel ddp, which gives each process the whole base."
         )
 
 
 def loading_options(
     section: ModelSection, config: PreTrainedConfig, *, trainable: bool, sharded: bool
 ) -> dict[str, Any]:
-    """The arguments of `from_pretrained` that decide about precision and place.
+    """The arguments of `from_pretrained` that set precision and device.
 
     Args:
         section: the recipe's model.
-        config: the checkpoint's configuration; where it is quantized, what it says of dtypes becomes the recipe's.
-        trainable: every weight will be trained, so they are kept in float32.
+        config: the checkpoint's configuration. If it is quantized, its dtypes are changed to the recipe's.
+        trainable: all weights will be trained, so they are kept in float32.
         sharded: see `model.load_base`.
     """
     dtype = torch.float32 if trainable or section.bits == 32 else torch.bfloat16
@@ -95,13 +96,13 @@ def loading_options(
         return options if settings is None else {**options, "quantization_config": settings}
     if "bnb_4bit_compute_dtype" in stored:
         stored["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
-        if sharded:  # transformers' trainer reads it; `settle` does it
+        if sharded:  # for transformers' trainer, which reads it; `settle` converts the weights
             stored["bnb_4bit_quant_storage"] = "bfloat16"
     return options
 
 
 def stored_settings(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """How the checkpoint is quantized, as its config.json has it; None where it is not."""
+    """The checkpoint's quantization settings in its config.json; None if it is not quantized."""
     for part in (config, config.get_text_config(decoder=True)):
         stored = getattr(part, "quantization_config", None)
         if stored:
@@ -110,14 +111,14 @@ def stored_settings(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 
 def settle(model: PreTrainedModel, *, sharded: bool) -> None:
-    """Put right what a load by bitsandbytes leaves open; a base without quantized weights is left as it is.
+    """Finish a load by bitsandbytes. A base without quantized weights stays as it is.
 
-    A checkpoint that was quantized already has its norms, embeddings and output layer in the dtype that it was saved
-    in: they get the one asked for.
+    In a checkpoint that was already quantized, the norms, embeddings and output layer have the dtype in which they were
+    saved. They are cast to the dtype asked for.
 
     Args:
         model: the base, as loaded.
-        sharded: store 4-bit weights as bfloat16, the dtype of the rest, whatever the checkpoint's storage was.
+        sharded: store 4-bit weights as bfloat16, the dtype of the other weights, whatever the checkpoint's storage.
     """
     if getattr(model, "quantization_method", None) == "bitsandbytes":
         kept = model._keep_in_fp32_modules_strict or ()
@@ -133,13 +134,13 @@ def settle(model: PreTrainedModel, *, sharded: bool) -> None:
 
 
 def keep_as_loaded(model: nn.Module) -> None:
-    """Have 4-bit weights stay as they are, and gradients flow through them, on a CPU as well.
+    """Keep 4-bit weights as they are, and let gradients flow through them, on a CPU as well.
 
-    On a CPU with AVX512-BF16 bitsandbytes packs such weights anew at the first forward pass in evaluation mode. The
-    kernel that reads them has no backward pass, so that every gradient below would be lost from then on; it stops at
-    layers of odd sizes; and the scales are rounded, once in packing and again whenever a state dict is taken, as peft
-    does to load an adapter, so that the base would differ from one adapter to the next. What the kernel saves is
-    half of the time of an answer to a single prompt.
+    On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward pass in evaluation mode, for a
+    faster kernel. This function prevents it, for three reasons. The kernel has no backward pass, so from then on all
+    gradients below would be lost. It fails at layers of odd sizes. And bitsandbytes rounds the scales, once when it
+    packs and again whenever a state dict is taken, as peft does to load an adapter, so the base would differ from one
+    adapter to the next. The price: the kernel would halve the time of an answer to a single prompt.
     """
     for layer in _layers_of_4_bits(model):
         layer.support_avx512bf16_for_cpu = False
@@ -150,7 +151,7 @@ def _layers_of_4_bits(model: nn.Module) -> Iterator[Any]:
 
 
 def _settings(bits: int, sharded: bool) -> BitsAndBytesConfig | None:
-    """What `bits` asks of bitsandbytes; None for 16 and 32, which ask nothing."""
+    """The settings of bitsandbytes for `bits`; None for 16 and 32."""
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     if bits == 4:
@@ -165,7 +166,7 @@ def _settings(bits: int, sharded: bool) -> BitsAndBytesConfig | None:
 
 
 def _bits(stored: dict[str, Any]) -> int | None:
-    """The bits of a quantized weight, where the checkpoint says so."""
+    """The bits of a quantized weight; None if the checkpoint does not say."""
     if stored.get("load_in_8bit"):
         return 8
     if stored.get("load_in_4bit"):
@@ -188,17 +189,17 @@ def _ask_the_loader(
     *,
     quantized_already: bool,
 ) -> bool:
-    """Whether gradients pass through the layers that are loaded by `settings`.
+    """Whether gradients pass through layers that are loaded with `settings`.
 
     Raises:
-        ModelError: transformers has no loader for them, or it lacks something here.
+        ModelError: transformers has no loader for them, or the loader lacks something on this machine.
     """
     try:
         quantizer = AutoHfQuantizer.from_config(
             copy.deepcopy(settings), pre_quantized=quantized_already
         )
         quantizer.validate_environment(device_map={"": device(section.device)})
-        # Without hardware for them some are loaded as plain weights.
+        # Some methods load plain weights if the hardware does not support them.
         plain = getattr(quantizer.quantization_config, "dequantize", False)
         return bool(plain or quantizer.is_trainable)
     except (ImportError, RuntimeError, ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""One base for many runs and evaluations of a process: loaded once, and given back as it was after each."""
+"""One base for many runs and evaluations of a process: loaded once, and restored after each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prefixtune_cli.recipe.schema import ModelSection
 
 
 class SharedBase:
-    """Keeps the base that was lent last, and what was once found out about it."""
+    """Keeps the last base, and results that are computed once."""
 
     def __init__(self) -> None:
         self._section: ModelSection | None = None
@@ -25,9 +25,9 @@ class SharedBase:
 
     @contextlib.contextmanager
     def lent(self, section: ModelSection) -> Iterator[PreTrainedModel]:
-        """Within the block the base is the caller's, to adapt and to train adapters on; its weights stay as they are.
+        """Lend the base to the caller within the block, to attach and train adapters. Its weights must not change.
 
-        After an error it is not trusted any more, and loaded anew the next time.
+        After an error the base is no longer trusted, and is loaded again the next time.
 
         Raises:
             ModelError, ResourceError: see `model.load_base`.
@@ -45,24 +45,23 @@ class SharedBase:
             self.release()
 
     def release(self) -> None:
-        """Forget the base, so that its memory is free for another one."""
+        """Forget the base, to free its memory for another one."""
         self._base = self._section = None
-        gc.collect()  # a trainer that has used it has cycles
+        gc.collect()  # a trainer that used it has reference cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def once(self, key: Any, find: Callable[[], Any]) -> Any:
-        """What `find` gave when it was first called with this key."""
+        """What `find` returned when this key was first asked for."""
         if key not in self._found:
             self._found[key] = find()
         return self._found[key]
 
 
 def _restored(base: PreTrainedModel) -> bool:
-    """Undo what training leaves on a base beside the adapter; whether it is as it was."""
-    for module in base.modules():
-        if isinstance(module, BaseTunerLayer):
-            return False
+    """Undo what training leaves on a base besides the adapter. Returns False if an adapter is left."""
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        return False
     vars(base).pop("forward", None)  # TRL's, with a fused head
     if base.is_activation_checkpointing:
         base.activation_checkpointing_disable()

@@ -1,4 +1,4 @@
-"""Which base is meant, and its tokenizer: all that is needed to look at data, without the weight of torch and peft."""
+"""Checks of a base, its configuration and its tokenizer: enough to look at data, without importing torch and peft."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def check_base(section: ModelSection) -> None:
-    """Refuse a base that cannot be loaded, before anything is.
+    """Refuse a base that cannot be loaded, before anything is loaded.
 
     Raises:
-        ModelError: see `check_is_there`; or it is a GGUF file that transformers cannot read.
+        ModelError: see `check_is_there`; or the base is a GGUF file that transformers cannot read.
     """
     check_is_there(section)
     if is_gguf(name := resolve(section.name)):
@@ -33,10 +33,10 @@ def check_base(section: ModelSection) -> None:
 
 
 def check_is_there(section: ModelSection) -> None:
-    """The same, as far as it is seen without transformers.
+    """Refuse a base that is not there. This check does not import transformers.
 
     Raises:
-        ModelError: a folder without a model, or a hub model that is not in the cache while offline.
+        ModelError: a folder holds no model, or a hub model is not in the cache while offline.
     """
     name = resolve(section.name)
     if Path(name).exists():
@@ -78,11 +78,11 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
 def load_tokenizer(
     section: ModelSection, adapter: str | Path | None = None
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token; of an adapter, the tokenizer and chat template it was trained with.
+    """The base's tokenizer with a padding token, or the tokenizer and chat template that an adapter was trained with.
 
     Args:
         section: the base.
-        adapter: an adapter folder. What it carries, as `ptp train` and TRL save it, wins over the base's.
+        adapter: an adapter folder. Its own tokenizer and template, which `ptp train` and TRL save, replace the base's.
 
     Raises:
         ModelError: there is no tokenizer, or no model at all.
@@ -117,8 +117,8 @@ def check_ids(
     Args:
         section: the base.
         tokenizer: the one that made the ids.
-        ids: that occur.
-        where: what they occur in.
+        ids: the ids that occur.
+        where: where they occur, for the message.
 
     Raises:
         ModelError: the embedding has no row for one of them.
@@ -135,10 +135,10 @@ def check_ids(
         f"m.resize_token_embeddings(len(t)); m.save_pretrained({resized!r}); t.save_pretrained({resized!r})"
     )
     raise ModelError(
-        f"{where} has the token {tokenizer.convert_ids_to_tokens(highest)!r}, id {highest}, and the embedding of "
-        f"{section.name} has {rows:,} rows, for ids below that: the tokenizer ({len(tokenizer):,} tokens) has been "
-        "enlarged and the base has not, or they do not belong together. Use the tokenizer that came with the base; or "
-        f"resize the base once, by the line below, and type --model ./{resized}\n  python -c {shlex.quote(code)}"
+        f"{where} has the token {tokenizer.convert_ids_to_tokens(highest)!r}, id {highest}, but the embedding of "
+        f"{section.name} has only {rows:,} rows: the tokenizer ({len(tokenizer):,} tokens) was enlarged and the base "
+        "was not, or they do not belong together. Use the tokenizer that came with the base; or resize the base once "
+        f"with the line below, and type --model ./{resized}\n  python -c {shlex.quote(code)}"
     )
 
 
@@ -157,7 +157,7 @@ def check_data(
 
 
 def _embedding_rows(section: ModelSection) -> int | None:
-    """How many tokens the base can embed; None where it does not say, or is a tokenizer alone, to look at data."""
+    """How many tokens the base can embed; None if it does not say, or if it is only a tokenizer, to look at data."""
     name = Path(resolve(section.name))
     file = name / "config.json" if name.is_dir() else name
     if not file.exists():
@@ -165,16 +165,14 @@ def _embedding_rows(section: ModelSection) -> int | None:
     return _stated_rows(section, file.stat().st_mtime_ns)
 
 
-@functools.lru_cache(
-    maxsize=8
-)  # it is asked for with every prompt, and a hub would be asked each time
+@functools.lru_cache(maxsize=8)  # else every prompt would ask the hub
 def _stated_rows(section: ModelSection, time: int) -> int | None:
     rows = getattr(load_config(section).get_text_config(), "vocab_size", None)
     return rows if isinstance(rows, int) and rows > 0 else None
 
 
 def carries_tokenizer(adapter: str | Path) -> bool:
-    """Whether an adapter says which tokenizer, or which chat template, it was trained with."""
+    """Whether an adapter has the tokenizer, or the chat template, that it was trained with."""
     adapter = Path(adapter)
     return _tokenizer_config(adapter).exists() or _template(adapter) is not None
 
@@ -184,7 +182,7 @@ def _tokenizer_config(adapter: Path) -> Path:
 
 
 def _template(adapter: Path) -> Path | None:
-    """The adapter's template, or that of the run around it, as a checkpoint or an older adapter may have none."""
+    """The adapter's template, or the one of its run: a checkpoint or an older adapter may have none."""
     run = RunDir(adapter.parent)
     found = [adapter / run.chat_template.name]
     if run.recipe.exists():
@@ -201,8 +199,8 @@ def _adapters_tokenizer(section: ModelSection, adapter: Path) -> PreTrainedToken
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise AdapterError(
-            f"The tokenizer of the adapter in {adapter} cannot be loaded: {error} To use that of {section.name}, "
-            f"delete {_tokenizer_config(adapter)}."
+            f"The tokenizer of the adapter in {adapter} cannot be loaded: {error} To use the tokenizer of "
+            f"{section.name}, delete {_tokenizer_config(adapter)}."
         ) from error
     return cast("PreTrainedTokenizerBase", found)
 
@@ -219,7 +217,7 @@ def _bases_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         if Path(name).exists():
-            check_base(section)  # which says what it is, where it is no model
+            check_base(section)  # if it is no model, this says what it is
         raise ModelError(cannot_load("tokenizer", section, error)) from error
     return cast("PreTrainedTokenizerBase", found)
 

@@ -73,7 +73,7 @@ def test_the_data_is_never_replaced(as_what: str, overwrite: bool, tmp_path: Pat
 def test_a_file_that_is_there_is_replaced_by_request_alone_and_at_the_end(tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
     out.write_text("mine")
-    with pytest.raises(RunDirError, match=r"is there already\. Type --overwrite"):
+    with pytest.raises(RunDirError, match=r"exists already\. Type --overwrite"):
         opened(out)
     with opened(out, overwrite=True) as file:
         file.add(0, "x")
@@ -101,7 +101,7 @@ def test_an_interrupted_command_keeps_its_answers_and_says_where(tmp_path: Path)
         fail(file, KeyboardInterrupt())
     assert lines(file.part)[0]["generated"] == "x"
     assert not out.exists()
-    with pytest.raises(RunDirError, match="holds the answers of a command that did not end"):
+    with pytest.raises(RunDirError, match="holds the answers of a command that was cut off"):
         opened(out)
 
 

@@ -145,7 +145,7 @@ def test_a_base_that_lacks_a_weight_is_refused_rather_than_randomised(
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        ModelError, match=r"lacks 1 of its weights, first model\.layers\.1\.mlp\.up"
+        ModelError, match=r"lacks 1 of its weights, the first is model\.layers\.1\.mlp\.up"
     ):
         models.load_base(section(folder))
 

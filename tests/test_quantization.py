@@ -149,7 +149,7 @@ def test_other_bits_than_the_checkpoint_has_are_refused_before_it_loads(
 ) -> None:
     folder = tmp_path / "without-weights"
     shutil.copytree(stored[bits], folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    said = f"quantized to {bits} bits already .by bitsandbytes.*cannot be quantized to {12 - bits}"
+    said = f"already quantized to {bits} bits .by bitsandbytes.*cannot be quantized to {12 - bits}"
     with pytest.raises(ModelError, match=rf"{said} bits.*Type --bits {bits}"):
         models.check_precision(section(folder, 12 - bits), "prefix-tuning-plus")
     with pytest.raises(ModelError, match=said):
@@ -202,7 +202,7 @@ def test_a_checkpoint_of_a_method_that_nobody_knows_is_refused(
     folder = described_as(random_base, tmp_path / "odd", {"quant_method": "abacus"})
     with pytest.raises(ModelError, match="quantized by abacus, which cannot be loaded here"):
         models.check_precision(section(folder))
-    with pytest.raises(ModelError, match=r"quantized already .by abacus.*Leave --bits out"):
+    with pytest.raises(ModelError, match=r"already quantized .by abacus.*Leave --bits out"):
         models.check_precision(section(folder, 4))
 
 

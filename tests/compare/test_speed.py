@@ -388,7 +388,7 @@ def test_what_cannot_be_active_beside_its_like_is_marked_and_the_others_go_on(
     failed = {label: cost for label, cost in found.contestants.items() if isinstance(cost, str)}
     assert list(failed) == ["prefix-tuning", "full"]
     for label, told in failed.items():
-        assert told.startswith(f"Of method {label} no two adapters can be active at once")
+        assert told.startswith(f"Method {label} cannot have two active adapters")
     for label in ("prefix-tuning-plus", "lora"):
         cost = found.contestants[label]
         assert not isinstance(cost, str)
