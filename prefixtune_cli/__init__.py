@@ -23,7 +23,8 @@ below: each imports only what stands before it in this list, and tests/test_laye
     quantization    4, 8, 16 and 32 bits
     optimizer       the names of optimizers
     peft_methods    the methods of PEFT that can be trained here
-    model           the base, with its adapters attached
+    model           the base, with fresh adapters attached
+    saved_adapter   an adapter folder on its base, if it fits
     shared_base     one base for many runs
     agreement       whether a model generates what it computes
     answer_file     the file that `ptp generate` writes

@@ -32,6 +32,7 @@ from prefixtune_cli.pointed import Pointed
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import ModelSection
 from prefixtune_cli.sampling import Sampling
+from prefixtune_cli.saved_adapter import check_fits, load_adapter
 from prefixtune_cli.tokenizer import check_base, check_ids, load_tokenizer
 
 SECONDS_BETWEEN_LOOKS = 1.0  # at a batch that is being answered
@@ -188,13 +189,13 @@ def load_speaker(
     check_base(section)
     models.check_precision(section)
     if folder is not None:
-        models.check_fits(section, folder)
+        check_fits(section, folder)
     tokenizer = load_tokenizer(section, who.folder)
     chat = template_of(tokenizer, chat_template)
     set_seed(seed)
     loaded: Any = models.load_base(section)
     if folder is not None:
-        loaded = models.load_adapter(loaded, folder)
+        loaded = load_adapter(loaded, folder)
         check_generation(loaded, any_prompt(tokenizer), then="type the same command again.")
     return Speaker(loaded.eval(), tokenizer, chat, who.given, not no_adapter, section)
 

@@ -39,6 +39,7 @@ from prefixtune_cli.merge_info.integrity import integrity
 from prefixtune_cli.pointed import point
 from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.schema import ModelSection
+from prefixtune_cli.saved_adapter import check_fits, load_adapter
 
 TOKENS = torch.arange(5, 25).view(2, 10)
 
@@ -385,8 +386,8 @@ def test_an_adapter_at_the_embedding_or_the_head_fits_is_sound_folds_and_comes_o
     AutoTokenizer.from_pretrained(request.getfixturevalue(base)).save_pretrained(folder)
     adapter = save(folder, tmp_path / "a", lora(**AT_THE_ENDS[where]), copies=copies)
     section = ModelSection(name=str(folder), bits=32)
-    models.check_fits(section, adapter)
-    loaded = models.load_adapter(models.load_base(section), adapter).eval()
+    check_fits(section, adapter)
+    loaded = load_adapter(models.load_base(section), adapter).eval()
     expected = of_folder(folder, adapter)
     torch.testing.assert_close(logits(loaded), expected)
     models.detach(loaded)
@@ -411,7 +412,7 @@ def test_loras_at_the_embedding_are_merged_whether_they_hold_copies_or_not(
         for seed in (0, 1)
     ]
     merge(sources, out=tmp_path / "m", method=method, reporter=Silent())
-    models.check_fits(ModelSection(name=str(random_base)), tmp_path / "m")
+    check_fits(ModelSection(name=str(random_base)), tmp_path / "m")
     if method == "linear":
         parts = [of_folder(random_base, source) for source in sources]
         assert (of_folder(random_base, tmp_path / "m") - parts[0]).abs().max() > 1e-2
@@ -429,10 +430,10 @@ def test_a_copy_of_another_base_s_embedding_is_refused(random_base, tmp_path, ch
     with pytest.raises(
         AdapterError, match=r"holds a copy of model\.embed_tokens\.weight, which differs"
     ):
-        models.load_adapter(models.load_base(section), adapter)
+        load_adapter(models.load_base(section), adapter)
     if changed == "shape":
         with pytest.raises(AdapterError, match=r"does not fit.*2047, 64\) in the adapter"):
-            models.check_fits(section, adapter)
+            check_fits(section, adapter)
 
 
 def test_a_folded_model_keeps_the_base_s_dtype_and_the_run_s_template(random_base, tmp_path):

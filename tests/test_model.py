@@ -14,6 +14,7 @@ from prefixtune_cli import model as models
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
 from prefixtune_cli.errors import AdapterError, ModelError, ResourceError
 from prefixtune_cli.recipe.schema import Lora, ModelSection, PrefixTuningPlus
+from prefixtune_cli.saved_adapter import check_fits, load_adapter, read_adapter_config
 from prefixtune_cli.tokenizer import load_tokenizer
 
 
@@ -46,7 +47,7 @@ def test_an_adapter_of_another_base_is_told_in_heads_and_layers(
 ) -> None:
     base = other_base(tmp_path / "other", num_attention_heads=8)
     with pytest.raises(AdapterError) as caught:
-        models.load_adapter(models.load_base(section(base)), adapter)
+        load_adapter(models.load_base(section(base)), adapter)
     message = str(caught.value)
     assert "trained for 2 layers with 4 heads of width 16" in message
     assert "2 layers with 8 heads of width 8 (2 key/value heads)" in message
@@ -56,7 +57,7 @@ def test_an_adapter_of_another_base_is_told_in_heads_and_layers(
 def test_an_adapter_of_a_shallower_base_is_refused_too(adapter: Path, tmp_path: Path) -> None:
     base = other_base(tmp_path / "deep", num_hidden_layers=3)
     with pytest.raises(AdapterError, match="no weights for 2 of 6 places"):
-        models.load_adapter(models.load_base(section(base)), adapter)
+        load_adapter(models.load_base(section(base)), adapter)
 
 
 def test_a_lora_adapter_of_another_base_is_refused_with_the_first_misfit(
@@ -66,38 +67,38 @@ def test_a_lora_adapter_of_another_base_is_refused_with_the_first_misfit(
     attached.save_pretrained(tmp_path / "lora")
     base = other_base(tmp_path / "other", hidden_size=32)
     with pytest.raises(AdapterError, match="size mismatch"):
-        models.load_adapter(models.load_base(section(base)), tmp_path / "lora")
+        load_adapter(models.load_base(section(base)), tmp_path / "lora")
 
 
 def test_an_adapter_of_a_newer_version_says_to_update(adapter: Path, random_base: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"format_version": 99}))
     with pytest.raises(AdapterError, match=r"format version 99.*pip install --upgrade"):
-        models.load_adapter(models.load_base(section(random_base)), adapter)
+        load_adapter(models.load_base(section(random_base)), adapter)
 
 
 def test_a_pickle_is_never_read(adapter: Path, random_base: Path) -> None:
     torch.save({}, adapter / "adapter_model.bin")
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterError, match=r"pickle \(adapter_model\.bin\), which is never read"):
-        models.load_adapter(models.load_base(section(random_base)), adapter)
+        load_adapter(models.load_base(section(random_base)), adapter)
 
 
 def test_a_folder_without_an_adapter_and_a_broken_config_are_refused(
     adapter: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(AdapterError, match="holds no adapter"):
-        models.read_adapter_config(tmp_path)
+        read_adapter_config(tmp_path)
     (adapter / "adapter_config.json").write_text("{")
     with pytest.raises(AdapterError, match="cannot be read"):
-        models.read_adapter_config(adapter)
+        read_adapter_config(adapter)
 
 
 def test_a_damaged_weights_file_is_refused(adapter: Path, random_base: Path) -> None:
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(AdapterError, match="cannot be read"):
-        models.load_adapter(models.load_base(section(random_base)), adapter)
+        load_adapter(models.load_base(section(random_base)), adapter)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -239,7 +240,7 @@ def test_an_adapter_of_other_heads_is_refused_in_every_form(
     adapter.save_pretrained(tmp_path / "adapter")
     other = section(other_base(tmp_path / "other", num_attention_heads=8))
     fits = models.load_base(other) if check == "load" else other
-    give = models.load_adapter if check == "load" else models.check_fits
+    give = load_adapter if check == "load" else check_fits
     with pytest.raises(AdapterError, match=said):
         give(fits, tmp_path / "adapter")
 

@@ -20,6 +20,7 @@ from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import IN_FRONT, IN_THE_CACHE, ModelSection
 from prefixtune_cli.sampling import Sampling
+from prefixtune_cli.saved_adapter import check_fits, load_adapter
 
 # Settings without which a method does not fit a base of width 64.
 SMALL: dict[str, dict[str, Any]] = {
@@ -134,8 +135,8 @@ def test_a_method_is_trained_scored_saved_loaded_and_taken_off(
     assert answer == tokenizer.decode(prompt[-3:], skip_special_tokens=True)
 
     model.save_pretrained(tmp_path)
-    models.check_fits(section, tmp_path)
-    loaded = models.load_adapter(models.load_base(section), tmp_path).eval()
+    check_fits(section, tmp_path)
+    loaded = load_adapter(models.load_base(section), tmp_path).eval()
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
     models.detach(model)
     assert torch.equal(logits(base), plain)
@@ -226,4 +227,4 @@ def test_an_adapter_whose_shape_does_not_fit_is_refused(random_base: Path, tmp_p
     models.attach(models.load_base(section), adapter_of("ia3")).save_pretrained(tmp_path)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(AdapterError, match="pickle"):
-        models.load_adapter(models.load_base(section), tmp_path)
+        load_adapter(models.load_base(section), tmp_path)

@@ -16,6 +16,7 @@ from prefixtune_cli.generate import answer_streamed, conversation, load_speaker
 from prefixtune_cli.pointed import choose
 from prefixtune_cli.recipe.schema import Lora, ModelSection, PrefixTuningPlus
 from prefixtune_cli.sampling import Sampling
+from prefixtune_cli.saved_adapter import load_adapter
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -329,10 +330,8 @@ def test_an_adapter_is_loaded_onto_a_base_that_has_answered_already(
     trained.save_pretrained(tmp_path / "adapter")
     base = models.load_base(section(random_base, bits))
     alone = logits(base)
-    adapted = models.load_adapter(base, tmp_path / "adapter").eval()
-    fresh = models.load_adapter(
-        models.load_base(section(random_base, bits)), tmp_path / "adapter"
-    ).eval()
+    adapted = load_adapter(base, tmp_path / "adapter").eval()
+    fresh = load_adapter(models.load_base(section(random_base, bits)), tmp_path / "adapter").eval()
     assert torch.equal(logits(adapted), logits(fresh))
     assert not torch.allclose(logits(adapted), alone, atol=0.1)
     models.detach(adapted)

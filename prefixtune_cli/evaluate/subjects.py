@@ -26,6 +26,7 @@ from prefixtune_cli.pointed import Pointed, base_key
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
 from prefixtune_cli.recipe.schema import ModelSection, Recipe
 from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.saved_adapter import check_fits, load_adapter
 from prefixtune_cli.shared_base import SharedBase
 from prefixtune_cli.tokenizer import check_base, load_config, load_tokenizer
 
@@ -112,7 +113,7 @@ class Cast:
             section = self.recipe.model.model_copy(update={"name": str(subject.adapter)})
             model: Any = models.load_base(section).eval()
         else:
-            model = models.load_adapter(self._base, subject.adapter).eval()
+            model = load_adapter(self._base, subject.adapter).eval()
         try:
             prompt = any_prompt(self.tokenizer)
             check_generation(model, prompt, then="type the same command again.")
@@ -164,7 +165,7 @@ def assemble(who: Sequence[Pointed], *, base: bool = True, template: str | None 
     models.check_precision(recipe.model)
     for one in trained:
         if one.folder is not None and not one.whole:
-            models.check_fits(recipe.model, one.folder)
+            check_fits(recipe.model, one.folder)
     tokenizers = [load_tokenizer(recipe.model, one.folder) for one in who]
     _check_same_tokenizer(tokenizers, who)
     readings = [

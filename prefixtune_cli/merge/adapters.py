@@ -34,11 +34,12 @@ from prefixtune_cli.merge.folder import (
 from prefixtune_cli.merge.methods import DENSITY, METHODS, PRUNING, checked_weights
 from prefixtune_cli.merge.rule import INITIALISATION, without_a_sum
 from prefixtune_cli.merge.source import Source, read_source
-from prefixtune_cli.model import check_fits, copies_of_base, drop_model_card
+from prefixtune_cli.model import drop_model_card
 from prefixtune_cli.pointed import WEIGHTS, base_key
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
 from prefixtune_cli.recipe.schema import ModelSection
+from prefixtune_cli.saved_adapter import check_fits, copies_of_base
 from prefixtune_cli.tokenizer import (
     carries_tokenizer,
     check_base,

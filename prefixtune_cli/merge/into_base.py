@@ -23,12 +23,12 @@ from prefixtune_cli.merge.folder import (
     written_whole,
 )
 from prefixtune_cli.merge.source import Source, read_source
-from prefixtune_cli.model import check_fits, load_adapter
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.quantization import stored_settings
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
 from prefixtune_cli.recipe.gguf_header import is_gguf
 from prefixtune_cli.recipe.schema import ModelSection
+from prefixtune_cli.saved_adapter import check_fits, load_adapter
 from prefixtune_cli.tokenizer import cannot_load, check_base, load_config, load_tokenizer
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from peft import PeftConfig
 
 from prefixtune_cli.errors import AdapterError
-from prefixtune_cli.model import read_adapter_config
 from prefixtune_cli.pointed import WEIGHTS, Pointed, point
+from prefixtune_cli.saved_adapter import read_adapter_config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 from prefixtune_cli.merge_info.base import Base
 from prefixtune_cli.merge_info.saved import SavedAdapter
 from prefixtune_cli.merge_info.trained import own_keys
-from prefixtune_cli.model import copies_of_base
+from prefixtune_cli.saved_adapter import copies_of_base
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from prefixtune_cli.merge_info.bias_plots import draw_by_position, draw_spectra
 from prefixtune_cli.pointed import Pointed
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import DataSection, ModelSection
+from prefixtune_cli.saved_adapter import check_fits, load_adapter, read_adapter_config
 from prefixtune_cli.tokenizer import check_base, check_data, load_tokenizer
 
 Table = tuple[str, list[str], list[list[str]]]
@@ -114,7 +115,7 @@ def analyse(
         for name, one in zip(names, who, strict=True)
         if one.folder is not None
         and isinstance(
-            config := models.read_adapter_config(one.folder),
+            config := read_adapter_config(one.folder),
             PrefixTuningPlusConfig | PrefixTuningConfig,
         )
     ]
@@ -129,7 +130,7 @@ def analyse(
         )
     check_base(model)
     for _, folder, _ in chosen:
-        models.check_fits(model, folder)
+        check_fits(model, folder)
     reading = next((one.reading for one in who if one.run is not None), DataSection())
     reading = reading.model_copy(update={"train_on": "all"})
     examples, about = _examples(data, reading, rows, model, chosen[0][1], reporter)
@@ -140,7 +141,7 @@ def analyse(
     base = models.load_base(model).eval()
     found = []
     for name, folder, config in chosen:
-        adapted = models.load_adapter(base, folder).eval()
+        adapted = load_adapter(base, folder).eval()
         prefix = config.num_virtual_tokens if isinstance(config, PrefixTuningConfig) else None
         with observed(adapted, prefix) as layers:
             for done, ids in enumerate(examples):

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from prefixtune_cli import model as models
 from prefixtune_cli.errors import AdapterError
 from prefixtune_cli.pointed import WEIGHTS, Pointed
+from prefixtune_cli.saved_adapter import read_adapter_config
 
 PREFIX_TUNING_PLUS, LORA, PREFIX_TUNING = "prefix-tuning-plus", "lora", "prefix-tuning"
 
@@ -52,7 +52,7 @@ def read(found: Pointed) -> SavedAdapter:
             f"{found.given} has no adapter: its method is full, which trains every weight of the base. "
             "Give runs of another method."
         )
-    config = models.read_adapter_config(found.folder)
+    config = read_adapter_config(found.folder)
     weights = found.folder / WEIGHTS
     try:
         tensors = load_file(weights)

@@ -16,6 +16,7 @@ from prefixtune_cli.pointed import choose
 from prefixtune_cli.recipe.load import dump, resolve
 from prefixtune_cli.recipe.schema import Lora, ModelSection, PrefixTuning, PrefixTuningPlus
 from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.saved_adapter import load_adapter
 
 SECTIONS = {"plus": PrefixTuningPlus(), "lora": Lora(), "prefix": PrefixTuning()}
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -55,7 +56,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def alone(random_base: Path, adapter: Path | None) -> torch.Tensor:
     base = models.load_base(ModelSection(name=str(random_base), bits=32)).eval()
-    return logits(base if adapter is None else models.load_adapter(base, adapter).eval())
+    return logits(base if adapter is None else load_adapter(base, adapter).eval())
 
 
 def test_every_subject_answers_as_if_it_were_alone_whatever_came_before(

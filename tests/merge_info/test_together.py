@@ -19,9 +19,10 @@ from prefixtune_cli.merge_info.together import (
     predict,
 )
 from prefixtune_cli.merge_info.trained import Trained
-from prefixtune_cli.model import load_adapter, load_base
+from prefixtune_cli.model import load_base
 from prefixtune_cli.pointed import point
 from prefixtune_cli.recipe.schema import ModelSection
+from prefixtune_cli.saved_adapter import load_adapter
 
 from .conftest import MEMORY, Make, change, lora, memory, prefix
 

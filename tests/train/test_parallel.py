@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from prefixtune_cli.errors import UsageError
 from prefixtune_cli.run_dir import RunDir, step_of
+from prefixtune_cli.saved_adapter import check_fits
 from prefixtune_cli.train import train
 from tests.ports import free_port
 from tests.train.test_run import recipe
@@ -246,11 +247,10 @@ def test_only_the_first_process_writes(how: str, two: dict[str, RunDir]) -> None
 def test_checkpoints_and_the_result_are_plain_peft_adapters(
     how: str, random_base: Path, two: dict[str, RunDir]
 ) -> None:
-    from prefixtune_cli import model as models
     from prefixtune_cli.recipe.schema import ModelSection
 
     for folder in (two[how].adapter, two[how].checkpoint(STEPS)):
-        models.check_fits(ModelSection(name=str(random_base)), folder)
+        check_fits(ModelSection(name=str(random_base)), folder)
     last = load_file(two[how].checkpoint(STEPS) / "adapter_model.safetensors")
     assert distance(adapter(two[how]), last) == 0
     states = sorted(path.name for path in two[how].checkpoint(STEPS).glob("rng_state*"))

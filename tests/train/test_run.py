@@ -27,6 +27,7 @@ from prefixtune_cli.evaluate.held_out import Score
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir, write_json
+from prefixtune_cli.saved_adapter import load_adapter
 from prefixtune_cli.tokenizer import load_tokenizer
 from prefixtune_cli.train import Summary, train
 from prefixtune_cli.train.checks import check_disk
@@ -237,7 +238,7 @@ def test_plain_peft_with_one_import_gives_the_logits_that_ptp_gives(
     from prefixtune_cli import model as models
 
     chosen = finished[3]
-    ours = models.load_adapter(models.load_base(chosen.model), finished[0].adapter).eval()
+    ours = load_adapter(models.load_base(chosen.model), finished[0].adapter).eval()
     plain = AutoPeftModelForCausalLM.from_pretrained(finished[0].adapter, dtype=torch.float32)
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
