@@ -1,14 +1,14 @@
 """Prefix-Tuning+ as a PEFT method; importing this package registers it.
 
-The method is that of Wang et al., "Prefix-Tuning+: Modernizing Prefix-Tuning by Decoupling the Prefix from
-Attention" (arXiv 2506.13674), which appeared at ICLR 2026 as PrefixMemory-Tuning. To each head's attention
-output it adds what the query reads from a trained matrix (eq. 7):
+The method is by Wang et al., "Prefix-Tuning+: Modernizing Prefix-Tuning by Decoupling the Prefix from
+Attention" (arXiv 2506.13674), which appeared at ICLR 2026 as PrefixMemory-Tuning. It adds to each head's
+attention output what the query reads from a trained matrix (eq. 7):
 
     o_i = softmax-attention(q_i, K, V) + φ(q_i)ᵀ M_h
 
-The same equation can be read beside the FFN (`sites`), with the blocks of its input in place of the queries.
+The same equation can be used beside the FFN (`sites`), with the blocks of its input in place of the queries.
 
-The package imports nothing else of ours, so that it could be lifted into PEFT as it stands.
+The package imports nothing else of ptp, so it could be moved into PEFT as it is.
 """
 
 from prefixtune_cli.adapter.attention import (

@@ -1,12 +1,12 @@
-"""One Prefix-Tuning+ adapter from several, as PEFT's `add_weighted_adapter` makes one LoRA from several.
+"""One Prefix-Tuning+ adapter made from several, as PEFT's `add_weighted_adapter` does for LoRA.
 
-What a query reads is linear in M (eq. 7 of arXiv 2506.13674): with one feature map φ for all,
+What a query reads is linear in M (eq. 7 of arXiv 2506.13674). If all adapters share one feature map φ,
 
     Σ wᵢ φ(q)ᵀMᵢ = φ(q)ᵀ Σ wᵢMᵢ,
 
-so the linear merge is the sum of the adapters and no approximation. Trained maps that differ are laid side by side,
-φ = [φ₁; φ₂] and M = [w₁M₁; w₂M₂], which is exact as well, at the cost of both. An adapter that leaves a layer alone
-is one whose M is zero there. The other combinations are PEFT's own functions on the matrices M.
+so the linear merge is exactly the sum of the adapters. If trained maps differ, they are laid side by side:
+φ = [φ₁; φ₂] and M = [w₁M₁; w₂M₂]. This is exact as well, and costs as much as both. If an adapter leaves a layer alone,
+its M is zero there. The other combinations are PEFT's own functions, applied to the matrices M.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from prefixtune_cli.adapter.feature_map import MAPS
 from prefixtune_cli.adapter.layer import MemoryLayer
 from prefixtune_cli.adapter.memory import Memory
 
-# PEFT's names for the ways to combine; all but the first keep a part of the entries, `density`.
+# PEFT's names for the combinations that keep only a share of the entries, `density`.
 PRUNING: dict[str, Callable[[list[Tensor], Tensor, float], Tensor]] = {
     "ties": merge_utils.ties,
     "dare_linear": merge_utils.dare_linear,
@@ -34,7 +34,7 @@ PRUNING: dict[str, Callable[[list[Tensor], Tensor, float], Tensor]] = {
 }
 COMBINATIONS = ("linear", *PRUNING)
 
-# What may differ between adapters that are merged: the result is dense, and over all of their layers.
+# Settings that may differ between merged adapters. The result has whole matrices, in the layers of all adapters.
 _FREE = {
     "layers",
     "rank",
@@ -53,7 +53,7 @@ _FREE = {
 def differing_setting(
     first: PrefixTuningPlusConfig, other: PrefixTuningPlusConfig
 ) -> tuple[str, object, object] | None:
-    """The first setting, with both values, in which two adapters differ so that they cannot be merged."""
+    """The first setting that differs and prevents a merge of two adapters, with both values."""
     for field in dataclasses.fields(first):
         mine, theirs = getattr(first, field.name), getattr(other, field.name, None)
         if field.name not in _FREE and mine != theirs:
@@ -69,18 +69,18 @@ def add_weighted_adapter(
     combination_type: str = "linear",
     density: float | None = None,
 ) -> None:
-    """Add an adapter to `model` that is a combination of others on it; it is not made active.
+    """Combine adapters on `model` into a new one, which is not made active.
 
     Args:
         model: the tuner, which carries the adapters.
         adapters: their names.
         weights: one for each; they may be negative, and need not sum to one.
-        adapter_name: of the new adapter.
+        adapter_name: the name of the new adapter.
         combination_type: one of COMBINATIONS.
-        density: the fraction of M's entries that each adapter keeps, of all combinations but `linear`.
+        density: the fraction of M's entries that each adapter keeps, in all combinations but `linear`.
 
     Raises:
-        ValueError: the adapters do not fit each other, or the arguments one another.
+        ValueError: the adapters do not fit each other, or the arguments do not.
     """
     _check_arguments(model, adapters, weights, adapter_name, combination_type, density)
     configs = [model.peft_config[name] for name in adapters]
@@ -129,7 +129,7 @@ def add_weighted_adapter(
 def _memories(
     layers: Mapping[str, MemoryLayer], adapters: Sequence[str]
 ) -> dict[str, list[Memory | None]]:
-    """For each module that any of the adapters reaches, the memory of each, None where it leaves the module alone."""
+    """The adapters' memories in each module that has any; None for an adapter that leaves the module alone."""
     held: dict[str, list[Memory | None]] = {}
     for path, layer in layers.items():
         memories: dict[str, Any] = dict(layer.prefix_tuning_plus_memory.items())
@@ -166,7 +166,7 @@ def _check_arguments(
 
 
 def _one_map(memories: Sequence[Memory | None]) -> bool:
-    """Whether all adapters that have a memory here read it by the same trained map."""
+    """Whether all adapters that have a memory here have the same trained map."""
     first, *others = [memory for memory in memories if memory is not None]
     return all(
         torch.equal(first.W_phi, other.W_phi) and torch.equal(first.b_phi, other.b_phi)
@@ -180,7 +180,7 @@ def _combined(
     combination_type: str,
     density: float | None,
 ) -> dict[str, Tensor]:
-    """The parameters of one memory that stands for several with one feature map."""
+    """The parameters of one memory that combines several memories with one feature map."""
     first = next(memory for memory in memories if memory is not None)
     zero = torch.zeros_like(first.matrix().detach())
     matrices = [zero if memory is None else memory.matrix().detach() for memory in memories]
@@ -200,7 +200,7 @@ def _side_by_side(
     feature_dims: Sequence[int | None],
     weights: Sequence[float],
 ) -> dict[str, Tensor]:
-    """φ = [φ₁; φ₂; …] and M = [w₁M₁; w₂M₂; …]; an adapter without a memory here has features that are zero."""
+    """φ = [φ₁; φ₂; …] and M = [w₁M₁; w₂M₂; …]. An adapter without a memory here gets zeros."""
     first = next(memory for memory in memories if memory is not None)
     d_value = first.matrix().shape[2]
     parts: dict[str, list[Tensor]] = {"M": [], "W_phi": [], "b_phi": []}
@@ -220,7 +220,7 @@ def _side_by_side(
 def _merged_config(
     configs: Sequence[PrefixTuningPlusConfig], numbers: list[int], features: set[int]
 ) -> PrefixTuningPlusConfig:
-    """The first adapter's settings, dense, over the layers of all; `features` are the d_φ of maps side by side."""
+    """The first adapter's settings, for whole matrices in the layers of all; `features`: d_φ of maps side by side."""
     if len(features) > 1:
         raise ValueError(
             "Adapters whose trained feature maps differ cannot be merged here: side by side the maps would have "

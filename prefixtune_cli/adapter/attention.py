@@ -1,10 +1,10 @@
-"""The hook into attention: one for every architecture, through transformers' attention interface.
+"""The hook into attention: one hook for all architectures, through transformers' attention interface.
 
 transformers' attention modules ask `AttentionInterface.get_interface` for the function that computes attention
-(sdpa, eager, flash, flex, …) and call it as `attention(module, query, key, value, mask, …)`: with the query after
-projection, norm and rotary embedding, and getting back the heads' outputs before the output projection. The hook
-wraps what `get_interface` returns. The wrapped function calls the original and, where `module` carries a memory
-layer, adds what the query reads from it. The base's `_attn_implementation` keeps its name.
+(sdpa, eager, flash, flex, …) and call it as `attention(module, query, key, value, mask, …)`. The query they pass has
+been through projection, norm and rotary embedding. They get the heads' outputs before the output projection. The hook
+wraps the function that `get_interface` returns. The wrapped function calls the original. If `module` carries a memory
+layer, it then adds what the query reads from it. The base's `_attn_implementation` keeps its name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 LAYER_ATTRIBUTE = "_prefix_tuning_plus_layer"
 
-# The names by which transformers' attention modules call the same things, in the order of preference.
+# The names that transformers' attention modules use for the same things, the preferred one first.
 _HEADS = ("num_heads", "num_attention_heads")
 _KV_HEADS = ("num_key_value_heads", "kv_heads")
 _D_QUERY = ("qk_head_dim", "head_dim", "head_size", "attention_head_size")
@@ -45,12 +45,12 @@ class AttentionShape:
 def attention_modules(model: nn.Module) -> dict[str, AttentionShape]:
     """The decoder's attention modules that the hook reaches, by name, in the order of the model.
 
-    Such a module asks `ALL_ATTENTION_FUNCTIONS` for its attention function in `forward`, and has a `layer_idx`:
-    the vision and audio towers of multimodal models have none. A module that carries a memory already counts under
-    the name of the layer that wraps it.
+    Such a module asks `ALL_ATTENTION_FUNCTIONS` for its attention function in `forward`, and has a `layer_idx`.
+    The vision and audio towers of multimodal models have none. A module that already carries a memory goes by the
+    name of the layer that wraps it.
 
     Raises:
-        UnsupportedModelError: there is none, or one whose heads cannot be told; the message names the class.
+        UnsupportedModelError: there is no such module, or one without known heads; the message names the class.
     """
     found = {}
     for name, module in model.named_modules():
@@ -68,7 +68,7 @@ def attention_modules(model: nn.Module) -> dict[str, AttentionShape]:
 
 def _asks_the_interface(module_class: type[nn.Module]) -> bool:
     code = getattr(inspect.unwrap(module_class.forward), "__code__", None)
-    # A class that indexes the table instead (older remote code) is out of the hook's reach.
+    # The hook cannot reach a class that indexes the table instead (older remote code).
     return code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(code.co_names)
 
 
@@ -112,7 +112,7 @@ def attention_with_memory(
         query: [batch, heads, positions, d_query], after rotary embedding.
 
     Returns:
-        The heads' outputs, [batch, positions, heads, d_value], and whatever `attention` gives beside them.
+        The heads' outputs, [batch, positions, heads, d_value], and whatever else `attention` returns.
     """
     output, weights = attention(module, query, *args, **kwargs)
     layer = getattr(module, LAYER_ATTRIBUTE, None)
@@ -128,7 +128,7 @@ def attention_with_memory(
 
 
 def install_hook() -> None:
-    """Have every attention function that transformers hands out look for a memory; a second call changes nothing."""
+    """Make every attention function of transformers look for a memory. A second call changes nothing."""
     original = AttentionInterface.get_interface
     if getattr(original, "_looks_for_memories", False):
         return

@@ -1,18 +1,18 @@
-"""The basis in which M is trained: the one in which the features of its queries are of one size in all directions.
+"""The basis in which M is trained. In it, the features of its queries have the same size in all directions.
 
-On a real language model φ(q) is nearly the same vector for every token: of 64 directions two or three hold nearly all
-of E[φφᵀ]. A step of Adam, which gives each entry of M the same size of change, then moves what is read by a constant
-vector, and hardly moves it where queries differ. So M is trained as
+In a real language model, φ(q) is nearly the same vector for every token: two or three of 64 directions hold nearly all
+of E[φφᵀ]. A step of Adam changes each entry of M by about the same amount. It therefore adds nearly the same vector to
+every read, and hardly changes how reads differ between queries. So M is trained as
 
     M_h = B_h A_h,    B_h = s · (E[φφᵀ] + ε·λ̄·I)^(−1/2)
 
-with A, which starts at zero, in M's place in the optimizer. E[φφᵀ] is that of the head's own queries over some rows, λ̄
-its mean eigenvalue, and s = 1.4826·median|o| / √d_φ with o that to which the read is added: a step of Adam with the
-learning rate η then changes o by about η of its size. The median is over the layer's tokens and channels, as some of
-them have massive activations, for which a mean square is far too large.
+and the optimizer trains A, which starts at zero, in place of M. E[φφᵀ] is taken over the head's own queries in some
+rows, and λ̄ is its mean eigenvalue. s = 1.4826·median|o| / √d_φ, where the read is added to o: a step of Adam with the
+learning rate η then changes o by about η times its size. The median is over the layer's tokens and channels. A mean
+square would be far too large, because some of them have massive activations.
 
-What is read is still φ(q)ᵀM (eq. 7 of arXiv 2506.13674). B is a constant of the training alone; state dicts and saved
-files have M. PEFT's `initialize_lora_eva_weights` is the example for the call.
+A query still reads φ(q)ᵀM (eq. 7 of arXiv 2506.13674). B is a constant that only training uses; state dicts and saved
+files hold M. The call follows PEFT's `initialize_lora_eva_weights`.
 
 Legend: h heads of M, g query heads that share one, n tokens, d d_query, f d_φ, v d_value.
 """
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from prefixtune_cli.adapter.layer import MemoryLayer
 from prefixtune_cli.adapter.memory import Memory
 
-ROBUST = 1.4826  # times the median of |x| is the standard deviation, where x is normal
+ROBUST = 1.4826  # times the median of |x| is the standard deviation of a normal x
 
 
 def initialize_basis(
@@ -41,21 +41,21 @@ def initialize_basis(
     adapter_name: str = "default",
     forward_fn: Callable[[nn.Module, Mapping[str, Any]], object] | None = None,
 ) -> None:
-    """Have an adapter be trained in the basis of its queries, from one pass over some batches.
+    """Let an adapter be trained in the basis of its queries, which one pass over some batches finds.
 
-    Call it before the training; what the model computes stays the same. Some 1,000 tokens suffice. The adapter's
+    Call it before training. The model's outputs stay the same. About 1,000 tokens suffice. The adapter's
     `basis_epsilon` is ε.
 
     Args:
-        model: with the adapter, which is active.
-        dataloader: batches: mappings with what the model takes, and `attention_mask`, [batch, positions], where there
-            is padding. `labels` are left out.
-        adapter_name: of the adapter.
+        model: the model with the adapter, which must be active.
+        dataloader: batches, each a mapping of the model's arguments, with `attention_mask`, [batch, positions], if
+            there is padding. `labels` are left out.
+        adapter_name: the adapter's name.
         forward_fn: calls the model with a batch; None calls `model(**batch)`.
 
     Raises:
-        ValueError: the adapter is no Prefix-Tuning+ one or not active, there are no batches, or a layer that is
-            adapted sees no token, or only zeros.
+        ValueError: the adapter is not Prefix-Tuning+ or not active, there are no batches, or an adapted layer sees no
+            token, or only zeros.
     """
     memories = _active_memories(model, adapter_name)
     epsilon = model.peft_config[adapter_name].basis_epsilon
@@ -82,7 +82,7 @@ def initialize_basis(
 
 
 def identity_basis(model: nn.Module) -> None:
-    """Give every M the identity for a basis: what a step computes and keeps is that of any other, to plan and time."""
+    """Give every M the identity as its basis. A step then computes and keeps as much as in any basis, for plans."""
     for memory in _memories(model).values():
         factor = getattr(memory, memory.factor_name)
         identity = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
@@ -90,16 +90,16 @@ def identity_basis(model: nn.Module) -> None:
 
 
 def fold_basis(model: nn.Module) -> None:
-    """Have every adapter hold M itself again; what the model computes stays the same."""
+    """Let every adapter hold M itself again. The model's outputs stay the same."""
     for memory in _memories(model).values():
         memory.fold()
 
 
 def basis_state(model: nn.Module) -> dict[str, Tensor]:
-    """What a state dict lacks for an exact resumption: the basis of each M that is trained in one, and its coordinates.
+    """What an exact resumption needs beside the state dict: each M's basis and coordinates.
 
     Returns:
-        by the memory's name and `.basis` or `.coordinates`; empty where there is no basis.
+        the tensors by the memory's name and `.basis` or `.coordinates`; empty if there is no basis.
     """
     return {
         f"{name}.{word}": value.detach().contiguous()
@@ -113,10 +113,10 @@ def basis_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_basis_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Take up what `basis_state` gave, bit for bit.
+    """Restore what `basis_state` returned, bit for bit.
 
     Raises:
-        KeyError: it is that of another adapter.
+        KeyError: the state belongs to another adapter.
     """
     memories = _memories(model)
     for name in {key.rpartition(".")[0] for key in state}:
@@ -131,12 +131,12 @@ def _memories(model: nn.Module) -> dict[str, Memory]:
 
 
 def _active_memories(model: PeftModel, adapter_name: str) -> dict[str, tuple[Memory, Memory]]:
-    """The adapter's memories by name, each with the one whose forward pass reads it."""
+    """The adapter's memories by name, each with the memory whose forward pass reads it."""
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is None or not hasattr(config, "basis_epsilon"):
         raise ValueError(
-            f"A basis is for a PEFT model with a Prefix-Tuning+ adapter, got {type(model).__name__} with "
-            f"{adapter_name!r} being {type(config).__name__ if config else 'no adapter'}."
+            f"A basis needs a PEFT model with a Prefix-Tuning+ adapter, got {type(model).__name__}, in which "
+            f"{adapter_name!r} is {type(config).__name__ if config else 'no adapter'}."
         )
     found = {}
     for path, layer in model.named_modules():
@@ -159,7 +159,7 @@ def _plain_forward(model: nn.Module, batch: Mapping[str, Any]) -> object:
 
 @contextmanager
 def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Within the block there is no dropout."""
+    """Switch dropout off within the block."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -175,7 +175,7 @@ def _see(moments: _Moments, mask: list[Tensor | None], leader: Memory, read: Any
 
 
 class _Moments:
-    """The second moment of one memory's features, and the size of what its read is added to."""
+    """The second moment of one memory's features, and the size of the output that its read is added to."""
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
@@ -184,7 +184,7 @@ class _Moments:
         self._medians: Any = 0.0  # Σ over batches of median|o|, times their tokens
 
     def add(self, query: Tensor, output: Tensor, mask: Tensor | None) -> None:
-        """Take in a batch.
+        """Add a batch.
 
         Args:
             query: [batch, h·g, positions, d].
@@ -211,16 +211,16 @@ class _Moments:
         """s·(E[φφᵀ] + ε·λ̄·I)^(−1/2) and the eigenvectors of E[φφᵀ], the leading one first; [h, f, f] in float64.
 
         Raises:
-            ValueError: the features, or what the read is added to, are zero.
+            ValueError: there are no tokens; or the features, or the outputs that the read is added to, are zero.
         """
         if not self.tokens:
-            raise ValueError("no token of the batches came there. Give batches with tokens.")
+            raise ValueError("it saw no token of the batches. Give batches with tokens.")
         second = self._second.cpu() / self._queries
         values, vectors = torch.linalg.eigh(second)
         mean = values.mean(-1, keepdim=True)
         size = ROBUST * float(self._medians) / self.tokens
         if not size or not bool((mean > 0).all()):
-            raise ValueError("its features, or what its read is added to, are zero on these rows.")
+            raise ValueError("its features, or the outputs it adds to, are zero on these rows.")
         scale = size / math.sqrt(second.shape[-1])
         inverse_root = (values.clamp(min=0) + epsilon * mean).rsqrt()
         return scale * (vectors * inverse_root[:, None]) @ vectors.mT, vectors.flip(-1)

@@ -22,37 +22,37 @@ class PrefixTuningPlusConfig(PeftConfig):
 
     Args:
         feature_map: φ: `elu` (the paper's default), `gelu`, or `mlp`, φ_W(q) = ReLU(Wq + b) with trained W and b.
-        feature_dim: features a head of `mlp`; None is the query's width. The other maps have the query's width.
-        normalize_query: φ sees the query divided by its root mean square over the head. Off is the paper's form.
+        feature_dim: features per head of `mlp`; None is the query's width. The other maps have the query's width.
+        normalize_query: φ sees the query divided by its root mean square over the head. The paper has this off.
         sites: where M is read: `attention` (the paper's form), `ffn`, or `attention+ffn`. The FFN's queries are the
             blocks of its input: feature_map, feature_dim, normalize_query and rank mean the same there. Only layers
             that have attention are adapted at either site.
-        block_size: width of a block of the FFN's input and output, a divisor of it; None is the width of a query
-            head, or the largest divisor below it.
-        rank: of each M, trained as the product M_down·M_up; None trains M whole.
-        share_heads: `query` trains one M a query head, `kv` one a key/value head, shared by its query heads;
-            attention alone has them.
+        block_size: width of a block of the FFN's input and output, which it must divide; None is the width of a query
+            head, or else the largest divisor below it.
+        rank: rank of each M, trained as the product M_down·M_up; None trains M whole.
+        share_heads: `query` trains one M per query head, `kv` one per key/value head, which its query heads share;
+            for attention only.
         layers: `all`, a list of decoder layer numbers, or `last:k`.
         target_modules: attention modules and FFNs to adapt, by name as elsewhere in PEFT; None is all that `sites`
             and `layers` allow.
-        modules_to_save: modules trained and saved besides, as elsewhere in PEFT.
-        basis_epsilon: ε of the basis in which M is trained after a call of `initialize_basis`; it is not saved, as an
-            adapter is M alone.
+        modules_to_save: other modules to train and save, as elsewhere in PEFT.
+        basis_epsilon: ε of the basis in which M is trained after a call of `initialize_basis`. It is not saved, as an
+            adapter holds only M.
         init_weights: M starts at zero, so a fresh adapter changes nothing. False draws it at random, for tests.
-        format_version: of the adapter's file format; a higher one than this code knows is refused. It follows from
-            the settings: the lowest version that knows them (`sites` and `rank` are of version 2).
+        format_version: version of the adapter's file format. A version that is too new for this code is refused. It is
+            the lowest version that knows the settings (`sites` and `rank` are of version 2).
 
     Raises:
         ValueError: a value is out of its range; the message gives the rule and the value received.
     """
 
     feature_map: str = field(default="elu", metadata={"help": "φ of eq. 7: elu, gelu or mlp."})
-    feature_dim: int | None = field(default=None, metadata={"help": "Features a head of mlp."})
+    feature_dim: int | None = field(default=None, metadata={"help": "Features per head of mlp."})
     normalize_query: bool = field(
         default=False, metadata={"help": "Divide the query by its root mean square."}
     )
     share_heads: str = field(
-        default="query", metadata={"help": "One M a query head, or one a kv head."}
+        default="query", metadata={"help": "One M per query head, or one per kv head."}
     )
     sites: str = field(
         default="attention", metadata={"help": "Where M is read: attention, ffn or attention+ffn."}
@@ -68,7 +68,7 @@ class PrefixTuningPlusConfig(PeftConfig):
         default=None, metadata={"help": "Attention modules and FFNs, by name."}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained and saved besides."}
+        default=None, metadata={"help": "Other modules to train and save."}
     )
     basis_epsilon: float = field(
         default=0.01, metadata={"help": "Floor of the basis, as a share of the mean eigenvalue."}

@@ -1,8 +1,7 @@
-"""The feature maps φ of eq. 7 (arXiv 2506.13674): a class each, which is all that a new one needs.
+"""The feature maps φ of eq. 7 (arXiv 2506.13674), one class each. A new map needs only a new class.
 
-The classes in MAPS are found by their names in the adapter's config; the recipe's schema lists the names once more,
-and a test holds the two together. A map that `has_kernel` has a branch in triton_kernels.py; without one, the plain
-operations compute it on a GPU too.
+The adapter's config names a class in MAPS. The recipe's schema lists the names again, and a test compares the two. A
+map with `has_kernel` has a branch in triton_kernels.py. The plain operations compute the others, on a GPU too.
 
 Legend: h heads, n tokens, d d_query, f d_φ.
 """
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPSILON = 1e-6  # beside the mean square of a query
+EPSILON = 1e-6  # added to the mean square of a query
 Gradients = tuple[Tensor, Tensor | None, Tensor | None]  # of x, W and b
 
 
@@ -36,7 +35,7 @@ class Elu:
 
 
 class Gelu:
-    """φ(x) = x·Φ(x), Φ the normal distribution's."""
+    """φ(x) = x·Φ(x), where Φ is the normal distribution function."""
 
     name: ClassVar[str] = "gelu"
     is_trained: ClassVar[bool] = False
@@ -83,13 +82,13 @@ class FeatureMap(NamedTuple):
 def features(
     phi: FeatureMap, x: Tensor, W: Tensor | None = None, b: Tensor | None = None
 ) -> Tensor:
-    """φ(x), a head at a time.
+    """φ(x), for each head.
 
     Args:
         phi: the map.
         x: the queries, [h, n, d], in any layout.
-        W: [h, f, d], of the trained map alone.
-        b: [h, f], of the trained map alone.
+        W: [h, f, d], only for the trained map.
+        b: [h, f], only for the trained map.
 
     Returns:
         [h, n, f] in the queries' dtype.
@@ -108,13 +107,13 @@ def pulled_back(
     *,
     of_query: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of the queries, of W and of b, from that of the features.
+    """The gradients of the queries, of W and of b, from the gradient of the features.
 
     Args:
-        gradient: of φ(x), [h, n, f].
-        value: φ(x), as `features` gives it.
-        phi, x, W: as there.
-        of_query: whether the first of the three is wanted.
+        gradient: the gradient of φ(x), [h, n, f].
+        value: φ(x), as `features` returns it.
+        phi, x, W: as in `features`.
+        of_query: whether the gradient of the queries is wanted.
     """
     seen, inverse = _normalized(x) if phi.normalize_query else (x, None)
     gradient, dW, db = MAPS[phi.name].gradients(gradient, value, seen.to(x.dtype), W)
@@ -127,7 +126,7 @@ def pulled_back(
 
 
 def _normalized(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The queries divided by their root mean square over the last dimension, and its inverse; float32 at least."""
+    """The queries divided by their root mean square over the last dimension, and its inverse; at least float32."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)
     return wide * inverse, inverse

@@ -1,11 +1,11 @@
-"""Where a memory stands beside a feed-forward network (FFN): which module that is, and its blocks.
+"""A memory beside a feed-forward network (FFN): which module the FFN is, and the blocks of its input.
 
-The paper reads M as a memory beside the FFN's own. Here the same equation is read at the FFN: its input x, hidden
-wide, is cut into blocks x_b, which take the place of the heads' queries, and M is a block a matrix:
+The paper sees M as a memory beside the FFN's own. Here the same equation is used at the FFN. Its input x, [hidden], is
+cut into blocks x_b, which take the place of the heads' queries, and each block has a matrix M_b:
 
     FFN(x) + concat_b φ(x_b)ᵀ M_b
 
-The FFN is found by what transformers' decoder layers call it; of a mixture of experts it is the whole block.
+The FFN is found by the names that transformers' decoder layers give it. In a mixture of experts it is the whole block.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from torch import Tensor, nn
 from prefixtune_cli.adapter.attention import AttentionShape, UnsupportedModelError
 from prefixtune_cli.adapter.memory import Memory
 
-# Side by side in one layer they are parts of one FFN, as are the experts and the shared MLP of some mixtures.
+# If a layer has several, they are parts of one FFN, such as the experts and the shared MLP of some mixtures.
 _FEED_FORWARD = re.compile(r"(.+_)?(mlps?|ffn|feed_?forward\d?|moe|experts|mlp_block)")
 
 
 @dataclass(frozen=True)
 class FeedForwardShape:
-    """The width of one FFN's input, and that of a query head in the attention of its layer."""
+    """The width of one FFN's input, and the width of a query head in the attention of its layer."""
 
     layer: int
     width: int
     d_query: int
 
     def block_size(self, asked: int | None) -> int:
-        """The width of a block: `asked`, or that of a query head, or the largest divisor of the width below it.
+        """The width of a block: `asked`, or the largest divisor of the FFN's width up to the width of a query head.
 
         Raises:
-            ValueError: the blocks asked for do not fill the width.
+            ValueError: `asked` does not divide the FFN's width.
         """
         divisors = [n for n in range(1, self.width + 1) if self.width % n == 0]
         if asked is None:
@@ -61,7 +61,7 @@ def feed_forward_modules(
         attention: its attention modules by name, as `attention_modules` gives them.
 
     Raises:
-        UnsupportedModelError: a layer has no module that is its FFN, or several; the message names its class.
+        UnsupportedModelError: a layer has no single module that is its FFN; the message names the layer's class.
     """
     return {
         _feed_forward_of(model, name): FeedForwardShape(
@@ -72,7 +72,7 @@ def feed_forward_modules(
 
 
 def _feed_forward_of(model: nn.Module, attention: str) -> str:
-    """The name of the FFN beside an attention module, or beside what holds it within its decoder layer."""
+    """The name of the FFN beside an attention module, or beside a module around it within the decoder layer."""
     path, layer = attention, model
     while path:
         path = path.rpartition(".")[0]
@@ -86,8 +86,8 @@ def _feed_forward_of(model: nn.Module, attention: str) -> str:
         if found:
             break
     raise UnsupportedModelError(
-        f"{type(layer).__name__} of {type(model).__name__} has no single module that is its feed-forward network, "
-        "beside which a memory could stand. Use sites attention, which adapts the attention of this model."
+        f"{type(layer).__name__} of {type(model).__name__} has no single module that is its feed-forward network, so "
+        "there is no place for a memory. Use sites attention, which adapts the attention of this model."
     )
 
 
@@ -97,7 +97,7 @@ def _hidden_size(model: nn.Module, attention: str) -> int:
     width = getattr(config, "hidden_size", None)
     if not isinstance(width, int):
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not say the width of its hidden states (config.hidden_size), so its "
+            f"{type(model).__name__} does not give the width of its hidden states (config.hidden_size), so its "
             "feed-forward networks cannot be adapted. Use sites attention."
         )
     return width
@@ -106,16 +106,16 @@ def _hidden_size(model: nn.Module, attention: str) -> int:
 def add_read_of_blocks(
     output: Any, hidden: Tensor, memory: Memory, others: Sequence[Memory] = ()
 ) -> Any:
-    """Add to an FFN's output what its input's blocks read from a memory.
+    """Add to an FFN's output what the blocks of its input read from a memory.
 
     Args:
-        output: [..., hidden], or of a mixture of experts a tuple with this first.
-        hidden: the input, with as many values; each may be [tokens, hidden] or [batch, positions, hidden].
-        memory: one M a block.
-        others: memories that read alike.
+        output: [..., hidden]; a mixture of experts may return a tuple that begins with it.
+        hidden: the input, with as many values. Both may be [tokens, hidden] or [batch, positions, hidden].
+        memory: the memory, with one M per block.
+        others: memories that one read serves as well, see `Memory.reads_like`.
 
     Returns:
-        The output in its own shape and dtype, and whatever comes beside it.
+        The output in its own shape and dtype, with the rest of the tuple if there is one.
     """
     if isinstance(output, tuple):
         return (add_read_of_blocks(output[0], hidden, memory, others), *output[1:])

@@ -1,4 +1,4 @@
-"""The tuner layers: one wraps an attention module, one an FFN, and keeps its memories, one an adapter."""
+"""The tuner layers: one wraps an attention module, one wraps an FFN. Each keeps one memory per adapter."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from prefixtune_cli.adapter.memory import Memory
 from prefixtune_cli.adapter.mixed_batch import ReadByRow, reads_by_row
 
 WHY_NOT_MERGED = (
-    "A Prefix-Tuning+ adapter cannot be merged into the base weights: φ is not linear, and at attention the query "
-    "depends on the token's position besides, so no weight matrix gives φ(q)ᵀM. Keep the adapter beside the base (it "
-    "costs about 3 % of one projection and no KV cache), or call unload() for the base without it."
+    "A Prefix-Tuning+ adapter cannot be merged into the base weights: φ is not linear, and at attention the query also "
+    "depends on the token's position, so no weight matrix gives φ(q)ᵀM. Keep the adapter beside the base (it costs "
+    "about 3 % of one projection and no KV cache), or call unload() for the base without it."
 )
 
 
 class MemoryLayer(nn.Module, BaseTunerLayer):
     """An attention module with its memories.
 
-    The attention module itself runs unchanged; the hook finds this layer by an attribute that is set on the
-    module, kept out of its submodules so that neither names nor state dict see it twice.
+    The attention module itself runs unchanged. The hook finds this layer by an attribute of the module. The attribute
+    is not a submodule, so the layer does not appear twice in names or in the state dict.
 
     Args:
         base_layer: the attention module.
@@ -47,7 +47,7 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
             object.__setattr__(base_layer, LAYER_ATTRIBUTE, self)
 
     def update_layer(self, adapter_name: str, config: PrefixTuningPlusConfig) -> None:
-        """Add a memory for the adapter, on the base's device and in its dtype (PEFT makes it float32 by default)."""
+        """Add a memory for the adapter, on the base's device and in its dtype (PEFT casts it to float32 by default)."""
         heads, d_query, d_value = self._memory_shape(config)
         memory = Memory(
             heads,
@@ -66,22 +66,22 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _memory_shape(self, config: PrefixTuningPlusConfig) -> tuple[int, int, int]:
-        """How many M an adapter has here, d_query and d_value."""
+        """The number of matrices M that an adapter has here, d_query and d_value."""
         shape = self.shape
         assert isinstance(shape, AttentionShape)
         heads = shape.kv_heads if config.share_heads == "kv" else shape.heads
         return heads, shape.d_query, shape.d_value
 
     def active_memories(self) -> list[Memory]:
-        """The memories that are read now: none while adapters are disabled."""
+        """The memories that are read now; none while adapters are disabled."""
         return [memory for group in self._reads for memory in group]
 
     def reads(self) -> Sequence[Sequence[Any]]:
-        """The active memories, those together that one read is enough for; or the rows' own, see `read_by_row`."""
+        """The active memories, in groups that one read serves; or the rows' own, see `read_by_row`."""
         return self._reads if self._by_row is None else [[read] for read in self._by_row]
 
     def read_by_row(self, adapter_names: Sequence[str] | None) -> None:
-        """Have each row of a batch read the memory of its own adapter; None, all rows those of the active ones."""
+        """Let each row of a batch read the memory of its own adapter. None: all rows read the active memories."""
         memories: dict[str, Any] = dict(self.prefix_tuning_plus_memory.items())
         self._by_row = (
             None
@@ -98,7 +98,7 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         self._look_up()
 
     def _look_up(self) -> None:
-        """Which memories are read, looked up when that changes: a compiled model does not depend on their names."""
+        """Find the memories to read, only when they change, so that a compiled model does not depend on their names."""
         memories: Any = self.prefix_tuning_plus_memory
         names = [] if self.disable_adapters else self.active_adapters
         self._reads = []
@@ -113,7 +113,7 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
         return self.base_layer(*args, **kwargs)
 
     def release(self) -> None:
-        """Give the module back as it was."""
+        """Leave the module as it was."""
         if getattr(self.base_layer, LAYER_ATTRIBUTE, None) is self:
             object.__delattr__(self.base_layer, LAYER_ATTRIBUTE)
 
@@ -126,13 +126,13 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, None]:
-        # No dtype: with `low_cpu_mem_usage` PEFT would round to it what it has just loaded in float32.
+        # No dtype: with `low_cpu_mem_usage` PEFT would round the weights to it that it has just loaded in float32.
         return next((p.device for p in base_layer.parameters()), None), None
 
     def __getattr__(self, name: str) -> Any:
-        """Attributes that the layer lacks are the wrapped module's, for models that ask it for them.
+        """Return the wrapped module's attribute if the layer lacks it, because some models ask for one.
 
-        But not private ones: accelerate would take the wrapped module's hook for the layer's own.
+        Private attributes are not passed on: accelerate would take the wrapped module's hook for the layer's own.
         """
         try:
             return super().__getattr__(name)
@@ -146,7 +146,7 @@ class MemoryLayer(nn.Module, BaseTunerLayer):
 
 
 class FeedForwardMemoryLayer(MemoryLayer):
-    """An FFN, or a whole mixture of experts, with its memories, which read the blocks of its input.
+    """An FFN, or a whole mixture of experts, with its memories. The blocks of its input are the queries.
 
     Args:
         base_layer: the FFN.
@@ -160,7 +160,7 @@ class FeedForwardMemoryLayer(MemoryLayer):
         return shape.width // block_size, block_size, block_size
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the FFN, whose first argument is its input, and add what the memories give."""
+        """Call the FFN, whose first argument is its input, and add what is read from the memories."""
         output = self.base_layer(*args, **kwargs)
         hidden = args[0] if args else next(iter(kwargs.values()))
         for memory, *others in self.reads():

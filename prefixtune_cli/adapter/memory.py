@@ -1,7 +1,7 @@
-"""The memory M of one module, and how a query reads it; it knows nothing of the model around it.
+"""The memory M of one module, and how a query reads it. It knows nothing of the model around it.
 
-While M is trained in a basis (basis.py), its parameter holds coordinates, and M = basis·coordinates is made anew for
-each forward pass: a product of small matrices beside those of a layer. A state dict has M itself either way.
+While M is trained in a basis (basis.py), its parameter holds coordinates, and each forward pass computes
+M = basis·coordinates, a small product beside those of a layer. A state dict always holds M itself.
 
 Legend: h heads of M, g query heads that share one of them, s positions, d d_query, f d_φ, v d_value, r rank.
 """
@@ -22,22 +22,22 @@ from prefixtune_cli.adapter.read import Weights, add_read
 class Memory(nn.Module):
     """φ and M of eq. 7 (arXiv 2506.13674).
 
-    M is [heads, d_φ, d_value] and starts at zero, in float32; it is cast to the query's dtype where it is read.
-    The trained map has W_phi, [heads, d_φ, d_query], and b_phi, [heads, d_φ], which start as those of a linear layer.
-    With a rank, M is the product of M_down, [heads, d_φ, rank], which starts as a linear layer, and M_up,
-    [heads, rank, d_value], which starts at zero; there is no parameter M then.
+    M is [heads, d_φ, d_value] and starts at zero, in float32; it is cast to the query's dtype when it is read.
+    The trained map has W_phi, [heads, d_φ, d_query], and b_phi, [heads, d_φ], both initialised like a linear layer.
+    With a rank, M is the product of M_down, [heads, d_φ, rank], initialised like a linear layer, and M_up,
+    [heads, rank, d_value], which starts at zero; then there is no parameter M.
 
-    `basis`, [heads, d_φ, d_φ], is None but while M is trained in one: M (M_down) then holds its coordinates.
+    `basis`, [heads, d_φ, d_φ], is None unless M is trained in a basis; then M (M_down) holds its coordinates.
 
     Args:
-        heads: how many M there are: the query heads, or the key/value heads where these share one; at an FFN, the
-            blocks of its input, which are its queries.
+        heads: the number of matrices M: one per query head, or per key/value head if query heads share it; at an FFN,
+            one per block of its input, which is the query there.
         d_query: width of a query head.
         d_value: width of a head's output.
         feature_map: `elu`, `gelu` or `mlp`.
         feature_dim: d_φ of `mlp`; None is d_query.
         normalize_query: divide the query by its root mean square first.
-        rank: of each M; None is a whole M.
+        rank: rank of each M; None is a whole M.
         init_weights: False draws M (M_up) at random, so that the memory changes something from the start.
     """
 
@@ -88,12 +88,12 @@ class Memory(nn.Module):
     def forward(
         self, query: Tensor, output: Tensor | None = None, others: Sequence[Memory] = ()
     ) -> Tensor:
-        """φ(q)ᵀM for every query head, added to what attention gives.
+        """o + φ(q)ᵀM for every query head.
 
         Args:
             query: [batch, query heads, positions, d_query], as attention itself uses it.
-            output: [batch, positions, query heads, d_value]; None stands for zeros in the query's dtype.
-            others: memories that read alike; as φ(q)ᵀM + φ(q)ᵀN = φ(q)ᵀ(M + N), one read is enough for all.
+            output: o, [batch, positions, query heads, d_value]; None stands for zeros in the query's dtype.
+            others: memories for which `reads_like` holds. One read serves all: φ(q)ᵀM + φ(q)ᵀN = φ(q)ᵀ(M + N).
 
         Returns:
             [batch, positions, query heads, d_value] in the output's dtype: the layout of attention's output.
@@ -115,7 +115,7 @@ class Memory(nn.Module):
         return add_read(output, query, weights, self.phi)
 
     def reads_like(self, other: Memory) -> bool:
-        """Whether both have the same heads and the same φ, which is not trained."""
+        """Whether both have the same number of heads and the same φ, without trained weights."""
         is_trained = MAPS[self.feature_map].is_trained
         return not is_trained and (self.phi, self.heads) == (other.phi, other.heads)
 
@@ -126,7 +126,7 @@ class Memory(nn.Module):
 
     @property
     def factor_name(self) -> str:
-        """The parameter that stands next to φ(q), and so has its basis: M, or M_down where M is a product."""
+        """The name of the parameter that multiplies φ(q), and so may have a basis: M, or M_down if M is a product."""
         return "M" if self.rank is None else "M_down"
 
     def factor(self) -> Tensor:
@@ -139,7 +139,7 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def set_basis(self, basis: Tensor) -> None:
-        """Train M in this basis from now on; what a query reads stays the same.
+        """Train M in this basis from now on. A query still reads the same.
 
         Args:
             basis: [heads, d_φ, d_φ], of full rank.
@@ -152,13 +152,13 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Have the parameter hold M (M_down) itself again, without a basis."""
+        """Let the parameter hold M (M_down) itself again, without a basis."""
         if self.basis is not None:
             getattr(self, self.factor_name).copy_(self.factor())
             self.basis = None
 
     def weights(self) -> Weights:
-        """M, or the product that stands for it, and the trained map."""
+        """M, computed if it is a product or has a basis, and the trained map."""
         M = self.factor() if self.rank is None else self.factor() @ self.M_up
         if not MAPS[self.feature_map].is_trained:
             return Weights(M)
@@ -175,7 +175,7 @@ class Memory(nn.Module):
 
 
 def _coordinates(basis: Tensor, factor: Tensor) -> Tensor:
-    """What times `basis` is `factor`, in float64, as a basis has short and long directions."""
+    """The solution A of basis·A = factor, in float64, because a basis has short and long directions."""
     solved: Tensor = torch.linalg.solve(basis.double(), factor.double())
     return solved
 

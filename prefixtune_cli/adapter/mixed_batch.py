@@ -1,7 +1,7 @@
-"""A batch whose rows have an adapter each: what every row reads from its own memory, in one product a layer.
+"""A batch in which each row has its own adapter. One product per layer reads the memories of all rows.
 
-Rows are laid beside each other as if they were heads: M of each row's adapter is gathered to [n·H, f, v], and the
-operation of read.py is then the same as for one adapter. A row that is the base's reads M = 0.
+Rows are treated as if they were heads: the M of each row's adapter is gathered to [n·H, f, v], and then the operation
+of read.py is the same as for one adapter. A row without an adapter reads M = 0.
 
 Legend: b batch, n rows with a name, k = b/n rows of the batch for each (the beams of a search), H heads of M, h query
 heads, s positions, d d_query, f d_φ, v d_value.
@@ -21,12 +21,12 @@ BASE = "__base__"  # PEFT's name for a row without an adapter
 
 
 class ReadByRow:
-    """Memories of one φ and of weights of one shape, and which of them each row of a batch reads.
+    """Memories with one φ and weights of one shape, and the one that each row of a batch reads.
 
-    Where a memory is read, it stands for a `Memory`: it is called alike, and has the same widths.
+    It takes the place of a `Memory` when it is read: the call is the same, and so are the widths.
 
     Args:
-        rows: the memory of each row, in the order of the batch; what is not among `alike` reads nothing.
+        rows: the memory of each row, in the order of the batch. A row whose memory is not in `alike` reads nothing.
         alike: the memories.
     """
 
@@ -45,7 +45,7 @@ class ReadByRow:
         """o + φ(q)ᵀM with the M of each row.
 
         Args:
-            query: [b, h, s, d]; [1, h, n·s, d] is taken as n rows, as some models flatten their batch.
+            query: [b, h, s, d]; [1, h, n·s, d] counts as n rows, because some models flatten their batch.
             output: [b, s, h, v].
             others: none; a row has one adapter.
 
@@ -77,7 +77,7 @@ class ReadByRow:
         return by_row.reshape(output.shape)
 
     def weights(self) -> Weights:
-        """Those of each row's memory, [n·H, …], one after the other."""
+        """The weights of each row's memory, [n·H, …], in the order of the rows."""
         M, W, b = zip(*(memory.weights() for memory in self.alike), strict=True)
         if W[0] is None:
             return Weights(self._of_rows(M))
@@ -89,7 +89,7 @@ class ReadByRow:
 
 
 def reads_by_row(rows: Sequence[Memory | None]) -> list[ReadByRow]:
-    """How the rows of a batch are read, each from its own memory; None is a row without one."""
+    """The reads that serve a batch in which each row has its own memory; None is a row without one."""
     groups: dict[object, list[Memory]] = {}
     for memory in dict.fromkeys(rows):
         if memory is not None:

@@ -1,4 +1,4 @@
-"""The tuner: puts a memory layer around the attention modules, the FFNs, or both, of the chosen layers."""
+"""The tuner. It puts a memory layer around the attention modules, the FFNs, or both, of the chosen layers."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class PrefixTuningPlusModel(BaseTuner):
         model: the base.
         peft_config: the configuration.
         adapter_name: the adapter's name.
-        low_cpu_mem_usage: create the memories on the meta device, to be loaded into.
+        low_cpu_mem_usage: create the memories on the meta device; weights are loaded into them later.
 
     Raises:
-        UnsupportedModelError: the base does not call attention through transformers' interface, or has no FFN that
-            could be adapted, and `sites` asks for it.
-        ValueError: `layers` names one that the base does not have, `block_size` does not divide its width, or the
-            adapter's name is one of the memory's.
+        UnsupportedModelError: the base does not call attention through transformers' interface; or `sites` asks for
+            FFNs, and the base has none that can be adapted.
+        ValueError: `layers` names a layer that the base does not have, `block_size` does not divide the FFN's width, or
+            the adapter has the name of one of the memory's parameters.
     """
 
     prefix: str = PREFIX
@@ -112,10 +112,10 @@ class PrefixTuningPlusModel(BaseTuner):
     def _enable_peft_forward_hooks(
         self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Iterator[None]:
-        """Within the block each row of a batch has the adapter of its name, as `adapter_names` of PEFT's LoRA.
+        """Give each row of a batch its own adapter within the block, by `adapter_names`, as in PEFT's LoRA.
 
-        PeftModel calls this around `forward` and `generate`, with their arguments; a method has no public way to be
-        handed them.
+        PeftModel calls this around `forward` and `generate`, with their arguments. PEFT has no public way to pass them
+        to a method.
         """
         if adapter_names is None:
             yield
@@ -202,16 +202,16 @@ def check_targets(
     possible: Mapping[str, AttentionShape | FeedForwardShape],
     modules: Collection[str],
 ) -> None:
-    """Refuse target modules that would be left out in silence.
+    """Refuse target modules that would be left out without a word.
 
     Args:
-        config: whose `target_modules` are checked.
+        config: the configuration with the `target_modules`.
         chosen: the modules that its `sites` and `layers` allow.
         possible: all attention modules and FFNs of the base.
-        modules: the names of all its modules.
+        modules: the names of all modules of the base.
 
     Raises:
-        ValueError: a name means no module that is adapted; the message says why.
+        ValueError: a name matches no module that is adapted; the message says why.
     """
     targets = config.target_modules
     for target in [targets] if isinstance(targets, str) else targets or ():
@@ -239,7 +239,7 @@ def check_targets(
 
 
 def _names(targets: Collection[str] | str | None, target: str, module: str) -> bool:
-    """Whether one of the target modules means a module, as elsewhere in PEFT."""
+    """Whether a target means this module, by the same rules as elsewhere in PEFT."""
     if isinstance(targets, str):
         return re.fullmatch(target, module) is not None
     return module == target or module.endswith(f".{target}")
@@ -251,10 +251,10 @@ def _uncompiled(name: str) -> str:
 
 
 def chosen_layers(layers: str | list[int], shapes: dict[str, AttentionShape]) -> list[int]:
-    """The layer numbers that `layers` (`all`, a list, or `last:k`) names, of those that have attention.
+    """The numbers of the layers that `layers` (`all`, a list, or `last:k`) names, among those with attention.
 
     Raises:
-        ValueError: a number that the base does not have, or more layers than it has.
+        ValueError: `layers` has a number that the base does not have, or asks for more layers than it has.
     """
     available = sorted({shape.layer for shape in shapes.values()})
     if layers == "all":

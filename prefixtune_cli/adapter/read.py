@@ -1,9 +1,9 @@
-"""o + φ(q)ᵀM as one operation, with a backward pass of its own (eq. 7 of arXiv 2506.13674).
+"""o + φ(q)ᵀM as one operation, with its own backward pass (eq. 7 of arXiv 2506.13674).
 
-Autograd would keep φ(q), a cast M and what the normalisation needs for each layer. This operation keeps the query and
-the parameters alone, which autograd holds anyway: attention keeps its query. φ(q) is computed again in the backward
-pass, which is cheap beside the products. All tokens of all rows are one matrix a head, so that M is never repeated a
-row, and the query is read where it lies.
+Autograd would keep φ(q), a cast M and the normalisation's results for each layer. This operation keeps only the query
+and the parameters, which autograd holds anyway, because attention keeps its query. The backward pass computes φ(q)
+again, which is cheap beside the products. All tokens of all rows form one matrix per head, so M is never repeated for
+each row, and the query is read in place.
 
 Legend: b batch, h heads of M, g query heads that share one of them, s positions, n = b·s tokens, d d_query, f d_φ,
 v d_value.
@@ -22,7 +22,7 @@ from prefixtune_cli.adapter.feature_map import FeatureMap, features, pulled_back
 
 
 class Weights(NamedTuple):
-    """What a memory is made of: M is [h, f, v]; the trained map has W, [h, f, d], and b, [h, f]."""
+    """The weights of a memory: M is [h, f, v]; the trained map has W, [h, f, d], and b, [h, f]."""
 
     M: Tensor
     W: Tensor | None = None
@@ -32,13 +32,13 @@ class Weights(NamedTuple):
 def add_read(output: Tensor, query: Tensor, weights: Weights, phi: FeatureMap) -> Tensor:
     """o + φ(q)ᵀM.
 
-    φ and the product are computed in the query's precision, or in autocast's where that is on; of one position, as in
-    decoding, on a CPU in M's.
+    φ and the product are computed in the query's precision, or in autocast's if it is on. On a CPU, the read of a
+    single position, as in decoding, is computed in M's precision.
 
     Args:
-        output: [b, s, h·g, v], what attention gives.
+        output: o, [b, s, h·g, v], the output of attention.
         query: [b, h·g, s, d], as attention itself uses it, in any layout.
-        weights: of the memory.
+        weights: the memory's weights.
         phi: the feature map.
 
     Returns:
@@ -53,9 +53,9 @@ def add_read(output: Tensor, query: Tensor, weights: Weights, phi: FeatureMap) -
 
 
 def _of_one_position(output: Tensor, query: Tensor, weights: Weights, phi: FeatureMap) -> Tensor:
-    """The read in decoding, in M's precision: to cast M would take longer than the product.
+    """The read in decoding, in M's precision: casting M would take longer than the product.
 
-    What it takes is the calls, not the arithmetic; hence no more of them than must be.
+    The time goes into calls, not into arithmetic, so there are as few calls as possible.
     """
     M, W, b = weights
     dtype = torch.promote_types(query.dtype, M.dtype)
@@ -122,7 +122,7 @@ def _backward(
     dtype: torch.dtype,
     wanted: list[bool],
 ) -> list[Tensor | None]:
-    """The gradients of the query, M, W and b, where they are wanted."""
+    """The gradients of the query, M, W and b, each None if it is not wanted."""
     if triton_read.takes(grad, query, weights.M, phi):
         found = triton_read.backward(grad, query, weights.M, phi, dtype, *wanted[:2])
         return [*found, None, None]
@@ -147,7 +147,7 @@ def _backward(
 def _matrices(
     query: Tensor, weights: Weights, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The query as [h·g, n, d], and each weight once a query head, all in `dtype`."""
+    """The query as [h·g, n, d], and the weights for each query head, all in `dtype`."""
     x = query.transpose(0, 1).flatten(1, 2).to(dtype)
     M, W, b = weights
     M = _each_head(M, len(x), dtype)

@@ -1,4 +1,4 @@
-"""Registers the method with PEFT: the one place that reaches into PEFT's internals.
+"""Registers the method with PEFT. Only this file reaches into PEFT's internals.
 
 PEFT keeps the names of its methods in a closed enum, `PeftType`, and `register_peft_method` refuses a name that
 is not in it. Python has no public way to add a member to an enum, so this file does what the enum's own
@@ -17,10 +17,10 @@ PREFIX = "prefix_tuning_plus_"
 
 
 def register(config_class: type[Any], model_class: type[Any]) -> None:
-    """Make `PREFIX_TUNING_PLUS` a method of PEFT; a second call changes nothing.
+    """Make `PREFIX_TUNING_PLUS` a method of PEFT. A second call changes nothing.
 
     Raises:
-        RuntimeError: PEFT has a method of this name already, and it is not this one.
+        RuntimeError: PEFT already has another method of this name.
     """
     if PEFT_TYPE in PeftType.__members__:
         if PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[PEFT_TYPE]) is config_class:

@@ -1,7 +1,7 @@
-"""The kernels of triton_read.py, which imports this module where there is a GPU, and Triton with it.
+"""The kernels of triton_read.py, which imports this module, and with it Triton, only if there is a GPU.
 
-The products see φ(q), M and the gradient in the compute dtype and add up in float32; φ, its slope and the
-normalisation are computed in float32. What a padded row, feature or column holds is zero, which φ keeps.
+The products take φ(q), M and the gradient in the compute dtype, and add up in float32. φ, its slope and the
+normalisation are computed in float32. Padded rows, features and columns hold zeros, and φ(0) = 0.
 
 Sources: eq. 7 of arXiv 2506.13674; https://triton-lang.org/main/python-api/triton.html for the language.
 
@@ -17,28 +17,28 @@ from typing import Any
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-# The interpreter tunes nothing: the tuner would need a driver. Its block is small, for more than one tile in a test.
+# The interpreter does not tune, as the tuner needs a driver. Its block is small, so that a test has several tiles.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _TOKEN_BLOCKS = [
     triton.Config({"BLOCK_N": block}, num_warps=warps, num_stages=1)
     for block in ((32,) if INTERPRETED else (16, 32, 64, 128))
     for warps in ((4,) if INTERPRETED else (4, 8))
 ]
-# The order of a sum over tokens is that of its blocks, so these are not tuned.
+# The block size decides the order of a sum over tokens, so it is not tuned here.
 _REDUCTIONS = [
     triton.Config({}, num_warps=warps, num_stages=stages)
     for warps in ((4,) if INTERPRETED else (4, 8))
     for stages in ((1,) if INTERPRETED else (1, 2, 3))
 ]
 _KEY = ["d", "v", "bucket", "PRECISION", "PHI", "NORMALIZE"]
-# Lengths vary, and one that 16 divides would be a compilation of its own.
+# Lengths vary, and Triton would compile anew for a length that 16 divides.
 _UNSPECIALIZED = ["n", "positions", "bucket"]
 
 
 def _worth_tuning(configs: list[Any], given: dict[str, Any], **named: Any) -> list[Any]:
-    """Without the blocks that so few tokens leave mostly empty, and those whose tiles overflow the registers.
+    """Drop configurations whose blocks would be mostly empty, or whose tiles would overflow the registers.
 
-    Without tensor cores, which float32 does not use, a product is unrolled and needs more of them.
+    float32 does not use tensor cores, so its products are unrolled and need more registers.
     """
     call = {**given, **named}
     bucket: int = call["bucket"]
@@ -58,7 +58,7 @@ def _worth_tuning(configs: list[Any], given: dict[str, Any], **named: Any) -> li
 
 @triton.jit
 def probe(x: tl.tensor) -> None:
-    """Does nothing: what it tells is that kernels can be compiled, loaded and launched."""
+    """Do nothing. A launch shows that kernels can be compiled, loaded and launched."""
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def _slope(x: tl.tensor, PHI: tl.constexpr) -> tl.tensor:
 def _row(
     token: tl.tensor, positions: tl.tensor, stride_b: tl.tensor, stride_s: tl.tensor
 ) -> tl.tensor:
-    """Where each token's row begins, [N, 1]; a tile may cross from one row of the batch to the next."""
+    """The offset of each token, [N, 1]. A tile may cross from one row of the batch to the next."""
     batch, position = (token // positions).to(tl.int64), (token % positions).to(tl.int64)
     return (batch * stride_b + position * stride_s)[:, None]
 
@@ -108,7 +108,7 @@ def _row(
 def _seen(
     x: tl.tensor, d: tl.constexpr, NORMALIZE: tl.constexpr, EPSILON: tl.constexpr
 ) -> tl.tuple:
-    """What φ sees of the queries x, [N, D], and the inverse of their root mean square, [N, 1], both in float32."""
+    """The input of φ for queries x, [N, D], and the inverse of their root mean square, [N, 1], both in float32."""
     x = x.to(tl.float32)
     if NORMALIZE:
         inverse = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / d + EPSILON)
@@ -146,7 +146,7 @@ def read(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """o + φ(q)ᵀM; one program a tile of tokens, query head and block of v."""
+    """o + φ(q)ᵀM. There is one program per tile of tokens, query head and block of v."""
     head = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     feature = tl.arange(0, D)
@@ -200,7 +200,7 @@ def of_query(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """The queries' gradient; one program a tile of tokens and query head, which goes through v block after block."""
+    """The queries' gradient. There is one program per tile of tokens and query head; it loops over the blocks of v."""
     head = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     feature = tl.arange(0, D)
@@ -259,7 +259,7 @@ def of_memory(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """A part of M's gradient, [splits, H, d, v]; one program a head of M, share of the tokens and block of v."""
+    """A part of M's gradient, [splits, H, d, v]. There is one program per head of M, share of tokens and block of v."""
     head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     feature = tl.arange(0, D)
     column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)

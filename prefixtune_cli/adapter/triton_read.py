@@ -1,16 +1,16 @@
 """o + φ(q)ᵀM on a GPU, for the elementwise feature maps: one kernel forward, one for each gradient.
 
-The plain operations of read.py write φ(q), its gradient and the product to memory between one kernel and the next, and
-cast M each time; a decoding step waits for the launch of each. Here the queries, M and the output are read once and
-the result is written once. torch.compile fuses the plain operations by itself and is left to them.
+The plain operations of read.py write φ(q), its gradient and the product to memory between kernels, and cast M each
+time; a decoding step waits for every launch. The kernels here read the queries, M and the output once, and write the
+result once. torch.compile fuses the plain operations by itself, so compiled models use those.
 
-The first call with a width, a precision and about so many tokens compiles and tunes the kernel, which synchronises and
-has Triton take 256 MiB for the while; it therefore comes before a CUDA graph is captured, as PyTorch has one warm up
-anyway. Later calls launch alone. Which block of tokens wins is a matter of timing and may differ from process to
-process; TRITON_CACHE_AUTOTUNING=1 has Triton keep the choice on disk. M's gradient does not depend on it: its sums are
-taken in one order.
+The first call with a width, a precision and a range of token counts compiles and tunes the kernel. This synchronises
+the GPU, and Triton takes 256 MiB meanwhile. It must happen before a CUDA graph is captured; PyTorch asks for a warm-up
+anyway. Later calls only launch. Timing decides which block of tokens wins, so the choice may differ between processes;
+with TRITON_CACHE_AUTOTUNING=1 Triton keeps it on disk. M's gradient does not depend on the choice, because its sums
+always have the same order.
 
-Legend: b batch, h query heads, H heads of M, h // H of which share one, s positions, n = b·s tokens, d d_query,
+Legend: b batch, h query heads, H heads of M (h // H query heads share one), s positions, n = b·s tokens, d d_query,
 v d_value.
 """
 
@@ -32,17 +32,17 @@ from prefixtune_cli.adapter.feature_map import EPSILON, MAPS, FeatureMap
 
 _WIDEST = 256
 _PRECISIONS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-_BUCKETS = (16, 128, 1024, 8192)  # of tokens, which are tuned apart
+_BUCKETS = (16, 128, 1024, 8192)  # token counts up to these are tuned separately
 _TILE_BYTES = 32 * 1024  # of M, in the compute dtype
 _REDUCED_BYTES = 16 * 1024  # of the queries that the reduction takes at a time
-_REDUCTION_PROGRAMS = 256  # of 64 KiB at most: some two for each multiprocessor of a large GPU
+_REDUCTION_PROGRAMS = 256  # of 64 KiB at most: about two per multiprocessor of a large GPU
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU, in tests
-_OPTIONS = {"enable_fp_fusion": True}  # of the compiler, which is to lose its default
+_OPTIONS = {"enable_fp_fusion": True}  # of the compiler; Triton will drop the default
 _TUNING = threading.Lock()  # Triton's tuner keeps a call's arguments on itself
 
 
 def takes(output: Tensor, query: Tensor, M: Tensor, phi: FeatureMap) -> bool:
-    """Whether the kernels compute this; what they do not is left to read.py's plain operations.
+    """Whether the kernels can compute this. If not, read.py's plain operations do.
 
     Args:
         output: [b, s, h, v].
@@ -53,7 +53,7 @@ def takes(output: Tensor, query: Tensor, M: Tensor, phi: FeatureMap) -> bool:
     if not (query.is_cuda or _INTERPRETED) or torch.compiler.is_compiling():
         return False
     for t in (output, query, M):
-        if type(t) not in (Tensor, nn.Parameter):  # fake ones hold no data
+        if type(t) not in (Tensor, nn.Parameter):  # fake tensors hold no data
             return False
         if t.dtype not in _PRECISIONS or t.device != query.device:
             return False
@@ -61,7 +61,7 @@ def takes(output: Tensor, query: Tensor, M: Tensor, phi: FeatureMap) -> bool:
     return (
         MAPS[phi.name].has_kernel
         and max(d, v) <= _WIDEST
-        # A kernel would read past the end of what does not fit; the plain operations say so.
+        # If shapes do not fit, a kernel would read past the end; the plain operations raise an error.
         and M.shape[-2] == d
         and output.shape == (batch, positions, heads, v)
         and _runs_on(query.device)
@@ -75,10 +75,10 @@ def forward(
 
     Args:
         output: [b, s, h, v], any strides.
-        query: [b, h, s, d], any strides; one whose last is not 1 is copied.
+        query: [b, h, s, d], any strides; it is copied if the last stride is not 1.
         M: [H, d, v].
         phi: the feature map.
-        dtype: of the products' factors; they are added up in float32, and the sum is rounded once.
+        dtype: the dtype of the products' factors. Products add up in float32, and the sum is rounded once.
 
     Returns:
         [b, s, h, v] in the output's dtype, contiguous.
@@ -114,16 +114,17 @@ def backward(
     of_query: bool,
     of_M: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the query and of M, where they are wanted.
+    """The gradients of the query and of M, each None if it is not wanted.
 
     Args:
-        grad: of the result, [b, s, h, v], any strides; one whose last is not 1 is copied.
+        grad: the gradient of the result, [b, s, h, v], any strides; it is copied if the last stride is not 1.
         query, M, phi, dtype: as `forward` got them.
-        of_query: whether the query's is wanted.
-        of_M: whether M's is wanted.
+        of_query: whether the query's gradient is wanted.
+        of_M: whether M's gradient is wanted.
 
     Returns:
-        The query's, [b, h, s, d], in its dtype and, where it has no gaps, its strides; M's in M's dtype.
+        The query's gradient, [b, h, s, d], in the query's dtype, and in its strides if it has no gaps; and M's
+        gradient in M's dtype.
     """
     x, g, M = _unit_stride(query), _unit_stride(grad), M.contiguous()
     given = {
@@ -141,7 +142,7 @@ def backward(
 def _of_query(
     kernels: ModuleType, grad: Tensor, query: Tensor, M: Tensor, dq: Tensor, given: dict[str, Any]
 ) -> Tensor:
-    """Fills dq, and gives it back."""
+    """Fill dq and return it."""
     n, heads = given["n"], query.shape[1]
     kernels.of_query[lambda chosen: (_ceil_div(n, chosen["BLOCK_N"]), heads)](
         grad, query, M, dq, **given, **_strides("dq", dq.stride(), "bhsd")
@@ -157,7 +158,7 @@ def _of_memory(
     size: int,
     given: dict[str, Any],
 ) -> Tensor:
-    """The sum over all tokens, of which each program has a share; `size` is of a query's element, in bytes."""
+    """M's gradient: the sum over all tokens. Each program adds up a share. `size`: bytes of a query's element."""
     n, heads, blocks = given["n"], len(M), _ceil_div(given["v"], given["BLOCK_V"])
     block = max(16, min(64, _REDUCED_BYTES // (given["D"] * size)))
     shares = max(1, min(_REDUCTION_PROGRAMS // (heads * blocks), _ceil_div(n, 128)))
@@ -170,7 +171,7 @@ def _of_memory(
 
 
 def _settings(query: Tensor, M: Tensor, phi: FeatureMap, dtype: torch.dtype) -> dict[str, Any]:
-    """What all kernels are told."""
+    """The arguments that all kernels take."""
     batch, heads, positions, d = query.shape
     n, v, D = batch * positions, M.shape[-1], _padded(d)
     return {
@@ -191,7 +192,7 @@ def _settings(query: Tensor, M: Tensor, phi: FeatureMap, dtype: torch.dtype) -> 
 
 
 def _strides(name: str, strides: tuple[int, ...], axes: str) -> dict[str, int]:
-    """Those of the first axes, by the kernels' names for them."""
+    """The strides of the first axes, by the kernels' names for them."""
     return {f"{name}_{axis}": stride for axis, stride in zip(axes, strides, strict=False)}
 
 
@@ -200,7 +201,7 @@ def _unit_stride(tensor: Tensor) -> Tensor:
 
 
 def _padded(width: int) -> int:
-    """The next power of two; a side of a tile has 16 at least."""
+    """The next power of two, but at least 16, the shortest side of a tile."""
     return max(16, 1 << (width - 1).bit_length())
 
 
@@ -210,9 +211,9 @@ def _ceil_div(a: int, b: int) -> int:
 
 @functools.cache
 def _runs_on(device: torch.device) -> bool:
-    """Whether the kernels can be launched there; bfloat16 products need compute capability 8.0.
+    """Whether the kernels can be launched there. bfloat16 products need compute capability 8.0.
 
-    Triton wants what PyTorch does without: a C compiler, Python's headers, and a driver that knows its machine code.
+    Triton needs more than PyTorch: a C compiler, Python's headers, and a driver that knows its machine code.
     """
     enough = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
     if not enough or _kernels() is None:
@@ -223,8 +224,8 @@ def _runs_on(device: torch.device) -> bool:
             kernels.probe[(1,)](nothing, **_OPTIONS)
     except Exception as error:  # of Triton, the compiler or the driver, each with its own class
         warnings.warn(
-            f"Triton cannot run a kernel on {device} ({error}). Prefix-Tuning+ is computed there by PyTorch's "
-            "operations instead, which is slower.",
+            f"Triton cannot run a kernel on {device} ({error}). PyTorch's operations compute Prefix-Tuning+ there "
+            "instead, which is slower.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -243,7 +244,7 @@ def _kernels() -> ModuleType | None:
 
 @contextmanager
 def _launching(tensor: Tensor) -> Iterator[ModuleType]:
-    """The kernels, with the tensor's device as the current one: Triton launches there."""
+    """The kernels, while the tensor's device is the current one: Triton launches there."""
     kernels = _kernels()
     assert kernels is not None
     with _TUNING, torch.cuda.device(tensor.get_device()):
