@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixtune_cli import model as models
-from prefixtune_cli.data.encode import start_ids, with_start
+from prefixtune_cli.data.row_encoder import start_ids, with_start
 from prefixtune_cli.errors import ModelError, PtpError
 from prefixtune_cli.parallel.sharding import is_sharded
 from prefixtune_cli.recipe.schema import canonical

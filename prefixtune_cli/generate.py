@@ -25,7 +25,7 @@ from prefixtune_cli import model as models
 from prefixtune_cli.agreement import any_prompt, check_generation
 from prefixtune_cli.answer_file import AnswerFile
 from prefixtune_cli.data.conversation import Conversation
-from prefixtune_cli.data.encode import end_of_turn_id, plain, start_ids, with_start
+from prefixtune_cli.data.row_encoder import end_of_turn_id, plain, start_ids, with_start
 from prefixtune_cli.data.template import ChatTemplate
 from prefixtune_cli.data.template import chat_template as template_of
 from prefixtune_cli.pointed import Pointed

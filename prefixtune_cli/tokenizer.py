@@ -18,7 +18,7 @@ from prefixtune_cli.run_dir import RunDir
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-    from prefixtune_cli.data.tokenize import TokenizedData
+    from prefixtune_cli.data.tokenized_data import TokenizedData
 
 
 def check_base(section: ModelSection) -> None:

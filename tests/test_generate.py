@@ -183,9 +183,9 @@ def test_a_half_surrogate_of_an_unused_column_comes_out_as_it_went_in(
 def test_a_file_is_asked_in_the_tokens_that_training_saw(
     speaker: generate.Speaker, tmp_path: Path
 ) -> None:
-    from prefixtune_cli.data.encode import Encoder
     from prefixtune_cli.data.load import load_rows
     from prefixtune_cli.data.question import questions
+    from prefixtune_cli.data.row_encoder import RowEncoder
     from prefixtune_cli.recipe.schema import DataSection
 
     call = {"from": "function_call", "value": '{"name": "room", "arguments": {}}'}
@@ -203,7 +203,7 @@ def test_a_file_is_asked_in_the_tokens_that_training_saw(
             tokenizer = copy.deepcopy(speaker.tokenizer)
             if template is None:
                 tokenizer.chat_template = None
-            (trained,) = map(Encoder(rows, tokenizer, DataSection()).prompt, rows.dataset)
+            (trained,) = map(RowEncoder(rows, tokenizer, DataSection()).prompt, rows.dataset)
             assert asker.prompt(asked) == trained.prompt_ids
 
 

@@ -57,7 +57,7 @@ def inspect_data(
     console.quiet_libraries()
     from prefixtune_cli.data import inspect
     from prefixtune_cli.data.load import load_rows
-    from prefixtune_cli.data.tokenize import tokenize
+    from prefixtune_cli.data.tokenized_data import tokenize
 
     rows = load_rows(settings.data.train, settings.data)
     tokenizer = load_tokenizer(settings.model)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from prefixtune_cli.data.encode import MASKED
 from prefixtune_cli.data.read import start_of
-from prefixtune_cli.data.tokenize import DataStatistics, TokenizedData
+from prefixtune_cli.data.row_encoder import MASKED
+from prefixtune_cli.data.tokenized_data import DataStatistics, TokenizedData
 from prefixtune_cli.errors import DataError
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from prefixtune_cli.data.encode import start_ids, with_start
 from prefixtune_cli.data.load import evenly_spread, load_rows
 from prefixtune_cli.data.locate import check_text
 from prefixtune_cli.data.read import BOM, iconv
+from prefixtune_cli.data.row_encoder import start_ids, with_start
 from prefixtune_cli.errors import DataError, UsageError
 from prefixtune_cli.evaluate.losses import (
     Judged,

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefixtune_cli.data.inspect import check, warnings
 from prefixtune_cli.data.load import LoadedData, evenly_spread, load_rows
-from prefixtune_cli.data.tokenize import tokenize
+from prefixtune_cli.data.tokenized_data import tokenize
 from prefixtune_cli.evaluate.confusion_plot import draw_confusion
 from prefixtune_cli.evaluate.labels import confusion, label_codes, label_of, macro_f1
 from prefixtune_cli.evaluate.losses import (

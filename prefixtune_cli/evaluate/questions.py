@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefixtune_cli.data.conversation import Conversation
-from prefixtune_cli.data.encode import Encoder
 from prefixtune_cli.data.load import LoadedData
+from prefixtune_cli.data.row_encoder import RowEncoder
 from prefixtune_cli.errors import DataError
 from prefixtune_cli.evaluate.matching import compared_part
 from prefixtune_cli.recipe.schema import EvaluateSection
@@ -54,7 +54,7 @@ class Questions:
 
 def short_questions(
     rows: LoadedData,
-    encoder: Encoder,
+    encoder: RowEncoder,
     evaluation: EvaluateSection,
 ) -> Questions:
     """The rows as questions, or none where a row has no answer, or one answer in twenty is long.

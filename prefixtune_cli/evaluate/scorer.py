@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixtune_cli import model as models
-from prefixtune_cli.data.encode import MASKED
+from prefixtune_cli.data.row_encoder import MASKED
 from prefixtune_cli.evaluate.answer_cache import AnswerCache
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.questions import Question

@@ -18,7 +18,7 @@ from peft import PrefixTuningConfig
 from prefixtune_cli import model as models
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
 from prefixtune_cli.data.load import evenly_spread, load_rows
-from prefixtune_cli.data.tokenize import tokenize
+from prefixtune_cli.data.tokenized_data import tokenize
 from prefixtune_cli.errors import ResourceError, UsageError
 from prefixtune_cli.merge_info.bias import (
     Sums,

@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from prefixtune_cli.data.encode import MASKED
+from prefixtune_cli.data.row_encoder import MASKED
 
 ROWS_AT_ONCE = 10_000
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from prefixtune_cli.data.inspect import check, facts, warnings
 from prefixtune_cli.data.load import evenly_spread, load_rows
 from prefixtune_cli.data.locate import named
-from prefixtune_cli.data.tokenize import tokenize
+from prefixtune_cli.data.tokenized_data import tokenize
 from prefixtune_cli.evaluate.questions import Questions, example, short_questions
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import Recipe

@@ -13,7 +13,7 @@ from prefixtune_cli.cli.inspect_data import _coloured
 from prefixtune_cli.cli.inspect_data import inspect_data as command
 from prefixtune_cli.cli.options import for_typer
 from prefixtune_cli.data.inspect import Example, facts, warnings
-from prefixtune_cli.data.tokenize import DataStatistics
+from prefixtune_cli.data.tokenized_data import DataStatistics
 from prefixtune_cli.errors import DataError, UsageError
 
 inspect_data = for_typer(command)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from prefixtune_cli.data.encode import MASKED, Encoder, plain
 from prefixtune_cli.data.inspect import example, warnings
 from prefixtune_cli.data.load import load_rows
 from prefixtune_cli.data.question import questions
-from prefixtune_cli.data.tokenize import tokenize
+from prefixtune_cli.data.row_encoder import MASKED, RowEncoder, plain
+from prefixtune_cli.data.tokenized_data import tokenize
 from prefixtune_cli.errors import DataError
 from prefixtune_cli.recipe.schema import DataSection
 
@@ -472,5 +472,5 @@ def test_a_text_that_begins_with_the_beginning_token_gets_no_second_one(write, m
     other = tokenize(load_rows(write("b.jsonl", [bare]), section), tokenizer, section).dataset[0]
     assert other["input_ids"] == found["input_ids"]
     if "prompt" in row:
-        (asked,) = map(Encoder(rows, tokenizer, section).prompt, rows.dataset)
+        (asked,) = map(RowEncoder(rows, tokenizer, section).prompt, rows.dataset)
         assert asked.prompt_ids.count(begin) == 1

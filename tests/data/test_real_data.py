@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from prefixtune_cli.data.encode import Encoder
 from prefixtune_cli.data.load import load_rows
-from prefixtune_cli.data.tokenize import tokenize
+from prefixtune_cli.data.row_encoder import RowEncoder
+from prefixtune_cli.data.tokenized_data import tokenize
 from prefixtune_cli.errors import DataError
 from prefixtune_cli.recipe.schema import DataSection, ModelSection
 from prefixtune_cli.tokenizer import load_tokenizer
@@ -28,7 +28,7 @@ def test_banking77_is_read_by_mapped_columns_and_its_answers_are_labels() -> Non
     assert tokenized.statistics.truncated == 0
     chosen = rows.select(range(0, 10003, 100))
     assert {
-        asked.answer for asked in map(Encoder(chosen, tokenizer, section).prompt, chosen.dataset)
+        asked.answer for asked in map(RowEncoder(chosen, tokenizer, section).prompt, chosen.dataset)
     } <= set(rows.dataset["completion"])
     assert len(set(rows.dataset["completion"])) == 77
 

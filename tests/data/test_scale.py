@@ -23,7 +23,7 @@ import datasets
 from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 from prefixtune_cli.data.load import load_rows
-from prefixtune_cli.data.tokenize import tokenize
+from prefixtune_cli.data.tokenized_data import tokenize
 from prefixtune_cli.recipe.schema import DataSection
 
 def memory_gib(kind):

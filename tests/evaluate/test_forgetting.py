@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixtune_cli import model as models
-from prefixtune_cli.data.encode import start_ids
+from prefixtune_cli.data.row_encoder import start_ids
 from prefixtune_cli.errors import DataError, UsageError
 from prefixtune_cli.evaluate import forgetting
 from prefixtune_cli.evaluate.answer_cache import AnswerCache

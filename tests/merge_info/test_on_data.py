@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from prefixtune_cli.adapter import Memory, MemoryLayer, PrefixTuningPlusConfig
 from prefixtune_cli.data.load import load_rows
-from prefixtune_cli.data.tokenize import tokenize
+from prefixtune_cli.data.tokenized_data import tokenize
 from prefixtune_cli.errors import AdapterError, DataError, UsageError
 from prefixtune_cli.merge_info.bias import bucket, bucket_range, effective_rank
 from prefixtune_cli.merge_info.on_data import OnData, analyse

@@ -107,7 +107,7 @@ def test_rows_are_tokenized_as_pefts(
     script: ModuleType, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     from prefixtune_cli.data.load import load_rows
-    from prefixtune_cli.data.tokenize import tokenize
+    from prefixtune_cli.data.tokenized_data import tokenize
 
     rows = script.training_rows([{"query": QUERY, "response": RESPONSE, "type": "GSM_Rephrased"}])
     section = resolve("metamathqa").data

@@ -48,7 +48,7 @@ class Remark(StrEnum):
     UNPRINTED = "unprinted"
 
 
-class Encoder:
+class RowEncoder:
     """How a data set becomes tokens: one tokenizer, one template, one section of a recipe.
 
     Raises:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prefixtune_cli.data.encode import MASKED, Encoder
 from prefixtune_cli.data.inspect import check, example, spans, warnings
 from prefixtune_cli.data.load import load_rows
-from prefixtune_cli.data.tokenize import tokenize
+from prefixtune_cli.data.row_encoder import MASKED, RowEncoder
+from prefixtune_cli.data.tokenized_data import tokenize
 from prefixtune_cli.errors import DataError
 from prefixtune_cli.recipe.schema import DataSection
 from tests.data.chat_templates import END_OF_TURN, TEMPLATES
@@ -99,7 +99,7 @@ def test_the_question_is_the_masked_beginning_of_the_training_example(write, mak
 def test_the_question_of_a_chat_ends_before_its_last_answer(write, make_tokenizer):
     tokenizer = make_tokenizer("chatml")
     rows = load_rows(write("a.jsonl", [{"messages": [*CHAT, CHAT[0]]}]), DataSection())
-    (found,) = map(Encoder(rows, tokenizer, DataSection()).prompt, rows.dataset)
+    (found,) = map(RowEncoder(rows, tokenizer, DataSection()).prompt, rows.dataset)
     assert tokenizer.decode(found.prompt_ids).endswith("today?<|im_end|>\n<|im_start|>assistant\n")
     assert found.answer == "Fine, thanks"
 

@@ -13,8 +13,8 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from prefixtune_cli.data.encode import Encoder, Remark
 from prefixtune_cli.data.load import LoadedData
+from prefixtune_cli.data.row_encoder import Remark, RowEncoder
 from prefixtune_cli.errors import DataError
 from prefixtune_cli.recipe.schema import DataSection
 
@@ -79,7 +79,7 @@ class TokenizedData:
     every_row: Dataset
     statistics: DataStatistics
     rows: LoadedData
-    encoder: Encoder
+    encoder: RowEncoder
     notices: tuple[str, ...]
 
     def kept(self) -> LoadedData:
@@ -112,7 +112,7 @@ def tokenize(
     Raises:
         DataError: no template for chats, a template that does not fit, or long rows with on_long error.
     """
-    encoder = Encoder(rows, tokenizer, section)
+    encoder = RowEncoder(rows, tokenizer, section)
     every_row = rows.dataset.with_format("arrow").map(
         encoder,
         batched=True,
@@ -132,7 +132,7 @@ def tokenize(
 
 
 def _fingerprint(
-    rows: LoadedData, tokenizer: PreTrainedTokenizerBase, encoder: Encoder
+    rows: LoadedData, tokenizer: PreTrainedTokenizerBase, encoder: RowEncoder
 ) -> str | None:
     """A name for the tokens made of all that they depend on; None leaves it to `datasets`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -155,7 +155,7 @@ def _fingerprint(
 
 
 def _notices(
-    rows: LoadedData, tokenizer: PreTrainedTokenizerBase, encoder: Encoder
+    rows: LoadedData, tokenizer: PreTrainedTokenizerBase, encoder: RowEncoder
 ) -> tuple[str, ...]:
     end = tokenizer.convert_ids_to_tokens(encoder.end_id)
     if rows.layout == "text":
