@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from prefixtune_cli.data.read import Row
+from prefixtune_cli.data.lines import Row
 from prefixtune_cli.errors import Interrupted, ResourceError, RunDirError
 from prefixtune_cli.lock import why_not
 from prefixtune_cli.run_dir import json_line, write_atomically

@@ -15,7 +15,7 @@ from prefixtune_cli.errors import UsageError
 if TYPE_CHECKING:
     from prefixtune_cli.answer_file import AnswerFile
     from prefixtune_cli.data.conversation import Conversation
-    from prefixtune_cli.data.read import Row
+    from prefixtune_cli.data.lines import Row
 
 
 def generate(

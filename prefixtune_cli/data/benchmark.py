@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefixtune_cli.data import mmlu
+from prefixtune_cli.data.lines import Row
 from prefixtune_cli.data.locate import SUFFIXES, near_names
-from prefixtune_cli.data.read import READERS, Row, read
+from prefixtune_cli.data.read import READERS, read
 from prefixtune_cli.data.table import Line, check, refuse_bare_numbers, to_dataset
 from prefixtune_cli.errors import DataError
 

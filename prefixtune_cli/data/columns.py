@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Collection, Mapping
 
 from prefixtune_cli.data.format import FORMATS, Format, by_values, fitting
-from prefixtune_cli.data.read import Row
+from prefixtune_cli.data.lines import Row
 from prefixtune_cli.errors import DataError
 
 # Whatever a format may have; only the optional fields may be missing in a row.

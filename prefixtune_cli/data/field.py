@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from prefixtune_cli.data.read import Row, start_of
+from prefixtune_cli.data.lines import Row, start_of
 from prefixtune_cli.errors import DataError
 
 

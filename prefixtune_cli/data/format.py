@@ -14,7 +14,7 @@ from typing import Literal
 from prefixtune_cli.data import message
 from prefixtune_cli.data.conversation import ANSWERS
 from prefixtune_cli.data.field import named, text, written
-from prefixtune_cli.data.read import Row
+from prefixtune_cli.data.lines import Row
 from prefixtune_cli.errors import DataError
 
 Layout = Literal["messages", "prompt-completion", "text"]

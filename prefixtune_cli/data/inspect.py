@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from prefixtune_cli.data.read import start_of
+from prefixtune_cli.data.lines import start_of
 from prefixtune_cli.data.row_encoder import MASKED
 from prefixtune_cli.data.tokenized_data import DataStatistics, TokenizedData
 from prefixtune_cli.errors import DataError

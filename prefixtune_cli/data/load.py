@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 from prefixtune_cli.data import locate
 from prefixtune_cli.data.columns import check_map, missing, recognise, rename
 from prefixtune_cli.data.format import PAIR_OF_LISTS, READ, Format, Layout, convert
+from prefixtune_cli.data.lines import Row, is_by_line, origin
 from prefixtune_cli.data.message import weights_said
-from prefixtune_cli.data.read import Row, is_by_line, origin, read
+from prefixtune_cli.data.read import read
 from prefixtune_cli.data.stored import saved_files, without_fillers
 from prefixtune_cli.errors import DataError, ResourceError
 from prefixtune_cli.recipe.schema import DataSection

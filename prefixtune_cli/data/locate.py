@@ -9,7 +9,8 @@ from pathlib import Path
 
 from prefixtune_cli.data import folders
 from prefixtune_cli.data.folders import LocalFiles
-from prefixtune_cli.data.read import READERS, Rows, start_of
+from prefixtune_cli.data.lines import Rows, start_of
+from prefixtune_cli.data.read import READERS
 from prefixtune_cli.data.stored import dataset_rows
 from prefixtune_cli.errors import DataError, ResourceError, UsageError
 

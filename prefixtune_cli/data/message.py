@@ -10,7 +10,7 @@ from typing import Any
 
 from prefixtune_cli.data.conversation import ANSWERS
 from prefixtune_cli.data.field import named, text
-from prefixtune_cli.data.read import Row, start_of
+from prefixtune_cli.data.lines import Row, start_of
 from prefixtune_cli.errors import DataError
 
 # ShareGPT's names for the speakers, and OpenAI's developer, beside the roles themselves.

@@ -10,7 +10,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefixtune_cli.data.read import Row, iconv, origin, start_of
+from prefixtune_cli.data.lines import Row, iconv, origin, start_of
 from prefixtune_cli.data.table import Line, check
 from prefixtune_cli.errors import DataError
 

@@ -8,7 +8,8 @@ from prefixtune_cli.data import locate
 from prefixtune_cli.data.columns import check_map, rename
 from prefixtune_cli.data.conversation import ANSWERS, Conversation
 from prefixtune_cli.data.format import FORMATS
-from prefixtune_cli.data.read import Row, is_by_line, origin, read
+from prefixtune_cli.data.lines import Row, is_by_line, origin
+from prefixtune_cli.data.read import read
 from prefixtune_cli.data.stored import without_fillers
 from prefixtune_cli.errors import DataError
 

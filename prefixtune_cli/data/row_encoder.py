@@ -12,8 +12,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefixtune_cli.data.conversation import Conversation
+from prefixtune_cli.data.lines import origin
 from prefixtune_cli.data.load import LoadedData
-from prefixtune_cli.data.read import origin
 from prefixtune_cli.data.template import OPTIONS, ChatTemplate, chat_template
 from prefixtune_cli.errors import DataError
 from prefixtune_cli.recipe.schema import DataSection

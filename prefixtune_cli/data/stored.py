@@ -14,7 +14,7 @@ from prefixtune_cli.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-    from prefixtune_cli.data.read import Rows
+    from prefixtune_cli.data.lines import Rows
 
 
 def parquet_rows(path: Path) -> Rows:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from prefixtune_cli.data.read import SEPARATED, Row, origin
+from prefixtune_cli.data.lines import SEPARATED, Row, origin
 from prefixtune_cli.errors import DataError
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from prefixtune_cli.data.conversation import Conversation
+from prefixtune_cli.data.lines import start_of
 from prefixtune_cli.data.locate import check_exists
-from prefixtune_cli.data.read import start_of
 from prefixtune_cli.errors import DataError
 
 if TYPE_CHECKING:

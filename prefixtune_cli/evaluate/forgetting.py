@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from prefixtune_cli.data.lines import BOM, iconv
 from prefixtune_cli.data.load import evenly_spread, load_rows
 from prefixtune_cli.data.locate import check_text
-from prefixtune_cli.data.read import BOM, iconv
 from prefixtune_cli.data.row_encoder import start_ids, with_start
 from prefixtune_cli.errors import DataError, UsageError
 from prefixtune_cli.evaluate.losses import (

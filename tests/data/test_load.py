@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from prefixtune_cli.data import read
+from prefixtune_cli.data.lines import MAX_LINE_BYTES
 from prefixtune_cli.data.load import LoadedData, evenly_spread, load_rows, split
 from prefixtune_cli.errors import DataError, PtpError, ResourceError
 from prefixtune_cli.recipe.schema import DataSection
@@ -698,7 +698,7 @@ def test_a_one_gigabyte_line_is_refused_without_reading_it_whole(tmp_path):
     )
     ran = subprocess.run([sys.executable, "-c", work, str(file)], capture_output=True, text=True)
     told, peak_mib = ran.stdout.splitlines()
-    assert f"line 2: the line is longer than {read.MAX_LINE_BYTES // 2**20} MiB" in told
+    assert f"line 2: the line is longer than {MAX_LINE_BYTES // 2**20} MiB" in told
     assert int(peak_mib) < 400
 
 

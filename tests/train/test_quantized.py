@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_hook
 
 from prefixtune_cli.answer_file import COLUMN, AnswerFile
-from prefixtune_cli.data.read import Row
+from prefixtune_cli.data.lines import Row
 from prefixtune_cli.errors import ModelError
 from prefixtune_cli.evaluate.matching import exactly_matches
 from prefixtune_cli.evaluate.paired import mean_difference
