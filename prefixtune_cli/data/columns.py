@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from prefixtune_cli.data.format import FORMATS, Format, by_values, fitting
 from prefixtune_cli.data.lines import Row
 from prefixtune_cli.errors import DataError
+from prefixtune_cli.recipe.schema import DataSection
 
 # Whatever a format may have; only the optional fields may be missing in a row.
 OPTIONAL = {name for format in FORMATS.values() for name in format.optional}
@@ -114,6 +115,34 @@ def recognise(row: Row, mapping: Mapping[str, str], forced: str, where: str) -> 
     if format.name == "text" and forced not in FORMATS and not by_map:
         _refuse_a_pair(row, where)
     return format
+
+
+def notices(
+    format: Format, columns: Collection[str], numbers: Collection[str], section: DataSection
+) -> list[str]:
+    """What the user should know about the columns of all rows, by their names in the files.
+
+    Args:
+        format: the format of the rows.
+        columns: the columns in the files.
+        numbers: the format's columns that hold numbers in some row.
+        section: format, map and train_on are used.
+    """
+    how = "forced by --format" if section.format != "auto" else "recognised"
+    own = {name: section.map.get(name, name) for name in (*format.columns, *format.optional)}
+    used = {name: column for name, column in own.items() if column in columns}
+    said = ", ".join(c if c == name else f"{c} as {name}" for name, c in used.items())
+    unused = [column for column in columns if column not in used.values()]
+    end = f"; not used: {', '.join(column or '(no name)' for column in unused)}." if unused else "."
+    told = [f"Format: {format.name} ({how}; columns {said}){end}"]
+    if numbers:
+        told.append(
+            f"Numbers in {' and '.join(own[name] for name in numbers)} are trained as they are written. If they "
+            "stand for classes, the names of the classes are learned better."
+        )
+    if format.layout == "text" and section.train_on == "completion":
+        told.append("A text has no completion, so every token of it is trained.")
+    return told
 
 
 def _refuse_a_pair(row: Row, where: str) -> None:

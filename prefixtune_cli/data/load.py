@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefixtune_cli.data import locate
-from prefixtune_cli.data.columns import check_map, missing, recognise, rename
-from prefixtune_cli.data.format import PAIR_OF_LISTS, READ, Format, Layout, convert
+from prefixtune_cli.data.columns import check_map, missing, notices, recognise, rename
+from prefixtune_cli.data.format import PAIR_OF_LISTS, READ, Layout, convert
 from prefixtune_cli.data.lines import Row, is_by_line, origin
-from prefixtune_cli.data.message import weights_said
+from prefixtune_cli.data.message import weight_notices, weights_said
 from prefixtune_cli.data.read import read
 from prefixtune_cli.data.stored import saved_files, without_fillers
 from prefixtune_cli.errors import DataError, ResourceError
@@ -167,44 +167,12 @@ def load_rows(source: str, section: DataSection) -> LoadedData:
         files=names,
         notices=(
             *([found.notice] if found is not None and found.notice else ()),
-            *_notices(format, about["columns"], about["numbers"], section),
-            *_weight_notices(format, about["weights"], section),
+            *notices(format, about["columns"], about["numbers"], section),
+            *weight_notices(
+                about["weights"], in_prompts=format is PAIR_OF_LISTS, train_on=section.train_on
+            ),
         ),
     )
-
-
-def _notices(
-    format: Format, columns: list[str], numbers: list[str], section: DataSection
-) -> tuple[str, ...]:
-    """What is said of the columns of all rows, in the names of the files."""
-    how = "forced by --format" if section.format != "auto" else "recognised"
-    own = {name: section.map.get(name, name) for name in (*format.columns, *format.optional)}
-    used = {name: column for name, column in own.items() if column in columns}
-    said = ", ".join(c if c == name else f"{c} as {name}" for name, c in used.items())
-    unused = [column for column in columns if column not in used.values()]
-    end = f"; not used: {', '.join(column or '(no name)' for column in unused)}." if unused else "."
-    notices = [f"Format: {format.name} ({how}; columns {said}){end}"]
-    if numbers:
-        notices.append(
-            f"Numbers in {' and '.join(own[name] for name in numbers)} are trained as they are written. Where they "
-            "stand for classes, the names of the classes are learned better."
-        )
-    if format.layout == "text" and section.train_on == "completion":
-        notices.append("A text has no completion, so every token of it is trained.")
-    return tuple(notices)
-
-
-def _weight_notices(format: Format, weights: dict[str, int], section: DataSection) -> list[str]:
-    """What comes of `weight`, `train` and the like, where messages have them."""
-    why = "they stand in a prompt" if format is PAIR_OF_LISTS else "their weight says"
-    found = [(weights.get("answers masked"), f"answers are not trained, as {why}.")]
-    if section.train_on == "completion":
-        others = "messages that are no answers ask to be trained; only answers are, without --train-on all."
-        found.append((weights.get("others asked for"), others))
-    else:
-        others = "messages that are no answers ask not to be trained; with --train-on all they are."
-        found.append((weights.get("others masked"), others))
-    return [f"{count:,} {what}" for count, what in found if count]
 
 
 def _sha256(content: bytes) -> str:

@@ -209,9 +209,28 @@ def _turn(role: str, content: str) -> Row:
 
 
 def weights_said(turns: list[Row]) -> dict[str, int]:
-    """How many turns say whether they are learned, by what comes of it."""
+    """How many turns say whether they are learned, by the effect."""
     return {
         "answers masked": sum(t["trained"] is False for t in turns if t["role"] in ANSWERS),
         "others asked for": sum(t["trained"] is True for t in turns if t["role"] not in ANSWERS),
         "others masked": sum(t["trained"] is False for t in turns if t["role"] not in ANSWERS),
     }
+
+
+def weight_notices(weights: dict[str, int], *, in_prompts: bool, train_on: str) -> list[str]:
+    """What `weight`, `train` and the like do to the messages that have them.
+
+    Args:
+        weights: sums of `weights_said` over all rows.
+        in_prompts: answers are masked because they stand in prompts, not by a weight.
+        train_on: the recipe's setting.
+    """
+    why = "they stand in a prompt" if in_prompts else "their weight says"
+    found = [(weights.get("answers masked"), f"answers are not trained, as {why}.")]
+    if train_on == "completion":
+        others = "messages that are no answers ask to be trained; only answers are, without --train-on all."
+        found.append((weights.get("others asked for"), others))
+    else:
+        others = "messages that are no answers ask not to be trained; with --train-on all they are."
+        found.append((weights.get("others masked"), others))
+    return [f"{count:,} {what}" for count, what in found if count]
