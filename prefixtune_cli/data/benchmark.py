@@ -1,9 +1,8 @@
-"""A benchmark's data set from files of the user's own, for machines that do not reach the hub.
+"""A benchmark's data set from the user's own files, for machines that do not reach the hub.
 
-A folder is searched by what its README declares (a clone of the hub's repository), then by the names
-in OWN and SHARED. MMLU is also read as its authors published it (mmlu.py); its rows always leave as the
-hub has them.
-`datasets.load_dataset` is not used: it keeps a cache, and it is what `evaluate` replaces.
+In a folder, files are found by what its README declares (in a clone of the hub's repository), then by the
+names in OWN and SHARED. MMLU is also read in its authors' form (mmlu.py); its rows always leave in the hub's
+form. `datasets.load_dataset` is not used: it keeps a cache, and `evaluate` replaces it.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from prefixtune_cli.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-# Where a split may lie, in the folder or in `data/` below it: files of one subset, then files of all
-# subsets, whose rows are told apart by their column `subject`.
+# Where a split may be, in the folder or in its `data/`: files of one subset, then files of all subsets,
+# in which the column `subject` tells the subset of a row.
 OWN = ("{subset}/{split}", "{split}/{subset}_{split}", "{split}/{subset}", "{subset}_{split}")
 SHARED = ("{split}", "all/{split}", "default/{split}")
-WHOLE = (None, "all", "default", "main")  # subsets that are no subjects
+WHOLE = (None, "all", "default", "main")  # subsets that are not subjects
 VALIDATION = ("validation", "val", "valid")
 SPLITS = ("train", "test", "dev", *VALIDATION)
 SHARD = re.compile(r"-\d{5}-of-(\d{5})(-[0-9a-f]{8,})?$")
@@ -41,14 +40,14 @@ LFS = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a task reads, as the hub names it.
+    """What a task reads, by the hub's names.
 
     Attributes:
         bench: what the user typed before `=`: `mmlu`.
         dataset: the hub's id: `cais/mmlu`.
         subset: its config: `anatomy`.
         splits: the hub's names of the splits that the task reads.
-        columns: what every row must have; empty where it is not known.
+        columns: the columns that every row must have; empty if unknown.
     """
 
     bench: str
@@ -59,7 +58,7 @@ class Wanted:
 
     @property
     def is_mmlu(self) -> bool:
-        """By the whole name: cmmlu, KMMLU and others have columns of their own."""
+        """Whether it is MMLU itself: cmmlu, KMMLU and others have other columns."""
         return self.dataset.rpartition("/")[2] in mmlu.NAMES
 
     @property
@@ -67,7 +66,7 @@ class Wanted:
         return self.is_mmlu or {*mmlu.COLUMNS} <= {*self.columns}
 
     def names(self, split: str) -> tuple[str, ...]:
-        """The names under which a split is looked for, the best first."""
+        """The names to look for a split by, the best first."""
         if split not in VALIDATION:
             return (split,)
         dev = () if "dev" in self.splits else ("dev",)
@@ -80,14 +79,14 @@ class Wanted:
 
 
 def load_benchmark(path: Path, wanted: Wanted) -> DatasetDict:
-    """The rows that the hub would give, from a folder, a clone, or one file where one split is read.
+    """The rows that the hub would give, from a folder, a clone, or, if only one split is read, a file.
 
     Returns:
-        The wanted splits and no others, in memory. MMLU has the hub's features and Parquet its own;
-        the cells of other CSV stay text, and a column of them that may be meant as numbers is refused.
+        Only the wanted splits, in memory. MMLU has the hub's features, and Parquet has its own. Cells of
+        other CSV files stay text; a column that may be meant as numbers is refused.
 
     Raises:
-        DataError: a file, a split or a subset is missing, or a row is wrong, which is named.
+        DataError: a file, a split or a subset is missing, or a row is wrong; the message names it.
     """
     from datasets import DatasetDict
 
@@ -139,7 +138,7 @@ def _single(path: Path, wanted: Wanted, split: str) -> tuple[list[Path], bool]:
     if named in SPLITS and named not in wanted.names(split):
         raise DataError(
             f"{wanted.bench} reads the split {split!r}, and {path} is named as the split {named!r}. Give the file of "
-            f"{split!r}, or rename this one if it is that: {split}{path.suffix}"
+            f"{split!r}, or rename this one if it is the right one: {split}{path.suffix}"
         )
     place = path.absolute().with_name(stem).as_posix()
     own_stems = [own for name in wanted.names(split) for own in wanted.stems(OWN, name)]
@@ -167,7 +166,7 @@ def _find(path: Path, wanted: Wanted, split: str) -> tuple[list[Path], bool]:
 
 
 def _stored(stem: Path) -> list[Path]:
-    """The file of this path without suffix, or its shards."""
+    """The file with this path before its suffix, or its shards."""
     found = sorted(
         file
         for file in (stem.parent.iterdir() if stem.parent.is_dir() else ())
@@ -182,7 +181,7 @@ def _stored(stem: Path) -> list[Path]:
 
 
 def _shards(file: Path) -> int:
-    """How many shards the name speaks of; 0 for a file that is none."""
+    """The number of shards that a shard's name gives; 0 for other files."""
     match = SHARD.search(file.stem)
     return int(match[1]) if match else 0
 
@@ -193,14 +192,14 @@ def _refuse_missing_shards(files: list[Path]) -> None:
         shards, there = one[2], series.count(one)
         if shards and there != shards:
             raise DataError(
-                f"{file} is one of {shards} by its name, and {there} were found. Give a folder with exactly these "
-                f"{shards} files."
+                f"{file} is one of {shards} shards by its name, and {there} were found. Give a folder with exactly "
+                f"these {shards} files."
             )
 
 
-@lru_cache(maxsize=4)  # MMLU's has thousands of lines, for each of 57 subjects
+@lru_cache(maxsize=4)  # MMLU's README has thousands of lines, and 57 subjects read it
 def _configs(readme: Path, stamp: tuple[int, ...]) -> dict[str, dict[str, list[str]]]:
-    """{config: {split: patterns of files}} as a README's front matter has it; "" is the default."""
+    """{config: {split: patterns of files}} from a README's front matter; "" is the default."""
     from huggingface_hub import metadata_load
 
     configs: dict[str, dict[str, list[str]]] = {}
@@ -220,7 +219,7 @@ def _configs(readme: Path, stamp: tuple[int, ...]) -> dict[str, dict[str, list[s
                     ]
             if name == "default" or entry.get("default"):
                 configs[""] = configs[name]
-    except Exception:  # no YAML, or of another form, by one of many errors: then names decide
+    except Exception:  # not YAML, or another form, with one of many errors: then file names decide
         return {}
     if len(configs) == 1:
         configs[""] = next(iter(configs.values()))
@@ -228,7 +227,7 @@ def _configs(readme: Path, stamp: tuple[int, ...]) -> dict[str, dict[str, list[s
 
 
 def _stamp(file: Path) -> tuple[int, ...]:
-    """Changes when the file does, even where a copy keeps its time and size."""
+    """A value that changes with the file, even if a copy keeps its time and size."""
     stat = file.stat()
     return (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)
 
@@ -248,14 +247,14 @@ def _parse(file: Path, stamp: tuple[int, ...], may_have_letters: bool) -> list[t
 
 
 def _of_subset(lines: list[Line], wanted: Wanted, split: str) -> list[Line]:
-    """The lines of the wanted subject; all of them where no row has one and the set is not MMLU."""
+    """The lines of the wanted subject; all lines if no row has a subject and the data set is not MMLU."""
     untold = next((line for line in lines if not isinstance(line.row.get("subject"), str)), None)
     if untold:
         if not wanted.is_mmlu and not any("subject" in line.row for line in lines):
             return lines
         raise DataError(
             f"{untold.where}: the row has no 'subject', so nothing says whether it is of {wanted.subset!r}. Add the "
-            f"column, or name the file {wanted.subset}_{split}{untold.file.suffix} if all of it is."
+            f"column, or name the file {wanted.subset}_{split}{untold.file.suffix} if all rows are."
         )
     chosen = [line for line in lines if line.row["subject"] == wanted.subset]
     if not chosen:
@@ -271,11 +270,11 @@ def _nearest(subset: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(subset, names, n=3)
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     nearest = f"The nearest is {' or '.join(map(repr, near))}. " if near else ""
-    return f"{nearest}Those there are: {', '.join(names[:8])}{more}."
+    return f"{nearest}There are: {', '.join(names[:8])}{more}."
 
 
 def _missing(path: Path, wanted: Wanted, split: str, subsets: set[str]) -> str:
-    """The error of a split, or a subset, that no file is named after."""
+    """The error for a split or a subset for which no file is found."""
     found = itertools.chain(*(path.glob(depth) for depth in ("*", "*/*", "*/*/*")))
     data = [
         file.relative_to(path)

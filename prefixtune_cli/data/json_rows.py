@@ -1,7 +1,4 @@
-"""The rows of JSON Lines and of JSON, each with its line.
-
-`json` alone keeps the last value of a key that stands twice, and names no line.
-"""
+"""The rows of JSON Lines and of JSON, each with its line."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ from prefixtune_cli.errors import DataError
 
 MAX_JSON_ARRAY_BYTES = 2**30
 BLANK = re.compile(r"[ \t\r\n]*")
-# The keys of an object around the rows.
+# Keys whose value may be the list of rows, if a file is one object.
 AROUND = {
     "data", "dataset", "dev", "entries", "examples", "instances", "items", "records", "rows", "samples", "test",
     "train", "validation",
@@ -34,6 +31,7 @@ AROUND = {
 
 
 def jsonl_rows(path: Path) -> Rows:
+    """One object per line."""
     for number, line in read_lines(path):
         text = line.rstrip(" \t\r\n")
         if text.strip():
@@ -42,7 +40,7 @@ def jsonl_rows(path: Path) -> Rows:
 
 
 def json_rows(path: Path) -> Rows:
-    """An array of objects, one object a line, or one object around the array, as in {"data": […]}."""
+    """An array of objects, one object per line, or one object around the array, as in {"data": […]}."""
     if _has_one_row_a_line(path):
         yield from jsonl_rows(path)
         return
@@ -62,7 +60,7 @@ def json_rows(path: Path) -> Rows:
         behind = _after_blank(text, end)
         raise DataError(
             f"{origin(str(path), text.count(chr(10), 0, behind) + 1)}: broken JSON, got "
-            f"{start_of(text[behind : behind + 61])} behind the end of the whole."
+            f"{start_of(text[behind : behind + 61])} after its end."
         )
 
 
@@ -78,7 +76,7 @@ def _has_one_row_a_line(path: Path) -> bool:
 
 
 def _array(text: str, opening: int, path: Path) -> Generator[tuple[int, Row], None, int]:
-    """The rows of the array that opens there; returns where it ends."""
+    """Yield the rows of the array that opens there; return where it ends."""
     position, line, counted = opening + 1, text.count("\n", 0, opening) + 1, opening
     more, end = True, opening
     while more:
@@ -101,7 +99,7 @@ def _array(text: str, opening: int, path: Path) -> Generator[tuple[int, Row], No
 
 
 def _object_or_its_rows(text: str, start: int, path: Path) -> Generator[tuple[int, Row], None, int]:
-    """One object: a row, or what stands around the rows; returns where it ends."""
+    """Yield the object, if it is a row, or the rows in it; return where it ends."""
     line = text.count("\n", 0, start) + 1
     where = origin(str(path), line)
     whole, end = _parse(lambda: _decode_at(text, start), where, text[start : start + 61])
@@ -110,7 +108,7 @@ def _object_or_its_rows(text: str, start: int, path: Path) -> Generator[tuple[in
     around = [name for name in lists if name.lower() in AROUND or len(whole) == 1]
     if len(around) > 1:
         raise DataError(
-            f"{path}: one object with the lists {' and '.join(around)}. Give each a file of its own: "
+            f"{path}: one object with the lists {' and '.join(around)}. Write each to its own file: "
             f"jq .{around[0]} {shlex.quote(str(path))} > {shlex.quote(f'{path.stem}-{around[0]}.json')}"
         )
     if not around:
@@ -122,7 +120,7 @@ def _object_or_its_rows(text: str, start: int, path: Path) -> Generator[tuple[in
 
 
 def _value_of(name: str, text: str, opening: int) -> int:
-    """Where the value of a key begins, in an object that opens there and is known to have it."""
+    """Where the value of a key begins, in the object that opens there and has the key."""
     position, key = opening, None
     while key != name:
         if key is not None:
@@ -134,7 +132,7 @@ def _value_of(name: str, text: str, opening: int) -> int:
 
 
 def _are_rows(value: Any) -> bool:
-    """A list of objects that are no messages, as a row may hold a list of these."""
+    """Whether a value is a list of objects other than messages: a single row may hold a list of messages."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -145,14 +143,14 @@ def _are_rows(value: Any) -> bool:
 
 def _after_blank(text: str, position: int) -> int:
     found = BLANK.match(text, position)
-    assert found is not None, "it matches nothing at all, too"
+    assert found is not None, "the pattern matches the empty text as well"
     return found.end()
 
 
 def _decode_at(text: str, start: int) -> tuple[Any, int]:
     try:
         return _decoder.raw_decode(text, start)
-    except StopIteration as error:  # the scanner's way to say so below Python 3.13
+    except StopIteration as error:  # what the scanner raises below Python 3.13
         raise json.JSONDecodeError("Expecting value", text, error.value) from None
 
 
@@ -161,7 +159,7 @@ def _parse(parse: Callable[[], Any], where: str, text: str) -> Any:
         return parse()
     except _DuplicateKey as error:
         raise DataError(
-            f"{where}: the key {str(error)!r} stands twice in one object. Keep one of the two. The line begins "
+            f"{where}: the key {str(error)!r} occurs twice in one object. Keep one of the two. The line begins "
             f"with {start_of(text)}."
         ) from None
     except (ValueError, RecursionError) as error:
@@ -177,9 +175,7 @@ def _parse(parse: Callable[[], Any], where: str, text: str) -> Any:
 
 def _checked(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
-        array = (
-            " Where the whole file is one array, name it .json." if isinstance(row, list) else ""
-        )
+        array = " If the whole file is one array, name it .json." if isinstance(row, list) else ""
         raise DataError(
             f"{where}: a row must be a JSON object with named columns, got {start_of(json.dumps(row))}. Write it as "
             f'{{"text": …}} or {{"prompt": …, "completion": …}}.{array}'

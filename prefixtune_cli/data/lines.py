@@ -1,4 +1,4 @@
-"""The lines of a text file, decoded, and in words where a row stands."""
+"""The lines of a text file, and the words for a row's place in it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Rows = Iterator[tuple[int, Row]]
 
 
 def origin(file: str, line: int) -> str:
-    """Where a row came from, in words: `my.jsonl, line 18`; Parquet's and a data set's rows have no lines."""
+    """Where a row comes from, in words: `my.jsonl, line 18`, or `my.parquet, row 18` if the file has no lines."""
     return f"{file}, {_unit(file)} {line}"
 
 
 def is_by_line(file: str) -> bool:
-    """Whether a file is of a type that has lines, and no table."""
+    """Whether a file has lines by its type, unlike a stored table."""
     return file.lower().endswith(BY_LINE)
 
 
@@ -40,7 +40,7 @@ def start_of(text: str, length: int = 60) -> str:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Decoded lines with their ends, never more than MAX_LINE_BYTES of one in memory."""
+    """The numbered lines, decoded, with their ends. At most MAX_LINE_BYTES of a line are in memory."""
     with open(path, "rb") as file:
         number = 0
         while raw := file.readline(MAX_LINE_BYTES + 1):
@@ -49,7 +49,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise DataError(
                     f"{origin(str(path), number)}: the line is longer than {MAX_LINE_BYTES // 2**20} MiB, and "
                     f"begins with {start_of(raw[:60].decode('utf-8', 'replace'))}. Put one row on each line; "
-                    "for a JSON array spread over one line, name the file .json."
+                    "if it is a JSON array on one line, name the file .json."
                 )
             if number == 1:
                 raw = raw.removeprefix(BOM)
@@ -57,6 +57,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def decode(raw: bytes, path: Path, line: int) -> str:
+    """Decode UTF-8 that begins on this line of a file; raises DataError with the place of a wrong byte."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -70,6 +71,6 @@ def decode(raw: bytes, path: Path, line: int) -> str:
 
 
 def iconv(path: Path, encoding: str = "latin1") -> str:
-    """The command that makes a file UTF-8, as it can be pasted."""
+    """A command, ready to paste, that converts a file to UTF-8."""
     converted = shlex.quote(f"{path.stem}-utf8{path.suffix}")
     return f"iconv -f {encoding} -t utf-8 {shlex.quote(str(path))} > {converted}"

@@ -1,6 +1,6 @@
-"""MMLU's rows: as its authors published them, and as the hub has them (`cais/mmlu`).
+"""MMLU's rows, in the form of its authors and in the form of the hub (`cais/mmlu`).
 
-The original is CSV without a header, a letter for the answer (github.com/hendrycks/test).
+The authors' form is CSV without a header, with a letter for the answer (github.com/hendrycks/test).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ANSWERS = {name: i for names in ("ABCD", "0123") for i, name in enumerate(names)
 
 
 def original_rows(file: Path) -> list[tuple[int, Row]]:
-    """The rows of MMLU's CSV without a header; none where there is a header."""
+    """The rows of MMLU's CSV without a header; none if there is a header."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -55,11 +55,11 @@ def original_rows(file: Path) -> list[tuple[int, Row]]:
 
 
 def hub_row(line: Line, subject: str | None) -> Row:
-    """The hub's columns: the choices in one list, the answer as a number, texts untouched.
+    """A row in the hub's columns: the choices in one list, the answer as a number, texts untouched.
 
     Args:
-        line: a row in any of MMLU's spellings.
-        subject: of a row that has none; None where every row must have its own.
+        line: a row in any of MMLU's forms.
+        subject: the subject of a row that has none; None if every row must have its own.
 
     Raises:
         DataError: the row is wrong.

@@ -1,7 +1,7 @@
 """The rows of a file of any known type, each with its place in the file.
 
-Why not pandas or the readers of `datasets`? They name no line, keep only the last value of a key that stands twice,
-and hold a line of one gigabyte in memory. These readers stream, and stop with one clear error.
+Why not pandas or the readers of `datasets`? They name no line, keep only the last value of a duplicate key without a
+word, and hold a line of one gigabyte in memory. These readers stream, and stop with one clear error.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ READERS: dict[str, Callable[[Path], Rows]] = {
 
 
 def read(path: Path) -> Rows:
-    """Yield (line, row) of a file, by its suffix, or of a saved data set; lines count from 1, and so do stored rows.
+    """Yield (line, row) of a file, by its suffix, or of a saved data set. Lines and stored rows count from 1.
 
     Raises:
-        DataError: the file is empty, unreadable, or wrong in a line, which is named.
+        DataError: the file is empty, unreadable or wrong; the message names the line.
     """
     rows = saved_rows(path) if path.is_dir() else READERS[path.suffix.lower()](path)
     try:

@@ -1,6 +1,6 @@
-"""Rows that are stored as Arrow's columns: Parquet files, saved data sets, and those of the hub.
+"""Rows that are stored as Arrow columns: Parquet files, saved data sets, and data sets of the hub.
 
-They have types, and may have classes: numbers whose names are kept apart. The names are what a model is to learn.
+They have types, and may have classes: numbers, with names stored apart. A model is to learn the names.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def parquet_rows(path: Path) -> Rows:
             repeated = {name for name in schema.names if schema.names.count(name) > 1}
             if repeated:
                 raise DataError(
-                    f"{path}: the column {sorted(repeated)[0]!r} stands twice. Rename one."
+                    f"{path}: the column {sorted(repeated)[0]!r} occurs twice. Rename one."
                 )
             described = b"huggingface" in (schema.metadata or {})
             classes = _classes(Features.from_arrow_schema(schema)) if described else {}
             yield from _numbered(file.iter_batches(batch_size=1000), classes)
     except pa.ArrowException as error:
         raise DataError(
-            f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}). Write the file anew."
+            f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}). Write the file again."
         ) from error
 
 
@@ -50,7 +50,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def saved_files(folder: Path) -> list[Path]:
-    """The files of a saved data set that decide its rows, in their order."""
+    """The files of a saved data set that determine its rows, in their order."""
     return [folder / "dataset_info.json", *sorted(folder.glob("*.arrow"))]
 
 
@@ -68,7 +68,7 @@ def saved_rows(folder: Path) -> Rows:
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
-            f"{folder} cannot be read as a data set of save_to_disk ({reason}). Save it anew."
+            f"{folder} cannot be read as a data set of save_to_disk ({reason}). Save it again."
         ) from error
 
 
@@ -86,9 +86,9 @@ def _classes(features: Features) -> dict[str, dict[int, str]]:
 
 
 def without_fillers(value: Any, *, nested: bool = False) -> Any:
-    """A row without the nulls within its columns: a table has every key in every struct, and fills in what is missing.
+    """A row without the nulls inside its columns. A table has every key in every struct, and fills gaps with nulls.
 
-    To a template such a key would be a parameter of each tool, or an argument of each call.
+    A template would take such a key for a parameter of each tool, or an argument of each call.
     """
     if isinstance(value, dict):
         return {
@@ -104,7 +104,7 @@ def without_fillers(value: Any, *, nested: bool = False) -> Any:
 def _numbered(
     batches: Iterable[Any], classes: dict[str, dict[int, str]]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of batches (pyarrow's tables), counted from 1; a class without a name, such as -1, is null."""
+    """Rows of batches (pyarrow tables), counted from 1. A class without a name, such as -1, is null."""
     number = 0
     for batch in batches:
         for row in batch.to_pylist():

@@ -1,4 +1,4 @@
-"""Rows of files, each with its place in one, and the data set that they become."""
+"""Rows of files, each with its place in its file, and the data set that they become."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ def check(line: Line, columns: Iterable[str]) -> None:
 
 
 def refuse_bare_numbers(lines: list[Line], columns: tuple[str, ...]) -> None:
-    """CSV has no types, and a label that is the text "1" counts as a wrong answer without a word."""
+    """Refuse CSV columns of numbers: CSV has no types, and a label that is the text "1" would count as wrong."""
     rows = [line.row for line in lines if line.file.suffix.lower() in SEPARATED]
     for name in (columns or rows[0]) if rows else ():
         if all(re.fullmatch(r"-?\d+(\.\d+)?", str(row.get(name))) for row in rows):
             raise DataError(
-                f"{lines[0].file}: the column {name!r} holds numbers alone, and CSV does not say whether the benchmark "
+                f"{lines[0].file}: the column {name!r} holds only numbers, and CSV does not say whether the benchmark "
                 "has them as numbers or as text. Give the file as .jsonl or .parquet."
             )
 
 
 def to_dataset(lines: list[Line], features: Features | None) -> Dataset:
-    """The rows in memory, with these types; None takes those of a Parquet file, or else infers them.
+    """The rows as a data set in memory, with these types. None uses the types of a Parquet file, or else infers them.
 
     Raises:
-        DataError: a column has rows of several types.
+        DataError: a column has values of several types.
     """
     import pyarrow as pa
     from datasets import Dataset, Features
@@ -83,5 +83,5 @@ def to_dataset(lines: list[Line], features: Features | None) -> Dataset:
                     f"{lines[i].where}. Give it one type."
                 ) from None
         raise DataError(
-            f"{file}: the rows make no table ({str(error).splitlines()[0]})."
+            f"{file}: the rows do not form a table ({str(error).splitlines()[0]})."
         ) from error

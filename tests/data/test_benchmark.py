@@ -287,7 +287,7 @@ def test_a_csv_column_of_bare_numbers_is_refused_since_its_type_is_not_known(wri
     wanted = Wanted("piqa", "ybisk/piqa", None, ("test",), ("goal", "label"))
     write("test.csv", "goal,label,id\nSit,0,1\nStand,1,2\n")
     told = refusal(tmp_path, wanted)
-    assert "'label' holds numbers alone" in told and ".jsonl or .parquet" in told
+    assert "'label' holds only numbers" in told and ".jsonl or .parquet" in told
     write("test.csv", "goal,label,id\nSit,left,1\nStand,1,2\n")
     assert load_benchmark(tmp_path, wanted)["test"]["label"][:] == ["left", "1"]
 
@@ -428,13 +428,13 @@ def test_a_git_lfs_pointer_is_named_as_one(write, tmp_path, name):
 def test_a_missing_or_superfluous_shard_is_refused(write, tmp_path):
     write("main/test-00000-of-00002.jsonl", [{"question": "?", "answer": "!"}])
     told = refusal(tmp_path, gsm8k("test"))
-    assert "is one of 2 by its name, and 1 were found" in told
+    assert "is one of 2 shards by its name, and 1 were found" in told
     shard = tmp_path / "main/test-00000-of-00002.jsonl"
-    assert "is one of 2 by its name" in refusal(shard, gsm8k("test"))
+    assert "is one of 2 shards by its name" in refusal(shard, gsm8k("test"))
     write("main/test-00001-of-00002.jsonl", [{"question": "?", "answer": "!"}])
     assert len(load_benchmark(tmp_path, gsm8k("test"))["test"]) == 2
     write("main/test-00001-of-00002-0123456789.jsonl", [{"question": "?", "answer": "!"}])
-    assert "is one of 2 by its name, and 3 were found" in refusal(tmp_path, gsm8k("test"))
+    assert "is one of 2 shards by its name, and 3 were found" in refusal(tmp_path, gsm8k("test"))
 
 
 def test_shards_of_two_folders_are_two_series(write, tmp_path):
@@ -480,13 +480,13 @@ def test_a_missing_subset_is_told_with_the_nearest_there(write, tmp_path, form):
         write(form.format(subset), [row()])
     told = refusal(tmp_path, mmlu("anatomie", ("test",)))
     assert "There is no subset 'anatomie'. The nearest is 'anatomy'" in told
-    assert "Those there are: anatomy, astronomy, virology." in told
+    assert "There are: anatomy, astronomy, virology." in told
 
 
 def test_a_subset_that_a_readme_does_not_declare_is_told_with_those_it_does(write, tmp_path):
     write("README.md", README)
     told = refusal(tmp_path, mmlu("anatomie", ("test",)))
-    assert "The nearest is 'anatomy'. Those there are: anatomy, virology." in told
+    assert "The nearest is 'anatomy'. There are: anatomy, virology." in told
 
 
 # A single file

@@ -666,10 +666,10 @@ def test_a_conversation_without_answer_is_taken_when_all_is_trained(write):
 
 def test_duplicate_keys_are_refused_at_any_depth(write):
     told = refusal(write("a.jsonl", '{"prompt": "a", "completion": "b", "prompt": "c"}'))
-    assert "line 1: the key 'prompt' stands twice" in told
+    assert "line 1: the key 'prompt' occurs twice" in told
     nested = '{"messages": [{"role": "user", "role": "assistant", "content": "b"}]}'
-    assert "the key 'role' stands twice" in refusal(write("b.jsonl", nested))
-    assert "'prompt' stands twice" in refusal(write("c.csv", "prompt,prompt\na,b\n"))
+    assert "the key 'role' occurs twice" in refusal(write("b.jsonl", nested))
+    assert "'prompt' occurs twice" in refusal(write("c.csv", "prompt,prompt\na,b\n"))
 
 
 def test_csv_rows_of_another_width_and_open_quotes_are_refused(write):
