@@ -1,6 +1,6 @@
-"""The format of a file, from its columns: by their names, by `--map`, and by a question where two readings fit.
+"""The format of a file, from the names of its columns and from `--map`.
 
-A guess that is wrong costs a whole training, so what may be meant in two ways is refused with the lines to type.
+A wrong guess costs a whole training. So if columns may be meant in two ways, they are refused, with the lines to type.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from prefixtune_cli.data.lines import Row
 from prefixtune_cli.errors import DataError
 from prefixtune_cli.recipe.schema import DataSection
 
-# Whatever a format may have; only the optional fields may be missing in a row.
+# The fields of all formats. In a row, only the optional ones may be missing.
 OPTIONAL = {name for format in FORMATS.values() for name in format.optional}
 COLUMNS = dict.fromkeys(name for format in FORMATS.values() for name in format.columns)
 FIELDS = (*COLUMNS, *sorted(OPTIONAL))
-# Words in the names of columns that hold what a model is to answer, what it is asked, and what is about a row.
+# Words in the names of columns that hold answers, questions, and facts about a row.
 ANSWERS = {
     "answer", "category", "chosen", "class", "completion", "emotion", "gold", "intent", "label", "output", "rating",
     "reply", "response", "sentiment", "solution", "stars", "summary", "tag", "target", "topic", "translation",
@@ -50,7 +50,7 @@ def rename(row: Row, mapping: Mapping[str, str], where: str) -> Row:
 
 
 def missing(field: str, column: str, columns: Collection[str], where: str) -> DataError:
-    """The error for a column that `--map` names and that is not there."""
+    """The error for a column that `--map` names and the file does not have."""
     near = difflib.get_close_matches(column, columns, n=1)
     return DataError(
         f"{where}: --map {field}={column} names a column that is missing; the columns are "
@@ -64,7 +64,7 @@ def missing(field: str, column: str, columns: Collection[str], where: str) -> Da
 
 
 def check_map(mapping: Mapping[str, str]) -> None:
-    """Raise DataError for a field that no format has, with the one that was meant."""
+    """Raise DataError for a field that no format has, with a suggestion."""
     for field, column in mapping.items():
         if field in FIELDS:
             continue
@@ -79,16 +79,16 @@ def check_map(mapping: Mapping[str, str]) -> None:
 
 
 def recognise(row: Row, mapping: Mapping[str, str], forced: str, where: str) -> Format:
-    """The format of rows like this one, renamed before; the columns that `--map` names decide first.
+    """The format of rows like this one. The columns that `--map` names decide first.
 
     Args:
-        row: one row, or the columns of several with a value of each.
-        mapping: {field: column}, checked before.
+        row: one row, already renamed, or the columns of several rows with a value of each.
+        mapping: {field: column}, already checked.
         forced: the format's name, or `auto`.
         where: file and line of the row.
 
     Raises:
-        DataError: no format fits; one fits that has no use for a mapped field; or the only text may be a question.
+        DataError: no format fits, the format does not have a mapped field, or a text may be half of a pair.
     """
     by_map = fitting(mapping.keys())
     found = [FORMATS[forced]] if forced in FORMATS else by_map or fitting(row)
@@ -103,7 +103,7 @@ def recognise(row: Row, mapping: Mapping[str, str], forced: str, where: str) -> 
     if lacking:
         raise DataError(
             f"{where}: the format {format.name} needs the column {lacking[0]!r}; the columns are "
-            f"{', '.join(row) or 'none'}. Name one of them so, in the file or by --map {lacking[0]}=COLUMN."
+            f"{', '.join(row) or 'none'}. Rename one of them, in the file or with --map {lacking[0]}=COLUMN."
         )
     format = by_values(format, row)
     for field, column in mapping.items():
@@ -146,7 +146,7 @@ def notices(
 
 
 def _refuse_a_pair(row: Row, where: str) -> None:
-    """`text` beside a label, an answer or a question is most often one half of a pair."""
+    """Refuse `text` beside a label, an answer or a question: it is most often half of a pair."""
     others = _others(row, "text")
     asked = [name for name in others if _words(name) & QUESTIONS]
     answers = [name for name in others if _words(name) & ANSWERS]
@@ -164,16 +164,16 @@ def _refuse_a_pair(row: Row, where: str) -> None:
         return
     other = pair[0] if pair[1] == "text" else pair[1]
     raise DataError(
-        f"{where}: the columns text and {other} may be a question and its answer, or {other} may be no part of what "
-        f"is learned. To learn to answer with {pair[1]}: {_map_of(*pair)}. To learn the text alone, as it stands: "
+        f"{where}: the columns text and {other} may be a question and its answer, or {other} may not be meant for "
+        f"training. To learn to answer with {pair[1]}: {_map_of(*pair)}. To learn only the text, as it is: "
         "--format text."
     )
 
 
 def _suggestion(row: Row, mapping: Mapping[str, str]) -> str:
-    """The `--map` for these columns, in the names of the file, as far as they tell it."""
+    """The `--map` that fits these columns best, in the names of the file."""
     own = {mapping.get(name, name): value for name, value in row.items()}
-    # Only the better one of two answers by preference is learned.
+    # In preference data, only the better one of two answers is learned.
     own = {name: value for name, value in own.items() if "rejected" not in _words(name)} or own
     lists = [name for name, value in own.items() if _is_conversation(value)]
     said = [name for name in lists if _words(name) & ANSWERS]
@@ -204,7 +204,7 @@ def _is_conversation(value: object) -> bool:
 
 
 def _others(row: Row, name: str) -> list[str]:
-    """The columns beside `name` that may be asked or answered, names of classes before their numbers."""
+    """The other columns that may be a question or an answer, names of classes before their numbers."""
     found = [
         column
         for column, value in row.items()

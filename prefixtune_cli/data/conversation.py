@@ -1,4 +1,4 @@
-"""A conversation as chat templates take it: messages, the tools that they may call, and what is not to be learned."""
+"""A conversation as chat templates take it: messages, tools, and which messages are not to be learned."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-# The roles whose turns a model says; a function_call is ShareGPT's answer that calls a tool.
+# The roles of a model's turns. A function_call is ShareGPT's name for an answer that calls a tool.
 ANSWERS = ("assistant", "function_call")
 
 
@@ -16,9 +16,9 @@ class Conversation:
     """Messages for `apply_chat_template`.
 
     Attributes:
-        messages: role, content (a text), and whatever else the data has for the template.
-        tools: their JSON schemas; None where there are none.
-        masked: the numbers of the messages that the data wants not learned.
+        messages: each has a role, a content (a text), and any other keys that the data has for the template.
+        tools: their JSON schemas; None if there are none.
+        masked: the indices of the messages that are not to be learned, as the data says.
     """
 
     messages: list[dict[str, Any]]
@@ -27,7 +27,7 @@ class Conversation:
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Conversation:
-        """A row of the layouts `messages` and `prompt-completion`, as `format.convert` makes them."""
+        """The conversation of a row of layout `messages` or `prompt-completion`, as `format.convert` makes it."""
         turns = row.get("messages")
         if turns is None:
             pair = (("user", row["prompt"]), ("assistant", row["completion"]))
@@ -47,7 +47,7 @@ class Conversation:
         return dataclasses.replace(self, messages=self.messages[:i])
 
     def with_system(self, system: str | None) -> Conversation:
-        """The conversation with a system message in front, unless it begins with its own."""
+        """The conversation with a system message in front, unless it has its own."""
         if system is None or (self.messages and self.messages[0]["role"] == "system"):
             return self
         front = {"role": "system", "content": system}
@@ -56,25 +56,25 @@ class Conversation:
 
     @property
     def answers(self) -> list[int]:
-        """The numbers of the messages that a model says."""
+        """The indices of the messages that a model says."""
         return [i for i, message in enumerate(self.messages) if message["role"] in ANSWERS]
 
     @property
     def learned(self) -> list[int]:
-        """The numbers of the answers to a question that the data does not mask."""
+        """The indices of the answers to a question, without those that the data masks."""
         opening = self.opening
         return [i for i in self.answers if i not in self.masked and i not in opening]
 
     @property
     def opening(self) -> list[int]:
-        """The answers before the first question; empty where nothing is asked at all."""
+        """The indices of the answers before the first question; empty if there is no question."""
         silent = (*ANSWERS, "system")
         asked = (i for i, message in enumerate(self.messages) if message["role"] not in silent)
         first = next(asked, 0)
         return [i for i in self.answers if i < first]
 
     def without_opening(self) -> Conversation:
-        """What is left where a template takes no answer before the first question."""
+        """The conversation without the answers before the first question, for templates that refuse them."""
         opening = self.opening
         kept = [i for i in range(len(self.messages)) if i not in opening]
         return dataclasses.replace(
@@ -84,7 +84,7 @@ class Conversation:
         )
 
     def without(self, keys: set[str]) -> Conversation:
-        """The conversation without these keys of its messages; the key `tools` is the row's."""
+        """The conversation without these keys of its messages. The key `tools` means the row's tools."""
         return dataclasses.replace(
             self,
             messages=[
@@ -95,25 +95,25 @@ class Conversation:
 
     @property
     def text(self) -> str:
-        """All that is said in it, a line each."""
+        """All its texts, one per line."""
         said = [text for message in self.messages for key, text in message.items() if key != "role"]
         said += self.tools or []
         return "\n".join(x if isinstance(x, str) else json.dumps(x) for x in said)
 
     @property
     def extra(self) -> set[str]:
-        """The keys of its messages beside role and content; `tools` where the row has some."""
+        """The keys of its messages besides role and content, and `tools` if the row has some."""
         keys = {key for message in self.messages for key in message} - {"role", "content"}
         return keys | {"tools"} if self.tools else keys
 
     def with_calls(self, as_tool_calls: bool) -> Conversation:
-        """ShareGPT's function_call turns as the assistant's: as `tool_calls`, else as the text that they are."""
+        """The conversation with function_call turns as the assistant's, with `tool_calls` or with their plain text."""
         messages = [_called(message, as_tool_calls) for message in self.messages]
         return dataclasses.replace(self, messages=messages)
 
     @property
     def arguments(self) -> list[str]:
-        """The arguments of calls that are written as JSON text, as OpenAI's files have them."""
+        """The arguments of calls that are JSON text, as in OpenAI's files."""
         lists = [message.get("tool_calls") for message in self.messages]
         calls = [call for calls in lists if isinstance(calls, list) for call in calls]
         functions = [call.get("function", call) for call in calls if isinstance(call, dict)]

@@ -1,4 +1,4 @@
-"""One value of a row that must be text, and what an error says where it is something else."""
+"""One value of a row that must be text, and the error if it is something else."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from prefixtune_cli.errors import DataError
 
 
 def text(row: Row, column: str, where: str) -> str:
-    """A text that can be encoded.
+    """The column's value, a text that can be encoded.
 
     Raises:
-        DataError: it is none, or holds half of a surrogate pair.
+        DataError: it is not a text, or holds half of a surrogate pair.
     """
     value = row[column]
     if not isinstance(value, str):
@@ -26,10 +26,10 @@ def text(row: Row, column: str, where: str) -> str:
 
 
 def written(row: Row, column: str, where: str) -> str:
-    """A text, or a number as it is written: classes are often numbers.
+    """The column's value as text: a text, or a number as it is written, because classes are often numbers.
 
     Raises:
-        DataError: it is neither.
+        DataError: it is neither a text nor a number.
     """
     value = row[column]
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
@@ -43,11 +43,12 @@ def _check_unicode(value: str, column: str, where: str) -> None:
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where}: the column {column!r} holds half of a surrogate pair (\\u{ord(value[error.start]):04x}), which "
-            "is no character. Write the character itself, or both halves."
+            "is not a character. Write the character itself, or both halves."
         ) from None
 
 
 def named(value: object) -> str:
+    """A value with its kind, for an error: `a number: 3`."""
     if value is None:
         return "null"
     kind = {
@@ -72,5 +73,5 @@ def _instead(column: str, value: object) -> str:
     if isinstance(value, list):
         return "A list of messages belongs in a column named messages: --map messages=COLUMN."
     if isinstance(value, dict):
-        return "Write its text alone."
+        return "Write only its text."
     return f'Write it as text: "{column}": "{value}".'

@@ -1,7 +1,7 @@
-"""A folder of data: which of its files are trained, and what is said of the others.
+"""A folder of data: which of its files are read, and what is said about the others.
 
-As with `datasets.load_dataset`, files named as a split belong to it, and `train` is read where no split is named:
-to train on test data in silence would make every figure of a run worthless.
+As with `datasets.load_dataset`, files named after a split belong to it, and `train` is read if no split is asked for.
+To train on test data without a word would make every figure of a run worthless.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from prefixtune_cli.data.read import READERS
 from prefixtune_cli.data.stored import is_saved
 from prefixtune_cli.errors import DataError
 
-# The names of splits, and the words for them in the names of files, as `datasets` has them.
+# The splits, and the words for them in file names, as in `datasets`.
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-UNNAMED = ""  # files that are named as no split
+UNNAMED = ""  # files that are not named after a split
 UNREAD = (".txt", ".arrow", ".xlsx", ".xls", ".gz", ".zst", ".bz2", ".xz", ".zip")  # may be data
-# What stands beside data and tells of it, for `datasets` and LLaMA-Factory.
+# Files that describe the data beside them, for `datasets` and LLaMA-Factory.
 ABOUT = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """What is read.
+    """The files to read.
 
     Attributes:
         files: data files, or folders of saved data sets.
-        notice: what a folder holds besides, and how to name it; None where that is nothing.
+        notice: what else a folder holds, and how to name it; None if it holds nothing else.
     """
 
     files: list[Path]
@@ -42,10 +42,10 @@ class LocalFiles:
 
 
 def in_folder(folder: Path, split: str | None) -> LocalFiles:
-    """The files of one split of a folder; without a name those of `train`, or those named as no split.
+    """The files of one split of a folder; without a name, those of `train`, or those not named after a split.
 
     Raises:
-        DataError: there is no data, no such split, or only several others; or a link leads nowhere.
+        DataError: there is no data or no such split, several splits but no `train`, or a link that leads nowhere.
     """
     try:
         splits, others = _contents(folder)
@@ -53,7 +53,8 @@ def in_folder(folder: Path, split: str | None) -> LocalFiles:
         raise DataError(f"{folder} cannot be read: {error.strerror or error}.") from error
     if not splits:
         inside = [name for name in others if name.endswith("/")]
-        hint = f" These have: {', '.join(f'{folder}/{name}' for name in inside)}." if inside else ""
+        have = ", ".join(f"{folder}/{name}" for name in inside)
+        hint = f" These folders have some: {have}." if inside else ""
         raise DataError(
             f"The folder {folder} has no data file.{hint} The types are {', '.join(READERS)}."
         )
@@ -71,7 +72,7 @@ def in_folder(folder: Path, split: str | None) -> LocalFiles:
     ] + others
     if not left:
         return LocalFiles(splits[wanted])
-    notice = f"Read of {folder}: {_short(splits[wanted])}. Not read: {', '.join(left)}."
+    notice = f"Read from {folder}: {_short(splits[wanted])}. Not read: {', '.join(left)}."
     held_out = [name for name in ("validation", *named) if name in named and name != wanted]
     if held_out:
         notice += f" To hold out {held_out[0]}: --eval-data {_way(folder, held_out[0])}."
@@ -79,19 +80,19 @@ def in_folder(folder: Path, split: str | None) -> LocalFiles:
 
 
 def _canonical(folder: Path, split: str, splits: dict[str, list[Path]]) -> str:
-    """The split that is meant by `val`, `dev` and the like."""
+    """The split that `val`, `dev` and the like stand for."""
     if split in splits:
         return split
     meant = next((name for name, words in SPLITS.items() if split in words), split)
     if meant in splits:
         return meant
     named = [name for name in splits if name != UNNAMED]
-    known = f"the splits are {', '.join(named)}" if named else "no file is named as one"
+    known = f"the splits are {', '.join(named)}" if named else "no file is named after one"
     raise DataError(f"The folder {folder} has no split {split!r}; {known}.")
 
 
 def _contents(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """(files by split, names of what may be data and is not read); a folder within ends with a slash."""
+    """(files by split, names of what may be data but is not read). The name of a subfolder ends with a slash."""
     if is_saved(folder):
         return {UNNAMED: [folder]}, []
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -134,8 +135,8 @@ def _short(files: list[Path]) -> str:
 
 
 def refuse_dangling(path: Path) -> None:
-    """Raise DataError for a link to what is not there: to pass over it would lose its rows in silence."""
+    """Raise DataError for a link that leads nowhere: to skip it would lose its rows without a word."""
     if path.is_symlink() and not path.exists():
         raise DataError(
-            f"{path} is a link to {os.readlink(path)}, which does not exist. Mend the link, or remove it."
+            f"{path} is a link to {os.readlink(path)}, which does not exist. Fix the link, or remove it."
         )

@@ -1,7 +1,7 @@
-"""The column layouts that a data set may have, and their one common form.
+"""The formats that a data set may have, and the three common layouts that rows are converted to.
 
-Whatever comes in leaves as one of three layouts: `messages` (as message.py makes them) and `tools`;
-`prompt` + `completion`, with the messages `before` them, and `tools`; or `text`.
+The layouts are `messages` (as message.py makes them) and `tools`; `prompt` + `completion`, with the messages
+`before` them, and `tools`; or `text`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Layout = Literal["messages", "prompt-completion", "text"]
 
 @dataclass(frozen=True)
 class Format:
-    """A layout that files come in: its columns, what it becomes, and how."""
+    """A format of files: its columns, the layout that it becomes, and the conversion."""
 
     name: str
     columns: tuple[str, ...]
@@ -76,7 +76,7 @@ def _alpaca(row: Row, where: str) -> Row:
     }
 
 
-# In order of preference, for columns that fit more than one.
+# In order of preference, if columns fit more than one.
 FORMATS = {
     format.name: format
     for format in (
@@ -113,7 +113,7 @@ FORMATS = {
     )
 }
 
-# TRL's conversational pairs, told by their values: in the prompt nothing is learned.
+# TRL's conversational pairs, recognised by their values. Nothing in the prompt is learned.
 PAIR_OF_LISTS = Format(
     "prompt-completion of messages",
     ("prompt", "completion"),
@@ -125,7 +125,7 @@ READ = {**FORMATS, PAIR_OF_LISTS.name: PAIR_OF_LISTS}
 
 
 def by_values(format: Format, row: Row) -> Format:
-    """The format whose columns mean what these values are."""
+    """The format for these values: pairs of lists are conversations, other pairs are texts."""
     lists = all(isinstance(row.get(name), list) for name in PAIR_OF_LISTS.columns)
     return PAIR_OF_LISTS if format.columns == PAIR_OF_LISTS.columns and lists else format
 
@@ -136,7 +136,7 @@ def fitting(columns: Collection[str]) -> list[Format]:
 
 
 def convert(row: Row, format: Format, where: str, *, needs_assistant: bool) -> Row:
-    """One row, renamed before, in its common layout.
+    """One row, already renamed, in its common layout.
 
     Raises:
         DataError: a column is missing, the row is of another format, or a field is not what it must be.
@@ -171,9 +171,9 @@ def convert(row: Row, format: Format, where: str, *, needs_assistant: bool) -> R
 
 
 def as_written(row: Row, format: str) -> Row:
-    """A converted row as a file of its format has it: read again and converted, it is the same.
+    """A converted row in the form of its format. Read and converted again, it is the same.
 
-    Pairs of other names come as prompt and completion.
+    Pairs with other names become prompt and completion.
     """
     if "text" in row:
         return {"text": row["text"]}

@@ -22,8 +22,8 @@ class Example:
 
     Attributes:
         origin: file and line.
-        spans: the decoded text in pieces, each with whether it is trained; together they are the whole text.
-        length: tokens before truncation; `tokens` are left of them, and `trained_tokens` of these have a loss.
+        spans: the pieces of the decoded text, each with whether it is trained; together they are the whole text.
+        length: tokens before truncation. `tokens` of them are left, and `trained_tokens` of those have a loss.
     """
 
     origin: str
@@ -85,7 +85,7 @@ def example(tokenized: TokenizedData, tokenizer: PreTrainedTokenizerBase, i: int
 def spans(
     ids: list[int], trained: list[bool], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[tuple[str, bool], ...]:
-    """The text of `ids` in pieces of one kind each; joined, they are the text of all ids.
+    """The text of `ids` in pieces, each trained or not. Joined, they are the text of all ids.
 
     The text up to each boundary is decoded whole, as a character may need several tokens and a
     tokenizer may drop a leading space. A character across a boundary goes to the later piece.
@@ -131,7 +131,7 @@ def check(tokenized: TokenizedData, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def facts(statistics: DataStatistics) -> list[str]:
-    """The statistics in plain lines; `warnings` has what goes with them."""
+    """The statistics in plain lines; see also `warnings`."""
     s = statistics
     p = s.length_percentiles
     share = 100 * s.trained_tokens / s.tokens if s.tokens else 0.0
@@ -144,11 +144,11 @@ def facts(statistics: DataStatistics) -> list[str]:
 
 
 def warnings(statistics: DataStatistics) -> list[str]:
-    """What the user should look at, with counts: rows cut, dropped or left out. Empty if all is well."""
+    """What the user should look at, with counts, such as rows cut, dropped or left out. Empty if all is well."""
     s = statistics
     found = [
         (s.truncated, f"are truncated to {s.max_length} tokens (see --max-length, --on-long)"),
-        (s.dropped, f"are dropped, being longer than {s.max_length} tokens (see --max-length)"),
+        (s.dropped, f"are longer than {s.max_length} tokens, and dropped (see --max-length)"),
         (s.rows_without_end_of_turn, "are cut before their end-of-turn token"),
         (s.rows_without_trained_tokens, "have nothing to train on and are left out"),
     ]
@@ -160,7 +160,7 @@ def warnings(statistics: DataStatistics) -> list[str]:
         ),
     ]
     found += [
-        (count, f"have {key!r}, which neither the chat template nor ptp takes")
+        (count, f"have {key!r}, which neither the chat template nor ptp uses")
         for key, count in s.unprinted_keys.items()
     ]
     found += [

@@ -1,8 +1,8 @@
 """Files become checked rows of one layout, on disk.
 
-The rows are written once to an Arrow file in the data sets' cache, under a name made of the content,
-and memory-mapped: a million rows take no more memory than a thousand. The folder is written beside
-itself and renamed, so two runs that load the same data at the same time do not disturb each other.
+The rows are written once to an Arrow file in the cache of `datasets`, named after their content, and
+memory-mapped: a million rows take no more memory than a thousand. The folder is written under a temporary
+name and renamed, so two runs can load the same data at the same time.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class LoadedData:
             memory-mapped.
         format: the recognised or forced format of the files.
         layout: the layout of `dataset`.
-        fingerprint: sha256 of the files' content and of how it is read, but not of names and times.
+        fingerprint: sha256 of the files' content and of the settings that read it, but not of names and times.
         source: what the user typed.
-        files: the names of the files, in the order that `file` counts them.
-        notices: what the user should hear.
+        files: the names of the files, in the order of the numbers in `file`.
+        notices: what the user should know.
     """
 
     dataset: Dataset
@@ -70,12 +70,12 @@ class LoadedData:
         return origin(self.files[row["file"]], row["line"])
 
     def select(self, indices: Sequence[int]) -> LoadedData:
-        """The rows of these numbers, in this order."""
+        """The rows with these numbers, in this order."""
         name = _sha256(f"{self.fingerprint} {list(map(int, indices))}".encode())
         return dataclasses.replace(self, dataset=self.dataset.select(indices), fingerprint=name)
 
     def split(self, fraction: float, seed: int) -> tuple[LoadedData, LoadedData]:
-        """(train, held out), as `split` does."""
+        """(train, held out), as from `split`."""
         parts = split(self.dataset, fraction, seed)
         names = (f"train-{fraction}-{seed}", f"held-out-{fraction}-{seed}")
         train, held_out = (
@@ -118,7 +118,7 @@ def split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datase
 
 
 def load_rows(source: str, section: DataSection) -> LoadedData:
-    """Read, check and bring to one layout what `source` names.
+    """Read and check the rows of a source, and bring them to one layout.
 
     Args:
         source: a file, a folder, `sample:NAME` or a hub data set id.
@@ -126,7 +126,7 @@ def load_rows(source: str, section: DataSection) -> LoadedData:
 
     Raises:
         DataError: the data is missing or wrong; the message has the file and the line.
-        ResourceError: the hub or the disk is the trouble.
+        ResourceError: the hub cannot be reached, or the disk cannot be written to.
     """
     from datasets import Dataset, config
 
@@ -134,7 +134,7 @@ def load_rows(source: str, section: DataSection) -> LoadedData:
     found = locate.local_files(source)
     files = found.files if found is not None else None
     names = (source,) if files is None else tuple(map(str, files))
-    # A sample is named by what the user typed, not by a path inside the package.
+    # Name a sample by what the user typed, not by its path inside the package.
     if source.startswith("sample:"):
         names = (f"{source}.jsonl",)
     key = _key(files, section) if files is not None else None

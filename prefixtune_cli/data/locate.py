@@ -24,7 +24,7 @@ def samples_folder() -> Path:
 
 
 def near_names(path: Path) -> str:
-    """What stands in the folder instead: near names, or a few of its data files."""
+    """What the folder holds instead: files with similar names, or a few of its data files."""
     folder = path.parent
     if not folder.is_dir():
         return f"The folder {folder} does not exist either."
@@ -37,7 +37,7 @@ def near_names(path: Path) -> str:
 
 
 def local_files(source: str) -> LocalFiles | None:
-    """The files that `source` stands for, or None where it is a hub data set id.
+    """The files that `source` stands for, or None if it is a hub data set id.
 
     Raises:
         DataError: there is no such file, folder or sample, or it has no data of a known type.
@@ -87,21 +87,21 @@ def _sample(name: str) -> LocalFiles:
 
 
 def check_sources(*sources: str | None) -> None:
-    """Raise DataError where a local one is missing, or not of a known type; None stands for none."""
+    """Raise DataError if a local source is missing, or not of a known type. A source of None is skipped."""
     for source in sources:
         if source is not None:
             local_files(source)
 
 
 def check_exists(what: str, file: str) -> None:
-    """Raise DataError where a file is missing; `what` it is begins the sentence."""
+    """Raise DataError if a file is missing. `what` it is begins the message."""
     path = Path(file).expanduser()
     if not path.exists():
         raise DataError(f"{what} {file} does not exist. {near_names(path)}")
 
 
 def named(train: str | None) -> str:
-    """The training data; raises UsageError where none is given."""
+    """The training data; raises UsageError if none is given."""
     if train is None:
         raise UsageError(
             "No data is given. Type --data FILE, or --recipe quickstart for an example."
@@ -134,7 +134,7 @@ def hub_rows(source: str) -> Rows:
 
     name, _, rest = source.partition(":")
     config, _, split = rest.rpartition(":")
-    local = f"Give a local file. If it is one, there is none of that name. {near_names(Path(name))}"
+    local = f"Give a local file. If you mean one, it does not exist. {near_names(Path(name))}"
     offline = bool(datasets.config.HF_HUB_OFFLINE)
     ask_hub(name, local)
     try:
@@ -156,12 +156,12 @@ def hub_rows(source: str) -> Rows:
 def ask_hub(name: str, instead: str) -> None:
     """Ask the hub for the data set `name`, once.
 
-    One request decides whether the hub answers, so that a machine without network neither hangs nor
-    retries; with HF_HUB_OFFLINE=1 nothing is asked, and a copy in the cache is used.
+    One request shows whether the hub answers, so a machine without network neither hangs nor retries. With
+    HF_HUB_OFFLINE=1 nothing is asked, and the copy in the cache is used.
 
     Args:
         name: the data set's id.
-        instead: what to do without the hub; ends the error.
+        instead: what to do without the hub, for the end of the error.
 
     Raises:
         ResourceError: the hub cannot be reached, or access is refused.

@@ -1,6 +1,6 @@
-"""Messages of data files, checked: who speaks, what is said, whether it is learned, and what else there is.
+"""Messages of data files, checked: the role, the content, whether it is learned, and other keys.
 
-Roles and keys are those of OpenAI's files, ShareGPT's, and of Axolotl, LLaMA-Factory and ms-swift.
+Roles and keys are those of OpenAI's and ShareGPT's files, and of Axolotl, LLaMA-Factory and ms-swift.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from prefixtune_cli.data.field import named, text
 from prefixtune_cli.data.lines import Row, start_of
 from prefixtune_cli.errors import DataError
 
-# ShareGPT's names for the speakers, and OpenAI's developer, beside the roles themselves.
+# The roles, with ShareGPT's names for them, and OpenAI's developer.
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -29,8 +29,8 @@ ROLES = {
     "observation": "tool",
 }
 
-# Whether a turn is learned: OpenAI's and Axolotl's `weight`, Axolotl's `train` and `training`, ms-swift's `loss`,
-# LLaMA-Factory's `loss_weight`.
+# Keys that say whether a turn is learned: OpenAI's and Axolotl's `weight`, Axolotl's `train` and `training`,
+# ms-swift's `loss`, LLaMA-Factory's `loss_weight`.
 LEARNED = ("weight", "train", "training", "loss", "loss_weight")
 
 
@@ -38,7 +38,7 @@ def checked(turn: Any, where: str) -> Row:
     """A turn as {role, content, trained, more}.
 
     Returns:
-        `trained` is None where the turn does not say; `more` has its other keys as JSON, or is None.
+        `trained` is None if the turn does not say; `more` has its other keys as JSON, or is None.
 
     Raises:
         DataError: a key is missing, or is not what it must be.
@@ -74,7 +74,7 @@ def _content(turn: Row, what: str, where: str) -> str:
         kind = found.get("type", "text")
         if kind != "text":
             raise DataError(
-                f"{where}: part {i + 1} of {what!r} is of the type {kind!r}, and ptp trains on text alone. Leave out "
+                f"{where}: part {i + 1} of {what!r} is of the type {kind!r}, and ptp trains only on text. Leave out "
                 "the part, or the row."
             )
         if "text" not in found:
@@ -95,7 +95,7 @@ def _trained(turn: Row, where: str) -> bool | None:
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise DataError(
                 f"{where}: {key!r} must be 0 or 1, false or true, got {start_of(json.dumps(value, default=str))}. A "
-                "turn is learned or not; there is nothing between."
+                "turn is either learned or not."
             )
         said[key] = bool(value)
     if len(set(said.values())) > 1:
@@ -105,7 +105,7 @@ def _trained(turn: Row, where: str) -> bool | None:
 
 
 def _more(turn: Row, taken: set[str], where: str) -> str | None:
-    """The other keys, but for those that are null: tables write them for turns that have no such key."""
+    """The other keys that are not null: a table has nulls for keys that a turn does not have."""
     others = {key: value for key, value in turn.items() if key not in taken and value is not None}
     return _json(others, ", ".join(others), where) if others else None
 
@@ -115,14 +115,14 @@ def _json(value: Any, name: str, where: str) -> str:
 
 
 def as_written(turn: Row) -> Row:
-    """A checked turn as a file has it: checked again, it is the same."""
+    """A checked turn in the form of a file. Checked again, it is the same."""
     more = json.loads(turn["more"]) if turn["more"] else {}
     weight = {} if turn["trained"] is None else {"weight": int(turn["trained"])}
     return {"role": turn["role"], "content": turn["content"], **more, **weight}
 
 
 def conversation(turns: list[Row], row: Row, where: str) -> Row:
-    """Checked messages behind the row's column `system`, and its `tools`.
+    """Checked messages, with the row's column `system` in front, and its `tools`.
 
     Raises:
         DataError: there are two system prompts, or a column is not what it must be.
@@ -139,7 +139,7 @@ def conversation(turns: list[Row], row: Row, where: str) -> Row:
 
 
 def system(row: Row, where: str) -> list[Row]:
-    """The column `system` as messages: one, or none where it is null or blank."""
+    """The column `system` as messages: one, or none if it is null or blank."""
     if row.get("system") is None:
         return []
     said = text(row, "system", where)
@@ -166,9 +166,9 @@ def history(row: Row, where: str) -> list[Row]:
 
 
 def tools(row: Row, where: str) -> str | None:
-    """The column `tools`, a list of JSON schemas or its text, as the JSON text that templates take; None for none.
+    """The column `tools`, a list of JSON schemas or its JSON text, as JSON text for templates; None if it is empty.
 
-    A schema without a wrapper, as LLaMA-Factory writes it, gets OpenAI's.
+    A schema without a wrapper, as LLaMA-Factory writes it, gets OpenAI's wrapper.
     """
     schemas = _list(row, "tools", '[{"type": "function", "function": {"name": "…"}}]', where)
     for i, schema in enumerate(schemas):
@@ -225,12 +225,12 @@ def weight_notices(weights: dict[str, int], *, in_prompts: bool, train_on: str) 
         in_prompts: answers are masked because they stand in prompts, not by a weight.
         train_on: the recipe's setting.
     """
-    why = "they stand in a prompt" if in_prompts else "their weight says"
+    why = "they stand in a prompt" if in_prompts else "their weight says so"
     found = [(weights.get("answers masked"), f"answers are not trained, as {why}.")]
     if train_on == "completion":
-        others = "messages that are no answers ask to be trained; only answers are, without --train-on all."
+        others = "messages that are not answers ask to be trained; only --train-on all trains them."
         found.append((weights.get("others asked for"), others))
     else:
-        others = "messages that are no answers ask not to be trained; with --train-on all they are."
+        others = "messages that are not answers ask not to be trained; --train-on all trains them."
         found.append((weights.get("others masked"), others))
     return [f"{count:,} {what}" for count, what in found if count]

@@ -19,30 +19,30 @@ ASKED = {format.columns[0] for format in FORMATS.values()}
 def questions(
     source: str, mapping: Mapping[str, str], *, usual: Mapping[str, str] | None = None
 ) -> Iterator[tuple[Row, Conversation]]:
-    """Each row of a local source, as it stands in the file, and as a conversation that waits for an answer.
+    """Each row of a local source, as it is in the file, and as a conversation that waits for an answer.
+
+    The formats are those of training, but the answer may be missing. If it is there, it is left out.
 
     Args:
         source: a file or a folder.
-        mapping: fields by column that were asked for.
-        usual: those of the run's own data, which count where the row has the column and nothing was asked for.
-
-    The formats are those of training, but the answer may be missing, and is left out where it is there.
+        mapping: {field: column}, as typed.
+        usual: {field: column} of the run's own data, used if nothing was typed and the row has the column.
 
     Raises:
-        DataError: the source is no local file, or a row has no prompt.
+        DataError: the source is not a local file, or a row has no prompt.
     """
     check_map(mapping)
     found = locate.local_files(source)
     if found is None:
         raise DataError(
-            f"{source} is no file on this machine. Give a local file of prompts with --data."
+            f"{source} is not a file on this machine. Give a local file of prompts with --data."
         )
     if found.notice is not None:
-        raise DataError(f"{source} is more than one part. {found.notice} Name one file or part.")
+        raise DataError(f"{source} has more than one part. {found.notice} Name one file or part.")
     for path in found.files:
         for line, raw in read(path):
             where = origin(str(path), line)
-            # Only what is asked must be there: the columns of answers may be missing.
+            # The columns of questions must be there; those of answers may be missing.
             there = {f: c for f, c in mapping.items() if c in raw or f in ASKED}
             known = {field: column for field, column in (usual or {}).items() if column in raw}
             row = raw if is_by_line(str(path)) else without_fillers(raw)

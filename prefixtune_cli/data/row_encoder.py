@@ -1,7 +1,7 @@
-"""Rows become token ids and labels.
+"""A row becomes token ids and labels.
 
-Every stretch of text that is trained or masked is tokenized on its own. So the boundary between
-prompt and answer is exact, and the prompt's tokens are those that the model sees when it is asked.
+Each trained or masked part of a text is tokenized on its own. So the boundary between prompt and answer is exact, and
+the prompt has the same tokens that the model sees when it is asked.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ class _Segment(NamedTuple):
 
 
 class Remark(StrEnum):
-    """What is told of a row beside its tokens, where need be with a name behind it, as in `printed: name`."""
+    """What is noted about a row beside its tokens. Some are followed by a name, as in `printed: name`."""
 
     CONTROL = "control"  # its own text spells this control token
     OPENING = "opening"  # it begins with an answer
-    OPENING_LEFT_OUT = "opening left out"  # that the template refuses
-    PRINTED = "printed"  # the template takes this key of its messages
-    UNPRINTED = "unprinted"
+    OPENING_LEFT_OUT = "opening left out"  # it begins with an answer, which the template refuses
+    PRINTED = "printed"  # the template uses this key of its messages
+    UNPRINTED = "unprinted"  # the template ignores this key of its messages
 
 
 class RowEncoder:
-    """How a data set becomes tokens: one tokenizer, one template, one section of a recipe.
+    """Turns rows into tokens by one tokenizer, one template and one data section.
 
     Raises:
-        DataError: the data needs what the tokenizer does not have.
+        DataError: the data needs a template or a token that the tokenizer does not have.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class RowEncoder:
             )
         self.end_id = end_id
         self.start_ids = [] if self.chat else start_ids(tokenizer)
-        self.printed: set[str] = set()  # keys of messages that the template is known to take
+        self.printed: set[str] = set()  # keys of messages that the template is known to use
         tokens = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
         self.control = re.compile("|".join(re.escape(t) for t in tokens if t.strip()) or "(?!)")
         # SentencePiece puts a space before every text: later segments are tokenized behind a line break.
@@ -87,7 +87,7 @@ class RowEncoder:
         )
 
     def prompt(self, row: dict[str, Any]) -> PromptAndAnswer:
-        """The row as a question, in the tokens that training saw, up to its last answer, and that answer.
+        """The row up to its last answer, in the same tokens as in training, and that answer.
 
         Raises:
             DataError: the row has no answer.
@@ -108,7 +108,7 @@ class RowEncoder:
         return PromptAndAnswer(with_start(self.start_ids, self._rows_ids([[text]])[0][0]), answer)
 
     def _reference(self, chat: ChatTemplate, conversation: Conversation, where: str) -> str:
-        """What the last message says; of one that calls a tool, what the model has to generate."""
+        """The text of the last message; for a call of a tool, the text that the model has to generate."""
         last = conversation.messages[-1]
         if "tool_calls" not in last:
             return str(last["content"])
@@ -118,7 +118,7 @@ class RowEncoder:
         return said.rpartition("</think>")[2].strip()
 
     def __call__(self, table: Any, numbers: list[int]) -> Any:
-        """A batch of rows (pyarrow table) to input_ids, labels, length, trained, ended, remarks and row."""
+        """Turn a batch of rows (pyarrow table) into input_ids, labels, length, trained, ended, remarks and row."""
         import numpy as np
         import pyarrow as pa
 
@@ -168,7 +168,7 @@ class RowEncoder:
         )
 
     def _start(self, parts: list[list[int]]) -> list[int]:
-        """What stands before these parts of a row."""
+        """The ids to put before these parts of a row."""
         first = next(filter(None, parts), [])
         return [] if first[: len(self.start_ids)] == self.start_ids else self.start_ids
 
@@ -218,7 +218,7 @@ class RowEncoder:
                 yield f"{Remark.UNPRINTED if key in unprinted else Remark.PRINTED}: {key}"
 
     def _ended(self, ids: list[int], where: str) -> list[int]:
-        """The ids of a turn, which end with the end-of-turn token."""
+        """The ids of a turn, with the end-of-turn token at their end."""
         if ids and ids[-1] == self.end_id:
             return ids
         if self.appends_end:
@@ -235,7 +235,7 @@ class RowEncoder:
                 texts, add_special_tokens=False, return_attention_mask=False, verbose=False
             )
             return list(encoded["input_ids"])
-        # What the call above comes to, without looking for where in the text each token stands.
+        # The same ids as above, without the time to find the place of each token in the text.
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
@@ -262,7 +262,7 @@ class RowEncoder:
 
 
 def _is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer is its backend and nothing besides: some have a call of their own."""
+    """Whether a tokenizer does only what its backend does: some override the call."""
     from transformers import PreTrainedTokenizerFast
 
     own = ("__call__", "_encode_plus")
@@ -279,24 +279,24 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate | None
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-sequence token, where the tokenizer puts it before a text that has no template."""
+    """The beginning-of-sequence token, if the tokenizer puts it before a text without a template."""
     first = int(tokenizer("a").input_ids[0])
     return [first] if first == tokenizer.bos_token_id else []
 
 
 def with_start(start: Sequence[int], ids: Sequence[int]) -> list[int]:
-    """The ids behind `start`, which a text may begin with already."""
+    """The ids with `start` in front, unless they already begin with it."""
     start, ids = list(start), list(ids)
     return ids if ids[: len(start)] == start else start + ids
 
 
 def plain(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Messages as text where there is no template: a line break between them."""
+    """Messages as text without a template: a line break between them."""
     return "\n".join(message["content"] for message in messages)
 
 
 def join(prompt: str, completion: str) -> tuple[str, str]:
-    """Prompt and completion as they are put together without a template: a space between words."""
+    """Prompt and completion as they are joined without a template: with a space between words."""
     if prompt and completion and not prompt[-1].isspace() and not completion[0].isspace():
         return prompt, " " + completion
     return prompt, completion

@@ -1,9 +1,9 @@
 """The chat template: which characters of a rendered conversation are trained.
 
-Trained are each assistant turn's content and the end-of-turn token behind it. A template that marks
-its answers with `{% generation %}` says so itself. For any other, the turn begins where the
-conversation before it, rendered with the generation prompt, ends, which is exactly what the model
-sees when it is asked for that turn.
+Each assistant turn's content and the end-of-turn token behind it are trained. A template may mark its
+answers with `{% generation %}`. For any other template, ptp renders the conversation before the turn, with
+the generation prompt. The turn begins where that text ends, which is exactly the text that the model sees
+when it is asked for the turn.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ if TYPE_CHECKING:
 Span = tuple[int, int]
 
 OPTIONS = (
-    "Give a template with --chat-template FILE.jinja (one whose answers stand between {% generation %} and "
-    "{% endgeneration %} leaves nothing to guess), or a model whose tokenizer has a fitting one, or data with the "
-    "columns prompt and completion"
+    "Give a template with --chat-template FILE.jinja (best with its answers between {% generation %} and "
+    "{% endgeneration %}), or a model whose tokenizer has a fitting one, or data with the columns prompt and completion"
 )
 _PROBE = "PROBE"
 
 
 class Answer(NamedTuple):
-    """Where an answer stands in the rendered conversation, whether it is trained, and whether the data forbids it."""
+    """Where an answer is in the rendered conversation, whether it is trained, and whether the data masks it."""
 
     start: int
     end: int
@@ -48,7 +47,7 @@ class ChatTemplate:
     Attributes:
         source: the Jinja text.
         variables: the special tokens that the template may print.
-        end_of_turn: the token right behind an answer; None where the template puts none.
+        end_of_turn: the token right behind an answer; None if the template puts none.
         marked: whether the template has `{% generation %}`.
     """
 
@@ -58,12 +57,12 @@ class ChatTemplate:
     marked: bool
 
     def accepted(self, conversation: Conversation, where: str) -> Conversation:
-        """The conversation as the template takes it.
+        """The conversation in the form that the template takes.
 
-        ShareGPT's function_call becomes `tool_calls` where the template knows them, and stays text where it
-        does not. Arguments of calls that are JSON text stay so where the template prints them as they are; one that
-        encodes them would do it twice, and gets objects. Answers before the first question are left out where the
-        template refuses them.
+        ShareGPT's function_call becomes `tool_calls` if the template knows them, else it stays text. Arguments of
+        calls that are JSON text stay text if the template prints them as they are. A template that encodes them would
+        encode them twice, so it gets objects. Answers before the first question are left out if the template refuses
+        them.
         """
         conversation = conversation.with_calls("tool_calls" in self.source)
         if conversation.arguments and not self._prints_arguments(conversation, where):
@@ -78,7 +77,7 @@ class ChatTemplate:
     def _prints_arguments(self, conversation: Conversation, where: str) -> bool:
         try:
             text = self.render(conversation, where, ask=False)
-        except DataError:  # it takes objects alone
+        except DataError:  # it takes only objects
             return False
         return all(
             written in text and json.dumps(written, ensure_ascii=False) not in text
@@ -90,13 +89,13 @@ class ChatTemplate:
         return self._render(conversation, where, ask, mark=False)[0]
 
     def unprinted(self, conversation: Conversation, where: str, keys: set[str]) -> set[str]:
-        """Those of `keys` that make no difference to the rendered text: the template does not take them."""
+        """The keys among `keys` that the template ignores: without them, the rendered text is the same."""
         text = self.render(conversation, where, ask=False)
 
         def changes(without: set[str]) -> bool:
             try:
                 return self.render(conversation.without(without), where, ask=False) != text
-            except DataError:  # it cannot do without them
+            except DataError:  # the template needs them
                 return True
 
         return {key for key in keys if not changes({key})} if changes(keys) else keys
@@ -104,7 +103,7 @@ class ChatTemplate:
     def answers(self, conversation: Conversation, where: str) -> tuple[str, list[Answer]]:
         """The rendered conversation, and its answers, in order.
 
-        An answer is trained where it says anything, the data does not mask it, and something was asked before.
+        An answer is trained if it is not empty, the data does not mask it, and a question came before it.
 
         Raises:
             DataError: the template refuses the conversation, or its answers cannot be told apart.
@@ -118,7 +117,7 @@ class ChatTemplate:
         if conversation.masked and not matched:
             raise DataError(
                 f"{where}: the template has {len(marks)} {{% generation %}} blocks for {len(answers)} answers, "
-                "so those that are not to be trained cannot be told. Put each answer in one block."
+                "so it is unknown which of them the data masks. Put each answer in one block."
             )
         end_of_turn = self.end_of_turn or ""
         found = []
@@ -147,13 +146,13 @@ class ChatTemplate:
             elif i not in conversation.opening:  # those are context, wherever they begin
                 raise DataError(
                     f"{where}, message {i + 1}: the chat template renders this answer differently within the "
-                    "conversation than after the messages before it, so which tokens to train cannot be told. "
+                    "conversation than after the messages before it, so it is unknown which tokens to train. "
                     f"{OPTIONS}."
                 )
         return found
 
     def _turn(self, text: str, conversation: Conversation, i: int, where: str) -> Span | None:
-        """Where answer `i` stands in the text of the whole conversation, its end-of-turn token included."""
+        """Where answer `i` is in the text of the whole conversation, with its end-of-turn token; None if unknown."""
         message = conversation.messages[i]
         try:
             prompt = self.render(conversation.until(i), where, ask=True)
@@ -164,9 +163,9 @@ class ChatTemplate:
         if not text.startswith(prompt):
             return None
         start, content = len(prompt), message["content"].strip()
-        more = {*message} - {"role", "content"}  # which may stand behind the content
+        more = {*message} - {"role", "content"}  # may be printed behind the content
         has_more = bool(more)
-        if has_more and self.end_of_turn is None:  # all that is printed would count as the answer
+        if has_more and self.end_of_turn is None:  # else all printed text would count as the answer
             has_more = self.unprinted(conversation.until(i + 1), where, more) != more
         end = None if has_more else self._end(text, start, content)
         if end is not None:
@@ -183,7 +182,7 @@ class ChatTemplate:
         return None if end is None else (start, end)
 
     def _says(self, text: str, conversation: Conversation, i: int, span: Span, where: str) -> bool:
-        """Whether the answer is more than an empty turn; it may be a call without a text."""
+        """Whether the answer is more than an empty turn. It may be a call without text."""
         message = conversation.messages[i]
         if message["content"].strip() or message.keys() == {"role", "content"}:
             return bool(message["content"].strip())
@@ -192,7 +191,7 @@ class ChatTemplate:
         return not self.render(blank, where, ask=False).startswith(text[: span[1]])
 
     def _end(self, text: str, start: int, content: str) -> int | None:
-        """Where the answer that begins at `start` ends, its end-of-turn token included."""
+        """Where the answer that begins at `start` ends, with its end-of-turn token."""
         at = text.find(content, start)
         while at >= 0:
             behind = at + len(content)
@@ -232,10 +231,10 @@ class ChatTemplate:
 def chat_template(
     tokenizer: PreTrainedTokenizerBase, file: str | None = None
 ) -> ChatTemplate | None:
-    """The template of `file`, else the tokenizer's own; None where there is neither.
+    """The template in `file`, else the tokenizer's own; None if there is neither.
 
     Raises:
-        DataError: the file is missing, not UTF-8, or no template that can render one question and answer.
+        DataError: the file is missing or not UTF-8, or the template cannot render one question and answer.
     """
     if file is not None:
         path = Path(file).expanduser()

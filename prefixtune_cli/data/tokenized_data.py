@@ -1,7 +1,7 @@
-"""Tokenize a data set, and count what comes out.
+"""A tokenized data set and its statistics.
 
-The tokens are written to an Arrow file beside the rows, under a name made of the rows' content, the
-tokenizer and the settings, and memory-mapped; the counts are read from it column by column.
+The tokens are written to an Arrow file beside the rows and memory-mapped. The file is named after the rows' content,
+the tokenizer and the settings. The statistics are read from it column by column.
 """
 
 from __future__ import annotations
@@ -29,19 +29,18 @@ ROWS_A_BATCH = 1000
 
 @dataclasses.dataclass(frozen=True)
 class DataStatistics:
-    """What is said about the data before the model loads.
+    """Statistics that are shown before the model loads.
 
     Attributes:
         rows: rows read; `kept` of them are trained on.
         tokens, trained_tokens: of the kept rows, after truncation.
         length_percentiles: p5, p50, p95, p99 and max of all rows' tokens, before truncation.
         truncated, dropped: rows longer than max_length, by what happens to them.
-        rows_without_trained_tokens: neither truncation nor dropping: rows left out because no token
-            of what remains of them is trained.
+        rows_without_trained_tokens: rows left out because no token of theirs is trained; dropped rows do not count.
         rows_without_end_of_turn: kept rows whose last end-of-turn token was truncated.
-        control_tokens: rows by the control token that their own text spells.
-        openings: rows that begin with an answer; `openings_left_out`: those where the template refuses it.
-        unprinted_keys: rows by a key of their messages, or `tools`, that the template takes in no row.
+        control_tokens: the number of rows by the control token that their own text spells.
+        openings: rows that begin with an answer; `openings_left_out`: those for which the template refuses it.
+        unprinted_keys: the number of rows by a key of their messages, or `tools`, that the template uses in no row.
     """
 
     format: str
@@ -68,11 +67,10 @@ class TokenizedData:
     Attributes:
         dataset: `input_ids` and `labels` (int32 lists; MASKED where not trained) of the kept rows, and
             `row`, their numbers in `rows`.
-        every_row: the same for all rows, as row i of the loaded data, with `length`, `trained`, `ended` and
-            `remarks`.
-        statistics: of both.
-        rows: what was tokenized, and `encoder` by what; it turns the same rows into questions, too.
-        notices: what the user should hear.
+        every_row: the same for all rows, in the order of `rows`, with `length`, `trained`, `ended` and `remarks`.
+        statistics: the statistics of both.
+        rows, encoder: the rows, and the encoder that tokenized them. It also turns them into questions.
+        notices: what the user should know.
     """
 
     dataset: Dataset
@@ -105,7 +103,7 @@ def tokenize(
     """Render, tokenize, mask and truncate.
 
     Args:
-        rows: what `load_rows` gave.
+        rows: what `load_rows` returned.
         tokenizer: the model's; it is not changed.
         section: train_on, max_length, on_long and chat_template are used.
 
@@ -134,7 +132,7 @@ def tokenize(
 def _fingerprint(
     rows: LoadedData, tokenizer: PreTrainedTokenizerBase, encoder: RowEncoder
 ) -> str | None:
-    """A name for the tokens made of all that they depend on; None leaves it to `datasets`."""
+    """A name for the tokens, made of everything that they depend on. None leaves the name to `datasets`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -163,19 +161,19 @@ def _notices(
     if encoder.chat is None:
         return (
             "The tokenizer has no chat template: prompt and completion are joined as they are, with a space between "
-            f"them where neither has one, and {end} ends each example.",
+            f"them if neither has one, and {end} ends each example.",
         )
     pieces = tuple(
-        f"The chat template writes {text}, which the tokenizer does not have as a token: it becomes several, as text "
-        "does. A template that was made for this tokenizer needs fewer."
+        f"The chat template writes {text}, which is not a token of the tokenizer: it becomes several, like any text. A "
+        "template that was made for this tokenizer needs fewer."
         for text in _not_tokens(encoder.chat.source, tokenizer)
     )
-    added = ", which ptp adds, as the template has no such token" if encoder.appends_end else ""
-    return (f"Chat template: {end} ends each answer{added}.", *pieces)
+    added = " ptp adds it, as the template has no such token." if encoder.appends_end else ""
+    return (f"Chat template: {end} ends each answer.{added}", *pieces)
 
 
 def _not_tokens(template: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What a template writes in the form of a special token, and the tokenizer does not have."""
+    """The texts in a template that look like special tokens but are none of the tokenizer's."""
     written = dict.fromkeys(re.findall(r"<\|[^\s|<>]+\|>|<(?:start|end)_of_\w+>", template))
     return [
         text for text in written if len(tokenizer(text, add_special_tokens=False).input_ids) > 1
@@ -227,7 +225,7 @@ def _count(
 
 
 def _remarks(every_row: Dataset) -> dict[Remark, Counter[str]]:
-    """How many rows say what: {what: {the name of the token or key, "" where there is none: rows}}."""
+    """The number of rows with each remark: {remark: {the name of the token or key, "" if there is none: rows}}."""
     import pyarrow.compute as pc
 
     found: dict[Remark, Counter[str]] = {remark: Counter() for remark in Remark}

@@ -354,7 +354,7 @@ def test_a_saved_data_set_is_read_by_its_splits_and_its_classes_by_name(tmp_path
         ("train-00000-of-00002 train-00001-of-00002 test-00000-of-00001",
          "train-00000-of-00002 train-00001-of-00002", "test-00000-of-00001.csv (D:test)"),
         ("my_training my.dev", "my_training", "Not read: my.dev.csv (D:validation)"),
-        ("a b test", "a b", "Read of D: a.csv, b.csv. Not read: test.csv (D:test)"),
+        ("a b test", "a b", "Read from D: a.csv, b.csv. Not read: test.csv (D:test)"),
         ("train more", "train", "Not read: more.csv"),
         ("protest latest", "latest protest", None),
         ("test-1 test-2", "test-1 test-2", None),
@@ -391,9 +391,9 @@ def test_what_a_folder_holds_besides_is_named(write, tmp_path):
     write("d/more/c.jsonl", [PAIR])
     write("d/README.md", "")
     rows = load_rows(str(tmp_path / "d"), DataSection())
-    assert rows.notices[0] == f"Read of {tmp_path}/d: a.jsonl. Not read: b.jsonl.gz, more/."
+    assert rows.notices[0] == f"Read from {tmp_path}/d: a.jsonl. Not read: b.jsonl.gz, more/."
     write("e/more/c.jsonl", [PAIR])
-    assert f"These have: {tmp_path}/e/more/." in refusal(str(tmp_path / "e"))
+    assert f"These folders have some: {tmp_path}/e/more/." in refusal(str(tmp_path / "e"))
 
 
 def test_a_link_that_leads_nowhere_is_named(write, tmp_path):
@@ -587,7 +587,7 @@ def test_unknown_columns_list_the_formats_and_the_map(write):
         (float("nan"), "a number: 'nan'", 'Write it as text: "completion"'),
         (["x"], "a list", 'Write it as one text, such as "a, b"'),
         (TURNS, "a list", "both as lists of messages, in every row"),
-        ({"x": 1}, "an object", "its text alone"),
+        ({"x": 1}, "an object", "only its text"),
     ],
 )
 def test_a_field_that_is_no_text_says_what_to_type(write, value, got, instead):

@@ -63,7 +63,7 @@ def test_an_answer_whose_weight_is_zero_is_seen_and_not_learned(done, key, value
     trained = [said for said, learned in example(found, tokenizer, 0).spans if learned]
     assert ["Yes" in said for said in trained] == [True]
     assert "No" in text(found, tokenizer)
-    assert "1 answers are not trained, as their weight says." in found.rows.notices
+    assert "1 answers are not trained, as their weight says so." in found.rows.notices
 
 
 @pytest.mark.parametrize("value", [1, 1.0, True, None])
@@ -93,9 +93,9 @@ def test_a_weight_masks_its_answer_where_everything_else_is_trained(done) -> Non
 
 def test_a_question_that_asks_to_be_trained_is_told_of(done) -> None:
     found, _ = done([{"messages": [{**ASK, "train": True}, SAY]}])
-    assert "1 messages that are no answers ask to be trained" in found.rows.notices[-1]
+    assert "1 messages that are not answers ask to be trained" in found.rows.notices[-1]
     found, _ = done([{"messages": [{**ASK, "train": False}, SAY]}], train_on="all")
-    assert "1 messages that are no answers ask not to be trained" in found.rows.notices[-1]
+    assert "1 messages that are not answers ask not to be trained" in found.rows.notices[-1]
 
 
 def test_the_question_asked_in_evaluation_is_that_of_the_last_answer_that_is_learned(done) -> None:
@@ -161,7 +161,7 @@ def test_what_neither_template_nor_ptp_takes_is_told_with_its_rows(done, templat
     found, _ = done(rows, template)
     assert found.statistics.unprinted_keys == {"name": 2, "reasoning_content": 2, "tools": 1}
     told = warnings(found.statistics)
-    assert "2 of 3 rows (66.7 %) have 'name', which neither the chat template nor ptp takes" in told
+    assert "2 of 3 rows (66.7 %) have 'name', which neither the chat template nor ptp uses" in told
 
 
 def test_a_key_that_the_template_prints_in_one_row_is_taken(done) -> None:
