@@ -1,7 +1,7 @@
 """Short names of base models, and what `model.name` may be.
 
-Sizes and terms are those of the models' hub pages. "gated" means that the hub hands the weights out
-only to an account that has accepted the licence there (`hf auth login` on this machine, once).
+Sizes and licences are from the models' hub pages. "gated" means that the hub gives the weights only to
+an account that has accepted the licence there (`hf auth login` on this machine, once).
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def resolve(name: str) -> str:
     """What to load for `model.name`: a folder, a GGUF file or a hub id.
 
     Args:
-        name: `tiny`, an alias, a local folder or GGUF file, or a hub id; an alias goes before a folder of the
-            same name, which is meant by `./name`.
+        name: `tiny`, an alias, a local folder or GGUF file, or a hub id. An alias wins over a folder of the same
+            name; `./name` is the folder.
 
     Raises:
         ModelError: it is none of these.
@@ -124,7 +124,7 @@ def resolve(name: str) -> str:
         return str(path)
     if name.lower().endswith(".gguf"):
         raise ModelError(
-            f"There is no file {name} here. Look for a slip of the pen, or, where it is on the hub, type: "
+            f"There is no file {name} here. Check its name, or, if it is on the hub, type: "
             "hf download ORGANISATION/NAME FILE.gguf --local-dir ."
         )
     if HUB_ID.fullmatch(name) and not name.startswith("."):
@@ -132,26 +132,26 @@ def resolve(name: str) -> str:
     near = get_close_matches(name.lower(), ["tiny", *ALIASES], n=3)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise ModelError(
-        f"There is no model {name!r}: it is no folder or GGUF file on this machine, no alias of "
-        f"`ptp models`, and no hub id of the form organisation/name.{hint}"
+        f"There is no model {name!r}: it is not a folder or GGUF file on this machine, not an alias of "
+        f"`ptp models`, and not a hub id of the form organisation/name.{hint}"
     )
 
 
 def check_local_model(path: str | Path) -> None:
-    """Refuse what does not hold a base model, before anything is loaded from it.
+    """Refuse a path that holds no base model, before anything is loaded from it.
 
     Args:
-        path: a folder, or a GGUF file, of which nothing but its beginning is looked at.
+        path: a folder, or a GGUF file, of which only the beginning is read.
 
     Raises:
-        ModelError: it is another file, an adapter, a folder of GGUF files, or lacks its config or its weights.
+        ModelError: it is another file, an adapter, a run or a folder of GGUF files, or lacks its config or its weights.
     """
     folder = Path(path)
     if is_gguf(folder):
         return
     if not folder.is_dir():
         raise ModelError(
-            f"{folder} is a file, and no GGUF file; a base model is a folder with config.json and weights, or one "
+            f"{folder} is a file, but not a GGUF file; a base model is a folder with config.json and weights, or one "
             "GGUF file."
         )
     if not (folder / "config.json").is_file():
@@ -162,7 +162,7 @@ def check_local_model(path: str | Path) -> None:
         if (run := RunDir(folder)).recipe.is_file():
             raise ModelError(
                 f"{folder} is a run of `ptp train`, not a base model. To go on with it, type: {run.resume_command}; to "
-                "train anew, give its base, which `ptp runs` lists, with --model."
+                "train again, give its base with --model (`ptp runs` lists it)."
             )
         _check_no_gguf(folder)
         raise ModelError(f"{folder} is not a model: it has no config.json.")
@@ -178,7 +178,7 @@ def check_local_model(path: str | Path) -> None:
 
 
 def _check_no_gguf(folder: Path) -> None:
-    """Refuse a folder whose weights are GGUF files: several of them are one model at several precisions."""
+    """Refuse a folder of GGUF files: several of them are one model at several precisions."""
     if files := sorted(folder.glob("*.gguf")):
         which = "one of them" if len(files) > 1 else "the file itself"
         more = f" (and {len(files) - 3} more)" if len(files) > 3 else ""

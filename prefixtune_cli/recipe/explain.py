@@ -1,7 +1,7 @@
-"""What pydantic found wrong with a recipe, in words.
+"""Pydantic's errors about a recipe, in plain words.
 
 Pydantic says `Input should be 'elu', 'gelu' or 'mlp'`, at ('adapter', 'prefix-tuning-plus',
-'feature_map'). A user wrote `adapter.feature_map: relu`, and reads: "adapter.feature_map must be
+'feature_map'). The user, who wrote `adapter.feature_map: relu`, reads: "adapter.feature_map must be
 elu, gelu or mlp, got 'relu'. Did you mean 'elu'?"
 """
 
@@ -28,7 +28,7 @@ METHODS: dict[str, type[BaseModel]] = {
     section.model_fields["method"].default: section
     for section in (PrefixTuningPlus, Lora, PrefixTuning, Full)
 }
-# What `adapter` is read as: one of these four, or as `peft`.
+# The sections that `adapter` can be: one of these four, or `peft`.
 SECTIONS: dict[str, type[BaseModel]] = {**METHODS, "peft": Peft}
 EXPECTED = {
     "int_type": "a whole number",
@@ -54,7 +54,7 @@ def explain(error: ValidationError) -> list[tuple[str, str]]:
     """The problems of a recipe, one for each key.
 
     Returns:
-        pairs of the dotted key that is wrong and a sentence that names it.
+        pairs of a dotted key that is wrong and a sentence about it.
     """
     told: dict[str, str] = {}
     unions: dict[str, list[str]] = {}
@@ -79,7 +79,7 @@ def unknown_key(path: str, method: str) -> str:
         owners = [name for name, model in METHODS.items() if last in model.model_fields]
         if method == "peft" and owners != ["prefix-tuning-plus"]:
             return (
-                f"{path} is not a setting. Those of a method of peft's stand under adapter.config"
+                f"{path} is not a setting. Settings of peft's methods belong under adapter.config"
             )
         if method == "peft":
             method = "another one"
@@ -98,7 +98,7 @@ def keys(method: str) -> list[str]:
 
 
 def show(value: object) -> str:
-    """A value as a recipe spells it, cut where it is long."""
+    """A value as a recipe spells it, cut if it is long."""
     names: dict[object, str] = {None: "nothing (null)", True: "true", False: "false"}
     text = names[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -125,14 +125,14 @@ def _nearest_key(path: str, method: str) -> str | None:
 
 
 def _without_the_tag(loc: tuple[int | str, ...]) -> tuple[str, tuple[int | str, ...]]:
-    """Pydantic puts the chosen member of the union, adapter.method, into the location."""
+    """The method, and the location without it: pydantic puts the union's member into the location."""
     if loc[:1] == ("adapter",) and len(loc) > 1 and loc[1] in SECTIONS:
         return str(loc[1]), ("adapter", *loc[2:])
     return "prefix-tuning-plus", loc
 
 
 def _field(loc: tuple[int | str, ...]) -> tuple[str, str | None]:
-    """A location's dotted key and, where the field is a union of types, the member that is meant."""
+    """A location's dotted key and, if the field is a union of types, the member that complains."""
     if len(loc) > 2 and loc[:2] not in (("data", "map"), ("adapter", "config")):
         return ".".join(map(str, loc[:2])), str(loc[2])
     return ".".join(map(str, loc)), None
@@ -144,7 +144,7 @@ def _sentence(found: ErrorDetails, path: str, method: str) -> tuple[str, str]:
         return path, unknown_key(path, method)
     if kind == "value_error":
         reason = str(context["error"])
-        if reason.startswith("must "):  # a field's validator; a section's names its keys itself
+        if reason.startswith("must "):  # from a field; a section's validator names its keys itself
             return path, f"{path} {reason}"
         return reason.split(" ")[0], reason
     if kind == "union_tag_invalid":
@@ -157,8 +157,8 @@ def _sentence(found: ErrorDetails, path: str, method: str) -> tuple[str, str]:
     else:
         value, choices = found["input"], list[str]()
         expected = EXPECTED[kind].format(**context) if kind in EXPECTED else found["msg"]
-    if path == "adapter" and isinstance(value, str):  # as Axolotl has it
-        method = value.replace("qlora", "lora")  # whose 4 bits are the base's: model.bits
+    if path == "adapter" and isinstance(value, str):  # as in Axolotl
+        method = value.replace("qlora", "lora")  # its 4 bits are the base's: model.bits
         expected += f", as in `adapter: {{method: {method}}}`"
     near = get_close_matches(str(value), choices, n=1, cutoff=0.5)
     hint = f". Did you mean {near[0]!r}?" if near else ""

@@ -1,11 +1,11 @@
-"""Settings by the names that TRL, transformers, LLaMA-Factory and Axolotl have for them, and what they are here.
+"""The names that settings have in TRL, transformers, LLaMA-Factory and Axolotl, and our names for them.
 
-Both a flag (`--output-dir`) and a key of a recipe (`output_dir`) are looked up here.
+Flags (`--output-dir`) and keys of a recipe (`output_dir`) are both looked up here.
 """
 
 from __future__ import annotations
 
-# Their name → our key, with the value where theirs says it; or the flag of ours that is no setting.
+# Their name → our key, with a value if their name implies one; or our flag if it is not a setting.
 COUNTERPARTS = {
     "output_dir": "out",
     "config": "--recipe",
@@ -96,21 +96,21 @@ COUNTERPARTS = {
     "deepspeed": "train.parallel=deepspeed-zero2",
     "fsdp": "train.parallel=fsdp",
 }
-# What is not quite the same.
+# How ours differs from theirs.
 NOTES = {
     **dict.fromkeys(
         ("load_in_4bit", "load_in_8bit", "train_on_inputs", "train_on_prompt", "use_peft"),
-        "where it is true; leave it out where not",
+        "if it is true; otherwise leave it out",
     ),
     "warmup_steps": "a fraction of all steps",
     "bf16": "which is bfloat16, and the default",
     "fp16": "which is bfloat16, and the default",
     "torch_dtype": "16 for bfloat16, 32 for float32",
     "dtype": "16 for bfloat16, 32 for float32",
-    "template": "a Jinja file; left out, it is the tokenizer's own",
+    "template": "a Jinja file; without it, the tokenizer's own is used",
     "deepspeed": "or deepspeed-zero3, without a file",
 }
-# Theirs that have nothing to answer to here, and why.
+# Their settings without a counterpart here, and why.
 NEEDLESS = {
     **dict.fromkeys(
         ("do_train", "do_eval", "stage", "rl", "task_type", "load_in_16bit"),
@@ -118,7 +118,7 @@ NEEDLESS = {
     ),
     **dict.fromkeys(
         ("eval_strategy", "evaluation_strategy", "save_strategy", "logging_strategy", "plot_loss"),
-        "the steps between them say it: train.eval_steps, train.save_steps, train.log_steps",
+        "the steps between them decide it: train.eval_steps, train.save_steps, train.log_steps",
     ),
     **dict.fromkeys(
         "preprocessing_num_workers dataloader_num_workers dataset_num_proc dataset_processes ddp_timeout "
@@ -138,23 +138,23 @@ NEEDLESS = {
 
 
 def counterpart(name: str) -> str | None:
-    """What theirs is here: a key, a key with its value as in model.bits=4, or a flag; None where it is not known."""
+    """Our name for theirs: a key, a key with its value as in model.bits=4, or a flag; None if theirs is unknown."""
     return COUNTERPARTS.get(name.replace("-", "_"))
 
 
 def why_needless(name: str) -> str | None:
-    """Why one of theirs has no counterpart; None where it is not known."""
+    """Why one of theirs has no counterpart; None if it is unknown."""
     return NEEDLESS.get(name.replace("-", "_"))
 
 
 def note(name: str) -> str:
-    """What is not quite the same here, after a comma; empty where all is."""
+    """How ours differs from theirs, after a comma; empty if it does not."""
     found = NOTES.get(name.replace("-", "_"))
     return f", {found}" if found else ""
 
 
 def in_a_recipe(path: str) -> str | None:
-    """The sentence about a key of theirs that stands in a recipe; None where it is not known."""
+    """A sentence about a key of theirs in a recipe; None if it is unknown."""
     name = path.rpartition(".")[2]
     if reason := why_needless(name):
         return f"{path} has no counterpart here: {reason}. Leave it out"
@@ -162,5 +162,5 @@ def in_a_recipe(path: str) -> str | None:
     if ours is None or ours == path:
         return None
     if ours.startswith("--"):
-        return f"{path} is no setting here: type {ours} after `ptp train`"
+        return f"{path} is not a setting here: type {ours} after `ptp train`"
     return f"{path} is {ours.replace('=', ': ')} here{note(name)}"

@@ -1,7 +1,7 @@
-"""GGUF, the one-file format of llama.cpp, LM Studio and Ollama: what a file says before its weights begin.
+"""The header of a file in GGUF, the one-file format of llama.cpp, LM Studio and Ollama.
 
-The format is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. It is read here without the package
-`gguf`, so that a file is recognised, and refused for what it is, whether that is installed or not.
+The format is described in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is read without the
+package `gguf`, so a file is recognised, or refused with the right reason, even if that package is not installed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FLOAT32 = 0  # of tensors
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a file says of itself.
+    """What a file says about itself, before its weights.
 
     Attributes:
         path: the file.
@@ -46,7 +46,7 @@ class GgufHeader:
         return int(self.metadata.get("split.count", 1))
 
     def floats(self, name: str) -> list[float] | None:
-        """A float32 tensor; None where there is none of this name and type."""
+        """A float32 tensor; None if there is none with this name and type."""
         count, kind, start = self.tensors.get(name, (0, None, 0))
         if kind != _FLOAT32:
             return None
@@ -56,7 +56,7 @@ class GgufHeader:
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether this is a GGUF file, whatever its name ends with: Ollama's have no ending."""
+    """Whether this is a GGUF file, whatever its suffix: Ollama's files have none."""
     try:
         with open(path, "rb") as file:
             return file.read(len(MAGIC)) == MAGIC
@@ -65,10 +65,10 @@ def is_gguf(path: str | Path) -> bool:
 
 
 def read_header(path: str | Path) -> GgufHeader:
-    """What the file says of itself.
+    """Read the header of a file.
 
     Raises:
-        ModelError: the file is cut off, or of another version.
+        ModelError: the file is cut off, or of an unknown version.
     """
     path = Path(path)
     try:
@@ -76,8 +76,8 @@ def read_header(path: str | Path) -> GgufHeader:
             return _read(path, data)
     except (struct.error, ValueError, KeyError) as error:
         raise ModelError(
-            f"{path} begins as a GGUF file does, and cannot be read on: {error}. It is cut off or damaged: "
-            "compare its size with that of its source, and download it again."
+            f"{path} begins like a GGUF file, but cannot be read: {error}. It is cut off or damaged: compare its size "
+            "with that of its source, and download it again."
         ) from error
 
 
@@ -94,7 +94,7 @@ def _read(path: Path, data: mmap.mmap) -> GgufHeader:
         nonlocal at
         start, at = at + 8, at + 8 + number("Q")
         if at > len(data):
-            raise ValueError("a text goes on behind its end")
+            raise ValueError("a text ends after the end of the file")
         return data[start:at].decode(errors="replace")
 
     def value(kind: int) -> Any:
@@ -118,7 +118,7 @@ def _read(path: Path, data: mmap.mmap) -> GgufHeader:
     version = number("I")
     if version not in _VERSIONS:
         raise ModelError(
-            f"{path} is a GGUF file of version {version}; versions 2 and 3 can be read. Take a newer file of the "
+            f"{path} is a GGUF file of version {version}; versions 2 and 3 can be read. Use a newer file of the "
             "model, or its safetensors."
         )
     tensor_count, key_count = number("Q"), number("Q")
@@ -137,5 +137,5 @@ def _read(path: Path, data: mmap.mmap) -> GgufHeader:
     start = -(-at // alignment) * alignment
     tensors = {name: (count, kind, start + offset) for name, count, kind, offset in entries}
     if any(first >= len(data) for _, _, first in tensors.values()):
-        raise ValueError("weights begin behind its end")
+        raise ValueError("weights begin after the end of the file")
     return GgufHeader(path, metadata, tensors)

@@ -1,7 +1,7 @@
 """A recipe's file, `--set` and flags become a `Recipe`, and a `Recipe` becomes YAML.
 
-What counts, from the strongest: a flag, `--set`, the recipe, the schema's default. All that is wrong
-with the result stands in one `RecipeError`, with the file and line of whatever came from a file.
+A flag wins over `--set`, which wins over the recipe, which wins over the schema's default. One `RecipeError`
+lists everything that is wrong with the result, with file and line for values from a file.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ def resolve(
 ) -> Recipe:
     """The recipe that a command runs by.
 
-    When flags or `--set` choose another method than the recipe's, the recipe's `adapter` section
-    and, where it is just the old method's default, its learning rate are left out: both belong to
-    the method that was written down. Likewise the recipe's held-out data goes with its training data, and its
-    number of steps when epochs are asked for.
+    If flags or `--set` choose another method than the recipe's, the recipe's `adapter` section, its learning rate,
+    and training settings that are the old method's defaults are left out, because they belong to the old method.
+    Other replaced settings take their companions with them, see `_without_what_is_replaced`.
 
     Args:
-        recipe: a YAML file, or the name of a shipped recipe; None is the defaults alone.
+        recipe: a YAML file, or the name of a shipped recipe; None means only the defaults.
         sets: `section.key=value` each, the value in YAML.
         flags: nested overrides, as in {"train": {"batch_size": 4}}.
 
@@ -82,13 +81,13 @@ def shipped() -> dict[str, Path]:
 
 
 def summary(text: str) -> str:
-    """What a recipe says of itself: its first line, a comment."""
+    """What a recipe says about itself: its first line, if that is a comment."""
     first = text.split("\n", 1)[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
 def find(recipe: str) -> Path:
-    """The file of a recipe given by its path or by the name of a shipped one.
+    """The file of a recipe, given by its path or by the name of a shipped recipe.
 
     Raises:
         RecipeError: there is none.
@@ -175,10 +174,10 @@ def _without_another_methods_settings(
 def _without_what_is_replaced(
     values: Mapping[str, Any], chosen: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Without the settings that belong to what `chosen` puts in their place.
+    """The values without settings that belong to something that `chosen` replaces.
 
-    The recipe's held-out data, columns and format are those of its own training data, its number of steps would win
-    over the epochs that were asked for, and a preset stands for all settings of the adapter.
+    The recipe's held-out data, columns and format belong to its own training data. Its number of steps would win over
+    the epochs that were asked for. A preset replaces all settings of the adapter.
     """
     data, train = chosen.get("data") or {}, chosen.get("train") or {}
     adapter = chosen.get("adapter") or {}

@@ -1,8 +1,7 @@
-"""YAML to plain values, with the line that every key stands on.
+"""YAML to plain values, with the line of every key.
 
-PyYAML reads YAML 1.1, in which `1e-4` is a string, `no` is false and `12:30` a number; a recipe is
-read by the scalars of YAML 1.2 instead, where none of these surprises exists. A key given twice,
-which PyYAML lets pass, is an error here.
+PyYAML reads YAML 1.1, in which `1e-4` is a string, `no` is false and `12:30` a number. Recipes use the
+scalars of YAML 1.2, without these surprises. A duplicate key, which PyYAML accepts, is an error here.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class Parsed:
 
 
 def together(problems: Iterable[str]) -> RecipeError:
-    """All problems as one error, a line each."""
+    """All problems as one error, one per line."""
     lines = list(problems)
     if len(lines) == 1:
         return RecipeError(lines[0])
@@ -66,7 +65,7 @@ def parse(text: str, name: str) -> Parsed:
         name: the file's name, as errors show it.
 
     Raises:
-        RecipeError: it is not YAML, not a mapping, or a key stands in it twice.
+        RecipeError: it is not YAML, not a mapping, or has a key twice.
     """
     loader = _loader(text, name)
     try:
@@ -83,7 +82,7 @@ def parse(text: str, name: str) -> Parsed:
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{name} cannot be read as YAML: {error}") from None
     except RecursionError:
-        raise RecipeError(f"{name} has an alias (*) inside of its own anchor (&).") from None
+        raise RecipeError(f"{name} has an alias (*) inside its own anchor (&).") from None
     finally:
         loader.dispose()
     if twice:
@@ -131,7 +130,7 @@ def _mapping(
             raise yaml.MarkedYAMLError(problem="a key must be text", problem_mark=key.start_mark)
         path = f"{above}{key.value}"
         if key.value in values:
-            twice.append(f"{line}: {path} stands twice; the first is on line {lines[path]}")
+            twice.append(f"{line}: {path} occurs twice; the first is on line {lines[path]}")
             continue
         lines[path] = line
         if isinstance(value, yaml.MappingNode):

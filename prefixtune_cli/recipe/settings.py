@@ -1,4 +1,4 @@
-"""What the schema says of one setting, for those who type it: what it does, its type, default and values."""
+"""What the schema says about one setting, for help and completion: what it does, its type, default and values."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from prefixtune_cli.recipe.explain import METHODS
 from prefixtune_cli.recipe.load import shipped
 from prefixtune_cli.recipe.schema import Lora, PrefixTuning, PrefixTuningPlus, Recipe
 
-OF_PEFT = ("ia3", "boft", "vera")  # of the many other methods, those that people look for
+OF_PEFT = ("ia3", "boft", "vera")  # the best-known of the many other methods
 TITLES = {PrefixTuningPlus: "Prefix-Tuning+", Lora: "LoRA", PrefixTuning: "Prefix-Tuning"}
 
 
 def told(key: str) -> str:
-    """What a setting does, in a line: the first clause of its description, with the values that have names.
+    """What a setting does, in one line: the first clause of its description, with its named values.
 
     Args:
-        key: dotted; one of `adapter` is introduced by the first method that has it.
+        key: dotted. For a key of `adapter`, the line begins with the first method that has it.
     """
     clause = (_field(key).description or "").partition(";")[0].rstrip(".")
     *most, last = _choices(key) or [""]
@@ -32,7 +32,7 @@ def told(key: str) -> str:
 
 
 def kind(key: str) -> Any:
-    """The type of what is typed for a setting: text where it has several, and texts for a mapping."""
+    """The type that is typed for a setting: text if it has several types, a list of texts for a mapping."""
     annotation = _field(key).annotation
     union = get_origin(annotation) in (Union, UnionType)
     members = [
@@ -46,14 +46,14 @@ def kind(key: str) -> Any:
 
 
 def default(key: str) -> str:
-    """The default of a setting as a user says it; empty where it has none.
+    """The default of a setting in a user's words; empty if it has none.
 
     Args:
-        key: dotted, as in train.batch_size; one of `adapter` is that of the first method that has it.
+        key: dotted, as in train.batch_size. A key of `adapter` is that of the first method that has it.
     """
     field = _field(key)
     value: Any = field.get_default(call_default_factory=True)
-    if value is None:  # what it stands for, the description tells
+    if value is None:  # the description says what null stands for
         told = re.search(r"\bnull (?:is )?([^;]+?)\.?$", field.description or "")
         return told[1] if told else ""
     if isinstance(value, bool):
@@ -64,7 +64,7 @@ def default(key: str) -> str:
 
 
 def values(key: str) -> list[str]:
-    """The values that a setting takes, or those that have names; none where any value goes.
+    """The named values that a setting takes; empty if there are none.
 
     Args:
         key: dotted, or `recipe`.
@@ -85,7 +85,7 @@ def _choices(key: str) -> list[str]:
 
 
 def _section(key: str) -> type[BaseModel]:
-    """The model that has a setting; of `adapter`, the first method's that has it."""
+    """The model that has a setting; for a key of `adapter`, the model of the first method that has it."""
     section, _, name = key.rpartition(".")
     if not section:
         return Recipe

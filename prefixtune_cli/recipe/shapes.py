@@ -1,4 +1,4 @@
-"""The shapes of well-known base models, so that a run can be planned without a network: numbers of their config.json.
+"""The shapes of well-known base models, from their config.json, so that a run can be planned without a network.
 
 `assets/shapes.json` has them by hub id. A test builds each on the meta device and counts its parameters.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def shape(hub_id: str) -> dict[str, Any] | None:
-    """The configuration's numbers, `model_type` among them; None where they are not known here."""
+    """The configuration's numbers, `model_type` among them; None if they are not known here."""
     found = _shapes().get(hub_id.lower())
     return None if found is None else dict(found["config"])
 

@@ -15,7 +15,7 @@ from tests.cli.conftest import Ptp
         (["--output_dir=x"], "--output_dir is --out here."),
         (["--model-name-or-path", "tiny"], "--model-name-or-path is --model here."),
         (["--per-device-train-batch-size", "4"], "--per-device-train-batch-size is --batch-size here."),
-        (["--load-in-4bit"], "--load-in-4bit is --bits 4 here, where it is true"),
+        (["--load-in-4bit"], "--load-in-4bit is --bits 4 here, if it is true"),
         (["--report-to", "wandb"], "--report-to is --track here."),
         (["--config", "a.yaml"], "--config is --recipe here."),
         (["--bf16"], "--bf16 is --bits 16 here, which is bfloat16, and the default."),

@@ -70,7 +70,7 @@ def test_a_method_of_pefts_is_planned_beside_the_four(ptp: Ptp, random_base: Pat
         (["--method", "adamsz"], "There is no method adamsz. Did you mean adamss?"),
         (["--method", "xlora"], "Method xlora cannot be trained by ptp: it mixes adapters"),
         (["--method", "loha", "--bits", 4], "Method loha computes with the base's weights"),
-        (["--method", "vera", "--lora-r", 4], "adapter.r is not a setting. Those of a method of"),
+        (["--method", "vera", "--lora-r", 4], "adapter.r is not a setting. Settings of peft's m"),
         (["--method", "ia3", "--set", "adapter.config.x=1"], "adapter.config.x is not a setting"),
     ],
 )

@@ -47,7 +47,7 @@ def test_an_alias_goes_before_a_folder_of_the_same_name(
 def test_an_unknown_name_is_told_the_nearest_aliases_and_the_forms() -> None:
     with pytest.raises(ModelError) as caught:
         resolve("lama3.1-8b")
-    assert "no hub id of the form organisation/name" in str(caught.value)
+    assert "not a hub id of the form organisation/name" in str(caught.value)
     assert "Did you mean llama3.1-8b" in str(caught.value)
 
 
@@ -86,7 +86,7 @@ def test_a_gguf_file_is_a_model_by_its_first_bytes(tmp_path: Path) -> None:
     (tmp_path / "sha256-00ff").write_bytes(b"GGUF\x03")
     check_local_model(tmp_path / "sha256-00ff")
     (tmp_path / "named.gguf").write_bytes(b"<html>")
-    with pytest.raises(ModelError, match="is a file, and no GGUF file"):
+    with pytest.raises(ModelError, match="is a file, but not a GGUF file"):
         check_local_model(tmp_path / "named.gguf")
 
 

@@ -100,7 +100,7 @@ def test_an_answer_says_the_value_and_what_is_not_the_same(tmp_path: Path) -> No
     with pytest.raises(RecipeError) as caught:
         resolve(str(file))
     said = str(caught.value)
-    assert "load_in_4bit is model.bits: 4 here, where it is true; leave it out where not" in said
+    assert "load_in_4bit is model.bits: 4 here, if it is true; otherwise leave it out" in said
     assert "warmup_steps is train.warmup_ratio here, a fraction of all steps" in said
     assert "do_train has no counterpart here: `ptp train` always fine-tunes" in said
     assert "output_dir is out here" in said

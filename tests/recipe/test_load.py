@@ -192,7 +192,7 @@ def test_a_flag_puts_a_recipes_wrong_value_right(write: Any) -> None:
         ),
         (
             ["adapter.method=vera", "adapter.r=3"],
-            "adapter.r is not a setting. Those of a method of peft's stand under adapter.config",
+            "adapter.r is not a setting. Settings of peft's methods belong under adapter.config",
         ),
         (
             ["adapter.method=vera", "adapter.feature_map=elu"],

@@ -45,8 +45,8 @@ def test_every_key_knows_its_line() -> None:
     [
         ("train:\n\tseed: 1\n", "r.yaml:2: the line is indented by a tab; YAML takes spaces only."),
         ("train:\n  seed: 1\n\tepochs: 2\n", "r.yaml:3: the line is indented by a tab"),
-        ("a: 1\nb: 2\na: 3\n", "r.yaml:3: a stands twice; the first is on line 1"),
-        ("t:\n  a: 1\n  a: 3\n", "r.yaml:3: t.a stands twice; the first is on line 2"),
+        ("a: 1\nb: 2\na: 3\n", "r.yaml:3: a occurs twice; the first is on line 1"),
+        ("t:\n  a: 1\n  a: 3\n", "r.yaml:3: t.a occurs twice; the first is on line 2"),
         ("- a\n", "r.yaml must hold sections such as `train:`, got a list."),
         ("words\n", "r.yaml must hold sections such as `train:`, got only 'words'."),
         ("a: [1\n", "r.yaml:2: this is not YAML"),
@@ -70,8 +70,8 @@ def test_several_doubled_keys_are_told_together() -> None:
         read.parse("a: 1\na: 2\nb: 1\nb: 2\n", "r.yaml")
     assert str(caught.value).splitlines() == [
         "2 problems:",
-        "  r.yaml:2: a stands twice; the first is on line 1",
-        "  r.yaml:4: b stands twice; the first is on line 3",
+        "  r.yaml:2: a occurs twice; the first is on line 1",
+        "  r.yaml:4: b occurs twice; the first is on line 3",
     ]
 
 
