@@ -1,12 +1,12 @@
 """The recipe's schema: the only home of defaults, choices and descriptions.
 
-A description's first clause, up to a semicolon, is what help says of the flag (see `settings`).
+Help shows the first clause of a setting's description, up to a semicolon (see `settings`).
 
-A recipe is frozen once validated, and unknown keys are forbidden. `adapter` is a union told apart
-by `adapter.method`; the training defaults that depend on the method stand in `METHOD_DEFAULTS`, the
-learning rates, which depend on the base's width as well, in `RATES`.
-Whatever is not one of the four methods with a section of their own is one of peft's, which this
-layer does not import: `peft_methods` checks the name and its settings.
+A recipe is frozen once validated, and unknown keys are forbidden. `adapter` is a union, and
+`adapter.method` chooses its member. `METHOD_DEFAULTS` has the training defaults that depend on the
+method; `RATES` has the learning rates, which also depend on the base's width. Four methods have their
+own section. Any other name is a method of peft's. This layer does not import peft, so `peft_methods`
+checks the name and its settings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import re
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import (
     BaseModel,
@@ -29,20 +29,21 @@ from pydantic import (
 )
 
 Method = Literal["prefix-tuning-plus", "lora", "prefix-tuning", "full"]
+METHODS_WITH_SECTIONS: tuple[Method, ...] = get_args(Method)
 DataFormat = Literal[
     "auto", "messages", "conversations", "prompt-completion", "alpaca", "question-answer", "text"
 ]
 
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "full": {"save_minutes": None},  # a checkpoint is six times the base
+    "full": {"save_minutes": None},  # a checkpoint is six times as large as the base
 }
 
 
 class Rate(NamedTuple):
-    """A default learning rate: `at` for a base whose hidden size is 2,000, times (2,000 / hidden size)^power.
+    """A default learning rate: at·(2,000 / hidden size)^power, but at most `most`.
 
-    The power is that of the tinker cookbook's fit over models of many widths (0.781 for Llama), which small bases do
-    not follow to the end: `most` is the highest rate. A power of 0 is one rate for all.
+    The power is from the tinker cookbook's fit over models of many widths (0.781 for Llama). The fit is too high for
+    small bases, hence `most`. A power of 0 means one rate for all bases.
     """
 
     at: float
@@ -56,16 +57,16 @@ class Rate(NamedTuple):
 
 
 # Chosen by sweeps, on the built-in base (hidden size 192) and on SmolLM2-135M (576): see the README.
-IN_THE_BASIS = Rate(0.03, 0, "a step changes what M adds to by about 3 % of its size")
-WITHOUT_A_BASIS = Rate(1e-3, 0, "without a basis, whatever the size of what M adds to")
+IN_THE_BASIS = Rate(0.03, 0, "a step changes the output that M adds to by about 3 %")
+WITHOUT_A_BASIS = Rate(1e-3, 0, "without a basis, one rate for outputs of any size")
 RATES: dict[str, Rate] = {
     "lora": Rate(1.1e-3, 0.781, "it falls with the base's hidden size", most=3e-3),
     "prefix-tuning": Rate(3e-2, 0, "one rate for all bases"),
     "full": Rate(5e-5, 0.781, "it falls with the base's hidden size"),
-    # Not swept: the vectors of these are few and small, or the weights many.
+    # Not swept. These methods train few small vectors, or many weights.
     "vera": Rate(1e-2, 0, "ten times LoRA's"),  # Kopiczko et al. 2024
-    "prompt-tuning": Rate(3e-2, 0, "that of peft's example"),
-    "osf": Rate(5e-5, 0.781, "that of full, as it trains nearly every weight"),
+    "prompt-tuning": Rate(3e-2, 0, "the rate of peft's example"),
+    "osf": Rate(5e-5, 0.781, "the rate of full, as it trains nearly every weight"),
 }
 METHOD_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")  # after `_` became `-`
 
@@ -74,18 +75,15 @@ IN_THE_CACHE = frozenset({"prefix-tuning", "cartridge"})
 IN_FRONT = frozenset({"prompt-tuning", "p-tuning"})
 
 
-# The methods that do not go with a way of spreading a run over GPUs, and why.
+# Methods that do not go with a way of spreading a run over GPUs, and why.
 NOT_SPREAD = {
-    ("fsdp", "prefix-tuning"): "whose prefix peft computes outside of the sharded modules",
-    ("fsdp", "full"): "which trains the base that fsdp shards as frozen",
-    (
-        "deepspeed-zero3",
-        "prefix-tuning",
-    ): "whose prefix peft computes outside of the sharded modules",
+    ("fsdp", "prefix-tuning"): "whose prefix peft computes outside the sharded modules",
+    ("fsdp", "full"): "which trains the base, and fsdp shards it as frozen",
+    ("deepspeed-zero3", "prefix-tuning"): "whose prefix peft computes outside the sharded modules",
 }
 
 
-# Settings of Prefix-Tuning+ by name.
+# Named settings of Prefix-Tuning+.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "feature_map": "elu",
@@ -114,11 +112,11 @@ class ModelSection(Section):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     bits: Literal[4, 8, 16, 32] = Field(
         16,
-        description="Precision of the frozen base; 4 and 8 by bitsandbytes, 16 is bfloat16, 32 is float32; of a base "
-        "that is quantized already, 16 and 32 are what is computed in.",
+        description="Precision of the frozen base; 4 and 8 by bitsandbytes, 16 is bfloat16, 32 is float32; for a base "
+        "that is already quantized, 16 and 32 are the precision of the computation.",
     )
     device: Literal["auto", "cuda", "cpu"] = Field(
-        "auto", description="Where to compute; `auto` takes the GPUs where there are some."
+        "auto", description="Where to compute; `auto` takes the GPUs if there are any."
     )
     attention: Literal[
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
@@ -126,11 +124,11 @@ class ModelSection(Section):
         "auto", description="The base's attention kernel; `auto` leaves the choice to transformers."
     )
     trust_remote_code: bool = Field(
-        False, description="Run Python code that the model's repository ships."
+        False, description="Run Python code from the model's repository."
     )
 
 
-HELD_OUT_SHARE = 0.05  # of the rows, where neither `eval` nor `eval_split` says which
+HELD_OUT_SHARE = 0.05  # of the rows, if neither `eval` nor `eval_split` is set
 
 
 class DataSection(Section):
@@ -142,7 +140,7 @@ class DataSection(Section):
         None,
         gt=0,
         lt=1,
-        description=f"Fraction of `train` that is held out when there is no `eval`; null is {HELD_OUT_SHARE}.",
+        description=f"Fraction of `train` to hold out if there is no `eval`; null is {HELD_OUT_SHARE}.",
     )
     format: DataFormat = Field(
         "auto", description="Format of the rows; `auto` recognises it from the columns."
@@ -154,39 +152,42 @@ class DataSection(Section):
         "completion",
         description="Tokens with a loss; completions and assistant turns, or every token.",
     )
-    max_length: int = Field(1024, ge=8, description="Tokens of an example, template included.")
+    max_length: int = Field(
+        1024, ge=8, description="Maximum tokens per example, template included."
+    )
     on_long: Literal["truncate", "drop", "error"] = Field(
-        "truncate", description="What happens to longer examples."
+        "truncate", description="What to do with longer examples."
     )
     chat_template: str | None = Field(
-        None, description="A Jinja file used in place of the tokenizer's template."
+        None, description="A Jinja file to use in place of the tokenizer's template."
     )
 
     @property
     def held_out_share(self) -> float:
-        """The fraction of `train` that is held out when there is no `eval`."""
+        """The fraction of `train` that is held out if there is no `eval`."""
         return HELD_OUT_SHARE if self.eval_split is None else self.eval_split
 
 
 class PrefixTuningPlus(Section):
-    """Prefix-Tuning+: M is trained, and φ(q)ᵀM added to each head's output (paper, eq. 7), or to the FFN's."""
+    """Prefix-Tuning+ trains M and adds φ(q)ᵀM to each head's output (paper, eq. 7), or to the FFN's."""
 
     method: Literal["prefix-tuning-plus"] = "prefix-tuning-plus"
     preset: Literal["paper"] | None = Field(
-        None, description="Settings below by name: `paper` is the paper's form exactly."
+        None, description="A named set of these settings; `paper` is exactly the paper's form."
     )
     feature_map: Literal["elu", "gelu", "mlp"] = Field(
-        "elu", description="The feature map φ; eq. 7's, where elu is the paper's."
+        "elu", description="The feature map φ of eq. 7; the paper uses elu."
     )
     feature_dim: int | None = Field(
-        None, ge=1, description="Features a head of mlp; null is the query's width."
+        None, ge=1, description="Features per head of mlp; null is the query's width."
     )
     normalize_query: bool = Field(
         False, description="Divide the query that φ sees by its root mean square."
     )
     sites: Literal["attention", "ffn", "attention+ffn"] = Field(
         "attention+ffn",
-        description="Where M is read; at attention alone in the paper. At the FFN its input's blocks are the queries.",
+        description="Where M is read; the paper has only attention. At the FFN, the blocks of its input are the "
+        "queries.",
     )
     block_size: int | None = Field(
         None,
@@ -195,16 +196,18 @@ class PrefixTuningPlus(Section):
     )
     basis: bool = Field(
         True,
-        description="Train M in the basis of its queries' second moment, which a pass over some rows finds.",
+        description="Train M in the basis of its queries' second moment; a pass over some rows finds it.",
     )
     rank: int | None = Field(
-        None, ge=1, description="Rank of each M, as the product of two; null trains it whole."
+        None,
+        ge=1,
+        description="Rank of each M, as a product of two matrices; null is the whole M.",
     )
     share_heads: Literal["query", "kv"] = Field(
-        "query", description="One M a query head, or one a key/value head."
+        "query", description="One M per query head, or one per key/value head."
     )
     layers: str | list[Annotated[int, Field(ge=0)]] = Field(
-        "all", description="`all`, a list of layer numbers, or `last:k`."
+        "all", description="Layers to adapt: `all`, a list of layer numbers, or `last:k`."
     )
 
     @model_validator(mode="before")
@@ -258,9 +261,9 @@ class PrefixTuningPlus(Section):
 
 
 class WithConfig(Section):
-    """A section of one of peft's methods, with whatever else peft's configuration of it takes."""
+    """A section for a method of peft's, with the other settings of peft's configuration under `config`."""
 
-    OWN: ClassVar[dict[str, str]] = {}  # peft's names of settings that the section has itself
+    OWN: ClassVar[dict[str, str]] = {}  # peft's name → ours, for settings outside `config`
     SET_BY_PTP: ClassVar[frozenset[str]] = frozenset(
         {"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision"}
         | {"auto_mapping", "peft_version"}
@@ -268,7 +271,7 @@ class WithConfig(Section):
 
     config: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="Further settings of peft's configuration of the method, as in {use_dora: true}.",
+        description="Other settings of peft's configuration of the method, as in {use_dora: true}.",
     )
 
     @model_validator(mode="after")
@@ -276,7 +279,7 @@ class WithConfig(Section):
         for key in self.config:
             if key in self.OWN:
                 raise ValueError(
-                    f"adapter.config.{key} is a setting of its own here. Give it as adapter.{self.OWN[key]}."
+                    f"adapter.config.{key} has its own setting here. Give it as adapter.{self.OWN[key]}."
                 )
             if key in self.SET_BY_PTP:
                 raise ValueError(f"adapter.config.{key} is set by ptp itself. Leave it out.")
@@ -296,9 +299,9 @@ class Lora(WithConfig):
     method: Literal["lora"] = "lora"
     r: int = Field(16, ge=1, description="Rank.")
     alpha: float = Field(32, gt=0, description="Scale; the update is multiplied by alpha / r.")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: str | list[str] = Field(
-        "all-linear", description="As in peft: `all-linear`, names, or a regex."
+        "all-linear", description="Modules to adapt, as in peft: `all-linear`, names, or a regex."
     )
 
 
@@ -311,13 +314,13 @@ class PrefixTuning(WithConfig):
     }
 
     method: Literal["prefix-tuning"] = "prefix-tuning"
-    num_virtual_tokens: int = Field(32, ge=1, description="Trained key/value vectors a layer.")
+    num_virtual_tokens: int = Field(32, ge=1, description="Trained key/value vectors per layer.")
     prefix_projection: bool = Field(
-        False, description="Reparametrise the prefix by an MLP while it trains."
+        False, description="Reparametrise the prefix by an MLP during training."
     )
     init: Literal["random", "rows"] = Field(
         "random",
-        description="What the prefix starts as: `random`, or the base's own keys and values of some training rows.",
+        description="How the prefix starts; `rows` takes the base's keys and values of some training rows.",
     )
 
     @model_validator(mode="after")
@@ -340,10 +343,8 @@ class Peft(WithConfig):
     """Any other method of peft, by its name there, with its settings under `config`."""
 
     method: str = Field(
-        description="As in peft's registry, in small letters, such as `ia3`.",
-        json_schema_extra={
-            "not": {"enum": ["prefix-tuning-plus", "lora", "prefix-tuning", "full"]}
-        },
+        description="A name of peft's registry in lower case, such as `ia3`.",
+        json_schema_extra={"not": {"enum": [*METHODS_WITH_SECTIONS]}},
     )
 
 
@@ -356,26 +357,26 @@ def canonical(method: str) -> str:
 
 
 def method_defaults(method: str) -> dict[str, Any]:
-    """The training settings that a method has by default, beside its learning rate."""
+    """A method's own defaults of training settings, besides its learning rate."""
     return METHOD_DEFAULTS.get(method, {})
 
 
 def default_rate(adapter: Section) -> Rate:
-    """The learning rate of an adapter where the recipe has none; LoRA's for a method that has no line of its own."""
+    """The learning rate of an adapter if the recipe has none; LoRA's for a method that is not in `RATES`."""
     if isinstance(adapter, PrefixTuningPlus):
         return IN_THE_BASIS if adapter.basis else WITHOUT_A_BASIS
     return RATES.get(str(getattr(adapter, "method", "")), RATES["lora"])
 
 
 def _tag(adapter: Any) -> str:
-    """Which section an adapter is read as: one of the four methods, `peft`, or what is none of them."""
+    """The section that an adapter is read as: one of the four methods, `peft`, or `none`."""
     if isinstance(adapter, Section):
         method = getattr(adapter, "method", None)
     elif isinstance(adapter, dict):
         method = adapter.get("method", "prefix-tuning-plus")
     else:
-        method = "prefix-tuning-plus"  # whose section then says that this is none
-    if method in ("prefix-tuning-plus", "lora", "prefix-tuning", "full"):
+        method = "prefix-tuning-plus"  # its section then says what is wrong
+    if method in METHODS_WITH_SECTIONS:
         return str(method)
     if not isinstance(method, str) or not METHOD_NAME.fullmatch(method) or _is_misspelled(method):
         return "none"
@@ -383,11 +384,11 @@ def _tag(adapter: Any) -> str:
 
 
 def _is_misspelled(method: str) -> bool:
-    """Whether a name is one of the four with a slip: letters swapped, or a letter of a long name."""
+    """Whether a name is one of the four with a typo: letters swapped, or a wrong letter in a long name."""
     return any(
         sorted(method) == sorted(name)
         or (len(name) > 8 and SequenceMatcher(None, method, name).ratio() > 0.85)
-        for name in ("prefix-tuning-plus", "lora", "prefix-tuning", "full")
+        for name in METHODS_WITH_SECTIONS
     )
 
 
@@ -397,31 +398,33 @@ class TrainSection(Section):
     learning_rate: float | None = Field(
         None,
         gt=0,
-        description="Peak learning rate; null is a rate for the method and the base's width, which `ptp train` says.",
+        description="Peak learning rate; null is a rate for the method and the base's width, which `ptp train` prints.",
     )
-    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field("cosine")
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="How the learning rate changes during training."
+    )
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Fraction of the steps for warm-up.")
-    weight_decay: float = Field(0.0, ge=0, description="Weight decay of what is trained.")
-    batch_size: int = Field(8, ge=1, description="Examples a device and forward pass.")
-    gradient_accumulation: int = Field(1, ge=1, description="Forward passes an optimizer step.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of the trained weights.")
+    batch_size: int = Field(8, ge=1, description="Examples per device and forward pass.")
+    gradient_accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step.")
     auto_batch: bool = Field(
         False,
-        description="Halve the batch, and double the accumulation, until it fits the memory.",
+        description="Halve the batch and double the accumulation until it fits into memory.",
     )
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 switches it off.")
     packing: bool = Field(
         False,
-        description="Fill each row with several examples; only where the attention kernel keeps them apart.",
+        description="Fill each row with several examples; only if the attention kernel keeps them apart.",
     )
     group_by_length: bool = Field(
         False,
-        description="Batches of rows of about the same length, in random order: less padding, where rows differ.",
+        description="Make batches of rows of about the same length, in random order; saves padding if lengths differ.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass, to save memory."
     )
     optimizer: str = Field(
-        "adamw_torch", description="A name that transformers' TrainingArguments takes."
+        "adamw_torch", description="An optimizer of transformers' TrainingArguments."
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of everything random.")
     log_steps: int = Field(10, ge=1, description="Steps between two lines of metrics.jsonl.")
@@ -432,21 +435,22 @@ class TrainSection(Section):
         None, ge=1, description="Steps between two checkpoints; null is a tenth of the run."
     )
     save_minutes: float | None = Field(
-        10, gt=0, description="Minutes between two checkpoints, beside the steps; null is never."
+        10, gt=0, description="Minutes between two checkpoints, besides the steps; null is never."
     )
     keep_checkpoints: int = Field(
-        3, ge=1, description="Checkpoints that are kept; older ones are deleted."
+        3, ge=1, description="Checkpoints to keep; older ones are deleted."
     )
     gpus: int | str | list[Annotated[int, Field(ge=0)]] | None = Field(
         None,
-        description="GPUs of each machine: how many, `auto` for all, or a list; null takes the first, or the CPU.",
+        description="GPUs of each machine: a number, `auto` for all, or a list; null is the first, or the CPU.",
     )
     parallel: Literal["ddp", "fsdp", "deepspeed-zero2", "deepspeed-zero3"] = Field(
         "ddp",
-        description="Over several GPUs; ddp gives each the whole base, the others shard it or what is trained.",
+        description="How to use several GPUs; ddp gives each the whole base, the others shard the base or the trained "
+        "weights.",
     )
     track: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
-        "none", description="Where the metrics are sent as well."
+        "none", description="Where else to send the metrics."
     )
 
     @field_validator("gpus", mode="before")
@@ -462,19 +466,19 @@ class TrainSection(Section):
 
 
 class EvaluateSection(Section):
-    """The evaluation on held-out data that ends a run, and what `ptp eval` finds its benchmarks by."""
+    """The evaluation on held-out data that ends a run, and the local data of `ptp eval`'s benchmarks."""
 
-    max_rows: int = Field(500, ge=1, description="Held-out rows that are scored, evenly spread.")
+    max_rows: int = Field(500, ge=1, description="Held-out rows to score, evenly spread.")
     max_new_tokens: int = Field(
         32, ge=1, description="Answers longer than this count as long, and are not matched exactly."
     )
     answer_pattern: str | None = Field(
         None,
-        description="What of an answer has to match the reference: '#### (.*)' for worked answers; a regular "
-        "expression of Python's re: what its group finds first is matched, in answer and reference alike, however long "
-        "both are.",
+        description="The part of an answer that must match the reference: '#### (.*)' for worked answers; a regular "
+        "expression of Python's re. Its group's first match in the answer must equal that in the reference, however "
+        "long both are.",
     )
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, description="Rows per forward pass.")
     bench_data: dict[str, str] = Field(
         default_factory=dict,
         description="Local copies of benchmarks' data, as in {mmlu: /data/mmlu}, for `ptp eval`.",
@@ -567,7 +571,7 @@ class Recipe(Section):
             isinstance(self.adapter, Peft)
             or (isinstance(self.adapter, Lora) and self.adapter.config.get("use_dora"))
         ):
-            why = "which may read the base's weights, of which each process has but a part"
+            why = "which may read the base's weights, and each process has only a part of them"
         if why:
             instead = " or deepspeed-zero3" if self.adapter.method == "full" else ""
             raise ValueError(
@@ -586,7 +590,7 @@ class Recipe(Section):
         return self
 
     def with_learning_rate(self, width: int) -> Recipe:
-        """The recipe with the default rate for a base of this hidden size, where it has none."""
+        """The recipe; if it has no learning rate, with the default for a base of this hidden size."""
         if self.train.learning_rate is not None:
             return self
         rate = default_rate(self.adapter).of(width)
@@ -596,7 +600,7 @@ class Recipe(Section):
 
     @property
     def names_base(self) -> bool:
-        """Whether a base was chosen; sample data is made for the built-in one, which then need not be named."""
+        """Whether a base was chosen. Sample data chooses the built-in base, for which it was made."""
         chosen = "name" in self.model.model_fields_set
         return chosen or (self.data.train or "").startswith("sample:")
 

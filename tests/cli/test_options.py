@@ -73,7 +73,7 @@ def test_a_flag_has_its_type_and_description_from_the_schema() -> None:
     ]  # fmt: skip
     assert settings.told("adapter.r") == "LoRA: rank."
     assert settings.told("data.on_long") == (
-        "What happens to longer examples: truncate, drop or error."
+        "What to do with longer examples: truncate, drop or error."
     )
 
 

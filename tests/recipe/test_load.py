@@ -184,7 +184,7 @@ def test_a_flag_puts_a_recipes_wrong_value_right(write: Any) -> None:
         ),
         (
             ["adapter.method=lora", "adapter.config.lora_alpha=3"],
-            "adapter.config.lora_alpha is a setting of its own here. Give it as adapter.alpha.",
+            "adapter.config.lora_alpha has its own setting here. Give it as adapter.alpha.",
         ),
         (
             ["adapter.method=vera", "adapter.config.task_type=CAUSAL_LM"],
@@ -343,7 +343,7 @@ def test_a_method_of_pefts_has_its_settings_under_config_and_its_own_learning_ra
 def test_a_wrong_setting_under_config_has_its_line(write: Any) -> None:
     file = write("adapter:\n  method: lora\n  config:\n    use_dora: true\n    r: 8\n")
     assert problems(file) == [
-        f"{file}:5: adapter.config.r is a setting of its own here. Give it as adapter.r."
+        f"{file}:5: adapter.config.r has its own setting here. Give it as adapter.r."
     ]
 
 
@@ -354,7 +354,8 @@ def test_a_wrong_setting_under_config_has_its_line(write: Any) -> None:
 def test_what_may_read_the_bases_weights_is_not_sharded(parallel: str, sets: list[str]) -> None:
     (told,) = problems(None, [*sets, f"train.parallel={parallel}"])
     assert (
-        "which may read the base's weights, of which each process has but a part. Use --p" in told
+        "which may read the base's weights, and each process has only a part of them. Use --p"
+        in told
     )
 
 
@@ -377,9 +378,9 @@ def test_other_data_leaves_the_recipes_held_out_data_and_columns_behind(write: A
 @pytest.mark.parametrize(
     ("parallel", "method", "why"),
     [
-        ("fsdp", "prefix-tuning", "outside of the sharded modules. Use --parallel ddp, or another"),
+        ("fsdp", "prefix-tuning", "outside the sharded modules. Use --parallel ddp, or another"),
         ("fsdp", "full", "shards as frozen. Use --parallel ddp or deepspeed-zero3, or another"),
-        ("deepspeed-zero3", "prefix-tuning", "outside of the sharded modules. Use --parallel ddp"),
+        ("deepspeed-zero3", "prefix-tuning", "outside the sharded modules. Use --parallel ddp"),
     ],
 )
 def test_a_method_that_cannot_be_spread_over_gpus_is_refused(

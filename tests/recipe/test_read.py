@@ -55,7 +55,7 @@ def test_every_key_knows_its_line() -> None:
         ("a: !!python/object:os.system x\n", "r.yaml:1: this is not YAML: could not determine"),
         ("a: !!int x\n", "r.yaml cannot be read as YAML: invalid literal"),
         ("? [a]\n: b\n", "r.yaml:1: this is not YAML: a key must be text"),
-        ("a: &x {b: *x}\n", "r.yaml has an alias (*) inside of its own anchor (&)."),
+        ("a: &x {b: *x}\n", "r.yaml has an alias (*) inside its own anchor (&)."),
         ("a: \x00\n", "r.yaml cannot be read as YAML: unacceptable character"),
     ],
 )
