@@ -8,27 +8,19 @@ from __future__ import annotations
 import json
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
+
+SHAPES = Path(str(files("prefixtune_cli"))) / "assets" / "shapes.json"
 
 
 def shape(hub_id: str) -> dict[str, Any] | None:
     """The configuration's numbers, `model_type` among them; None if they are not known here."""
     found = _shapes().get(hub_id.lower())
-    return None if found is None else dict(found["config"])
-
-
-def known_shapes() -> dict[str, str]:
-    """Every hub id whose shape is known, and how many parameters the model has, as in 7.2B."""
-    return {hub_id: entry["parameters"] for entry in _entries() for hub_id in entry["hub_ids"]}
-
-
-@cache
-def _entries() -> list[dict[str, Any]]:
-    text = (files("prefixtune_cli") / "assets" / "shapes.json").read_text(encoding="utf-8")
-    entries: list[dict[str, Any]] = json.loads(text)
-    return entries
+    return None if found is None else dict(found)
 
 
 @cache
 def _shapes() -> dict[str, dict[str, Any]]:
-    return {hub_id.lower(): entry for entry in _entries() for hub_id in entry["hub_ids"]}
+    entries = json.loads(SHAPES.read_text(encoding="utf-8"))
+    return {hub_id.lower(): entry["config"] for entry in entries for hub_id in entry["hub_ids"]}
