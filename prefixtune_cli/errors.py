@@ -79,3 +79,8 @@ class Preempted(Interrupted):
     """The scheduler stopped the work. What was done is kept; the same command with `--resume auto` continues it."""
 
     exit_code = 0
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's error, or the name of its class if it has no text."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

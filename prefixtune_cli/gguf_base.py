@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefixtune_cli.errors import ModelError
+from prefixtune_cli.errors import ModelError, first_line
 from prefixtune_cli.recipe.gguf_header import GgufHeader, read_header
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _config(path: str, size: int, time: int) -> PreTrainedConfig:
         with _alone(path) as folder:
             config = AutoConfig.from_pretrained(folder, gguf_file=_IN_ITS_FOLDER)
     except (OSError, ValueError, LookupError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         if "architecture" in reason:
             raise ModelError(
                 f"{path} is a GGUF file of the architecture {header.architecture!r}, which transformers {__version__} "
@@ -90,7 +90,7 @@ def _config(path: str, size: int, time: int) -> PreTrainedConfig:
             ) from error
         raise ModelError(
             f"{path}, a GGUF file of the architecture {header.architecture!r}, cannot be read: {reason.rstrip('.')}. "
-            "Compare its size with that of its source, or use the model's safetensors."
+            "Compare its size with the original's, or use the model's safetensors."
         ) from error
     _scale_frequencies(header, config)
     config.name_or_path = os.path.abspath(path)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from prefixtune_cli.errors import ModelError
+from prefixtune_cli.errors import ModelError, first_line
 from prefixtune_cli.parallel.devices import device
 from prefixtune_cli.recipe.schema import ModelSection
 
@@ -203,7 +203,7 @@ def _ask_the_loader(
         plain = getattr(quantizer.quantization_config, "dequantize", False)
         return bool(plain or quantizer.is_trainable)
     except (ImportError, RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         install = f" Type: pip install {_PACKAGES[name]}" if name in _PACKAGES else ""
         raise ModelError(
             f"{section.name} is quantized by {name}, which cannot be loaded here: {reason.rstrip('.')}.{install}"

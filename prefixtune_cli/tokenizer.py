@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from prefixtune_cli import gguf_base
-from prefixtune_cli.errors import AdapterError, ModelError
+from prefixtune_cli.errors import AdapterError, ModelError, first_line
 from prefixtune_cli.recipe.aliases import check_local_model, resolve
 from prefixtune_cli.recipe.gguf_header import is_gguf
 from prefixtune_cli.recipe.schema import ModelSection
@@ -224,7 +224,7 @@ def _bases_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
 def cannot_load(what: str, section: ModelSection, error: Exception) -> str:
     """Why the `what` of a model cannot be loaded, and what to type instead."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     name = resolve(section.name)
     return (
         f"Cannot load the {what} of {section.name} ({name}): {reason} Check the name with `ptp models`; for a gated "

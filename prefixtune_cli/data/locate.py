@@ -12,7 +12,7 @@ from prefixtune_cli.data.folders import LocalFiles
 from prefixtune_cli.data.lines import Rows, start_of
 from prefixtune_cli.data.read import READERS
 from prefixtune_cli.data.stored import dataset_rows
-from prefixtune_cli.errors import DataError, ResourceError, UsageError
+from prefixtune_cli.errors import DataError, ResourceError, UsageError, first_line
 
 SUFFIXES = ", ".join(READERS)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")
@@ -194,5 +194,4 @@ def ask_hub(name: str, instead: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return start_of(text.splitlines()[0] if text else type(error).__name__, 200).strip("'\"")
+    return start_of(first_line(error), 200).strip("'\"")

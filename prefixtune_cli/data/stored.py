@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefixtune_cli.errors import DataError
+from prefixtune_cli.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -40,7 +40,7 @@ def parquet_rows(path: Path) -> Rows:
             yield from _numbered(file.iter_batches(batch_size=1000), classes)
     except pa.ArrowException as error:
         raise DataError(
-            f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}). Write the file again."
+            f"{path} cannot be read as Parquet ({first_line(error)}). Write the file again."
         ) from error
 
 
@@ -66,9 +66,8 @@ def saved_rows(folder: Path) -> Rows:
     try:
         yield from dataset_rows(load_from_disk(str(folder)))
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
-            f"{folder} cannot be read as a data set of save_to_disk ({reason}). Save it again."
+            f"{folder} cannot be read as a data set of save_to_disk ({first_line(error)}). Save it again."
         ) from error
 
 

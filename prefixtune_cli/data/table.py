@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from prefixtune_cli.data.lines import SEPARATED, Row, origin
-from prefixtune_cli.errors import DataError
+from prefixtune_cli.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 
 class Line(NamedTuple):
-    """A row, and where it stands."""
+    """A row, and its place in a file."""
 
     file: Path
     number: int
@@ -82,6 +82,4 @@ def to_dataset(lines: list[Line], features: Features | None) -> Dataset:
                     f"{lines[j].where}: the column {name!r} has the type {other} here, and {kind} in "
                     f"{lines[i].where}. Give it one type."
                 ) from None
-        raise DataError(
-            f"{file}: the rows do not form a table ({str(error).splitlines()[0]})."
-        ) from error
+        raise DataError(f"{file}: the rows do not form a table ({first_line(error)}).") from error
