@@ -15,7 +15,7 @@ below: each imports only what stands before it in this list, and tests/test_laye
     pointed         a run, a checkpoint, an adapter folder or a base: which of them a path or a name is
 3. The method, the data, the machine
     adapter/        Prefix-Tuning+ as a PEFT method: φ, M, its read with Triton kernels, the two sites, the basis
-    data/           files and hub data sets become rows, conversations, and tokens of which some are trained
+    data/           files and hub data sets become rows, conversations, and tokens with labels
     parallel/       devices, processes, the launcher, sharding
 4. The model
     gguf_base       a base in a GGUF file

@@ -1,7 +1,7 @@
 """Whether a model generates what it computes. This is checked before its answers are trusted.
 
 `generate` keeps keys and values and prepares its own inputs, and peft hooks into that. A new version of a library can
-therefore lose the adapter in `generate` alone, while its loss stays right. Every comparison would be unfair, and nobody
+therefore lose the adapter only in `generate`, while its loss stays right. Every comparison would be unfair, and nobody
 would notice.
 """
 
@@ -72,8 +72,8 @@ def _verdict(model: Any, prompt: list[int], then: str) -> str | None:
         if not isinstance(model, PeftModel) or not _base_generates(model, prompt):
             return f"this base cannot generate: {type(error).__name__}: {error}"
         raise ModelError(
-            f"Method {_method(model)} cannot generate on this base, which can alone: {type(error).__name__}: "
-            f"{error} {_remedy(then)}"
+            f"Method {_method(model)} cannot generate on this base, although the base alone can: "
+            f"{type(error).__name__}: {error} {_remedy(then)}"
         ) from error
     if apart <= rounding:
         return None
@@ -85,7 +85,7 @@ def _verdict(model: Any, prompt: list[int], then: str) -> str | None:
     raise ModelError(
         f"With method {_method(model)} this model does not generate what it computes: the logits of `generate` differ "
         f"by {apart:.1%} from those of a forward pass over the same tokens, and rounding explains {rounding:.1%}."
-        f"{base_too} Its answers would not be those of the trained weights. {_remedy(then)}"
+        f"{base_too} Its answers would not come from the trained weights. {_remedy(then)}"
     )
 
 

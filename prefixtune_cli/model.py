@@ -229,7 +229,7 @@ def peft_config(section: AdapterSection) -> PeftConfig | None:
 
 
 def attach(base: PreTrainedModel, section: AdapterSection) -> PeftModel | PreTrainedModel:
-    """The base with a fresh adapter, of which only the adapter is trainable; for `full`, the base itself.
+    """The base with a fresh adapter, which alone is trainable; for `full`, the base itself, all of it trainable.
 
     Raises:
         ModelError: the adapter does not fit the base.

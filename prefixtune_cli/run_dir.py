@@ -267,7 +267,7 @@ class RunDir:
             )
         if self.finished:
             raise RunDirError(
-                f"The run in {self.path} is finished (it has a summary.json). Type --overwrite to train it anew."
+                f"The run in {self.path} is finished (it has a summary.json). Type --overwrite to train it again."
             )
 
     def create(self, *, overwrite: bool) -> None:

@@ -131,7 +131,7 @@ def copies_of_base(
 def _copied(
     weights: Mapping[str, Tensor], base: PreTrainedModel, folder: Path, config: PeftConfig
 ) -> dict[str, Tensor]:
-    """The base's weights of which the adapter has copies, by name.
+    """The base's weights that the adapter holds copies of, by name.
 
     Raises:
         AdapterError: a copy differs from the base's weight, which peft would replace with it.

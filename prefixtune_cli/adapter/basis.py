@@ -189,7 +189,7 @@ class _Moments:
         Args:
             query: [batch, h·g, positions, d].
             output: [batch, positions, h·g, v].
-            mask: [batch, positions], 0 at padding; None where there is none.
+            mask: [batch, positions], 0 at padding; None if there is no padding.
         """
         by_token, output = query.transpose(1, 2).flatten(0, 1), output.flatten(0, 1)  # [n, h·g, …]
         if mask is not None and mask.numel() == len(by_token):

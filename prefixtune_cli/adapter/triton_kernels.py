@@ -31,7 +31,7 @@ _REDUCTIONS = [
     for stages in ((1,) if INTERPRETED else (1, 2, 3))
 ]
 _KEY = ["d", "v", "bucket", "PRECISION", "PHI", "NORMALIZE"]
-# Lengths vary, and Triton would compile anew for a length that 16 divides.
+# Lengths vary, and Triton would compile again for a length that 16 divides.
 _UNSPECIALIZED = ["n", "positions", "bucket"]
 
 

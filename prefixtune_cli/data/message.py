@@ -1,6 +1,6 @@
 """Messages of data files, checked: the role, the content, whether it is learned, and other keys.
 
-Roles and keys are those of OpenAI's and ShareGPT's files, and of Axolotl, LLaMA-Factory and ms-swift.
+Roles and keys follow the files of OpenAI, ShareGPT, Axolotl, LLaMA-Factory and ms-swift.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def check_local_model(path: str | Path) -> None:
     """Refuse a path that holds no base model, before anything is loaded from it.
 
     Args:
-        path: a folder, or a GGUF file, of which only the beginning is read.
+        path: a folder, or a GGUF file; only the beginning of the file is read.
 
     Raises:
         ModelError: it is another file, an adapter, a run or a folder of GGUF files, or lacks its config or its weights.

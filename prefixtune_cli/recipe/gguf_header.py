@@ -77,7 +77,7 @@ def read_header(path: str | Path) -> GgufHeader:
     except (struct.error, ValueError, KeyError) as error:
         raise ModelError(
             f"{path} begins like a GGUF file, but cannot be read: {error}. It is cut off or damaged: compare its size "
-            "with that of its source, and download it again."
+            "with the original's, and download it again."
         ) from error
 
 

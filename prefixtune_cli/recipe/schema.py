@@ -192,7 +192,7 @@ class PrefixTuningPlus(Section):
     block_size: int | None = Field(
         None,
         ge=1,
-        description="Width of a block of the FFN's input; null is about that of a query head.",
+        description="Width of a block of the FFN's input; null is about a query head's width.",
     )
     basis: bool = Field(
         True,

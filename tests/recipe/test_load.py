@@ -379,7 +379,7 @@ def test_other_data_leaves_the_recipes_held_out_data_and_columns_behind(write: A
     ("parallel", "method", "why"),
     [
         ("fsdp", "prefix-tuning", "outside the sharded modules. Use --parallel ddp, or another"),
-        ("fsdp", "full", "shards as frozen. Use --parallel ddp or deepspeed-zero3, or another"),
+        ("fsdp", "full", "shards it as frozen. Use --parallel ddp or deepspeed-zero3, or another"),
         ("deepspeed-zero3", "prefix-tuning", "outside the sharded modules. Use --parallel ddp"),
     ],
 )
