@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from prefixtune_cli.cli import (
+    arguments,
     chat,
     compare,
     console,
@@ -29,7 +30,6 @@ from prefixtune_cli.cli import (
     recipes,
     runs,
     train,
-    typed,
 )
 from prefixtune_cli.errors import LAUNCHER_PID, Interrupted, LostWorker, PtpError, ResourceError
 
@@ -65,8 +65,8 @@ class Ptp(help.Group):
         return _built(cmd_name) if cmd_name in COMMANDS else super().get_command(ctx, cmd_name)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        typed.check_text(args)
-        return super().parse_args(ctx, typed.with_resume_value(args))
+        arguments.check_text(args)
+        return super().parse_args(ctx, arguments.with_resume_value(args))
 
 
 app = typer.Typer(

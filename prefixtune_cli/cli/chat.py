@@ -6,7 +6,7 @@ import re
 import sys
 from typing import Any
 
-from prefixtune_cli.cli import chosen, options, typed
+from prefixtune_cli.cli import arguments, lookup, options
 from prefixtune_cli.errors import UsageError
 
 HELP = "/base and /adapter switch, each with its own conversation; /reset forgets both, /help says this, /quit leaves."
@@ -31,7 +31,7 @@ def chat(
     from prefixtune_cli.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p)
-    who = chosen.one(run, model, adapter, chat_template=chat_template, bits=bits, device=device)
+    who = lookup.one(run, model, adapter, chat_template=chat_template, bits=bits, device=device)
     console.quiet_libraries()
     from prefixtune_cli import generate as generation
 
@@ -50,7 +50,7 @@ def chat(
         if at_terminal:
             console.stderr().print("you: ", end="", style="bold")
         try:
-            text = typed.stdin_text(input)
+            text = arguments.stdin_text(input)
         except EOFError:
             return
         except UsageError as error:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefixtune_cli.cli import chosen, options, typed
-from prefixtune_cli.cli.flags import FLAGS, Flag, panel
+from prefixtune_cli.cli import arguments, lookup, options
+from prefixtune_cli.cli.flag_table import FLAGS, Flag, panel
 from prefixtune_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def compare(
         typer.Argument(metavar="[RUN]...", help="Finished run directories.", show_default=False),
     ] = None,
     *,
-    given: Annotated[typed.Given, options.takes(*FLAGS, *CONTEST, *RESULTS, but=WITHOUT)],
+    given: Annotated[arguments.Given, options.takes(*FLAGS, *CONTEST, *RESULTS, but=WITHOUT)],
     anyway: bool = False,
     markdown: bool = False,
     as_json: bool = False,
@@ -128,7 +128,7 @@ def _of_runs(runs: list[str], anyway: bool, out: str | None) -> tuple[Comparison
     return replace(found, name=folder.name, command=_command()), folder
 
 
-def _speed(given: typed.Given) -> tuple[Comparison, Path]:
+def _speed(given: arguments.Given) -> tuple[Comparison, Path]:
     from prefixtune_cli.cli import console
     from prefixtune_cli.cli.reporter import reporter
     from prefixtune_cli.compare.contest import entries
@@ -136,7 +136,7 @@ def _speed(given: typed.Given) -> tuple[Comparison, Path]:
 
     settings = _settings(given)
     for entry in entries(settings):
-        chosen.check_names_base(entry.recipe)
+        lookup.check_names_base(entry.recipe)
         resolve(entry.recipe.model.name)
     console.quiet_libraries()
     from prefixtune_cli.compare.costs import compare_costs
@@ -145,7 +145,7 @@ def _speed(given: typed.Given) -> tuple[Comparison, Path]:
         return compare_costs(settings, shown)
 
 
-def _trained(given: typed.Given) -> tuple[Comparison, Path]:
+def _trained(given: arguments.Given) -> tuple[Comparison, Path]:
     from prefixtune_cli.cli import console
     from prefixtune_cli.cli.reporter import reporter
     from prefixtune_cli.compare.contest import entries
@@ -154,7 +154,7 @@ def _trained(given: typed.Given) -> tuple[Comparison, Path]:
 
     settings = _settings(given)
     recipe = entries(settings)[0].recipe
-    chosen.check(recipe, settings.ood)
+    lookup.check(recipe, settings.ood)
     if settings.text is not None:
         check_text(settings.text)
     check_folder(settings.folder(recipe))
@@ -165,7 +165,7 @@ def _trained(given: typed.Given) -> tuple[Comparison, Path]:
         return compare_methods(settings, shown, begin=console.quiet_libraries)
 
 
-def _settings(given: typed.Given) -> Settings:
+def _settings(given: arguments.Given) -> Settings:
     """What was typed, as a contest takes it."""
     from dataclasses import fields
 
@@ -176,7 +176,7 @@ def _settings(given: typed.Given) -> Settings:
         asked["methods"] = split(given["methods"])
     grids: dict[str, list[Any]] = {}
     if "feature_maps" in given:
-        grids["adapter.feature_map"] = list(typed.names([given["feature_maps"]]))
+        grids["adapter.feature_map"] = list(arguments.names([given["feature_maps"]]))
     grids.update(parse_grids(given.get("grid", ()), speed=bool(given.get("speed"))))
     return Settings(
         typed=Typed(given.get("recipe"), given.get("set", ()), given.settings),

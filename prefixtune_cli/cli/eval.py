@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefixtune_cli.cli import chosen, options, typed
-from prefixtune_cli.cli.flags import Flag, panel
+from prefixtune_cli.cli import arguments, lookup, options
+from prefixtune_cli.cli.flag_table import Flag, panel
 from prefixtune_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def eval(
         typer.Argument(help="With --list: a part of a name, or a glob.", show_default=False),
     ] = None,
     *,
-    given: Annotated[typed.Given, options.takes(*FLAGS)],
+    given: Annotated[arguments.Given, options.takes(*FLAGS)],
     show_all: bool = False,
     markdown: bool = False,
     as_json: bool = False,
@@ -132,7 +132,7 @@ def eval(
         raise UsageError("--cache and --no-cache exclude each other. Give one.")
     if pattern is not None and "list" not in given:
         if os.path.exists(pattern):
-            typed.check_extra("eval", [pattern], ("--run", "--data"))
+            arguments.check_extra("eval", [pattern], ("--run", "--data"))
         listing = shlex.join(["ptp", "eval", "--list", pattern])
         raise UsageError(f"What is {pattern!r}? To list benchmarks: {listing}")
     from prefixtune_cli.cli import console, eval_table
@@ -154,7 +154,7 @@ def eval(
         raise typer.Exit(1)
 
 
-def _settings(given: typed.Given, batch_size: int | None) -> Settings:
+def _settings(given: arguments.Given, batch_size: int | None) -> Settings:
     """What was typed, as an evaluation takes it."""
     from pathlib import Path
 
@@ -162,7 +162,7 @@ def _settings(given: typed.Given, batch_size: int | None) -> Settings:
     from prefixtune_cli.evaluate.settings import Settings
 
     of_base = given.settings.get("model", {})
-    who = chosen.several(given.get("run"), given.get("model"), given.get("adapter"), **of_base)
+    who = lookup.several(given.get("run"), given.get("model"), given.get("adapter"), **of_base)
     cache = Path(given["cache"]).expanduser() if given.get("cache") else default_folder()
     as_typed = ("text", "limit", "num_fewshot", "apply_chat_template", "runs_code")
     return Settings(
@@ -170,9 +170,9 @@ def _settings(given: typed.Given, batch_size: int | None) -> Settings:
         data_settings=given.settings.get("data", {}),
         judging=given.settings.get("evaluate", {}),
         base="no_base" not in given,
-        benches=typed.names(given.get("bench", [])),
+        benches=arguments.names(given.get("bench", [])),
         data=tuple(given.get("data", ())),
-        bench_data=typed.parse_pairs("--bench-data", given.get("bench_data", [])),
+        bench_data=arguments.parse_pairs("--bench-data", given.get("bench_data", [])),
         batch_size=batch_size,
         cache=None if "no_cache" in given else cache,
         out=Path(given["out"]) if given.get("out") else None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefixtune_cli.cli import chosen, options, typed
+from prefixtune_cli.cli import arguments, lookup, options
 from prefixtune_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,13 +61,13 @@ def generate(
     from prefixtune_cli.data.question import questions
     from prefixtune_cli.sampling import Sampling
 
-    prompt = typed.stdin_text(sys.stdin.read) if prompt == "-" else prompt
+    prompt = arguments.stdin_text(sys.stdin.read) if prompt == "-" else prompt
     sampling = Sampling(max_new_tokens, temperature, top_p)
-    who = chosen.one(run, model, adapter, chat_template=chat_template, bits=bits, device=device)
+    who = lookup.one(run, model, adapter, chat_template=chat_template, bits=bits, device=device)
     asked: list[Conversation] = []
     answers = None
     if data is not None:
-        found = questions(data, typed.parse_map(map or []), usual=who.reading.map)
+        found = questions(data, arguments.parse_map(map or []), usual=who.reading.map)
         asked, answers = _asked(list(found), data, str(out), overwrite)
     with answers or contextlib.nullcontext():
         console.quiet_libraries()

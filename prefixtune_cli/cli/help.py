@@ -11,7 +11,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from prefixtune_cli.cli import typed
+from prefixtune_cli.cli import arguments
 
 WIDEST = 120
 BESIDE = 30  # a longer flag has a line of its own, above what it does
@@ -45,12 +45,12 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         flags = {flag for p in self.get_params(ctx) for flag in (*p.opts, *p.secondary_opts)}
         if not ctx.resilient_parsing:  # as the shell's completion is
-            typed.check_flags(str(self.name), args, flags)
+            arguments.check_flags(str(self.name), args, flags)
         rest = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:
-            typed.check_extra(str(self.name), ctx.args, flags)
+            arguments.check_extra(str(self.name), ctx.args, flags)
             for p in self.get_params(ctx):
-                typed.check_filled(p.opts[0], ctx.params.get(p.name))
+                arguments.check_filled(p.opts[0], ctx.params.get(p.name))
         return rest
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefixtune_cli.cli import chosen, options, typed
+from prefixtune_cli.cli import arguments, lookup, options
 from prefixtune_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def inspect_data(
         typer.Argument(metavar="[DATA]", help="The same as --data.", show_default=False),
     ] = None,
     *,
-    given: Annotated[typed.Given, options.takes(*FLAGS)],
+    given: Annotated[arguments.Given, options.takes(*FLAGS)],
     examples: Annotated[
         int, typer.Option("--examples", "-n", min=0, metavar="N", help="Rows to show.")
     ] = 3,
@@ -48,7 +48,7 @@ def inspect_data(
     settings = given.recipe()
     if settings.data.train is None:
         raise UsageError("No data is given. Type: ptp inspect-data FILE (or sample:NAME).")
-    chosen.check_data(settings)
+    lookup.check_data(settings)
     resolve(settings.model.name)
     if not settings.names_base:
         console.notice(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from prefixtune_cli.cli import chosen, options
+from prefixtune_cli.cli import lookup, options
 from prefixtune_cli.errors import UsageError
 
 HOW, RESULT = "How", "Result"
@@ -102,7 +102,7 @@ def merge(
 
     if not into_base:
         checked_weights(adapters, method or "linear", given, density)
-    who = chosen.several(adapters, model, None)
+    who = lookup.several(adapters, model, None)
     adapters = [one.given for one in who]
     check_out(Path(out), who, overwrite=overwrite)
     console.quiet_libraries()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefixtune_cli.cli import chosen, options
+from prefixtune_cli.cli import lookup, options
 from prefixtune_cli.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def merge_info(
     from prefixtune_cli.data.locate import check_sources
 
     named = model is not None
-    who = chosen.several(
+    who = lookup.several(
         adapters,
         model,
         None,

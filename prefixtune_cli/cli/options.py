@@ -1,4 +1,4 @@
-"""How Typer sees a flag of the table in `flags`, and the options that `generate` and `chat` share."""
+"""How Typer sees a flag of the table in `flag_table`, and the options that `generate` and `chat` share."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from prefixtune_cli.cli.flags import FLAGS, Flag
-from prefixtune_cli.cli.typed import Given
+from prefixtune_cli.cli.arguments import Given
+from prefixtune_cli.cli.flag_table import FLAGS, Flag
 
 METAVARS = {int: "N", float: "X", str: "NAME"}
 

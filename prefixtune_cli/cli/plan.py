@@ -7,8 +7,8 @@ import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
-from prefixtune_cli.cli import chosen, options, typed
-from prefixtune_cli.cli.flags import FLAGS, Flag, panel
+from prefixtune_cli.cli import arguments, lookup, options
+from prefixtune_cli.cli.flag_table import FLAGS, Flag, panel
 from prefixtune_cli.errors import ModelError, RecipeError, UsageError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ PARTS = {
 
 
 def plan(
-    given: Annotated[typed.Given, options.takes(*FLAGS, *GPU_MEMORY)],
+    given: Annotated[arguments.Given, options.takes(*FLAGS, *GPU_MEMORY)],
     *,
     gpu_memory: float | None = None,
     as_json: bool = False,
@@ -57,7 +57,7 @@ def plan(
     from prefixtune_cli.cli import console
     from prefixtune_cli.recipe.aliases import resolve
 
-    chosen.check_names_base(settings)
+    lookup.check_names_base(settings)
     resolve(settings.model.name)
     console.quiet_libraries()
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="peft")
@@ -176,11 +176,11 @@ def _verdict(recipe: Recipe, found: dict[str, Any]) -> list[str]:
     if not chosen["fits"]:
         advice = found["remedies"][:SHOWN_REMEDIES]
         lines.append("What to change:" if advice else "No flag helps: take a smaller base.")
-        lines += [f"  {_told(remedy)}" for remedy in advice]
+        lines += [f"  {_remedy_line(remedy)}" for remedy in advice]
     return lines
 
 
-def _told(remedy: dict[str, Any]) -> str:
+def _remedy_line(remedy: dict[str, Any]) -> str:
     if remedy["total_bytes"] is None:
         return str(remedy["flag"])
     verdict = "fits" if remedy["fits"] else "does not fit yet"

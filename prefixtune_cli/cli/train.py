@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefixtune_cli.cli import chosen, options, typed
-from prefixtune_cli.cli.flags import FLAGS
+from prefixtune_cli.cli import arguments, lookup, options
+from prefixtune_cli.cli.flag_table import FLAGS
 from prefixtune_cli.errors import LAUNCHER_PID, UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ WORSE = (
 
 
 def train(
-    given: Annotated[typed.Given, options.takes(*FLAGS)],
+    given: Annotated[arguments.Given, options.takes(*FLAGS)],
     *,
     resume: str | None = None,
     overwrite: bool = False,
@@ -113,7 +113,7 @@ def _check(settings: Recipe, resume: str | None, overwrite: bool) -> None:
     from prefixtune_cli.lock import locked
     from prefixtune_cli.run_dir import RunDir
 
-    chosen.check(settings)
+    lookup.check(settings)
     run_dir = RunDir(settings.folder)
     with locked(run_dir.path, shared=True):  # with other launchers of the run, which look as well
         if resume is None or (resume == "auto" and not run_dir.recipe.exists()):

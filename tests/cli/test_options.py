@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from prefixtune_cli.cli import app, options, typed
-from prefixtune_cli.cli.flags import FLAGS, Flag
+from prefixtune_cli.cli.flag_table import FLAGS, Flag
 from prefixtune_cli.compare import contest
 from prefixtune_cli.compare.speed.turn import Shape
 from prefixtune_cli.data.load import load_rows
