@@ -172,9 +172,9 @@ def _print_summary(summary: Summary, data: DataSection) -> None:
     )
     said = summary.why_no_exact_match
     if summary.answer_pattern is not None:
-        from prefixtune_cli.evaluate.matching import match_rule
+        from prefixtune_cli.evaluate.matching import rule_sentence
 
-        said = f"An answer is right where {match_rule(summary.answer_pattern)}."
+        said = rule_sentence(summary.answer_pattern)
     if said is not None:
         console.say(f"\n{said}")
     console.say(f"\nThe run is in {summary.run}. Next:\n")

@@ -50,7 +50,7 @@ from prefixtune_cli.errors import Interrupted, PtpError
 from prefixtune_cli.evaluate.answer_cache import check_room
 from prefixtune_cli.evaluate.evaluations import WINDOW
 from prefixtune_cli.evaluate.forgetting import prepare as prepare_text
-from prefixtune_cli.evaluate.matching import match_rule
+from prefixtune_cli.evaluate.matching import rule_sentence
 from prefixtune_cli.parallel.devices import device, processes_here, show_only, slow_precision
 from prefixtune_cli.parallel.processes import check_environment
 from prefixtune_cli.progress import Reporter, Silent
@@ -346,7 +346,7 @@ class _Cells:
     def _notices(self, contestants: Iterable[Contestant]) -> list[str]:
         found = list(self._rows.notices)
         if pattern := self._contest[0].recipe.evaluate.answer_pattern:
-            found.append(f"An answer is right where {match_rule(pattern)}.")
+            found.append(rule_sentence(pattern))
         if self._judged_base is not None:
             unmatched = why_unmatched(self._judged_base, self._sheet).items()
             found += [

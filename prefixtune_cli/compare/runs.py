@@ -26,7 +26,7 @@ from prefixtune_cli.compare.comparison import (
 from prefixtune_cli.compare.finished_run import ADAPTER, BASE, FinishedRun, open_run
 from prefixtune_cli.compare.metrics import Cost, Measured
 from prefixtune_cli.errors import RunDirError, UsageError
-from prefixtune_cli.evaluate.matching import match_rule
+from prefixtune_cli.evaluate.matching import rule_sentence
 from prefixtune_cli.pointed import run_of
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
@@ -261,7 +261,7 @@ def _protocol(finished: Sequence[FinishedRun]) -> dict[str, Any]:
 def _of_matching(finished: Sequence[FinishedRun]) -> list[str]:
     """By which pattern answers were matched, and why some were not matched at all."""
     patterns = [run.recipe.evaluate.answer_pattern for run in finished]
-    rules = [f"An answer is right where {match_rule(pattern)}." for pattern in patterns if pattern]
+    rules = [rule_sentence(pattern) for pattern in patterns if pattern]
     reasons = [str(why) for run in finished if (why := run.summary.get("why_no_exact_match"))]
     return list(dict.fromkeys([*rules, *reasons]))
 

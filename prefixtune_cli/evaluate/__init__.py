@@ -1,5 +1,5 @@
-"""How good a base and its adapters are: held-out rows, own data, and the benchmarks of lm-eval.
+"""How good a base and its adapters are: on held-out rows, on your own data, and on lm-eval's benchmarks.
 
-Every figure of an adapter is compared with the base's on the same items. Modules are imported by name: a
-training run needs `held_out` alone, and lm-eval is imported where a benchmark is asked for.
+Each figure of an adapter is compared with the base's figure on the same items. Import the modules by name: a
+training run needs only `held_out`, and only a benchmark imports lm-eval.
 """

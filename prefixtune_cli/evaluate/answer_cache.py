@@ -1,8 +1,8 @@
-"""Losses and answers of finished requests on disk, so that an interrupted evaluation goes on where it stopped.
+"""Keeps the losses and answers of finished requests on disk, so that an interrupted evaluation can go on.
 
-One SQLite file for every subject: the base, its precision, the adapter's content, the task's version and all
-settings that an answer depends on. Another adapter is another subject, and so never reads an old answer. The
-base's answers serve every adapter that is compared with it.
+Each subject has one SQLite file. A subject is everything that an answer depends on: the base, its precision, the
+adapter's content, the task's version, and the settings. Another adapter is another subject, so it never reads an old
+answer. The base's answers serve every adapter that is compared with it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from huggingface_hub.constants import HF_HOME
 
 from prefixtune_cli.errors import ResourceError
 
-VERSION = 1  # raise it when the same request would be answered otherwise than before
+VERSION = 1  # raise it when a change makes the same request give another answer
 BYTES_A_REQUEST = 400
 MARGIN_BYTES = 4 * 2**20
 
@@ -30,8 +30,8 @@ class AnswerCache:
     """The answers of one subject.
 
     Args:
-        folder: where the files lie; None keeps nothing.
-        subject: everything that an answer depends on, beside the request; of JSON's types.
+        folder: the folder of the files; None keeps nothing.
+        subject: everything that an answer depends on besides the request, in JSON's types.
     """
 
     def __init__(self, folder: Path | None, subject: Mapping[str, Any]) -> None:
@@ -41,12 +41,12 @@ class AnswerCache:
     def complete(
         self, requests: Sequence[Any], answer: Callable[[list[int]], Iterable[Mapping[int, Any]]]
     ) -> list[Any]:
-        """The answers to `requests`, of which only those that are missing are asked for.
+        """The answers to `requests`; asks only for those that the file lacks.
 
         Args:
-            requests: each of JSON's types; equal requests share an answer, if the first is kept already.
-            answer: is given the indices of the missing ones, and yields {index: answer}, answers of JSON's types too;
-                what it has yielded is safe, whatever happens later.
+            requests: each in JSON's types. Equal requests share an answer once it is kept.
+            answer: takes the indices of the missing requests and yields {index: answer}, each answer in JSON's types.
+                Each dictionary is kept as soon as it is yielded.
 
         Raises:
             ResourceError: the disk is full, or the file is not one of ours.
@@ -95,7 +95,7 @@ class AnswerCache:
             yield
         except (sqlite3.Error, OSError) as error:
             assert self.file is not None
-            damaged = type(error) is sqlite3.DatabaseError  # or no database at all
+            damaged = type(error) is sqlite3.DatabaseError  # also raised for a file of another kind
             cure = "Remove it" if damaged else "What was kept before is safe. Free space there"
             raise ResourceError(
                 f"The finished requests cannot be kept in {self.file}: {error}. {cure}, name another folder with "
@@ -104,15 +104,15 @@ class AnswerCache:
 
 
 def default_folder() -> Path:
-    """Where finished requests lie unless the user names another place."""
+    """The folder for finished requests, unless the user names another."""
     return Path(HF_HOME) / "prefixtune" / "finished"
 
 
 def check_room(folder: Path, requests: int) -> None:
-    """Make the folder, and see that as many answers fit in.
+    """Make the folder, and check that its disk has room for the answers to so many requests.
 
     Raises:
-        ResourceError: it cannot be written to, or the disk has too little room.
+        ResourceError: the folder is not writable, or the disk has too little room.
     """
     needed = MARGIN_BYTES + requests * BYTES_A_REQUEST
     try:
@@ -132,6 +132,6 @@ def check_room(folder: Path, requests: int) -> None:
 
 
 def digest(value: Any) -> str:
-    """sha256 of a value of JSON's types, whatever the order of its keys."""
+    """The sha256 of a value in JSON's types; the order of keys does not matter."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,4 +1,4 @@
-"""Work in batches of sequences of similar length; a batch that runs out of memory is halved and done again."""
+"""Does work in batches of sequences of similar length; halves a batch that runs out of memory and tries again."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ ROWS = 1024
 
 @dataclass
 class BatchLimit:
-    """How much goes into one forward pass; shrinks for good where the memory runs out.
+    """The size of one forward pass. When memory runs out, it shrinks for good.
 
     Attributes:
-        rows: most sequences.
-        tokens: most tokens, padding included; a sequence that is longer goes alone.
+        rows: the most sequences.
+        tokens: the most tokens, including padding; a longer sequence is a batch of its own.
         reporter: hears of every halving.
     """
 
@@ -37,12 +37,12 @@ class BatchLimit:
 
     @classmethod
     def automatic(cls, device: torch.device, reporter: Reporter) -> BatchLimit:
-        """Bounded by tokens alone, generously: what does not fit is halved."""
+        """A generous limit, by tokens only: a batch that does not fit is halved."""
         return cls(ROWS, TOKENS_ON_CPU if device.type == "cpu" else TOKENS_ON_GPU, reporter)
 
     @classmethod
     def of_rows(cls, rows: int, reporter: Reporter) -> BatchLimit:
-        """At most `rows` sequences, however long."""
+        """At most `rows` sequences of any length."""
         return cls(rows, 2**62, reporter)
 
     def run(
@@ -51,17 +51,17 @@ class BatchLimit:
         length: Callable[[Item], int],
         work: Callable[[Sequence[Item]], Iterable[Result]],
     ) -> Iterator[Result]:
-        """What `work` yields of batches of `items`, the longest first, so that what does not fit shows at once.
+        """What `work` yields for batches of `items`. The longest come first, so that a lack of memory shows at once.
 
         Args:
             items: in any order.
-            length: the tokens of one item.
-            work: does one batch; it is called again with half of it where the memory ran out, and may then yield the
-                same once more. It may run batches of its own; where one item of these does not fit, fewer of ours at a
-                time may leave it room.
+            length: gives the tokens of one item.
+            work: does one batch. If memory runs out, it is called again with half of the batch, and may yield the same
+                results once more. It may run inner batches; if one inner item does not fit, a smaller outer batch may
+                leave room for it.
 
         Raises:
-            ResourceError: the memory does not suffice for a single item.
+            ResourceError: a single item does not fit in memory.
         """
         waiting = sorted(items, key=length, reverse=True)
         done = 0
@@ -72,7 +72,7 @@ class BatchLimit:
             if (yield from self._fits(work, waiting[done : done + count], longest)):
                 done += count
             else:
-                self.rows, self.tokens = before  # batches of work's own were halved in vain
+                self.rows, self.tokens = before  # halving the inner batches did not help
                 self._halve(count, longest)
 
     def _fits(
@@ -86,32 +86,32 @@ class BatchLimit:
                 raise
             if len(batch) == 1:
                 raise ResourceError(
-                    f"The memory does not suffice for a single sequence of {longest} tokens. Try --bits 4, a smaller "
+                    f"Not even a single sequence of {longest} tokens fits in memory. Try --bits 4, a smaller "
                     "--num-fewshot, or a smaller model."
                 ) from error
         else:
             return True
-        # Outside of the handler: there the traceback still holds the batch's tensors.
+        # Not in the handler: while it runs, the traceback still holds the batch's tensors.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return False
 
     def _halve(self, count: int, longest: int) -> None:
-        """Of rows that are bounded, the number; else the tokens, so that shorter rows still go many at a time."""
+        """Halve the limit that the batch reached: the rows, or else the tokens, so that many short rows still fit."""
         half = max(1, count // 2)
         if count == self.rows:
             self.rows = half
         else:
             self.tokens = half * longest
         self.reporter.warning(
-            f"Out of memory with {count} sequences of up to {longest} tokens; going on with {half} at a time."
+            f"Out of memory with {count} sequences of up to {longest} tokens; continuing with {half} at a time."
         )
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a smaller batch may help."""
+    """Whether `error` is a lack of memory, so that a smaller batch may help."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    # accelerate expects one text, and fails on RuntimeError(3).
+    # accelerate expects an argument of type str, and fails on RuntimeError(3).
     return isinstance(error, RuntimeError) and should_reduce_batch_size(RuntimeError(str(error)))

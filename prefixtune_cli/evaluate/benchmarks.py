@@ -1,4 +1,4 @@
-"""One of lm-eval's benchmarks, answered by the base and its adapters, and compared item by item."""
+"""Has the base and its adapters answer one of lm-eval's benchmarks, and compares them item by item."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prefixtune_cli.evaluate.paired import (
 )
 from prefixtune_cli.evaluate.tasks import Benchmark, Rendering
 
-# For metrics other than means, which are computed anew for every draw.
+# For metrics other than means: each draw of items computes the metric again.
 RESAMPLES, FEWEST_DRAWS, SECONDS_OF_DRAWS = 1000, 100, 60
 
 Key = tuple[str, str]  # a metric and its filter
@@ -31,19 +31,19 @@ Items = dict[int, Any]  # document → value
 
 @dataclass(frozen=True)
 class Answered:
-    """lm-eval's results of one model, and the values of each item."""
+    """lm-eval's results for one model, and the value of each item."""
 
     results: dict[str, Any]
     items: dict[str, dict[Key, Items]]
 
 
 def answer(lm: Any, benchmark: Benchmark, rendering: Rendering) -> Answered:
-    """Have the model whose turn it is answer all requests of a benchmark.
+    """Have the current model of `lm` answer all requests of a benchmark.
 
     Args:
-        lm: a model of lm-eval's.
+        lm: an lm-eval model.
         benchmark: its tasks, with their requests built.
-        rendering: the settings that the requests were built by.
+        rendering: the settings that built the requests.
     """
     from lm_eval import evaluate
 
@@ -71,10 +71,10 @@ def compare(benchmark: Benchmark, answered: Mapping[str, Answered]) -> Outcome:
     """The table and the record of a benchmark that every model has answered.
 
     Args:
-        benchmark: what was answered.
-        answered: model → its results; the base under BASE, where it took part.
+        benchmark: the benchmark.
+        answered: model → its results; the base, if it took part, is under BASE.
     """
-    first = next(iter(answered.values()))
+    first = _first(answered)
     lines = list(_lines(benchmark, answered))
     record = {
         "tasks": {
@@ -110,7 +110,7 @@ def compare(benchmark: Benchmark, answered: Mapping[str, Answered]) -> Outcome:
 
 
 class _Sample(Protocol):
-    """The items behind a figure, of every model."""
+    """The items behind a figure, for every model."""
 
     @property
     def percent(self) -> bool: ...
@@ -122,7 +122,7 @@ class _Sample(Protocol):
 
 @dataclass(frozen=True)
 class _Mean:
-    """A mean of numbers, over one task or, with a stratum for each, over a group of them."""
+    """A mean of numbers, over one task, or over a group with one stratum a task."""
 
     strata: Mapping[str, list[NDArray[np.float64]]]
     weights: list[float] | None = None
@@ -142,7 +142,7 @@ class _Mean:
 
 @dataclass(frozen=True)
 class _Aggregate:
-    """Any other metric: computed anew by lm-eval's own function for every draw of items."""
+    """Any other metric: lm-eval's own function computes it for every draw of items."""
 
     items: Mapping[str, list[Any]]
     aggregate: Callable[[list[Any]], float]
@@ -159,7 +159,7 @@ class _Aggregate:
 
 
 def _lines(benchmark: Benchmark, answered: Mapping[str, Answered]) -> Iterator[Line]:
-    """Groups before their members; a group's tasks are folded where it has a figure of its own."""
+    """The lines of groups, each before those of its members; if a group has its own figure, its tasks are folded."""
     inside = {child for group in benchmark.groups.values() for child in group.child_names}
 
     def walk(name: str, depth: int, folded: bool) -> Iterator[Line]:
@@ -195,7 +195,7 @@ def _task_lines(
 def _group_lines(
     group: Any, answered: Mapping[str, Answered], depth: int, folded: bool
 ) -> Iterator[Line]:
-    """The figures that lm-eval gives for the group; without an interval where they are no means."""
+    """The figures that lm-eval gives for the group; only means have an interval."""
     its_tasks = {task.task_name: task for task in group.get_all_tasks()}
     tasks = list(its_tasks)
     wanted = {
@@ -226,20 +226,17 @@ def _line(
 ) -> Iterator[Line]:
     values = {who: of.results["results"][name].get(",".join(key)) for who, of in answered.items()}
     if not all(isinstance(value, int | float) for value in values.values()):
-        return  # a metric of a kind of its own stands in the record alone
+        return  # a value that is not a number appears only in the record
     metric, filter_name = key
-    adapters = [who for who in answered if who != BASE]
-    paired = sample is not None and BASE in answered
+    compared = [who for who in answered if who != BASE] if BASE in answered else []
     yield Line(
         name=name,
         metric=metric if filter_name == "none" else f"{metric}, {filter_name}",
         items=items,
         values={who: float(value) for who, value in values.items()},
-        differences={who: sample.difference(BASE, who) for who in adapters}
-        if sample is not None and paired
-        else {},
+        differences={who: sample.difference(BASE, who) for who in compared} if sample else {},
         intervals={who: sample.interval(who) for who in answered}
-        if sample is not None and not (paired and adapters)
+        if sample and not compared
         else {},
         higher_is_better=_first(answered)
         .results["higher_is_better"]
@@ -252,7 +249,7 @@ def _line(
 
 
 def _aligned(answered: Mapping[str, Answered], name: str, key: Key) -> dict[str, list[Any]]:
-    """The values of the documents for which every model has one, in the same order."""
+    """Each model's values, in the same order, for the documents for which every model has one."""
     of_all = {who: of.items[name].get(key, {}) for who, of in answered.items()}
     shared = [
         d for d in _first(answered).items[name][key] if all(d in of for of in of_all.values())
@@ -261,7 +258,7 @@ def _aligned(answered: Mapping[str, Answered], name: str, key: Key) -> dict[str,
 
 
 def _sampled(of_all: Mapping[str, list[Any]], aggregate: Any) -> _Aggregate | None:
-    """As many draws as a minute allows; none of a metric that fails, or that takes seconds by itself."""
+    """The metric with as many draws as a minute allows; None if the metric fails or is too slow."""
     started = time.perf_counter()
     try:
         for items in of_all.values():
@@ -278,7 +275,7 @@ def _first(answered: Mapping[str, Answered]) -> Answered:
 
 
 def _numbers(of_all: Mapping[str, list[Any]]) -> dict[str, NDArray[np.float64]] | None:
-    """The items as numbers, where all of them are."""
+    """The items as numbers; None if any is not a number."""
     plain = all(
         isinstance(value, int | float | np.integer | np.floating | np.bool_)
         for values in of_all.values()
@@ -290,14 +287,14 @@ def _numbers(of_all: Mapping[str, list[Any]]) -> dict[str, NDArray[np.float64]] 
 
 
 def _is_mean(aggregate: Any) -> bool:
-    """Whether lm-eval takes the plain mean of the items, as it does where nothing else is said."""
+    """Whether lm-eval takes the plain mean of the items, which is its default."""
     from lm_eval.api.metrics import mean
 
     return aggregate in (None, mean)
 
 
 def _plain(value: Any) -> Any:
-    """An item's value as JSON has it."""
+    """An item's value in JSON's types."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, list | tuple):

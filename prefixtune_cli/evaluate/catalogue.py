@@ -1,8 +1,7 @@
-"""lm-eval's tasks, groups and tags by name, without loading one of them.
+"""lm-eval's tasks, groups and tags by name, without loading any of them.
 
-lm-eval reads some fourteen thousand YAML files to know its own tasks, which takes seconds. They change with its
-version alone, so what is needed of them is kept in one JSON file, and a benchmark is loaded from the folders that it
-lies in.
+lm-eval reads some fourteen thousand YAML files to list its tasks, which takes seconds. They change only with its
+version. So one JSON file keeps what we need of them, and a benchmark is loaded from its own folders only.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ class Listed:
     Attributes:
         name: what `--bench` takes.
         kind: `task`, `group` or `tag`.
-        folder: where its YAML file lies, below lm-eval's tasks; empty for a tag.
-        members: what a group or tag holds, by name.
+        folder: the folder of its YAML file, below lm-eval's tasks; empty for a tag.
+        members: the names in a group or tag.
         output_type: `multiple_choice`, `generate_until`, `loglikelihood` or `loglikelihood_rolling`.
         dataset: the hub id of its data set.
         subset: the data set's configuration.
-        splits: the splits that are read: the one that is evaluated, and the one with the examples.
-        columns: columns that its templates name; more may be needed.
-        runs_code: it runs code that the model wrote.
+        splits: the splits that it reads: the one to evaluate, and the one with the examples.
+        columns: the columns that its templates name; it may need more.
+        runs_code: whether it runs code that the model wrote.
     """
 
     name: str
@@ -63,9 +62,9 @@ class Catalogue:
         self.entries = entries
 
     def find(self, pattern: str = "*") -> list[Listed]:
-        """Entries whose name matches a glob, or contains the text, in either case.
+        """Entries whose name matches a glob, or contains the text; upper and lower case are alike.
 
-        The nearest come first: the name itself, names that begin with it, names with it as a word, the others.
+        The nearest come first: the name itself, names that begin with it, names with it as a word, then the others.
         """
         glob = (pattern if set("*?[") & set(pattern) else f"*{pattern}*").lower()
         text = pattern.lower().strip("*")
@@ -79,7 +78,7 @@ class Catalogue:
         return [self.entries[name] for name in sorted(found, key=distance)]
 
     def outermost(self, found: Sequence[Listed], typed: str) -> list[Listed]:
-        """Those of `found` that no group or tag among them holds, and what is named as it was typed."""
+        """Those of `found` that belong to no group or tag in `found`, and the one named exactly `typed`."""
         held = {
             inner.name
             for outer in found
@@ -89,10 +88,10 @@ class Catalogue:
         return [one for one in found if one.name not in held or one.name == typed]
 
     def check(self, names: Iterable[str], own: Iterable[str]) -> None:
-        """Refuse names that are neither lm-eval's nor among our `own`.
+        """Refuse names that are neither lm-eval's nor in `own`.
 
         Raises:
-            UsageError: with the nearest names.
+            UsageError: a name is unknown; the message has the nearest names.
         """
         known = {known.lower(): known for known in (*own, *self.entries)}
         for name in names:
@@ -109,13 +108,13 @@ class Catalogue:
             )
 
     def tasks(self, name: str) -> list[Listed]:
-        """The tasks of an entry, itself where it is one."""
+        """The tasks of an entry, or the entry itself if it is a task."""
         return [listed for listed in self._below(name, set()) if listed.kind == "task"]
 
     def folders(self, name: str) -> list[Path]:
-        """The folders that make up an entry, none inside of another, and no tag spread over several.
+        """The folders of an entry. None lies inside another, and each tag lies in one of them.
 
-        lm-eval reads one folder after the other, and a tag of the same name in a later one replaces the earlier.
+        lm-eval reads folder after folder, and a later tag replaces an earlier one of the same name.
         """
         below = list(self._below(name, set()))
         found = {listed.folder for listed in below if listed.folder}
@@ -136,7 +135,7 @@ class Catalogue:
 
 
 def load_catalogue() -> Catalogue:
-    """lm-eval's names, from the file that is kept, or from lm-eval, whose first reading takes seconds."""
+    """lm-eval's names, from our file; the first time from lm-eval itself, which takes seconds."""
     root = _tasks_folder()
     version = distribution("lm_eval").version
     file = Path(HF_HOME) / "prefixtune" / f"lm-eval-{version}-tasks.json"
@@ -146,9 +145,7 @@ def load_catalogue() -> Catalogue:
         if kept["key"] == key:
             return Catalogue({entry["name"]: _from_json(entry) for entry in kept["entries"]})
     entries = _read(root)
-    with contextlib.suppress(
-        OSError
-    ):  # a home that cannot be written to costs time, and nothing else
+    with contextlib.suppress(OSError):  # without the file, the next call only takes longer
         listed = [
             {name: value for name, value in asdict(entry).items() if value}
             for entry in entries.values()
@@ -207,7 +204,7 @@ def _members(tasks: Any) -> Iterator[str]:
 
 
 def _splits(settings: Mapping[str, Any]) -> Iterator[str]:
-    """The split that is evaluated, and the one that examples are taken from, by lm-eval's rules."""
+    """The split to evaluate, and the split of the examples, by lm-eval's rules."""
     evaluated = settings.get("test_split") or settings.get("validation_split")
     examples = settings.get("fewshot_config")
     shown = settings.get("fewshot_split") or (
@@ -218,7 +215,7 @@ def _splits(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _columns(settings: Mapping[str, Any]) -> Iterator[str]:
-    """The columns that the templates name; none where code prepares the rows."""
+    """The columns that the templates name; none if code prepares the rows."""
     from jinja2 import Environment, TemplateError, meta
 
     if settings.get("process_docs"):

@@ -1,4 +1,4 @@
-"""confusion.png: which label was answered for which, one panel a model."""
+"""confusion.png: each model's answered labels against the reference labels, one panel a model."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 OTHER = "other"
 MOST_COUNTED = 12  # with more labels, cells are too small for numbers
 LABEL_CHARACTERS = 40
-COLOURS = "Blues"  # lightness alone tells the shares apart, also for those who see fewer colours
+COLOURS = "Blues"  # shares differ by lightness only, which colour-blind readers see too
 
 
 def draw_confusion(
     path: Path, labels: Sequence[str], counts: Mapping[str, NDArray[np.int64]]
 ) -> None:
-    """Draw confusion matrices side by side; a cell's colour is its share of the reference's rows.
+    """Draw confusion matrices side by side; a cell's colour is its share of its row.
 
     Args:
-        path: the file to write; its suffix says the type.
+        path: the file to write; its suffix sets the type.
         labels: in the order of the rows.
         counts: model → [labels, labels + 1], by reference and answered label; the last column counts other answers.
     """
@@ -40,7 +40,7 @@ def draw_confusion(
     for axes, (model, matrix) in zip(panels, counts.items(), strict=True):
         shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
         display = ConfusionMatrixDisplay(
-            np.pad(shares, ((0, 1), (0, 0))),  # a square, whose last row is not shown
+            np.pad(shares, ((0, 1), (0, 0))),  # to a square; ylim hides the last row
             display_labels=names,
         ).plot(
             ax=axes,
@@ -48,12 +48,12 @@ def draw_confusion(
             cmap=COLOURS,
             colorbar=False,
             xticks_rotation="vertical",
-            im_kw={"norm": PowerNorm(0.5, vmin=0, vmax=1)},  # so that a few mistakes are seen
+            im_kw={"norm": PowerNorm(0.5, vmin=0, vmax=1)},  # makes a few mistakes visible
             text_kw={"clip_on": True},
         )
         if display.text_ is not None:
             for place, count in np.ndenumerate(matrix):
-                on_dark = shares[place] ** 0.5 > 0.6  # by the colour, which goes with the root
+                on_dark = shares[place] ** 0.5 > 0.6  # PowerNorm colours by the root
                 display.text_[place].set(text=str(count), color="white" if on_dark else "black")
         hits = 100 * matrix.trace() / max(1, matrix.sum())
         axes.set(
@@ -80,5 +80,5 @@ def _end_of(model: str, characters: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """The text as it is: matplotlib would set what stands between two dollar signs as mathematics."""
+    """The text with its dollar signs escaped: matplotlib sets text between two of them as mathematics."""
     return text.replace("$", r"\$")

@@ -1,6 +1,6 @@
-"""What is evaluated: lm-eval's benchmarks, the user's data, our samples, plain text; each ready to be put to a model.
+"""Prepares evaluations for a model: lm-eval's benchmarks, the user's data, our samples, and plain text.
 
-Everything that can be refused is refused here, before the base loads: all names first, then the data.
+It refuses whatever it can before the base loads: first wrong names, then wrong data.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ NO_PATTERN = {"answer_pattern": None}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One name of `--bench`, or one `--data`: ready to be put to a model, and then to be compared.
+    """One name of `--bench`, or one `--data`, ready for a model.
 
     Attributes:
-        name: what its result is called.
-        requests: how many a model has to answer.
-        judge: asks the scorer's model, of the given name; the model as lm-eval sees it is there for benchmarks.
-        compare: makes the table of what every model did, by name.
+        name: the name of its result.
+        requests: how many requests a model has to answer.
+        judge: asks the scorer's model, under the given name; for benchmarks, the third argument is lm-eval's model.
+        compare: makes the table from what every model did, by name.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Evaluation:
 def prepare(
     settings: Settings, cast: Cast, tokenizer: PreTrainedTokenizerBase, reporter: Reporter
 ) -> Iterator[Evaluation]:
-    """Everything up to the model: all names are checked before the first data set is read."""
+    """Do everything that needs no model; check all names before reading the first data set."""
     from_hub = [name for name in settings.benches if name not in OWN_BENCHMARKS]
     given = {**cast.recipe.evaluate.bench_data, **settings.bench_data}
     catalogue = load_catalogue() if from_hub or given else None
@@ -87,12 +87,12 @@ def _of_data(
     tokenizer: PreTrainedTokenizerBase,
     reporter: Reporter,
 ) -> Evaluation:
-    """The user's data, or our samples, rendered as the run renders its own."""
+    """The user's data, or our samples, rendered as the run renders its own data."""
     if len(set(cast.readings)) > 1:
         raise UsageError(
             "The adapters read and render data differently (data.max_length, map, train_on, the chat template or the "
-            "like), so one call would not do them justice. Evaluate each by itself on --data and quickstart, or, "
-            "where their templates alone differ, give one with --chat-template."
+            "like), so one call cannot compare them fairly. Evaluate each by itself on --data and quickstart; if only "
+            "their templates differ, give one with --chat-template."
         )
     section = cast.recipe.data.model_copy(
         update={"chat_template": cast.template, **settings.data_settings}
@@ -130,7 +130,7 @@ def _of_data(
 
 
 def _judging(section: EvaluateSection, typed: Mapping[str, Any]) -> EvaluateSection:
-    """The run's way to judge answers, with what was typed; raises RecipeError for what cannot be."""
+    """How the run judges answers, changed by what was typed; raises RecipeError for a wrong value."""
     return resolve(flags={"evaluate": {**section.model_dump(), **typed}}).evaluate
 
 
@@ -168,7 +168,7 @@ def _of_benchmark(
     cast: Cast,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Evaluation:
-    """One of lm-eval's."""
+    """One of lm-eval's benchmarks."""
     from prefixtune_cli.evaluate import benchmarks
     from prefixtune_cli.evaluate.tasks import Rendering, load_benchmark_tasks
 
@@ -191,7 +191,7 @@ def _of_benchmark(
             return outcome
         notice = (
             f"{cut:,} of {loaded.requests:,} requests of {name} are longer than the model's {lm.max_length:,} "
-            "tokens and lost their beginning. A smaller --num-fewshot makes them shorter."
+            "tokens, so their beginning was cut off. A smaller --num-fewshot makes them shorter."
         )
         return dataclasses.replace(outcome, notices=(*outcome.notices, notice))
 
@@ -199,7 +199,7 @@ def _of_benchmark(
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, cast: Cast) -> Callable[..., str]:
-    """Renders messages as lm-eval does: by the tokenizer's template, or the run's."""
+    """What renders messages as lm-eval does, by the tokenizer's template or the run's."""
     from jinja2.exceptions import TemplateError
 
     template = chat_template(tokenizer, cast.template)
@@ -215,7 +215,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, cast: Cast) -> Callable[..., str]:
         how["continue_final_message"] = not add_generation_prompt
         try:
             return str(tokenizer.apply_chat_template(messages, **how))
-        except TemplateError:  # some templates know no system message
+        except TemplateError:  # some templates refuse a system message
             rest = [message for message in messages if message["role"] != "system"]
             return str(tokenizer.apply_chat_template(rest, **how))
 

@@ -1,7 +1,7 @@
 """Forgetting: how much worse an adapted model predicts text that has nothing to do with its task.
 
-A document is cut into windows that share one token: the last one of a window is the first of the next, so that
-every token is predicted once, from what stands before it in its window. No window reaches into another document.
+Each document is cut into windows. The last token of a window is also the first of the next one, so the model predicts
+every token once, from the tokens before it in its window. No window spans two documents.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Window:
     """A stretch of a document.
 
     Attributes:
-        origin: the document, and which of its tokens are predicted.
-        ids: its tokens, of which the first is not predicted.
-        bytes: of the text (UTF-8) that the predicted tokens stand for.
+        origin: the document and the range of its tokens.
+        ids: its tokens; the model does not predict the first one.
+        bytes: the UTF-8 bytes of the text of the predicted tokens.
     """
 
     origin: str
@@ -54,9 +54,9 @@ class WindowedText:
     """A text, cut into windows of at most `window` tokens.
 
     Attributes:
-        source: what the user typed; `fingerprint` is the sha256 of what stands there.
-        documents: how many texts it holds; blank ones are left out.
-        total: how many windows there are; `windows` has the chosen ones.
+        source: what the user typed; `fingerprint` is the sha256 of its content.
+        documents: the number of texts that are not blank.
+        total: the number of all windows; `windows` has the chosen ones.
     """
 
     source: str
@@ -76,20 +76,20 @@ def prepare(
     """Read, tokenize and cut, before a model loads.
 
     Args:
-        source: a plain text, which is one document; or data of the format `text`, each row a document.
+        source: a plain text file, which is one document; or data of the format `text`, each row a document.
         tokenizer: the base's.
-        window: most tokens that the model sees at once.
-        limit: most windows, evenly spread; None takes all.
+        window: the most tokens that the model sees at once.
+        limit: the most windows, evenly spread; None takes all.
 
     Raises:
         DataError: the text is missing, empty, not UTF-8, of another format, or shorter than two tokens.
-        ResourceError: the hub or the disk is the trouble.
-        UsageError: a window below 2, or a limit below 1.
+        ResourceError: the hub cannot be reached, or the disk is full.
+        UsageError: the window is below 2, or the limit below 1.
     """
     check_limit(limit)
     if window < 2:
         raise UsageError(
-            f"A window must have at least 2 tokens, got {window}: the first one is not predicted."
+            f"A window must have at least 2 tokens, got {window}: the model does not predict the first one."
         )
     documents, fingerprint = _documents(source)
     windows = [
@@ -97,7 +97,7 @@ def prepare(
     ]
     if not windows:
         raise DataError(
-            f"{source} has too little text: fewer than two tokens, and only what follows a token is predicted. "
+            f"{source} has too little text: it needs two tokens, as the model does not predict the first. "
             "Give a text of some thousand words."
         )
     chosen = evenly_spread(len(windows), limit or len(windows))
@@ -120,11 +120,11 @@ def judge(scorer: Scorer, text: WindowedText, name: str) -> Judged:
 
 
 def compare(text: WindowedText, judged: Mapping[str, Judged]) -> Outcome:
-    """Loss, perplexity and bits per byte, every model against the base where that is among them.
+    """Loss, perplexity and bits per byte; if the base took part, every model is compared with it.
 
     Args:
-        text: what `prepare` gave.
-        judged: model → what it did; the base under BASE.
+        text: what `prepare` returned.
+        judged: model → what it did; the base is under BASE.
     """
     losses = {model: found.losses for model, found in judged.items()}
     bits = {
@@ -195,7 +195,7 @@ def _windows(
     for first in range(0, len(ids) - 1, window - 1):
         last = min(first + window, len(ids)) - 1
         predicted = text[ends[first] : ends[last]]
-        # A character of several tokens counts with its first one; still, no token is of no byte.
+        # A character of several tokens counts with its first token; a window has at least one byte even so.
         size = max(1, len(predicted.encode()))
         yield Window(f"{where}, tokens {first + 1}–{last}", ids[first : last + 1], size)
 
@@ -203,7 +203,7 @@ def _windows(
 def _tokens_with_ends(
     text: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], Sequence[int]]:
-    """The tokens, and after how many characters each ends; evenly spread where the tokenizer cannot tell."""
+    """The tokens, and the number of characters after which each ends; a slow tokenizer gives evenly spread ends."""
     encoded = tokenizer(
         text,
         add_special_tokens=False,

@@ -1,4 +1,4 @@
-"""Held-out data: loss on the trained tokens and, where answers are short, exact match."""
+"""Scores on held-out data: the loss on the trained tokens and, if answers are short, exact match."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.schema import EvaluateSection
 
-TOKENS_A_BATCH = 8192  # bounds the memory for the logits, whatever the length of the rows
+TOKENS_A_BATCH = 8192  # bounds the memory for the logits, even for long rows
 
 Row = TypeVar("Row")
 Value = TypeVar("Value")
@@ -30,7 +30,7 @@ class Score:
 
     Attributes:
         loss: mean cross-entropy in nats over the trained tokens.
-        exact_match: fraction of the answers that equal the reference; None where answers are long.
+        exact_match: fraction of the answers that equal the reference; None if answers are long.
     """
 
     loss: float
@@ -61,13 +61,13 @@ def score(
     Args:
         model: the base or the adapted model.
         tokenizer: its tokenizer.
-        examples: rows of `input_ids` and `labels` (-100 where there is no loss).
-        questions: the same rows as prompts with their answers; empty where exact match makes no sense.
-        section: the recipe's evaluation; for losses, a batch has at most TOKENS_A_BATCH tokens beside.
+        examples: rows of `input_ids` and `labels` (-100 for a token without a loss).
+        questions: the same rows as prompts with their answers; empty if exact match makes no sense.
+        section: the recipe's evaluation; for losses, a batch also has at most TOKENS_A_BATCH tokens.
         end_id: the token that ends an answer.
-        name: what the reporter calls the model.
-        processes: share the rows; each of them has the model, and gets the whole score.
-        reporter: is told how far the work is.
+        name: the model's name in progress messages.
+        processes: they share the rows; each has the model, and gets the whole score.
+        reporter: hears the progress.
 
     Returns:
         The score, and the generated answers in the order of `questions`.
@@ -100,7 +100,7 @@ def score(
 def _shared(
     rows: Sequence[Row], ask: Callable[[list[Row]], list[Value]], processes: Processes
 ) -> list[Value]:
-    """What `ask` gives for the rows, of which each process asks its share."""
+    """What `ask` gives for all rows; each process asks its share."""
     share = processes.share(len(rows))
     found = processes.joined(dict(zip(share, ask([rows[i] for i in share]), strict=True)))
     return [found[i] for i in range(len(rows))]

@@ -1,4 +1,4 @@
-"""Answers that are labels: their codes, their confusion, and macro-F1."""
+"""Answers that are labels: their codes, their confusion matrix, and macro-F1."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def label_codes(
     answers: Sequence[str],
     pattern: str | None = None,
 ) -> NDArray[np.int64]:
-    """Each row as reference · (labels + 1) + answered label, where one more label stands for any other answer.
+    """Each row as reference · (labels + 1) + answered label; the extra label means any other answer.
 
     With a `pattern`, the labels are what it finds in references and answers.
     """
@@ -44,13 +44,13 @@ def confusion(codes: NDArray[np.int64], labels: int) -> NDArray[np.int64]:
 
 
 def macro_f1(codes: NDArray[np.int64], labels: int) -> float:
-    """The mean of the F1 of those labels that occur as references.
+    """The mean F1 of the labels that occur as references.
 
-    It is scikit-learn's f1_score, a hundred times as fast: a bootstrap asks for it two thousand times.
+    It equals scikit-learn's f1_score and is a hundred times as fast: a bootstrap calls it two thousand times.
 
     Args:
-        codes: of the rows, each reference · (labels + 1) + answer; the answer `labels` is none of the labels.
-        labels: how many there are.
+        codes: one a row, from `label_codes`.
+        labels: the number of labels.
     """
     counts = confusion(codes, labels)
     wanted, given = counts.sum(axis=1), counts[:, :labels].sum(axis=0)

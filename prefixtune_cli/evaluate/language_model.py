@@ -1,9 +1,9 @@
-"""The model as lm-eval sees it: its own Hugging Face model, with our scoring, batching and memory of what is done.
+"""The model as lm-eval sees it: lm-eval's own Hugging Face model, with our scoring, batching and cache.
 
-Inherited are all rules that figures depend on: how text becomes tokens, where a context is cut, what ends an
-answer. Changed is the work: texts are tokenized together and once, prefixes are computed once
-(`shared_prefix`), batches are bounded by tokens and halved where the memory runs out, and every finished request
-is kept on disk.
+It inherits every rule that figures depend on: how text becomes tokens, where a context is cut, what ends an answer.
+It changes only how the work is done. It tokenizes all texts together, once. It computes shared prefixes once
+(`shared_prefix`). It bounds batches by tokens, and halves them when memory runs out. It keeps every finished request
+on disk.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from prefixtune_cli.evaluate.losses import check_numbers
 from prefixtune_cli.evaluate.shared_prefix import Request, Scored, log_likelihoods
 from prefixtune_cli.progress import Reporter
 
-# lm-eval's, for a request without a number of its own.
+# lm-eval's default, for a request that sets no number.
 GENERATED_TOKENS = 256
 
 
 class BenchmarkLM(HFLM):
-    """One loaded base with its tokenizer; `turn` says which of the models on it answers.
+    """One loaded base with its tokenizer; `turn` sets which of the models on it answers.
 
     Args:
         base: the base model.
         tokenizer: its tokenizer.
         limit: the size of a batch.
-        reporter: is told how many requests are done.
+        reporter: hears how many requests are done.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class BenchmarkLM(HFLM):
         self._who = ""
         self._ids: dict[str, list[int]] = {}
         self._tokenized: tuple[list[tuple[Any, ...]], list[Any]] | None = None
-        self.cut: dict[str, int] = {}  # prompts that were cut from the left, by type of request
+        self.cut: dict[str, int] = {}  # type of request → number of prompts cut from the left
 
     def turn(
         self, bench: str, who: str, model: Any, cache: AnswerCache, versions: dict[str, Any]
     ) -> None:
-        """From here on `model` answers the tasks of these versions, as `who`."""
-        if bench != self.bench:  # let go of the texts of the last one
+        """From now on `model` answers, under the name `who`; `versions` are those of the tasks."""
+        if bench != self.bench:  # forget the texts of the last benchmark
             self._ids.clear()
             self._tokenized, self.cut = None, {}
         self.bench, self.versions, self.cache, self._who = bench, versions, cache, who
@@ -71,14 +71,14 @@ class BenchmarkLM(HFLM):
         left_truncate_len: int | None = None,
         **kwargs: Any,
     ) -> list[int]:
-        """lm-eval's, but for texts that were tokenized together beforehand."""
+        """Like lm-eval's, but looks up texts that `_tokenize` has tokenized."""
         if add_special_tokens is None and left_truncate_len is None and string in self._ids:
             return self._ids[string]
         ids: list[int] = super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
         return ids
 
     def _tokenize(self, texts: Sequence[str]) -> None:
-        """Tokenize all of `texts` at once, as `tok_encode` does one."""
+        """Tokenize all of `texts` at once, each as `tok_encode` does."""
         start = self.tokenizer.decode(self.prefix_token_id)
         for has_start in (False, True):
             chosen = [
@@ -94,7 +94,7 @@ class BenchmarkLM(HFLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """See lm-eval; requests that are finished are read from the disk."""
+        """See lm-eval; finished requests come from the disk."""
         pairs = self._pairs(requests)
 
         def answer(missing: list[int]) -> Iterator[dict[int, Any]]:
@@ -103,7 +103,7 @@ class BenchmarkLM(HFLM):
             for scores in self._score([pairs[i] for i in missing]):
                 named = {missing[i]: score for i, score in scores.items()}
                 yield named
-                done.update(named)  # a batch that is halved may give some scores twice
+                done.update(named)  # a halved batch may give some scores twice
                 self._progress(len(done), len(requests))
 
         found = self.cache.complete(self._keys(requests), answer)
@@ -111,7 +111,7 @@ class BenchmarkLM(HFLM):
         return [(float(score), bool(greedy)) for score, greedy in found]
 
     def _pairs(self, requests: list[Instance]) -> list[tuple[Any, list[int], list[int]]]:
-        """(None, context, continuation) as token ids; tokenized once for all models."""
+        """(None, context, continuation) of each request as token ids; all models share them."""
         arguments = [request.args for request in requests]
         if self._tokenized is None or self._tokenized[0] != arguments:
             self._tokenize([text for context, rest in arguments for text in _texts(context, rest)])
@@ -127,7 +127,7 @@ class BenchmarkLM(HFLM):
     def _pair(self, context: str, continuation: str) -> tuple[None, list[int], list[int]]:
         if context:
             return (None, *self._encode_pair(context, continuation))
-        # Nothing comes before: the token that begins a text stands in, unless the text brings it.
+        # The context is empty: the token that begins a text replaces it, unless the text has that token.
         ids = self.tok_encode(continuation, add_special_tokens=False)
         if ids[0] == self.prefix_token_id:
             return None, ids[:1], ids[1:]
@@ -141,7 +141,7 @@ class BenchmarkLM(HFLM):
         return [scores[i] for i in range(len(requests))]
 
     def _score(self, pairs: Sequence[Any]) -> Iterator[dict[int, Scored]]:
-        """The scores of `pairs` by their numbers, batch by batch."""
+        """The scores of `pairs` by index, batch by batch."""
         return log_likelihoods(
             self._model,
             [Request(tuple(context), tuple(rest)) for _, context, rest in pairs],
@@ -153,7 +153,7 @@ class BenchmarkLM(HFLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """See lm-eval; kept on disk text by text."""
+        """See lm-eval; each finished text is kept on disk."""
 
         def answer(missing: list[int]) -> Iterator[dict[int, float]]:
             before = len(requests) - len(missing)
@@ -167,16 +167,16 @@ class BenchmarkLM(HFLM):
         return [float(value) for value in self.cache.complete(self._keys(requests), answer)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """See lm-eval; answers that are drawn at random are not kept on disk, as each has to be drawn anew.
+        """See lm-eval; sampled answers are not kept on disk, because each must be a new draw.
 
         Raises:
-            ModelError: the answers may be longer than what the model sees.
+            ModelError: the task allows answers as long as the model's whole window.
         """
         longest = max(_most_tokens(request) for request in requests)
         if longest >= self.max_length:
             raise ModelError(
-                f"{self.bench} lets a model write {longest:,} tokens, and this one sees {self.max_length:,} tokens in "
-                "all. Use a base with a longer window."
+                f"{self.bench} lets a model write {longest:,} tokens, but this one sees only {self.max_length:,} "
+                "tokens in all. Use a base with a longer window."
             )
         self._tokenize([request.args[0] for request in requests])
         self.cut["generate"] = sum(self._generation_length(r) > self.max_length for r in requests)
@@ -205,7 +205,7 @@ class BenchmarkLM(HFLM):
         return len(self.tok_encode(request.args[0])) + _most_tokens(request)
 
     def _keys(self, requests: list[Instance]) -> list[list[Any]]:
-        """All that an answer depends on, beside the model."""
+        """All that an answer depends on, besides the model."""
         return [
             [r.request_type, r.task_name, self.versions.get(str(r.task_name)), *r.args]
             for r in requests
@@ -221,10 +221,10 @@ def _most_tokens(request: Instance) -> int:
 
 
 def _settings(request: Instance) -> dict[str, Any]:
-    """The settings of a generation by lm-eval's names, whatever the task calls them."""
+    """The settings of a generation, under lm-eval's names for them."""
     return dict(normalize_gen_kwargs(dict(request.args[1]), GENERATED_TOKENS))
 
 
 def _texts(context: str, continuation: str) -> tuple[str, ...]:
-    """What `_encode_pair` tokenizes of a pair."""
+    """The texts that `_encode_pair` tokenizes for a pair."""
     return (context.rstrip(), context + continuation) if context else ()

@@ -1,4 +1,4 @@
-"""The losses of several models compared, for own data and for forgetting."""
+"""Compares the losses of several models, for own data and for forgetting."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ Losses = Sequence[tuple[float, int]]  # a row's nats and predicted tokens
 
 @dataclass(frozen=True)
 class Judged:
-    """What one model did: nats and predicted tokens of each row, and its answers where there are questions."""
+    """What one model did: nats and predicted tokens of each row, and its answers to the questions, if any."""
 
     losses: Losses
     answers: list[str]
 
 
 def check_numbers(scores: Sequence[float], task: str) -> None:
-    """Raise ModelError where a score is not a number: what would follow from it is no result."""
+    """Raise ModelError if a score is not a number, because no figure computed from it would mean anything."""
     if wrong := sum(math.isnan(score) for score in scores):
         raise ModelError(
-            f"{task}: {wrong} of {len(scores)} scores are not a number. The weights are broken, or overflow at this "
-            "precision; try --bits 32."
+            f"{task}: {wrong} of {len(scores)} scores are not numbers. The weights are broken, or values overflow at "
+            "this precision; try --bits 32."
         )
 
 
 def loss_items(origins: Sequence[str], losses: Mapping[str, Losses]) -> list[dict[str, Any]]:
-    """Each row's origin, predicted tokens, and every model's nats on them."""
+    """Each row's origin, its predicted tokens, and every model's nats on them."""
     tokens = [count for _, count in next(iter(losses.values()))]
     return [
         {"origin": origin, "tokens": count, "nats": {m: found[i][0] for m, found in losses.items()}}
@@ -50,7 +50,7 @@ def loss_items(origins: Sequence[str], losses: Mapping[str, Losses]) -> list[dic
 
 
 def loss_lines(name: str, losses: Mapping[str, Losses]) -> list[Line]:
-    """The loss in nats a token, and the perplexity."""
+    """The lines of the loss, in nats a token, and of the perplexity."""
     nats, tokens = zip(*(np.array(found, dtype=float).T for found in losses.values()), strict=True)
     assert all(np.array_equal(tokens[0], other) for other in tokens)
     sums = dict(zip(losses, nats, strict=True))
@@ -68,7 +68,7 @@ def ratio_line(
     *,
     transform: Transform | None = None,
 ) -> Line:
-    """Σsums / Σcounts of every model, of which less is better."""
+    """The line of Σsums / Σcounts of every model; less is better."""
     ratios = {model: np.array([found.sum() / counts.sum()]) for model, found in sums.items()}
     return compared_line(
         name,
@@ -94,7 +94,7 @@ def compared_line(
     interval: Callable[[str], Interval],
     **how: Any,
 ) -> Line:
-    """A line with differences from the base, `difference(model, BASE)`, or with intervals where there is none."""
+    """A line with each model's difference from the base, `difference(model, BASE)`; without a base, with intervals."""
     if BASE in values:
         how["differences"] = {m: difference(m, BASE) for m in values if m != BASE}
     else:

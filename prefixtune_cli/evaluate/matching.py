@@ -1,22 +1,27 @@
-"""When a generated answer is right. Needs no torch, so that finished runs can be judged without it."""
+"""Decides when a generated answer is right. It needs no torch, so that finished runs can be judged without it."""
 
 from __future__ import annotations
 
 import re
 
 EXACT_MATCH_RULE = (
-    "the answer equals the reference, but for white space around both and a <think> block before"
+    "it equals the reference, apart from white space around both and a <think> block before it"
 )
 
 
 def match_rule(pattern: str | None) -> str:
-    """The rule by which `exactly_matches` judges, in words."""
+    """The rule of `exactly_matches`, in words."""
     if pattern is None:
         return EXACT_MATCH_RULE
     return (
-        f"what `{pattern}` first finds in it equals what it finds in the reference, but for white space around both; "
-        "a <think> block before is passed over"
+        f"the first part that `{pattern}` finds in it equals the first that it finds in the reference, apart from "
+        "white space around both; a <think> block before it is ignored"
     )
+
+
+def rule_sentence(pattern: str | None) -> str:
+    """`match_rule` as a sentence for the user."""
+    return f"An answer is right if {match_rule(pattern)}."
 
 
 def exactly_matches(answer: str, reference: str, pattern: str | None = None) -> bool:
@@ -28,12 +33,12 @@ def exactly_matches(answer: str, reference: str, pattern: str | None = None) -> 
 
 
 def compared_part(text: str, pattern: str | None) -> str | None:
-    """What of an answer or a reference is compared; None where the pattern finds nothing.
+    """The part of an answer or a reference that is compared; None if the pattern finds nothing.
 
     Args:
         text: the answer.
-        pattern: of Python's `re`, of whose first match the group is taken, or all of it where there is no group; None
-            takes the whole answer.
+        pattern: for Python's `re`. The part is the group of its first match, or all of the match if it has no group.
+            None takes the whole answer.
     """
     text = final_answer(text)
     if pattern is None:
@@ -44,5 +49,5 @@ def compared_part(text: str, pattern: str | None) -> str | None:
 
 
 def final_answer(answer: str) -> str:
-    """A generated answer without what was thought before it, and without white space around it."""
+    """A generated answer without the <think> block before it and the white space around it."""
     return re.sub(r"^\s*<think>.*?</think>", "", answer, flags=re.DOTALL).strip()

@@ -1,4 +1,4 @@
-"""What an evaluation found: the lines of its table, and what is written to eval/<bench>.json."""
+"""The result of an evaluation: the lines of its table, and the content of eval/<bench>.json."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Line:
-    """One metric on one set of items, of every model that was evaluated.
+    """One metric on one set of items, for every model that was evaluated.
 
     Attributes:
-        name: the task, group or data that was evaluated, as in `mmlu_anatomy`.
-        metric: as its home calls it, as in `acc` or `exact_match,strict-match`.
-        items: how many items the figures are of.
-        values: model → figure, the base under BASE.
-        differences: adapter → its figure less the base's, item by item; empty without a base.
-        intervals: model → 95 % interval of its own figure, where there is no base to compare with.
-        higher_is_better: None where neither is.
-        percent: the figure is a fraction, and shown in percent.
+        name: the task, group or data, such as `mmlu_anatomy`.
+        metric: under the name that its source gives it, such as `acc` or `exact_match,strict-match`.
+        items: the number of items.
+        values: model → figure; the base is under BASE.
+        differences: adapter → its figure minus the base's, item by item; empty without a base.
+        intervals: model → the 95 % interval of its own figure, if there is no base to compare with.
+        higher_is_better: None if neither direction is better.
+        percent: whether the figure is a fraction, to be shown in percent.
         depth: how deep the line is in a group; 0 is the benchmark itself.
-        folded: it is shown with --all alone.
+        folded: whether it is shown only with --all.
     """
 
     name: str
@@ -60,9 +60,9 @@ class Outcome:
     Attributes:
         bench: its name, as typed; results go to <bench>.json.
         lines: the table.
-        record: what the JSON holds beside the lines: settings, versions, data, items.
-        notices: what a reader of the table should know, such as the rule of exact match.
-        files: file name → content, or a function that writes it, for files beside the JSON.
+        record: the rest of the JSON: settings, versions, data, items.
+        notices: what a reader of the table should know, such as the rule for exact match.
+        files: further files, as file name → content, or → a function that writes the file.
     """
 
     bench: str

@@ -1,6 +1,6 @@
-"""A user's own test data: loss, perplexity and, where answers are short, exact match; macro-F1 where they are labels.
+"""A user's own test data: loss, perplexity, exact match if answers are short, and macro-F1 if they are labels.
 
-`prepare` does all that needs no model, `judge` asks one model, and `compare` makes the table of several.
+`prepare` does everything that needs no model, `judge` asks one model, and `compare` makes the table of several models.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from prefixtune_cli.evaluate.losses import (
     loss_items,
     loss_lines,
 )
-from prefixtune_cli.evaluate.matching import exactly_matches, match_rule
+from prefixtune_cli.evaluate.matching import exactly_matches, match_rule, rule_sentence
 from prefixtune_cli.evaluate.outcome import Line, Outcome
 from prefixtune_cli.evaluate.paired import (
     Floats,
@@ -41,7 +41,7 @@ from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import DataSection, EvaluateSection
 from prefixtune_cli.run_dir import json_line
 
-MOST_LABELS = 100  # more distinct answers than these are no set of labels
+MOST_LABELS = 100  # more distinct answers are not a set of labels
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,16 @@ class OwnData:
     """Test data, ready for a model.
 
     Attributes:
-        name: of the evaluation; files are named by it.
-        rows: the rows that are judged, in the order of the file.
+        name: the name of the evaluation, and of its files.
+        rows: the rows to judge, in the order of the file.
         fingerprint: sha256 of the whole data.
-        total: rows of the whole data; `skipped` of the chosen ones have no token with a loss, or were too long.
+        total: rows of the whole data.
+        skipped: chosen rows that have no token with a loss, or are too long.
         examples: token ids and labels of each row.
-        questions: the same rows as prompts with their answers; empty where there are none, or long ones, which
-            `why_none` then tells.
-        max_new_tokens: of an answer, which `end_id` ends.
-        pattern: finds what of an answer is compared with the reference.
+        questions: the same rows as prompts with their answers; empty if there are no answers, or if they are long.
+            Then `why_none` says which.
+        max_new_tokens: the most tokens of an answer; `end_id` ends one.
+        pattern: finds the part of an answer that is compared with the reference.
     """
 
     name: str
@@ -77,7 +78,7 @@ class OwnData:
 
     @property
     def labels(self) -> list[str]:
-        """The distinct answers, sorted, where they are few and come back; else none."""
+        """The distinct answers, sorted, if they are few and occur often enough to be labels; otherwise none."""
         found = sorted({label_of(question, self.pattern) for question in self.questions})
         few = 2 <= len(found) <= MOST_LABELS and len(self.questions) >= 2 * len(found)
         return found if few else []
@@ -97,17 +98,17 @@ def prepare(
 
     Args:
         source: a file, a folder, `sample:NAME` or a hub data set id.
-        section: how the run's data was read and tokenized; its `train` and `eval` are not used.
-        evaluation: max_new_tokens and answer_pattern are used.
+        section: says how to read and tokenize; its `train` and `eval` are not used.
+        evaluation: gives max_new_tokens and answer_pattern.
         tokenizer: the base's.
         reporter: hears what was found.
-        name: of the evaluation.
-        limit: most rows, evenly spread; None takes all.
+        name: the name of the evaluation.
+        limit: the most rows, evenly spread; None takes all.
 
     Raises:
         DataError: the data is missing or wrong, or no row has a token with a loss.
-        ResourceError: the hub or the disk is the trouble.
-        UsageError: a limit below 1.
+        ResourceError: the hub cannot be reached, or the disk is full.
+        UsageError: the limit is below 1.
     """
     check_limit(limit)
     rows = load_rows(source, section)
@@ -140,11 +141,11 @@ def prepare(
 
 
 def judge(scorer: Scorer, data: OwnData, name: str) -> Judged:
-    """Ask one model, which the reporter calls `name`.
+    """Ask one model; `name` is its name in progress messages.
 
     Raises:
         ModelError: a loss is not a number.
-        ResourceError: the memory or the disk does not suffice.
+        ResourceError: there is too little memory or disk space.
     """
     losses = scorer.losses(data.examples, task := f"loss of {name}")
     check_numbers([nats for nats, _ in losses], task)
@@ -158,11 +159,11 @@ def judge(scorer: Scorer, data: OwnData, name: str) -> Judged:
 
 
 def compare(data: OwnData, judged: Mapping[str, Judged]) -> Outcome:
-    """The table: every model against the base where that is among them, else each with its own interval.
+    """The table; if the base took part, every model is compared with it, otherwise each has its own interval.
 
     Args:
-        data: what `prepare` gave.
-        judged: model → what it did; the base under BASE.
+        data: what `prepare` returned.
+        judged: model → what it did; the base is under BASE.
     """
     losses = {model: found.losses for model, found in judged.items()}
     origins = [data.rows.row_origin(i) for i in range(len(data))]
@@ -185,10 +186,9 @@ def compare(data: OwnData, judged: Mapping[str, Judged]) -> Outcome:
     for i, (item, question) in enumerate(zip(items, data.questions, strict=True)):
         item["reference"] = question.answer
         item["right"] = {model: bool(found[i]) for model, found in right.items()}
-    rule = match_rule(data.pattern)
-    record["exact_match_rule"] = rule
+    record["exact_match_rule"] = match_rule(data.pattern)
     lines.append(_match_line(data, right))
-    notices = [f"An answer is right where {rule}."]
+    notices = [rule_sentence(data.pattern)]
     files: dict[str, str | Callable[[Path], object]] = {
         f"{data.name}.answers.jsonl": _answer_rows(data, judged)
     }
@@ -199,7 +199,7 @@ def compare(data: OwnData, judged: Mapping[str, Judged]) -> Outcome:
         }
         lines.append(_macro_f1_line(data, codes, len(labels)))
         notices.append(
-            f"macro-F1 is the mean over the {len(labels)} labels; any other answer is wrong for its reference."
+            f"macro-F1 is the mean F1 of the {len(labels)} labels; any other answer counts as wrong for its reference."
         )
         counts = {model: confusion(found, len(labels)) for model, found in codes.items()}
         files[f"{data.name}.confusion.png"] = lambda path: draw_confusion(path, labels, counts)
@@ -207,14 +207,14 @@ def compare(data: OwnData, judged: Mapping[str, Judged]) -> Outcome:
 
 
 def _right(data: OwnData, answers: Sequence[str]) -> Floats:
-    """1 where the answer is right, else 0."""
+    """1 for a right answer, 0 for a wrong one."""
     pairs = zip(answers, data.questions, strict=True)
     hits = [exactly_matches(answer, q.answer, data.pattern) for answer, q in pairs]
     return np.array(hits, dtype=float)
 
 
 def _match_line(data: OwnData, right: Mapping[str, Floats]) -> Line:
-    """Exact match, which is the accuracy where answers are labels."""
+    """The line of exact match, which is called accuracy if answers are labels."""
     return compared_line(
         data.name,
         "accuracy" if data.labels else "exact match",
@@ -242,7 +242,7 @@ def _macro_f1_line(data: OwnData, codes: Mapping[str, NDArray[np.int64]], labels
 
 
 def _answer_rows(data: OwnData, judged: Mapping[str, Judged]) -> str:
-    """The answers file: a JSON object a row."""
+    """The content of the answers file: one JSON object a row."""
     lines = []
     for i, question in enumerate(data.questions):
         shown = {

@@ -1,9 +1,9 @@
-"""How sure a difference is: the paired bootstrap, and McNemar's test for what is right or wrong.
+"""How sure a difference is: the paired bootstrap, and McNemar's test for items that are right or wrong.
 
-Items are drawn with replacement, each with both of its values, so that an item's difficulty cancels out (Efron &
-Tibshirani 1993, An Introduction to the Bootstrap, ch. 13; Koehn 2004, Statistical Significance Tests for Machine
-Translation Evaluation; Miller 2024, arXiv 2411.00640). Every interval is a percentile interval, and the same for the
-same seed. Items that are all alike give an interval without width: that says nothing about other items.
+The bootstrap draws items with replacement, each with both of its values, so that an item's difficulty cancels out
+(Efron & Tibshirani 1993, An Introduction to the Bootstrap, ch. 13; Koehn 2004, Statistical Significance Tests for
+Machine Translation Evaluation; Miller 2024, arXiv 2411.00640). Every interval is a percentile interval; the same seed
+gives the same interval. If all items are alike, the interval has no width; that says nothing about other items.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Transform = Callable[[Floats], Floats]
 
 RESAMPLES = 10_000
 PERCENTILES = (2.5, 97.5)
-FEW_VALUES = 32  # so many distinct values or fewer are counted, not drawn one by one
+FEW_VALUES = 32  # up to so many distinct values, we draw how often each occurs, not item by item
 DRAWS_A_CHUNK = 2**21  # bounds the memory for draws to tens of megabytes
 
 
@@ -37,12 +37,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """A figure of the adapter less the base's.
+    """A figure of the adapter minus that of the base.
 
     Attributes:
         value: the difference.
-        low, high: its 95 % interval, from a bootstrap that draws items, each with both of its values.
-        p_value: of the exact McNemar test; None where items are not right or wrong.
+        low, high: its 95 % interval, from the paired bootstrap.
+        p_value: from the exact McNemar test; None if items are not simply right or wrong.
     """
 
     value: float
@@ -57,11 +57,11 @@ class PairedDifference:
 def mean_interval(
     strata: Sequence[Floats], *, weights: Sequence[float] | None = None, seed: int = 0
 ) -> Interval:
-    """The interval of a mean over items, which are drawn within their strata.
+    """The interval of a mean over items; the draws stay within each stratum.
 
     Args:
-        strata: per stratum, such as a subject of a benchmark, its items' values [n]; none is empty.
-        weights: of the strata's means, in any unit; None weighs every item alike.
+        strata: the values [n] of each stratum's items; a stratum may be a subject of a benchmark, and is not empty.
+        weights: the weight of each stratum's mean, in any unit; None weighs every item alike.
         seed: of the draws.
     """
     return _interval(_resampled_mean(strata, weights, seed))
@@ -76,7 +76,7 @@ def mean_difference(
 ) -> PairedDifference:
     """The difference of two means over the same items; see `mean_interval`.
 
-    `p_value` is McNemar's (1947), over all items, where every value is 0 or 1 and all items weigh the same.
+    `p_value` is McNemar's (1947) over all items, if every value is 0 or 1 and all items weigh the same.
     """
     changes = [np.subtract(a, b) for b, a in _pairs(base, adapter)]
     value = sum(w * c.mean() for w, c in zip(_shares(changes, weights), changes, strict=True))
@@ -90,12 +90,12 @@ def mean_difference(
 def ratio_interval(
     sums: Floats, counts: Floats, *, transform: Transform | None = None, seed: int = 0
 ) -> Interval:
-    """The interval of Σsums / Σcounts, such as the loss a token, over rows that are drawn.
+    """The interval of Σsums / Σcounts over drawn rows, such as the loss a token.
 
     Args:
         sums: [n], such as the nats of each row.
-        counts: [n], each above 0, such as its tokens.
-        transform: elementwise, on each drawn ratio; np.exp makes a perplexity of a loss.
+        counts: [n], each above 0, such as the tokens of each row.
+        transform: acts on each drawn ratio, elementwise; np.exp turns a loss into a perplexity.
         seed: of the draws.
     """
     return _interval(_resampled_ratios([(sums, counts)], transform, seed)[:, 0])
@@ -125,12 +125,12 @@ def aggregate_interval(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """The interval of any figure of a set of items, such as F1 or BLEU, over items that are drawn.
+    """The interval of any figure of a set of items, such as F1 or BLEU, over drawn items.
 
     Args:
         items: of any type.
-        aggregate: the figure of a list of items; of an array, where `items` is one.
-        resamples: how often items are drawn.
+        aggregate: computes the figure from a list of items, or from an array if `items` is one.
+        resamples: the number of draws.
         seed: of the draws.
     """
     draws = _draws(len(items), resamples, seed)
@@ -145,7 +145,7 @@ def aggregate_difference(
     resamples: int = 1000,
     seed: int = 0,
 ) -> PairedDifference:
-    """The difference of any figure, both sides on the same draw of items; see `aggregate_interval`."""
+    """The difference of any figure; each draw takes the same items for both sides. See `aggregate_interval`."""
     assert len(base_items) == len(adapter_items)
     drawn = [
         aggregate(_take(adapter_items, draw)) - aggregate(_take(base_items, draw))
@@ -155,9 +155,9 @@ def aggregate_difference(
 
 
 def mcnemar(base: Floats, adapter: Floats) -> float | None:
-    """The p-value of the exact two-sided McNemar test; None where a value is neither 0 nor 1.
+    """The p-value of the exact two-sided McNemar test; None if a value is neither 0 nor 1.
 
-    Under the hypothesis that nothing changed, each of the items that changed went either way with one half.
+    The null hypothesis is that each changed item was equally likely to become right or wrong.
     """
     from scipy.stats import binomtest
 
@@ -206,7 +206,7 @@ def _resampled_mean(strata: Sequence[Floats], weights: Sequence[float] | None, s
 def _resampled_ratios(
     pairs: Sequence[tuple[Floats, Floats]], transform: Transform | None, seed: int
 ) -> Floats:
-    """[RESAMPLES, pairs]: the ratio of each pair of sums and counts, all on the same draw of rows."""
+    """[RESAMPLES, pairs]: the ratio of each pair of sums and counts; each draw takes the same rows for all pairs."""
     columns = np.column_stack([np.asarray(c, dtype=np.float64) for pair in pairs for c in pair])
     assert len(columns) and (columns[:, 1::2] > 0).all()
     sums = _resampled_sums(columns, np.random.default_rng(seed))
@@ -215,9 +215,9 @@ def _resampled_ratios(
 
 
 def _resampled_sums(columns: Floats, rng: np.random.Generator) -> Floats:
-    """The columns' sums over as many rows as there are, drawn with replacement: [n, k] to [RESAMPLES, k].
+    """The sums of the columns over n rows drawn with replacement: [n, k] to [RESAMPLES, k].
 
-    How often each distinct row is drawn is multinomial, so few distinct rows need no draw of each item.
+    The counts of the distinct rows in a draw are multinomial. If distinct rows are few, we draw these counts.
     """
     n = len(columns)
     distinct, times = np.unique(columns, axis=0, return_counts=True)

@@ -1,4 +1,4 @@
-"""Rows as questions: which of them are put to a model, and what there is to say where none is."""
+"""Turns rows into questions for a model, or says why they cannot be questions."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from prefixtune_cli.errors import DataError
 from prefixtune_cli.evaluate.matching import compared_part
 from prefixtune_cli.recipe.schema import EvaluateSection
 
-Asked = str | list[dict[str, Any]]  # a prompt as the data has it: a text, or messages
+Asked = str | list[dict[str, Any]]  # a prompt in the data's form: a text, or messages
 
-SHORT_PROMPT = 100  # characters of a text that is shown in a command or an error
+SHORT_PROMPT = 100  # the most characters of a text shown in a command or an error
 MARGIN = 1.25  # answers may be longer than the longest reference
 LEAVE_OUT = "To compare no part, type --answer-pattern ''."
 
 
 @dataclass(frozen=True)
 class Question:
-    """A row as generation sees it.
+    """A row in the form that generation needs.
 
     Attributes:
         prompt: token ids.
         answer: the reference.
-        asked: the prompt as the data has it.
-        origin: where the row stands: `my.jsonl, line 18`.
+        asked: the prompt in the data's form.
+        origin: the place of the row, such as `my.jsonl, line 18`.
     """
 
     prompt: list[int]
@@ -41,9 +41,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions:
-    """The rows as questions, in their order; or none, and a sentence about why.
+    """The rows as questions, in their order; or none, and a sentence that says why.
 
-    `room` is the most tokens of an answer: the recipe's, or what worked answers need, which `notice` then tells.
+    `room` is the most tokens of an answer. If worked answers need more than the recipe's number, `notice` says so.
     """
 
     asked: list[Question]
@@ -57,20 +57,20 @@ def short_questions(
     encoder: RowEncoder,
     evaluation: EvaluateSection,
 ) -> Questions:
-    """The rows as questions, or none where a row has no answer, or one answer in twenty is long.
+    """The rows as questions; none if a row has no answer, or if more than one answer in twenty is long.
 
     Args:
         rows: held-out rows.
-        encoder: by which they became tokens.
-        evaluation: an answer of `max_new_tokens` is long, unless `answer_pattern` finds the part that counts.
+        encoder: turned the rows into tokens.
+        evaluation: an answer of `max_new_tokens` or more is long, unless `answer_pattern` finds the part that counts.
 
     Raises:
-        DataError: there is an `answer_pattern`, and a row has no answer, or one in which it finds nothing.
+        DataError: there is an `answer_pattern`, but a row has no answer, or the pattern finds nothing in an answer.
     """
     room, pattern = evaluation.max_new_tokens, evaluation.answer_pattern
     if (why := _no_answers(rows)) is not None:
         if pattern is not None:
-            raise DataError(f"{why}, in which --answer-pattern could find something. {LEAVE_OUT}")
+            raise DataError(f"{why}, so --answer-pattern has nothing to search. {LEAVE_OUT}")
         return Questions([], room, f"No exact match: {why}.")
     found = [
         Question(*encoder.prompt(row), asked(row), rows.row_origin(i))
@@ -82,15 +82,15 @@ def short_questions(
     if pattern is not None:
         _check_references(found, pattern)
         needed = math.ceil(MARGIN * lengths[-1])
-        notice = f"Answers may have {needed} tokens, as the longest reference has {lengths[-1]}."
+        notice = f"Answers may have up to {needed} tokens: the longest reference has {lengths[-1]}."
         return Questions(found, max(room, needed), notice=notice if needed > room else None)
     if lengths[int(0.95 * (len(lengths) - 1))] >= room:
         return Questions(
             [],
             room,
             "No exact match: more than one answer in twenty has more tokens than evaluate.max_new_tokens, which is "
-            f"{room}; the longest has {lengths[-1]}. Where a part of them counts, --answer-pattern finds it, as in "
-            "--answer-pattern '#### (.*)'.",
+            f"{room}; the longest has {lengths[-1]}. If only a part of each answer counts, name it with "
+            "--answer-pattern, as in --answer-pattern '#### (.*)'.",
         )
     return Questions(found, room)
 
@@ -108,7 +108,7 @@ def _check_references(questions: Sequence[Question], pattern: str) -> None:
     if lost:
         answer = lost[0].answer
         shown = repr(answer if len(answer) <= SHORT_PROMPT else f"…{answer[-SHORT_PROMPT:]}")
-        more = f", nor in {len(lost) - 1} more of {len(questions)} answers" if lost[1:] else ""
+        more = f", nor in {len(lost) - 1} more of the {len(questions)} answers" if lost[1:] else ""
         raise DataError(
             f"{lost[0].origin}: --answer-pattern {shlex.quote(pattern)} finds nothing in the answer {shown}{more}. "
             f"Give a pattern that fits all answers. {LEAVE_OUT}"
@@ -116,7 +116,7 @@ def _check_references(questions: Sequence[Question], pattern: str) -> None:
 
 
 def asked(row: Mapping[str, Any]) -> Asked:
-    """A row's prompt as the data has it: all before the last answer that is learned."""
+    """A row's prompt in the data's form: everything before the last answer that is trained."""
     if "prompt" in row and not row["before"]:
         return str(row["prompt"])
     conversation = Conversation.of(row)
@@ -124,7 +124,7 @@ def asked(row: Mapping[str, Any]) -> Asked:
 
 
 def example(rows: LoadedData) -> dict[str, str]:
-    """A short prompt to try a model with, and the `system` message before it where there is one; empty if none fits."""
+    """A short `prompt` to try a model with, and the `system` message before it, if any; empty if no row fits."""
     every = (_single_question(row) for row in rows.dataset)
     found = [each for each in every if each and each["prompt"].strip()]
     plain = [each for each in found if each["prompt"].isprintable()]
@@ -135,7 +135,7 @@ def example(rows: LoadedData) -> dict[str, str]:
 
 
 def _single_question(row: Mapping[str, Any]) -> dict[str, str] | None:
-    """What `ptp generate` takes on the command line: one question, perhaps with a system message."""
+    """A row as `ptp generate` takes it on the command line: one question, perhaps with a system message."""
     if "text" in row:
         return {"prompt": " ".join(row["text"].split()[:6])}
     if not _has_answer(row) or Conversation.of(row).tools:

@@ -1,7 +1,7 @@
-"""`evaluate`: benchmarks and own data, base against adapter. Reads from top to bottom.
+"""`evaluate`: compares a base and its adapters on benchmarks and own data. Reads from top to bottom.
 
-All that can be refused is refused before the base loads: names, data, settings, the disk. Then every evaluation is
-done by every model, and written as soon as it is compared; one that fails leaves the others alone.
+It refuses wrong names, data, settings and a full disk before the base loads. Then every model does every evaluation,
+and each result is written as soon as it is compared. If one evaluation fails, the others go on.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Found:
-    """The outcomes in the order in which they were asked for, where they were written, and what failed why."""
+    """The outcomes in the order of the command line, the files written, and why each failed evaluation failed."""
 
     outcomes: list[Outcome]
     written: list[Path]
@@ -54,11 +54,11 @@ class Found:
 def evaluate(
     settings: Settings, reporter: Reporter | None = None, *, bases: SharedBase | None = None
 ) -> Found:
-    """Evaluate as `settings` say, and write the results; `bases` lends the base, where that is given.
+    """Evaluate as `settings` say, and write the results; `bases`, if given, lends the base.
 
     Raises:
         PtpError: see `errors`; everything that can be checked is checked before the base model loads.
-        Interrupted: Ctrl-C; finished requests are kept, and the same command goes on.
+        Interrupted: Ctrl-C; finished requests are kept, and the same command continues.
     """
     reporter = reporter or Silent()
     settings.check()
@@ -100,7 +100,7 @@ def evaluate(
 def _carry_out(
     evaluation: Evaluation, settings: Settings, cast: Cast, of_base: Scorer, lm: Any
 ) -> Outcome:
-    """Have every model judged, compare them, and note down all that the figures depend on."""
+    """Judge every model, compare them, and record everything that the figures depend on."""
     started = time.monotonic()
     judged: dict[str, Any] = {}
     for subject in cast.subjects:
@@ -126,12 +126,12 @@ def _carry_out(
 
 @contextmanager
 def _kept_apart(name: str, found: Found, reporter: Reporter, resumes: bool) -> Iterator[None]:
-    """Within the block an error is noted down, and does not throw away the other evaluations."""
+    """Within the block, an error is recorded and does not stop the other evaluations."""
     try:
         yield
     except KeyboardInterrupt:
-        kept = "Finished requests are kept: the same command goes on where this one stopped."
-        lost = "Without a cache nothing was kept; leave --no-cache out to go on another time."
+        kept = "Finished requests are kept: the same command continues where this one stopped."
+        lost = "Without a cache, nothing was kept. Leave out --no-cache to be able to continue next time."
         raise Interrupted(f"Stopped. {kept if resumes else lost}") from None
     except Interrupted:
         raise
@@ -142,7 +142,7 @@ def _kept_apart(name: str, found: Found, reporter: Reporter, resumes: bool) -> I
 
 
 def _folders(settings: Settings, cast: Cast) -> list[RunDir]:
-    """Where results are written."""
+    """The folders for the results."""
     if settings.out is not None:
         return [RunDir(settings.out)]
     if runs := [subject.run for subject in cast.subjects if subject.run is not None]:
@@ -153,7 +153,7 @@ def _folders(settings: Settings, cast: Cast) -> list[RunDir]:
 
 
 def _check_writable(folder: RunDir) -> None:
-    """Refuse a folder that cannot be made or written to, without making it."""
+    """Refuse a folder that cannot be made or is not writable, without making it."""
     results = folder.eval_result("any").parent
     there = next(path for path in (results, *results.resolve().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -164,7 +164,7 @@ def _check_writable(folder: RunDir) -> None:
 
 
 def _write(outcome: Outcome, folder: RunDir) -> Path:
-    """The files beside the result first: its presence means that it is whole."""
+    """Write the result last: its presence means that all files are complete."""
     result = folder.eval_result(outcome.bench)
     for name, content in outcome.files.items():
         write_atomically(result.parent / name, content)

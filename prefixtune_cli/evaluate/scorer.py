@@ -1,7 +1,7 @@
-"""A model that rows are put to: their losses, and its answers to questions.
+"""Gets the losses of rows, and answers to questions, from one model.
 
-The same object scores held-out rows in training, the user's own data and plain text, the base and the adapter alike, so
-that two figures differ by the adapter alone.
+Training's held-out rows, the user's own data and plain text are all scored here, with the base and with the adapter,
+so that only the adapter makes two figures differ.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from prefixtune_cli.generate import answer_batched
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.sampling import Sampling
 
-Example = Mapping[str, Sequence[int]]  # input_ids and labels, MASKED where there is no loss
+Example = Mapping[str, Sequence[int]]  # input_ids and labels, MASKED for a token without a loss
 Compute = Callable[[Sequence[int], Callable[[int], object]], Sequence[Any]]
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """One model, and how it is asked.
+    """One model, and how to ask it.
 
     Attributes:
         model: a causal language model, adapted or not.
         tokenizer: its tokenizer.
-        limit: of a batch.
-        reporter: is told how far the work is.
+        limit: the size of a batch.
+        reporter: hears the progress.
         cache: has the model's earlier losses and answers, and keeps new ones batch by batch.
     """
 
@@ -49,14 +49,14 @@ class Scorer:
     cache: AnswerCache = field(default_factory=lambda: AnswerCache(None, {}))
 
     def losses(self, examples: Sequence[Example], task: str) -> list[tuple[float, int]]:
-        """Each row's cross-entropy in nats, summed over its predicted tokens, and how many these are.
+        """Each row's cross-entropy in nats, summed over its predicted tokens, and the number of these tokens.
 
         Args:
-            examples: token ids and labels; the first token of a row is never predicted.
-            task: what the reporter calls the work.
+            examples: token ids and labels; the model does not predict the first token of a row.
+            task: the name of the work in progress messages.
 
         Raises:
-            ResourceError: the memory does not suffice for a single row, or the disk for the cache.
+            ResourceError: a single row does not fit in memory, or the cache does not fit on the disk.
         """
         found = self._complete(
             [{"type": "loss", **example} for example in examples],
@@ -74,9 +74,9 @@ class Scorer:
         max_new_tokens: int,
         end_id: int | None,
     ) -> list[str]:
-        """Each question's likeliest answer, token by token, of at most `max_new_tokens`; `end_id` ends one.
+        """Each question's answer by greedy decoding, of at most `max_new_tokens` tokens; `end_id` ends an answer.
 
-        `task` and what is raised are those of `losses`.
+        For `task` and the errors, see `losses`.
         """
 
         def answer(batch: Sequence[int], told: Callable[[int], object]) -> list[str]:
@@ -101,9 +101,9 @@ class Scorer:
     def _complete(
         self, requests: Sequence[Any], lengths: Sequence[int], compute: Compute, task: str
     ) -> list[Any]:
-        """What is kept for `requests`, and what `compute` gives for batches of the others.
+        """The kept results for `requests`, and the results of `compute` for batches of the others.
 
-        `compute` gets the indices of a batch, and may tell how many of it are done before it returns.
+        `compute` takes the indices of a batch and a function that it may call with the number of items done so far.
         """
         with models.evaluating(self.model):
             return self.cache.complete(
@@ -113,7 +113,7 @@ class Scorer:
     def _batches(
         self, rows: Sequence[int], lengths: Sequence[int], compute: Compute, task: str
     ) -> Iterator[dict[int, Any]]:
-        """{row: value} of one batch after the other."""
+        """Yield {row: value} for each batch."""
         done = 0
 
         def told(more: int) -> None:
@@ -121,13 +121,13 @@ class Scorer:
 
         def work(batch: Sequence[int]) -> Iterator[dict[int, Any]]:
             def some(made: int) -> None:
-                if made < len(batch):  # the whole batch is told once it is kept
+                if made < len(batch):  # a whole batch is reported after it is kept
                     told(made)
 
             yield dict(zip(batch, compute(batch, some), strict=True))
 
         if rows:
-            told(0)  # it has begun, though the first batch may take minutes
+            told(0)  # says that the work has begun: the first batch may take minutes
         for found in self.limit.run(rows, lengths.__getitem__, work):
             yield found
             done += len(found)
@@ -135,9 +135,9 @@ class Scorer:
 
     @torch.no_grad()
     def _losses(self, batch: Sequence[Example]) -> list[list[float]]:
-        """[nats, predicted tokens] of each row; logits are computed where some row of the batch has a label.
+        """[nats, predicted tokens] of each row. The cross-entropy is in float32 for every precision of the model.
 
-        They are compared in float32, whatever the model's precision.
+        Logits are computed only at positions at which some row of the batch has a label.
         """
 
         def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
@@ -149,13 +149,13 @@ class Scorer:
         targets = padded([row["labels"] for row in batch], MASKED)[:, 1:]
         chosen = targets != MASKED
         columns = chosen.any(dim=0).nonzero()[:, 0]
-        from_end = columns - ids.shape[1]  # as trained tokens may stand in front
+        from_end = columns - ids.shape[1]  # virtual tokens may come before the row's own
         given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         if _chooses_logits(self.model):
             logits = self.model(**given, logits_to_keep=from_end).logits
         else:
             logits = self.model(**given).logits[:, from_end]
-        # Row by row: only one of them is held in float32.
+        # Row by row, so that only one row at a time is in float32.
         nats = [
             F.cross_entropy(row[picked].float(), wanted[picked], reduction="sum")
             for row, wanted, picked in zip(

@@ -1,4 +1,4 @@
-"""What `ptp eval` was asked for, checked without torch."""
+"""The settings of `ptp eval`, checked without torch."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ class Settings:
         who: runs and adapters of one base, or a base by itself.
         data_settings: settings of the recipe's data section, for `data`.
         judging: settings of the recipe's evaluate section, for `data`.
-        base: the base takes part.
+        base: whether the base takes part.
         benches: names of benchmarks.
         data: the user's own test data.
-        text: what forgetting is measured on, in windows of `window` tokens; None is what the base takes, up to WINDOW.
+        text: the text to measure forgetting on.
+        window: tokens of a window of `text`; None takes what the base allows, up to 1024.
         bench_data: local copies of benchmarks' data, by benchmark or hub id.
-        limit: most items of each task.
-        num_fewshot: examples before a question; None leaves the task's own number.
+        limit: the most items of each task.
+        num_fewshot: examples before a question; None keeps the task's own number.
         batch_size: sequences a forward pass; None fits them to the memory.
-        apply_chat_template: prompts are rendered as the model's chat.
-        runs_code: the user agrees to run code that the model writes.
-        cache: where finished requests are kept; None keeps none.
-        out: where results go; None is the run directories, or runs/<model>-eval.
+        apply_chat_template: whether to render prompts with the model's chat template.
+        runs_code: whether the user agrees to run code that the model writes.
+        cache: the folder for finished requests; None keeps none.
+        out: the folder for results; None means the run directories, or runs/<model>-eval.
     """
 
     who: tuple[Pointed, ...]
@@ -62,15 +63,15 @@ class Settings:
         return {**told, "who": [one.given for one in self.who]}
 
     def check(self) -> None:
-        """Refuse what contradicts itself, and data that is not there.
+        """Refuse settings that contradict each other, and data that does not exist.
 
         Raises:
-            UsageError: nothing to evaluate, a number out of range, or two results of one name.
+            UsageError: there is nothing to evaluate, a number is out of range, or two results would have one name.
             DataError: a file is missing.
         """
         if not self.benches and not self.data:
             raise UsageError(
-                "Nothing to evaluate is given. Type --bench NAME (such as quickstart or mmlu; `ptp eval --list` shows "
+                "There is nothing to evaluate. Type --bench NAME (such as quickstart or mmlu; `ptp eval --list` shows "
                 "all), or --data FILE."
             )
         if (FORGETTING in self.benches) != (self.text is not None):
@@ -109,5 +110,5 @@ def check_limit(limit: int | None) -> None:
 
 
 def stem(source: str) -> str:
-    """The name of a data set, as in its result's file."""
+    """The name of a data set in the name of its result's file."""
     return Path(source.replace("sample:", "").replace(":", "-")).stem

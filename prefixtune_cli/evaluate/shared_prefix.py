@@ -1,9 +1,9 @@
-"""Log-likelihoods of continuations, with one forward pass for every prefix that many sequences share.
+"""Computes log-likelihoods of continuations, with one forward pass for each prefix that several sequences share.
 
-The examples before the questions of one subject, and the question before its choices, are computed once; what
-follows them reads their keys and values from the cache. `plan` finds the prefixes for which fewest tokens are
-computed. Where the cache does not allow it (a window slid past the prefix, a recurrent state, virtual tokens that
-lie in the cache already), every sequence is computed whole.
+Examples that come before many questions, and a question that comes before its choices, are computed once. The rows
+that follow a prefix read its keys and values from the cache. `plan` chooses the prefixes so that as few tokens as
+possible are computed. Some caches do not allow this: a window that slid past the prefix, a recurrent state, or
+virtual tokens that already fill the cache. Then every sequence is computed whole.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from prefixtune_cli.evaluate.batches import BatchLimit
 
 Scored = tuple[float, bool]
-TOKENS_A_JOB = 32  # what a further forward pass costs beside its tokens, in tokens
+TOKENS_A_JOB = 32  # the overhead of one more forward pass, in tokens
 
 
 @dataclass(frozen=True)
 class Request:
-    """A continuation to be scored after its context: token ids, neither of them empty."""
+    """A continuation to score after its context: token ids; neither is empty."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -35,11 +35,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence for the model, and all requests whose scores it holds.
+    """One sequence for the model, and all requests that it scores.
 
     Attributes:
-        tokens: context and continuation, less the last token, which is only predicted.
-        first: the position whose logits predict the first of any continuation.
+        tokens: context and continuation without the last token, which is predicted but never read.
+        first: the earliest position whose logits predict a token of a continuation.
         requests: the indices of the requests.
     """
 
@@ -50,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Job:
-    """Rows that begin with the same `prefix` tokens, which are computed once; 0 computes each row whole."""
+    """Rows that share their first `prefix` tokens, which are computed once; 0 computes each row whole."""
 
     prefix: int
     rows: tuple[Row, ...]
@@ -69,7 +69,7 @@ def rows_of(requests: Sequence[Request], max_length: int) -> list[Row]:
 
 @dataclass
 class _Node:
-    """Neighbours in sorted order that share `depth` tokens, and the cheapest jobs for them."""
+    """Neighbours in sorted order that share their first `depth` tokens, and the cheapest jobs for them."""
 
     depth: int
     rows: list[Row]
@@ -82,7 +82,7 @@ class _Node:
         self.jobs += child.jobs
 
     def settle(self) -> _Node:
-        """Compute the prefix once, if that is cheaper than what the parts cost."""
+        """Replace the jobs by one that computes the shared prefix once, if that is cheaper."""
         prefix = min(self.depth, min(row.first for row in self.rows))
         cost = TOKENS_A_JOB + prefix + sum(len(row.tokens) - prefix for row in self.rows)
         if prefix and cost < self.cost:
@@ -91,10 +91,10 @@ class _Node:
 
 
 def plan(rows: Sequence[Row]) -> list[Job]:
-    """The jobs that compute the fewest tokens, where a row takes part in one prefix.
+    """The jobs that compute the fewest tokens, if each row shares one prefix at most.
 
-    Walks the tree of common prefixes (the intervals of the array of longest common prefixes) from its leaves up,
-    and keeps, at every node, the cheaper of its children's jobs and one job of its own.
+    Walks the tree of common prefixes (the intervals of the array of longest common prefixes) from its leaves up. At
+    every node, it keeps the cheaper of two plans: the jobs of the node's children, or one job for the node.
     """
     rows = sorted(rows, key=lambda row: row.tokens)
     stack: list[_Node] = []
@@ -112,7 +112,7 @@ def plan(rows: Sequence[Row]) -> list[Job]:
 
 
 def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """How many tokens two sequences share, found by bisection: comparing slices is fast."""
+    """The number of first tokens that two sequences share. It bisects, because comparing slices is fast."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -136,15 +136,15 @@ def log_likelihoods(
 
     Args:
         model: a causal language model, adapted or not, in evaluation mode.
-        requests: what to score; contexts are cut from the left where they exceed `max_length`.
-        max_length: most tokens of a sequence.
+        requests: what to score; a context that exceeds `max_length` is cut from the left.
+        max_length: the most tokens of a sequence.
         pad_id: any token.
         limit: the size of a batch.
 
     Yields:
-        {index of a request: its score} after each batch; the same once more where a batch is halved.
+        {index of a request: its score} after each batch; a halved batch may yield some scores twice.
 
-    The softmax is taken in float32, whatever the model's precision.
+    The softmax is in float32 for every precision of the model.
     """
     rows = rows_of(requests, max_length)
     jobs = plan(rows) if _shares(model, max(len(row.tokens) for row in rows)) else []
@@ -155,10 +155,10 @@ def log_likelihoods(
 
 
 def _shares(model: Any, longest: int) -> bool:
-    """Whether keys and values of a prefix can be read by several rows.
+    """Whether several rows can read the keys and values of a prefix.
 
-    Between a prefix and what follows it there may be padding, which only attention by a mask passes over: models that
-    count positions in the cache by themselves, as ALiBi's do, are not of transformers' attention interface.
+    There may be padding between a prefix and its rows, and only attention with a mask skips it. Models that count the
+    positions in the cache themselves, as those with ALiBi do, do not use transformers' attention interface.
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if is_prompt_learning(model) or not getattr(inner, "_supports_attention_backend", False):
@@ -177,7 +177,7 @@ def is_prompt_learning(model: Any) -> bool:
 
 
 class _PrefixLayer(DynamicLayer):
-    """One layer's keys and values of the prefixes, read by rows and never grown, so that one layer's alone are
+    """One layer's keys and values of the prefixes. Rows read them, and they never grow, so that only one layer's are
     copied at a time.
 
     Args:
@@ -211,7 +211,7 @@ class _Reader:
         self.accepted = set(inspect.signature(inner.forward).parameters)
 
     def read_whole(self, rows: Sequence[Row]) -> Iterator[dict[int, Scored]]:
-        """Rows that share nothing, padded on the right, which no causal model sees, whatever it makes of positions."""
+        """Score rows that share nothing. They are padded on the right, where no causal model looks."""
         ids, mask = self._padded([row.tokens for row in rows], "right")
         longest = ids.shape[1]
         keep = longest - min(row.first for row in rows)
@@ -222,7 +222,7 @@ class _Reader:
         yield self._scores(rows, own)
 
     def read(self, jobs: Sequence[Job]) -> Iterator[dict[int, Scored]]:
-        """Several prefixes at a time, then the rows after them in batches."""
+        """Compute several prefixes at a time, then the rows that follow them, in batches."""
         ids, mask = self._padded([job.rows[0].tokens[: job.prefix] for job in jobs])
         cache = DynamicCache(config=self.model.config)
         self._forward(ids, mask, _positions(mask), cache, keep=1)
@@ -236,7 +236,7 @@ class _Reader:
                 [row for _, row in batch], prefixes, Cache(layers=layers), mask[index]
             )
 
-        # The prefix is read and not computed: an eighth of a token is a guess at what that takes.
+        # A prefix token is read, not computed; we guess that it costs an eighth of a token.
         yield from self.limit.run(
             rows, lambda r: len(r[1].tokens) - (7 * jobs[r[0]].prefix) // 8, score
         )
@@ -244,7 +244,7 @@ class _Reader:
     def _score(
         self, rows: Sequence[Row], prefixes: Sequence[int], cache: Cache, prefix_mask: torch.Tensor
     ) -> dict[int, Scored]:
-        """Score the requests of `rows`, of which the first `prefixes` tokens lie in the cache."""
+        """Score the requests of `rows`; the first `prefixes` tokens of each row are in the cache."""
         ids, mask = self._padded(
             [row.tokens[start:] for row, start in zip(rows, prefixes, strict=True)]
         )
@@ -254,7 +254,7 @@ class _Reader:
         return self._scores(rows, self._forward(ids, mask, positions, cache, keep=width))
 
     def _scores(self, rows: Sequence[Row], logits: Iterable[torch.Tensor]) -> dict[int, Scored]:
-        """The scores of all requests of `rows`; each of `logits` ends with the row's: [some, vocabulary]."""
+        """The scores of all requests of `rows`; `logits` has [some, vocabulary] of each row, up to its last token."""
         scores: dict[int, Scored] = {}
         for row, its in zip(rows, logits, strict=True):
             log_probabilities = its.float().log_softmax(-1)

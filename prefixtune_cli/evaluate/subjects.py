@@ -1,6 +1,6 @@
-"""Who is evaluated: a base, and adapters on it, on one loaded model.
+"""The models that are evaluated: a base and adapters on it, all on one loaded base.
 
-The adapter is switched off for the base's turn; of several adapters, one at a time is attached.
+The base is evaluated with the adapter switched off. Adapters are attached one at a time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from prefixtune_cli.shared_base import SharedBase
 from prefixtune_cli.tokenizer import check_base, load_config, load_tokenizer
 
 ADAPTER = "adapter"
-WHOLE_FILE_BYTES = 64 * 2**20  # larger weights of a base are told by their beginning, size and time
+WHOLE_FILE_BYTES = 64 * 2**20  # a larger file of a base is known by its beginning, size and time
 ANSWERED_BY = ("prefixtune-cli", "torch", "transformers", "peft", "lm_eval")
 PARTS_OF_A_MODEL = {".json", ".safetensors", ".bin", ".pt", ".jinja", ".model", ".txt", ".py"}
 
@@ -41,12 +41,12 @@ class Subject:
     """A model that is evaluated.
 
     Attributes:
-        name: the head of its column: `base`, `adapter`, or the run's or folder's name where there are several.
+        name: the head of its column: `base`, `adapter`, or the name of the run or folder if there are several.
         adapter: its folder; None for the base alone.
-        whole: the folder holds a whole model (method `full`), and no adapter.
+        whole: whether the folder holds a whole model (method `full`) rather than an adapter.
         run: the run directory that its results belong to.
-        sha256: of the adapter's content, or of the base's.
-        folder_name: what its run or folder is called.
+        sha256: of the content of the adapter, or of the base.
+        folder_name: the name of its run or folder.
     """
 
     name: str
@@ -63,10 +63,15 @@ class Subject:
 
 @dataclass
 class Cast:
-    """The base's section, the recipe that data is read by, and all subjects, the base first where it takes part.
+    """All models that are evaluated together, and how they read data.
 
-    `tokenizer` is the adapters', with their chat template, or the base's; `template` is a file that wins over that.
-    `readings` has every adapter's way to read and render data, as text.
+    Attributes:
+        recipe: has the base's section, and the settings for reading data.
+        tokenizer: the adapters', with their chat template, or the base's.
+        template: the file of a chat template that wins over the tokenizer's.
+        readings: each adapter's way to read and render data, as text.
+        subjects: the models; the base, if it takes part, is the first.
+        base_sha256: see `hash_of_base`.
     """
 
     recipe: Recipe
@@ -80,7 +85,7 @@ class Cast:
 
     @contextlib.contextmanager
     def loaded(self, bases: SharedBase | None = None) -> Iterator[PreTrainedModel]:
-        """Within the block there is a base, lent by `bases` where that is given.
+        """Within the block, the base is loaded, or lent by `bases` if given.
 
         Raises:
             ModelError, ResourceError: see `model.load_base`.
@@ -91,7 +96,7 @@ class Cast:
 
     @contextlib.contextmanager
     def on_stage(self, subject: Subject) -> Iterator[Any]:
-        """Within the block the model that is given answers as `subject`.
+        """Within the block, the yielded model answers as `subject`.
 
         Raises:
             ModelError: an adapter does not fit, or does not generate what it computes.
@@ -129,7 +134,7 @@ class Cast:
         self._attached = None
 
     def key(self, subject: Subject, **settings: Any) -> dict[str, Any]:
-        """Everything that an answer of `subject` depends on, beside the request."""
+        """Everything that an answer of `subject` depends on, besides the request."""
         section = self.recipe.model
         return {
             "base": self.base_sha256,
@@ -143,16 +148,16 @@ class Cast:
 
 
 def assemble(who: Sequence[Pointed], *, base: bool = True, template: str | None = None) -> Cast:
-    """Find out who is evaluated, without loading anything.
+    """Find the models to evaluate, without loading weights.
 
     Args:
         who: runs and adapters of one base, or a base by itself.
-        base: the base takes part.
+        base: whether the base takes part.
         template: a chat template that was typed.
 
     Raises:
-        UsageError: nobody is left, one is given twice, the bases are different, or the adapters' tokenizers.
-        AdapterError: a folder holds no adapter that can be read, or it does not fit the base.
+        UsageError: no model is left, one is given twice, or the bases or the adapters' tokenizers differ.
+        AdapterError: a folder has no readable adapter, or the adapter does not fit the base.
     """
     trained = [one for one in who if one.folder is not None]
     if not trained and not base:
@@ -179,7 +184,8 @@ def assemble(who: Sequence[Pointed], *, base: bool = True, template: str | None 
 
 
 def _named(trained: Sequence[Pointed]) -> list[Subject]:
-    """`adapter` for a single one; else the folders' names, as long as needed to tell them apart."""
+    """The trained subjects. A single one is called `adapter`; several are called by their folders, with more of the
+    path if names repeat."""
     if len({one.folder and one.folder.resolve() for one in trained}) < len(trained):
         given = ", ".join(one.given for one in trained)
         raise UsageError(f"An adapter is given twice: {given}. Give each once.")
@@ -225,9 +231,9 @@ def _check_same_base(who: Sequence[Pointed]) -> None:
 
 
 def hash_of_base(section: ModelSection) -> str:
-    """What tells this base from every other: the hub's commit, or the content of the folder or file.
+    """What distinguishes this base from every other: the hub's commit, or the content of the folder or file.
 
-    Of a GGUF file it is the sha256 of the whole, which `sha256sum` gives, and which names Ollama's files.
+    For a GGUF file it is the sha256 of the file, which `sha256sum` prints and Ollama uses as the file's name.
 
     Raises:
         ModelError: there is no such model.
@@ -243,11 +249,11 @@ def hash_of_base(section: ModelSection) -> str:
 
 
 def hash_of_folder(folder: Path, *, shortcut: bool = False) -> str:
-    """sha256 of what a model or an adapter consists of: settings, tokenizer, code and weights.
+    """The sha256 of a model or an adapter: of its settings, tokenizer, code and weights.
 
     Args:
         folder: the model's or the adapter's.
-        shortcut: of files over 64 MiB, take the beginning, the size and the time alone.
+        shortcut: for a file over 64 MiB, take only its beginning, size and time.
     """
     found = hashlib.sha256()
     for file in sorted(folder.glob("*")):

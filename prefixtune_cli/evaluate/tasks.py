@@ -1,8 +1,7 @@
-"""lm-eval's tasks, ready to be answered: their data from the hub or from local copies, their requests built once.
+"""Loads lm-eval's tasks: reads their data from the hub or from local copies, and builds their requests once.
 
-A task stays lm-eval's own in all but where its rows come from. lm-eval asks `datasets.load_dataset` for them by the
-hub's id, so for as long as tasks are loaded that one function is replaced: ids that the user has a copy of are read
-from there.
+A task stays lm-eval's own, except for the source of its rows. lm-eval calls `datasets.load_dataset` with the hub's id.
+While tasks load, we replace that function by one that reads the user's copies.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from prefixtune_cli.data.locate import ask_hub
 from prefixtune_cli.errors import DataError, PtpError, ResourceError, UsageError
 from prefixtune_cli.evaluate.catalogue import Catalogue, Listed
 
-FILE_TYPES = {"json", "csv", "parquet", "text", "arrow"}  # in place of a data set's id
-FEW_SHOT_SEED = 1234  # lm-eval's own, so that it draws the same examples
+FILE_TYPES = {"json", "csv", "parquet", "text", "arrow"}  # some tasks have these as their data set
+FEW_SHOT_SEED = 1234  # lm-eval's own, so that we draw the same examples
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,10 @@ class Rendering:
     """How requests are built.
 
     Attributes:
-        limit: items of each task; None takes all.
-        num_fewshot: examples before each question; None leaves the task's own number.
-        chat_template: renders messages, where the model's chat template is applied.
-        runs_code: the user agrees to run code that the model writes.
+        limit: the most items of each task; None takes all.
+        num_fewshot: examples before each question; None keeps the task's own number.
+        chat_template: renders messages by the model's chat template; None uses plain prompts.
+        runs_code: whether the user agrees to run code that the model writes.
     """
 
     limit: int | None = None
@@ -42,7 +41,7 @@ class Rendering:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One name's tasks with their requests, and the groups that they make up."""
+    """The tasks of one name, with their requests, and the groups that they form."""
 
     name: str
     tasks: dict[str, Any]
@@ -55,7 +54,7 @@ class Benchmark:
 
     @property
     def versions(self) -> dict[str, Any]:
-        """The version of each task, and the settings of its requests, which belong to the name of an answer."""
+        """The version of each task, and the settings of its requests; they are a part of the cache's key."""
         return {
             name: [task.VERSION, task.get_config("num_fewshot")]
             for name, task in self.tasks.items()
@@ -70,7 +69,7 @@ def load_benchmark_tasks(
     Args:
         name: what `--bench` takes.
         catalogue: lm-eval's names.
-        data: local copies, by the hub id of the data set, as `local_data` gives.
+        data: hub id of a data set → its local copy; see `local_data`.
         rendering: how requests are built.
 
     Raises:
@@ -82,7 +81,7 @@ def load_benchmark_tasks(
     listed = catalogue.tasks(name)
     if (unsafe := [task.name for task in listed if task.runs_code]) and not rendering.runs_code:
         raise UsageError(
-            f"{unsafe[0]} runs code that the model writes, on this machine. If you want that, type "
+            f"{unsafe[0]} runs code that the model writes on this machine. To allow that, type "
             "--confirm-run-unsafe-code."
         )
     for dataset in dict.fromkeys(task.dataset for task in listed):
@@ -99,13 +98,11 @@ def load_benchmark_tasks(
         except PtpError:
             raise
         except (ImportError, OSError) as error:
-            raise ResourceError(f"{name} needs more than is on this machine: {error}") from error
-        except (
-            Exception
-        ) as error:  # whatever a task's own code makes of rows that it did not expect
+            raise ResourceError(f"{name} needs something that is not here: {error}") from error
+        except Exception as error:  # a task's own code may raise anything on unexpected rows
             raise DataError(
-                f"{name} cannot be loaded ({type(error).__name__}: {error}). Has the data the columns and splits that "
-                "the task reads?"
+                f"{name} cannot be loaded ({type(error).__name__}: {error}). Does the data have the columns and "
+                "splits that the task reads?"
             ) from error
     return Benchmark(name, tasks, dict(loaded.get("groups", {})), tuple(dict.fromkeys(notices)))
 
@@ -114,7 +111,7 @@ def local_data(given: Mapping[str, str], catalogue: Catalogue) -> dict[str, Path
     """`--bench-data NAME=PATH` as hub id → path; NAME is a benchmark, or the id itself.
 
     Raises:
-        UsageError: an unknown name, or a group of several data sets.
+        UsageError: the name is unknown, or is a group with several data sets.
     """
     found: dict[str, Path] = {}
     ids = {entry.dataset for entry in catalogue.entries.values()}
@@ -126,8 +123,8 @@ def local_data(given: Mapping[str, str], catalogue: Catalogue) -> dict[str, Path
         datasets = sorted({task.dataset for task in catalogue.tasks(name) if task.dataset})
         if not datasets or set(datasets) & FILE_TYPES:
             raise UsageError(
-                f"--bench-data {name}={path}: {name} brings its data along or fetches files by their address, so no "
-                "copy can take its place."
+                f"--bench-data {name}={path}: {name} contains its data or downloads files from a URL, so a copy cannot "
+                "replace it."
             )
         if len(datasets) != 1:
             raise UsageError(
@@ -147,7 +144,7 @@ def _instead(name: str) -> str:
 
 @contextlib.contextmanager
 def _rows_from(data: Mapping[str, Path], listed: list[Listed], bench: str) -> Iterator[None]:
-    """Within the block `datasets.load_dataset` reads the ids of `data` from there, and fails with our words."""
+    """Within the block, `datasets.load_dataset` reads the ids of `data` from the copies, and raises our errors."""
     import datasets
 
     original = datasets.load_dataset
@@ -181,7 +178,7 @@ def _rows_from(data: Mapping[str, Path], listed: list[Listed], bench: str) -> It
         except (OSError, datasets.exceptions.DatasetsError) as error:
             said = str(error).strip().splitlines()[0] if str(error).strip() else ""
             raise ResourceError(
-                f"{bench} reads the data set {path}{f' ({name})' if name else ''}, not on this machine: {said}. "
+                f"{bench} reads the data set {path}{f' ({name})' if name else ''}, which cannot be loaded: {said}. "
                 + _instead(bench)
             ) from error
 
@@ -193,10 +190,10 @@ def _rows_from(data: Mapping[str, Path], listed: list[Listed], bench: str) -> It
 
 
 def _shots(task: Any, rendering: Rendering) -> Iterator[str]:
-    """Set the number of examples, by lm-eval's rule that a task's own 0 stays; refuse more than there are."""
+    """Set the number of examples and yield notices. A task's own 0 stays, as in lm-eval; refuse more than there are."""
     own, wanted = task.get_config("num_fewshot"), rendering.num_fewshot
     if wanted is not None and own == 0 and wanted != 0:
-        yield f"{task.task_name} has no examples by its own rules; --num-fewshot {wanted} does not change it."
+        yield f"{task.task_name} never shows examples; --num-fewshot {wanted} does not change that."
     elif wanted is not None:
         task.set_config("num_fewshot", wanted)
     elif own is None:
@@ -207,10 +204,8 @@ def _shots(task: Any, rendering: Rendering) -> Iterator[str]:
     if not shots or sampler is None:
         return
     split = getattr(getattr(task, "fewshot_cfg", None), "split", None)
-    own_split = (
-        split == task.config.test_split
-    )  # also where neither has one; then one more is drawn
-    available = len(sampler.df) - own_split
+    # lm-eval draws one more example if the split is that of the questions, or if both are None.
+    available = len(sampler.df) - (split == task.config.test_split)
     if shots > available:
         raise UsageError(
             f"--num-fewshot {shots} is more than the {available} examples that {task.task_name} has"
@@ -219,7 +214,7 @@ def _shots(task: Any, rendering: Rendering) -> Iterator[str]:
 
 
 def _build(task: Any, rendering: Rendering) -> None:
-    """Build the requests now, and let every later call of lm-eval's have them again, unanswered."""
+    """Build the requests now; when lm-eval builds them again, it gets the same ones, without answers."""
     chat = rendering.chat_template
     with contextlib.redirect_stderr(io.StringIO()):  # a bar for each task
         task.build_all_requests(

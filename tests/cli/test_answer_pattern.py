@@ -19,7 +19,7 @@ def test_a_run_its_evaluation_and_its_comparison_match_by_the_pattern(
     typed += ["--out", out, "--steps", 1, "--bits", 32, "--answer-pattern", PATTERN]
     code, printed, said = ptp(*typed, "--set", "evaluate.max_new_tokens=4")
     assert code == 0, said
-    assert f"An answer is right where {match_rule(PATTERN)}." in printed
+    assert f"An answer is right if {match_rule(PATTERN)}." in printed
     summary = json.loads((out / "summary.json").read_text())
     assert summary["exact_match_rule"] == match_rule(PATTERN)
     rows = [json.loads(text) for text in (out / "eval" / "held-out.jsonl").read_text().splitlines()]

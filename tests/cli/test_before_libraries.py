@@ -41,7 +41,7 @@ SLIPS = {
     "eval --bench forgetting --text nowhere.txt": (1, "The text nowhere.txt does not exist"),
     "eval --bench mmlu --bench-data mmlu=nowhere": (1, "The data of mmlu, nowhere does not exist"),
     "eval --model tiny --bench quickstart --limit 0": (2, "--limit must be at least 1"),
-    "eval --model tiny": (2, "Nothing to evaluate is given"),
+    "eval --model tiny": (2, "There is nothing to evaluate"),
     "eval --model tiny --bits 5 --bench quickstart": (2, "model.bits must be"),
     "generate --run nowhere --prompt x": (1, "There is no run or adapter nowhere"),
     "generate --model ./nowhere --prompt x": (1, "There is no model './nowhere'"),

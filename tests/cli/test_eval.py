@@ -233,7 +233,7 @@ BAD: dict[str, tuple[Make, int, list[str]]] = {
     "nothing to evaluate on": (
         lambda things, folder: things.who(),
         2,
-        ["Nothing to evaluate is given", "--bench NAME", "--data FILE"],
+        ["There is nothing to evaluate", "--bench NAME", "--data FILE"],
     ),
     "nobody to evaluate": (
         lambda things, folder: things.what,
@@ -791,7 +791,7 @@ def test_own_data_is_mapped_and_its_answers_lie_beside_the_result_of_the_run(
     assert code == 0, said
     metrics = [cells(row)[1] for row in printed.splitlines()[1:]]
     assert metrics == ["loss", "perplexity", "accuracy", "macro-F1"]
-    assert "An answer is right where" in said  # the rule
+    assert "An answer is right if" in said  # the rule
     written = {file.name for file in (run / "eval").iterdir()}
     stem = "data-mine"
     assert written == {f"{stem}.json", f"{stem}.answers.jsonl", f"{stem}.confusion.png"}

@@ -357,7 +357,7 @@ def test_runs_are_matched_by_their_pattern_and_the_rule_is_a_notice(tmp_path: Pa
     how = {**worked, "evaluate": {"answer_pattern": "#### (.*)"}}
     mine = run(tmp_path / "a", "lora", right="1111", **how)
     made = read_runs([mine, run(tmp_path / "b", "prefix-tuning", right="1110", **how)])
-    assert made.notices == [f"An answer is right where {match_rule('#### (.*)')}."]
+    assert made.notices == [f"An answer is right if {match_rule('#### (.*)')}."]
     assert made.contestants[0].results(TEST)[0].exact_match == 1
     plain = run(tmp_path / "c", "prefix-tuning", right="1110", **worked)
     assert "answer_pattern" in refused(mine, plain)

@@ -77,13 +77,13 @@ def test_worked_answers_of_gsm8k_are_matched_by_their_result(
     assert len(data.questions) == 50
     longest = max(len(tokenizer(q.answer)["input_ids"]) for q in data.questions)
     assert longest < data.max_new_tokens < 1.5 * longest
-    assert any(f"Answers may have {data.max_new_tokens} tokens" in text for text in heard.notices)
+    assert any(f"have up to {data.max_new_tokens} tokens" in text for text in heard.notices)
     results = [q.answer.rpartition("#### ")[2] for q in data.questions]
     wrong = [f"I do not know, perhaps {result}" for result in results]
     right = [f"It is simple.\n#### {result}" for result in results]
     outcome = compare(data, {"base": invented(data, *wrong), "adapter": invented(data, *right)})
     assert line(outcome, "exact match").values == {"base": 0.0, "adapter": 1.0}
-    assert f"An answer is right where {match_rule(PATTERN)}." in outcome.notices
+    assert f"An answer is right if {match_rule(PATTERN)}." in outcome.notices
     assert PATTERN in outcome.record["exact_match_rule"]
     assert not prepared(GSM8K, tokenizer, 50, pattern="").questions
 
@@ -98,7 +98,7 @@ def test_a_reference_in_which_the_pattern_finds_nothing_is_named(
         "t.jsonl, line 2: --answer-pattern '#### (.*)' finds nothing in the answer 'so 2'"
         in str(caught.value)
     )
-    assert "nor in 1 more of 4 answers" in str(caught.value)
+    assert "nor in 1 more of the 4 answers" in str(caught.value)
     assert prepared(file, tokenizer, pattern="").questions
 
 

@@ -145,8 +145,8 @@ def test_a_halving_is_said_aloud() -> None:
     limited = limit(rows=8)
     run(limited, [7, *[5] * 9], size, Worker(rows=2))
     assert warnings(limited) == [
-        "Out of memory with 8 sequences of up to 7 tokens; going on with 4 at a time.",
-        "Out of memory with 4 sequences of up to 7 tokens; going on with 2 at a time.",
+        "Out of memory with 8 sequences of up to 7 tokens; continuing with 4 at a time.",
+        "Out of memory with 4 sequences of up to 7 tokens; continuing with 2 at a time.",
     ]
 
 

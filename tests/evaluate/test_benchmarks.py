@@ -276,7 +276,7 @@ def test_scores_that_are_no_numbers_are_no_result(
         broken.get_input_embeddings().weight.fill_(math.nan)
     lm = BenchmarkLM(broken, load_tokenizer(section), BatchLimit(9, 999, Silent()), Silent())
     benchmark = load("mmlu_anatomy", catalogue, {"mmlu": data / "mmlu"})
-    with pytest.raises(ModelError, match="mmlu_anatomy, base: 56 of 56 scores are not a number"):
+    with pytest.raises(ModelError, match="mmlu_anatomy, base: 56 of 56 scores are not numbers"):
         ours(lm, (broken, None), benchmark)
 
 
@@ -285,7 +285,7 @@ def test_data_whose_name_is_also_a_hub_id_is_found_by_its_benchmark(catalogue: C
 
 
 def test_tasks_that_fetch_files_by_their_address_take_no_copy(catalogue: Catalogue) -> None:
-    with pytest.raises(UsageError, match="arithmetic_1dc brings its data along or fetches files"):
+    with pytest.raises(UsageError, match="arithmetic_1dc contains its data or downloads files"):
         local_data({"arithmetic_1dc": "/d"}, catalogue)
 
 

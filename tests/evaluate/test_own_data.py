@@ -290,7 +290,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_figures_stay_the_same(
     with before_each_pass(adapted, overflow):
         halved = compare(data, {"base": judge(adapted, tokenizer, data, listener=listener)})
     assert "8 sequences" in listener.warnings[0]
-    assert "going on with 2 at a time" in listener.warnings[-1]
+    assert "continuing with 2 at a time" in listener.warnings[-1]
     for one, other in zip(whole.lines, halved.lines, strict=True):
         assert one.values == pytest.approx(other.values, rel=1e-5)
     assert halved.files["mine.answers.jsonl"] == whole.files["mine.answers.jsonl"]

@@ -148,7 +148,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_that_the_same_command_goes_on(tmp_pa
     assert run.returncode == 130, said
     assert printed == ""
     assert "error: " not in said
-    assert "Finished requests are kept: the same command goes on where this one stopped" in said
+    assert "Finished requests are kept: the same command continues where this one stopped" in said
     assert "Traceback" not in said
     [rows] = read(cache).values()
     assert 20 <= len(rows) < 800  # a loss and an answer for each row

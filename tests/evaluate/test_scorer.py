@@ -130,7 +130,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_losses_stay_the_same(
     assert model.training
     assert [rows for rows, _ in shapes] == [2, 2, 1]
     assert len(listener.warnings) == 1
-    assert "going on with 2 at a time" in listener.warnings[0]
+    assert "continuing with 2 at a time" in listener.warnings[0]
     for one, other in zip(halved, whole, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
     with watched(model, most_rows=0), pytest.raises(ResourceError, match="single sequence"):
