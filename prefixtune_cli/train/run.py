@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -19,25 +18,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from prefixtune_cli import model as models
 from prefixtune_cli.agreement import check_generation
 from prefixtune_cli.evaluate.held_out import Score, score
-from prefixtune_cli.evaluate.matching import match_rule
 from prefixtune_cli.evaluate.subjects import hash_of_base
 from prefixtune_cli.lock import locked
 from prefixtune_cli.optimizer import check_optimizer
-from prefixtune_cli.parallel.devices import (
-    count_of,
-    device,
-    processes_here,
-)
+from prefixtune_cli.parallel.devices import count_of, device, processes_here
 from prefixtune_cli.parallel.launch import end_with_the_launcher
 from prefixtune_cli.parallel.processes import Processes, inside_a_launcher, joined
 from prefixtune_cli.parallel.sharding import adapter_at_hand, is_sharded, reshard, shard
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import dump
 from prefixtune_cli.recipe.schema import Recipe, default_rate
-from prefixtune_cli.run_dir import RunDir, json_line, write_atomically, write_json
+from prefixtune_cli.run_dir import RunDir, write_atomically, write_json
 from prefixtune_cli.shared_base import SharedBase
 from prefixtune_cli.tokenizer import check_base, load_tokenizer
-from prefixtune_cli.train.callbacks import forget_peak_memory, peak_memory_gib, slower
+from prefixtune_cli.train.callbacks import forget_peak_memory, peak_memory_gib
 from prefixtune_cli.train.checks import (
     check_disk,
     check_packing,
@@ -53,66 +47,7 @@ from prefixtune_cli.train.loss_plot import draw_loss
 from prefixtune_cli.train.prefix import start_at_rows
 from prefixtune_cli.train.prepare import Data, prepare_data
 from prefixtune_cli.train.stop import StopRequest
-
-HELD_OUT = "held-out"
-LEAST_GAIN = 0.001  # of the base's held-out loss: less is nothing learned
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a run ended: summary.json, and what `ptp train` prints.
-
-    Attributes:
-        why_no_exact_match: a sentence; None where answers were matched.
-        started, finished: in UTC.
-        seconds: from loading to the scores, since the run was started or last resumed.
-        example: a held-out `prompt` to try the result with, perhaps with its `system` message.
-    """
-
-    run: str
-    base: Score
-    adapter: Score
-    trainable_parameters: int
-    total_parameters: int
-    adapter_bytes: int
-    steps: int
-    held_out_rows: int
-    peak_memory_gib: float
-    model: str | None = None
-    method: str | None = None
-    started: str | None = None
-    finished: str | None = None
-    seconds: float | None = None
-    why_no_exact_match: str | None = None
-    answer_pattern: str | None = None
-    example: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def verdict(self) -> Literal["better", "no better", "worse"]:
-        """The held-out loss decides, but an adapter that gives more right answers than its base is not worse."""
-        margin = LEAST_GAIN * self.base.loss
-        if self.adapter.loss < self.base.loss - margin:
-            return "better"
-        more_right = (self.adapter.exact_match or 0) > (self.base.exact_match or 0)
-        as_good = self.adapter.loss <= self.base.loss + margin  # false of NaN, too
-        return "no better" if as_good or more_right else "worse"
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "verdict": self.verdict,
-            "base": self.base.to_json(),
-            "adapter": self.adapter.to_json(),
-            "exact_match_rule": match_rule(self.answer_pattern),
-        }
-
-    @classmethod
-    def read(cls, run_dir: RunDir) -> Summary:
-        """That of a finished run."""
-        found = json.loads(run_dir.summary.read_text(encoding="utf-8"))
-        for name in ("base", "adapter"):
-            found[name] = Score(found[name]["loss"], found[name]["exact_match"])
-        return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name in found})
+from prefixtune_cli.train.summary import Summary, conclude, not_better
 
 
 def train(
@@ -314,9 +249,9 @@ def _train(
     )
     if processes.leads:
         if summary.verdict != "better":
-            reporter.warning(_not_better(recipe, run_dir, before[0], after[0]))
+            reporter.warning(not_better(recipe, run_dir, before[0], after[0]))
         draw_loss(run_dir, base=before[0].loss, adapter=(steps, after[0].loss))
-        _conclude(run_dir, data, before, after, summary)
+        conclude(run_dir, data, before, after, summary)
     if bases is not None and isinstance(model, PeftModel):
         models.detach(model)
     return summary
@@ -380,43 +315,6 @@ def _check_generation(model: PeftModel | PreTrainedModel, job: Job) -> None:
     then = f"type {job.run_dir.resume_command}: what is trained is kept."
     if (untold := check_generation(model, prompt, then=then)) is not None:
         job.reporter.notice(f"Not checked whether the model generates what it computes: {untold}.")
-
-
-def _conclude(
-    run_dir: RunDir,
-    data: Data,
-    base: tuple[Score, list[str]],
-    adapter: tuple[Score, list[str]],
-    summary: Summary,
-) -> None:
-    """Write the answers, the scores and, last, the summary."""
-    answers = (
-        {"origin": q.origin, "prompt": q.asked, "answer": q.answer, "base": b, "adapter": a}
-        for q, b, a in zip(data.questions.asked, base[1], adapter[1], strict=True)
-    )
-    write_atomically(run_dir.answers, "".join(map(json_line, answers)))
-    found = summary.to_json()
-    write_json(run_dir.eval_result(HELD_OUT), {"base": found["base"], "adapter": found["adapter"]})
-    write_json(run_dir.summary, found)
-
-
-def _not_better(recipe: Recipe, run_dir: RunDir, base: Score, adapter: Score) -> str:
-    """What to say, and what to try, where the adapter's held-out loss is not below the base's."""
-    losses = [row["loss"] for row in run_dir.read_metrics() if "loss" in row]
-    rate = recipe.train.learning_rate or math.nan
-    first, last = (losses[0], losses[-1]) if losses else (math.nan, math.nan)
-    if last < 0.9 * first:
-        why = "the training loss has fallen, so it has learned its rows by heart"
-        what = f"Try fewer --epochs, or more rows. {slower(rate)}"
-    elif last > 1.02 * first:
-        why, what = "the training loss has risen", slower(rate)
-    else:
-        why = "the training loss has hardly moved"
-        what = f"Try more steps, or --learning-rate {3 * rate:.1g}, three times as much."
-    return (
-        f"The adapter is no better than its base: its held-out loss is {adapter.loss:.4f}, the base's {base.loss:.4f}. "
-        f"In training it was {first:.4g} at first and {last:.4g} at last: {why}. {what}"
-    )
 
 
 def _counted(model: PeftModel | PreTrainedModel) -> tuple[int, int]:

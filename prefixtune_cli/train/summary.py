@@ -1,0 +1,112 @@
+"""How a run ended: summary.json with the scores and the verdict, and the answers beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from prefixtune_cli.evaluate.held_out import Score
+from prefixtune_cli.evaluate.matching import match_rule
+from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.run_dir import RunDir, json_line, write_atomically, write_json
+from prefixtune_cli.train.callbacks import slower
+from prefixtune_cli.train.prepare import Data
+
+HELD_OUT = "held-out"
+LEAST_GAIN = 0.001  # of the base's held-out loss: less is nothing learned
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended: summary.json, and what `ptp train` prints.
+
+    Attributes:
+        why_no_exact_match: a sentence; None where answers were matched.
+        started, finished: in UTC.
+        seconds: from loading to the scores, since the run was started or last resumed.
+        example: a held-out `prompt` to try the result with, perhaps with its `system` message.
+    """
+
+    run: str
+    base: Score
+    adapter: Score
+    trainable_parameters: int
+    total_parameters: int
+    adapter_bytes: int
+    steps: int
+    held_out_rows: int
+    peak_memory_gib: float
+    model: str | None = None
+    method: str | None = None
+    started: str | None = None
+    finished: str | None = None
+    seconds: float | None = None
+    why_no_exact_match: str | None = None
+    answer_pattern: str | None = None
+    example: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> Literal["better", "no better", "worse"]:
+        """The held-out loss decides, but an adapter that gives more right answers than its base is not worse."""
+        margin = LEAST_GAIN * self.base.loss
+        if self.adapter.loss < self.base.loss - margin:
+            return "better"
+        more_right = (self.adapter.exact_match or 0) > (self.base.exact_match or 0)
+        as_good = self.adapter.loss <= self.base.loss + margin  # false of NaN, too
+        return "no better" if as_good or more_right else "worse"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self.__dict__,
+            "verdict": self.verdict,
+            "base": self.base.to_json(),
+            "adapter": self.adapter.to_json(),
+            "exact_match_rule": match_rule(self.answer_pattern),
+        }
+
+    @classmethod
+    def read(cls, run_dir: RunDir) -> Summary:
+        """That of a finished run."""
+        found = json.loads(run_dir.summary.read_text(encoding="utf-8"))
+        for name in ("base", "adapter"):
+            found[name] = Score(found[name]["loss"], found[name]["exact_match"])
+        return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name in found})
+
+
+def conclude(
+    run_dir: RunDir,
+    data: Data,
+    base: tuple[Score, list[str]],
+    adapter: tuple[Score, list[str]],
+    summary: Summary,
+) -> None:
+    """Write the answers, the scores and, last, the summary."""
+    answers = (
+        {"origin": q.origin, "prompt": q.asked, "answer": q.answer, "base": b, "adapter": a}
+        for q, b, a in zip(data.questions.asked, base[1], adapter[1], strict=True)
+    )
+    write_atomically(run_dir.answers, "".join(map(json_line, answers)))
+    found = summary.to_json()
+    write_json(run_dir.eval_result(HELD_OUT), {"base": found["base"], "adapter": found["adapter"]})
+    write_json(run_dir.summary, found)
+
+
+def not_better(recipe: Recipe, run_dir: RunDir, base: Score, adapter: Score) -> str:
+    """What to say, and what to try, where the adapter's held-out loss is not below the base's."""
+    losses = [row["loss"] for row in run_dir.read_metrics() if "loss" in row]
+    rate = recipe.train.learning_rate or math.nan
+    first, last = (losses[0], losses[-1]) if losses else (math.nan, math.nan)
+    if last < 0.9 * first:
+        why = "the training loss has fallen, so it has learned its rows by heart"
+        what = f"Try fewer --epochs, or more rows. {slower(rate)}"
+    elif last > 1.02 * first:
+        why, what = "the training loss has risen", slower(rate)
+    else:
+        why = "the training loss has hardly moved"
+        what = f"Try more steps, or --learning-rate {3 * rate:.1g}, three times as much."
+    return (
+        f"The adapter is no better than its base: its held-out loss is {adapter.loss:.4f}, the base's {base.loss:.4f}. "
+        f"In training it was {first:.4g} at first and {last:.4g} at last: {why}. {what}"
+    )
