@@ -1,4 +1,4 @@
-"""Answers from a model, with or without an adapter: batched for files, streamed for a chat."""
+"""Generates answers from a model, with or without an adapter: in batches for files, streamed for a chat."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def answer_batched(
         end_id: the token that ends an answer, beside those of the model's generation_config.
         sampling: how tokens are chosen.
         batch_size: prompts a forward pass.
-        told: is called with how many are done, after each batch and every second of one.
-        made: is given each answer with its prompt's number, as soon as it is there.
+        told: called with the number of finished prompts, after each batch, and every second within one.
+        made: called with the index of each prompt and its answer, as soon as the answer is finished.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
@@ -92,15 +92,15 @@ def answer_batched(
 
 
 class _Pace(StoppingCriteria):
-    """Tells every second how much of a batch is done, in answers, and stops none of them.
+    """Reports every second how many answers of a batch are done; never stops one.
 
-    An answer that has not ended counts by its share of the most tokens.
+    An unfinished answer counts as a fraction: its tokens over the most tokens.
 
     Args:
-        width: tokens of the prompts, padding included.
-        most: tokens that an answer may have.
-        ends: the tokens that end one.
-        told: is called with the number of answers.
+        width: tokens of the prompts, including padding.
+        most: the most tokens of an answer.
+        ends: the tokens that end an answer.
+        told: called with the number of answers.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class _Pace(StoppingCriteria):
 
 @dataclass
 class Speaker:
-    """A loaded model that is asked questions, with its adapter or without."""
+    """A loaded model that answers questions, with its adapter or without."""
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
@@ -146,7 +146,7 @@ class Speaker:
         return end_of_turn_id(self.tokenizer, self.template)
 
     def prompt(self, asked: Conversation) -> list[int]:
-        """The token ids of a conversation that waits for an answer, as training saw them.
+        """The token ids of a conversation that waits for an answer, rendered as in training.
 
         Raises:
             DataError: the template refuses the conversation.
@@ -162,7 +162,7 @@ class Speaker:
         return ids
 
     def mode(self) -> contextlib.AbstractContextManager[None]:
-        """Within it the model is with or without its adapter, as `use_adapter` says."""
+        """Within the block, the adapter is on or off, as `use_adapter` says."""
         return contextlib.nullcontext() if self.use_adapter else models.without_adapter(self.model)
 
 
@@ -173,9 +173,10 @@ def load_speaker(
     seed: int = 0,
     chat_template: str | None = None,
 ) -> Speaker:
-    """Load a base, and what was trained on it; a `chat_template`'s file wins over what these carry.
+    """Load a base, and the adapter trained on it, if any.
 
-    An adapter is asked by the tokenizer and the template that it was trained with; `chat_template` wins over both.
+    An adapter comes with the tokenizer and the template that it was trained with; the file `chat_template` replaces
+    the template.
 
     Raises:
         DataError: the chat template cannot be read.
@@ -217,7 +218,7 @@ def answer_file(
     batch_size: int,
     reporter: Reporter,
 ) -> None:
-    """Answer every conversation of `asked` into `out`, which is open."""
+    """Answer every conversation of `asked`, and write the answers to the open file `out`."""
     with speaker.mode():
         answer_batched(
             speaker.model,
@@ -244,7 +245,7 @@ class _Stop(StoppingCriteria):
 def answer_streamed(
     speaker: Speaker, asked: Conversation, *, sampling: Sampling
 ) -> Generator[str, None, None]:
-    """The answer to a conversation, in pieces as they are generated; pieces join to the whole text.
+    """The answer to a conversation, in pieces as they are generated; together they are the whole text.
 
     Closing the iterator ends the generation.
     """

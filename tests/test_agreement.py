@@ -203,7 +203,7 @@ def test_full_fine_tuning_is_checked_too(
     )
     train(made, reporter=listener)
     assert [isinstance(model, PreTrainedModel) for model in checked] == [True]
-    said = "Not checked whether the model generates what it computes: for once."
+    said = "Did not check that the model generates what it computes: for once."
     assert said in listener.notices
 
 

@@ -97,7 +97,7 @@ def prepare(
     ]
     if not windows:
         raise DataError(
-            f"{source} has too little text: it needs two tokens, as the model does not predict the first. "
+            f"{source} has too little text: fewer than two tokens, and the model does not predict the first. "
             "Give a text of some thousand words."
         )
     chosen = evenly_spread(len(windows), limit or len(windows))

@@ -1,1 +1,1 @@
-"""Several processes: which device each has, how they are started, and how they agree."""
+"""Runs of several processes: the device of each, how they start, and how they agree."""

@@ -1,4 +1,4 @@
-"""Where this process computes, and how many processes a run has."""
+"""The device of this process, and the number of processes of a run."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ Gpus = int | str | Sequence[int] | None
 
 
 def device(wanted: str = "auto") -> torch.device:
-    """This process's own: the GPU of its local rank, or the CPU.
+    """This process's own device: the GPU of its local rank, or the CPU.
 
     Args:
-        wanted: `auto` takes a GPU where there is one; `cpu`; `cuda`.
+        wanted: `auto`, which takes a GPU if there is one; `cpu`; or `cuda`.
     """
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    # Where a scheduler shows each process a GPU of its own, that one is number 0.
+    # If a scheduler shows each process only its own GPU, that GPU is number 0.
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def check_device(wanted: str) -> None:
-    """Raise ResourceError where a GPU is wanted and there is none."""
+    """Raise ResourceError if a GPU is wanted but there is none."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ResourceError(
             "model.device is cuda, but torch finds no CUDA GPU here (`nvidia-smi` lists them; a CPU build of torch "
-            "sees none). Type --device cpu, or leave --device out."
+            "sees none). Type --device cpu, or leave out --device."
         )
 
 
@@ -40,12 +40,12 @@ def multiplies_bfloat16(
 
     Args:
         place: a CPU or GPU.
-        capabilities: of the CPU, as `torch.cpu.get_capabilities` gives them; None asks it for this one's.
+        capabilities: the CPU's, as `torch.cpu.get_capabilities` returns them; None asks for this CPU's.
     """
     if place.type != "cpu":
         return True
     if capabilities is None:
-        ask = getattr(torch.cpu, "get_capabilities", dict)  # which older versions of torch lack
+        ask = getattr(torch.cpu, "get_capabilities", dict)  # older versions of torch lack it
         capabilities = ask()
     if capabilities.get("architecture") != "x86_64":
         return True
@@ -53,16 +53,16 @@ def multiplies_bfloat16(
 
 
 def slow_precision(bits: int, wanted: str) -> str | None:
-    """A sentence for the user where this device computes slowly at so many bits; else None.
+    """A sentence for the user if this device computes slowly at so many bits; otherwise None.
 
     Args:
-        bits: of the base; all but 32 are computed in bfloat16.
+        bits: of the base; every number but 32 computes in bfloat16.
         wanted: as for `device`.
     """
     if bits == 32 or multiplies_bfloat16(device(wanted)):
         return None
     return (
-        f"This CPU has no instructions for bfloat16, in which a base of {bits} bits computes. --bits 32 is several "
+        f"A base of {bits} bits computes in bfloat16, for which this CPU has no instructions. --bits 32 is several "
         "times as fast here."
     )
 
@@ -76,7 +76,7 @@ def processes_here(gpus: Gpus, wanted: str) -> int:
 
     Raises:
         ResourceError: this machine has fewer GPUs.
-        UsageError: a list of GPUs for the CPU.
+        UsageError: the recipe lists GPUs, but its device is the CPU.
     """
     check_device(wanted)
     on_cpu = wanted == "cpu"
@@ -93,22 +93,22 @@ def processes_here(gpus: Gpus, wanted: str) -> int:
     instead = (
         f"Type --gpus {there}, --gpus auto, or leave it out."
         if there
-        else "Leave --gpus out to train on the CPU; with --device cpu, it is the number of processes there."
+        else "Leave out --gpus to train on the CPU; with --device cpu, it is the number of processes."
     )
     raise ResourceError(f"train.gpus is {gpus}, but this machine has {there} CUDA GPUs. {instead}")
 
 
 def count_of(gpus: Gpus) -> int | None:
-    """How many processes a machine is to have by `train.gpus`, whatever it has; None where that is left open."""
+    """The number of processes that `train.gpus` asks for, without looking at the machine; None if it does not say."""
     if gpus is None or isinstance(gpus, str):
         return None
     return gpus if isinstance(gpus, int) else len(gpus)
 
 
 def show_only(gpus: Gpus) -> None:
-    """Let this process, and those that it starts, see the GPUs of a list alone, in its order.
+    """Let this process and its children see only the GPUs of a list, in its order.
 
-    To be called before CUDA is used. The numbers count the GPUs that CUDA_VISIBLE_DEVICES leaves, where it is set.
+    Call it before CUDA is used. If CUDA_VISIBLE_DEVICES is set, the numbers count the GPUs that it leaves.
     """
     if isinstance(gpus, int | str) or gpus is None:
         return

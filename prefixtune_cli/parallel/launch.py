@@ -1,9 +1,8 @@
-"""Start a run's processes on this machine, watch them, and end all of them where one fails.
+"""Starts a run's processes on this machine, watches them, and ends all of them if one fails.
 
-The processes are those of torchrun (`torch.distributed.elastic.multiprocessing`): each is the command that the user
-typed, told by its environment which one it is. What is ours is what happens in the end: a signal goes on to all of
-them, so that they save a checkpoint together; a process that dies takes the others with it within seconds, on every
-node; and it is named.
+The processes are started as torchrun does (`torch.distributed.elastic.multiprocessing`): each runs the command that
+the user typed, and its environment tells it its rank. The end is our own. We forward signals to all processes, so that
+they save a checkpoint together. If a process dies, we end the others within seconds, on every node, and name it.
 """
 
 from __future__ import annotations
@@ -33,31 +32,31 @@ from prefixtune_cli.errors import (
 )
 from prefixtune_cli.parallel.nodes import SECONDS_BETWEEN_LOOKS, Meeting, Nodes
 
-SECONDS_TO_SPEAK = 3  # what the others get where one process has failed
-SECONDS_TO_END = 10  # what the survivors of a failure get before they are killed
-SECONDS_TO_SAVE = 25  # what a process gets whose launcher is no more
-SECONDS_TO_HEAR = 5  # until another node has said why the processes of this one were lost
+SECONDS_TO_SPEAK = 3  # for the other processes to say why one has failed
+SECONDS_TO_END = 10  # for the survivors of a failure to end before they are killed
+SECONDS_TO_SAVE = 25  # for a process to save after its launcher is gone
+SECONDS_TO_HEAR = 5  # for another node to say why this node's processes were lost
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def launch(
     typed: Sequence[str], workers: int, nodes: Nodes, *, on_gpu: bool, advice: Callable[[], str]
 ) -> None:
-    """Run `ptp` with what was `typed` in `workers` processes on this machine, and wait until all of them end.
+    """Run `ptp` in `workers` processes on this machine, and wait until all of them end.
 
-    What the first process of all says is the user's to read; what the others say is kept, and shown where one fails.
+    The user sees the output of rank 0. The output of the others is kept, and shown if one of them fails.
 
     Args:
         typed: the command line, without `ptp`.
         workers: processes on this machine.
         nodes: the machines.
-        on_gpu: the processes compute on GPUs.
-        advice: what to type after a failure.
+        on_gpu: whether the processes compute on GPUs.
+        advice: gives what to type after a failure.
 
     Raises:
-        ResourceError: a process was killed, failed on its own account, or went with another node.
+        ResourceError: a process was killed or failed, or another node failed.
         Interrupted: a signal ended the processes.
-        SystemExit: the first process failed, and has said why itself; with its exit code.
+        SystemExit: rank 0 failed, and has said why itself; the exit code is its own.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="ptp-workers-") as logs:
@@ -77,7 +76,7 @@ def launch(
         if elsewhere is None and first is not None and first.speaks_for_itself:
             raise SystemExit(first.exitcode)
         if group.signals and (first is None or first.followed or first.exitcode in group.codes):
-            # The processes have ended by it, some of them perhaps before they could save.
+            # The signal ended the processes, some of them perhaps before they could save.
             raise _stopped(group.signals[0], advice())
         raise ResourceError(f"{elsewhere or (first.told() if first else None)} {advice()}")
 
@@ -88,7 +87,7 @@ def _stopped(number: int, advice: str) -> Interrupted:
 
 
 def end_with_the_launcher() -> None:
-    """Have this process stop, after a checkpoint, when the launcher that started it is no more."""
+    """Have this process save a checkpoint and stop when the launcher that started it is gone."""
     launcher = int(os.environ.get(LAUNCHER_PID, "0"))
     if not launcher:
         return
@@ -98,13 +97,13 @@ def end_with_the_launcher() -> None:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(SECONDS_TO_SAVE)
-        os._exit(LostWorker.exit_code)  # stuck in a collective that the others have left
+        os._exit(LostWorker.exit_code)  # it waits in a collective that the others have left
 
     threading.Thread(target=look, daemon=True).start()
 
 
 def _threads(workers: int, on_gpu: bool) -> int | None:
-    """CPU threads a process, where the user has not said: the cores are shared out, and a GPU needs few."""
+    """CPU threads for each process: its share of the cores, few with a GPU; None if the user has set them."""
     if "OMP_NUM_THREADS" in os.environ:
         return None
     share = max(1, (os.cpu_count() or 1) // workers)
@@ -130,23 +129,23 @@ class _Ended:
 
     @property
     def followed(self) -> bool:
-        """Whether it only ended because another one had."""
+        """Whether it ended only because another process had."""
         return self.exitcode == LostWorker.exit_code or not self.by_itself
 
     @property
     def speaks_for_itself(self) -> bool:
-        """Whether the user has read why: the first process says so, unless it was killed, or lost the others."""
+        """Whether the user has read why: rank 0 says so, unless it was killed or lost the others."""
         return self.rank == 0 and self.killed_by is None and not self.followed
 
     def told(self) -> str:
         who = f"Rank {self.rank} (process {self.pid})"
         if self.followed:
             return (
-                f"{who} has lost the other processes, and none of them says why{self.said and f': {self.said}'}. Over "
+                f"{who} has lost the other processes, and none of them says why{self.said and f': {self.said}'}. With "
                 "several machines, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface to use."
             )
         if self.killed_by == "SIGKILL":
-            return f"{who} was killed by SIGKILL, as the kernel does where the machine's memory runs out."
+            return f"{who} was killed by SIGKILL; the kernel does that when the machine runs out of memory."
         if self.killed_by:
             return f"{who} was killed by {self.killed_by}."
         return f"{who} failed with exit code {self.exitcode}{self.said and f': {self.said}'}"
@@ -164,7 +163,7 @@ class _Workers:
         logs: str,
         threads: int | None,
     ) -> None:
-        self.signals: list[int] = []  # that were forwarded
+        self.signals: list[int] = []  # the ones that were forwarded
         self._failed_at: float | None = None
         self._first = nodes.rank * count
         shared: dict[str, Any] = {
@@ -172,7 +171,7 @@ class _Workers:
             "LOCAL_WORLD_SIZE": count,
             "MASTER_ADDR": nodes.host,
             "MASTER_PORT": port,
-            "TORCHELASTIC_USE_AGENT_STORE": True,  # the launcher's, which outlives every process
+            "TORCHELASTIC_USE_AGENT_STORE": True,  # the launcher's store outlives every process
             "GROUP_RANK": nodes.rank,
             LAUNCHER_PID: os.getpid(),
             **({} if threads is None else {"OMP_NUM_THREADS": threads}),
@@ -192,10 +191,10 @@ class _Workers:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Within the block the processes run, and get the signals that this one gets."""
+        """Within the block, the processes run, and get the signals that this process gets."""
         before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         try:
-            self._context.start()  # which sets handlers of its own
+            self._context.start()  # it sets its own handlers, which we replace
             for number in STOP_SIGNALS:
                 signal.signal(number, self._forward)
             yield
@@ -206,7 +205,7 @@ class _Workers:
 
     @property
     def codes(self) -> set[int]:
-        """The exit codes of processes that a forwarded signal has ended, one way or the other."""
+        """The exit codes of processes that a forwarded signal has ended."""
         return {Interrupted.exit_code, *(-number for number in self.signals)}
 
     def _forward(self, number: int, frame: object) -> None:
@@ -216,11 +215,11 @@ class _Workers:
                 os.kill(pid, number)
 
     def ended(self) -> list[_Ended] | None:
-        """The processes that failed, the one that began it first; None while all of them run."""
+        """The processes that failed, the likely cause first; None while all of them run."""
         processes = {i: one.proc for i, one in self._context.subprocess_handlers.items()}
         codes = {i: process.poll() for i, process in processes.items()}
         if any(codes.values()):
-            # The others may be about to say why: they get a moment before they are ended.
+            # The others may be about to say why, so give them a moment before ending them.
             self._failed_at = self._failed_at or time.monotonic()
             if None in codes.values() and time.monotonic() - self._failed_at < SECONDS_TO_SPEAK:
                 return None
@@ -235,7 +234,7 @@ class _Workers:
         return sorted(found, key=lambda one: (one.followed, one.killed_by is None, one.rank))
 
     def _said(self, local_rank: int) -> str:
-        """What a process wrote at last, where the user has not read it."""
+        """The last output of a process whose output the user has not seen."""
         path = Path(self._context.stderrs.get(local_rank) or os.devnull)
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]

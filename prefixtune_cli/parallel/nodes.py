@@ -1,4 +1,4 @@
-"""The machines of a run, and how their launchers meet: by a key-value store that node 0 hosts."""
+"""The machines of a run. Their launchers meet in a key-value store that node 0 hosts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prefixtune_cli.errors import ResourceError, UsageError
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_BETWEEN_BEATS = 2
 SECONDS_OF_SILENCE = 15  # after which another node counts as lost
-SECONDS_TO_JOIN = 900  # until all nodes have started
+SECONDS_TO_JOIN = 900  # for all nodes to start
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Nodes:
     """The machines of a run.
 
     Attributes:
-        count: of all machines.
-        rank: this machine's number; 0 is the one that the others come to.
-        host, port: where node 0 is reached; a port of 0 takes a free one.
+        count: the number of machines.
+        rank: this machine's number; the others connect to number 0.
+        host, port: the address of node 0; port 0 takes a free one.
     """
 
     count: int = 1
@@ -34,7 +34,7 @@ class Nodes:
 
 
 def nodes(count: int | None, rank: int | None, rendezvous: str | None) -> Nodes:
-    """What `--nodes`, `--node-rank` and `--rendezvous` say; a script for any number of nodes may say it of one.
+    """What `--nodes`, `--node-rank` and `--rendezvous` say; `--nodes 1` is allowed, for scripts.
 
     Raises:
         UsageError: one of them is missing, or out of range.
@@ -57,7 +57,7 @@ def nodes(count: int | None, rank: int | None, rendezvous: str | None) -> Nodes:
 
 
 class Meeting:
-    """The key-value store through which launchers and processes talk, and what the other launchers say there."""
+    """The key-value store in which launchers and processes talk; it tells this launcher how the others are."""
 
     def __init__(self, nodes: Nodes) -> None:
         self.nodes = nodes
@@ -70,7 +70,7 @@ class Meeting:
         nodes, deadline = self.nodes, time.monotonic() + SECONDS_TO_JOIN
         while True:
             try:
-                # In short attempts, between which signals are heard.
+                # Short attempts, because Python handles signals only between them.
                 return TCPStore(
                     nodes.host,
                     nodes.port,
@@ -85,15 +85,15 @@ class Meeting:
                 reason = (
                     f"cannot be opened on this node ({said}). Give its name, and a free port, on all nodes."
                     if nodes.rank == 0
-                    else f"cannot be reached ({said}). Is node 0 running, under this name, and the port open?"
+                    else f"cannot be reached ({said}). Is node 0 running under this name, and is the port open?"
                 )
                 raise ResourceError(f"--rendezvous {nodes.host}:{nodes.port} {reason}") from error
 
     def failure(self, within_seconds: float = 0) -> str | None:
-        """Why the run cannot go on, where another node has failed or fallen silent.
+        """Why the run cannot go on, if another node has failed or fallen silent; otherwise None.
 
         Args:
-            within_seconds: wait so long for one that says it.
+            within_seconds: how long to wait for a node to say why.
         """
         now = time.monotonic()
         if self.nodes.count == 1:
@@ -115,7 +115,7 @@ class Meeting:
                     return reason
                 self._first_is_done |= node == 0 and self.store.check(["ptp/end/0"])
         except (DistError, RuntimeError):
-            # It hosts the store, which goes with it when all is well, too.
+            # Node 0 hosts the store, and closes it at a good end, too.
             lost = "Node 0 was lost: its launcher no longer answers."
             return None if self._first_is_done else lost
         return None

@@ -1,8 +1,8 @@
-"""The processes of a run: who they are, what one of them does for all, and how they agree.
+"""The processes of a run: which one this is, what one of them does for all, and how they agree.
 
-A process is started by `ptp train --gpus N` (see `launch`), by torchrun or accelerate launch, or by Slurm's srun; it
-finds out which by its environment. Work that needs no others, such as tokenizing, is done before the process group
-exists, so that no collective waits on it: until then the processes talk through the group's key-value store.
+`ptp train --gpus N` (see `launch`), torchrun, accelerate launch or Slurm's srun starts a process, whose environment
+says which. Work of a single process, such as tokenizing, comes before the process group exists, so that no collective
+waits for it. Until then the processes talk through the group's key-value store.
 """
 
 from __future__ import annotations
@@ -28,27 +28,26 @@ from prefixtune_cli.errors import LostWorker, ResourceError, UsageError
 
 Value = TypeVar("Value")
 
-# A collective waits so long for the slowest process, which may be writing a checkpoint of a whole model.
+# How long a collective waits for the slowest process, which may be writing a checkpoint of a whole model.
 PATIENCE = timedelta(hours=1)
 SECONDS_BETWEEN_LOOKS = 0.1
-SECONDS_TO_MEET = 900  # until all processes have started
+SECONDS_TO_MEET = 900  # for all processes to start
 
-
-# What torchrun and the like set.
+# torchrun and similar launchers set these.
 _NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _PLACE = ("MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass
 class Processes:
-    """This process among those of its run; by itself where there is only one.
+    """This process among those of its run; the defaults are a run of one process.
 
     Attributes:
-        rank, size: of all processes, on all nodes.
-        local_rank: of those on this node.
-        node: which one that is.
-        store: through which they talk before the process group exists.
-        folder: of this process, for what it gives the others of its node.
+        rank, size: this process's number, and the number of all processes, on all nodes.
+        local_rank: this process's number on its node.
+        node: the name of its node.
+        store: the key-value store for talking before the process group exists.
+        folder: this process's own folder, for files that it gives to the others on its node.
     """
 
     rank: int = 0
@@ -61,14 +60,14 @@ class Processes:
 
     @property
     def leads(self) -> bool:
-        """Whether this one reports and writes."""
+        """Whether this is the process that reports and writes."""
         return self.rank == 0
 
     def first_on_each_node(self, make: Callable[[], Value]) -> Value:
-        """What `make` gives: the first process of each node calls it, and the others there wait for a copy.
+        """The result of `make`: the first process of each node calls it, and the others there wait for a copy.
 
         Raises:
-            LostWorker: on the processes that wait, where it failed.
+            LostWorker: on the processes that wait, if `make` failed.
         """
         if self.size == 1:
             return make()
@@ -87,7 +86,7 @@ class Processes:
         while not self.store.check([key]):
             time.sleep(SECONDS_BETWEEN_LOOKS)
         copy = Path(self.store.get(key).decode())
-        # The store is open to all who reach its port; what is unpickled has to be of this user.
+        # Anyone who reaches the store's port can write to it, so unpickle only this user's files.
         if copy == Path() or copy.stat().st_uid != os.getuid():
             raise LostWorker("The first process of this node has failed; it says why.")
         given: Value = pickle.loads(copy.read_bytes())
@@ -97,7 +96,7 @@ class Processes:
         """The numbers of all processes, without a collective.
 
         Raises:
-            LostWorker: not all of them have said theirs within so many seconds.
+            LostWorker: not all of them have given theirs within so many seconds.
         """
         if self.size == 1:
             return [mine]
@@ -109,7 +108,7 @@ class Processes:
             if time.monotonic() > deadline:
                 silent = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
                 raise LostWorker(
-                    f"Rank {silent[0]} did not answer for {seconds:g} seconds: where only one process runs out of "
+                    f"Rank {silent[0]} did not answer for {seconds:g} seconds: if only one process runs out of "
                     "memory, the others wait for it. Take a smaller --batch-size."
                 )
             time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -122,7 +121,7 @@ class Processes:
         if device.type == "cuda":
             torch.cuda.set_device(device)
             if device.index != self.local_rank:
-                # A scheduler shows each process one GPU; accelerate would look for the one of the local rank.
+                # A scheduler shows each process one GPU; accelerate would look for a GPU of the local rank's number.
                 os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -157,7 +156,7 @@ class Processes:
         return values
 
     def share(self, count: int) -> range:
-        """Which of `count` pieces of work are this process's."""
+        """The indices of this process's share of `count` pieces of work."""
         return range(self.rank, count, self.size)
 
     def joined(self, mine: Mapping[int, Value]) -> dict[int, Value]:
@@ -165,16 +164,16 @@ class Processes:
         return {key: value for share in self.gathered(dict(mine)) for key, value in share.items()}
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         self.agree(0)
 
 
 @contextmanager
 def joined(wanted: int | None) -> Iterator[Processes]:
-    """Within the block this process is one of its run's; the process group, where one was formed, ends with it.
+    """Within the block, this process is one of its run's; the end of the block destroys the process group, if any.
 
     Args:
-        wanted: how many processes the recipe asks for on this machine; None takes what is there.
+        wanted: the number of processes that the recipe asks for on this machine; None takes any.
 
     Raises:
         UsageError: another number of processes was started.
@@ -185,9 +184,9 @@ def joined(wanted: int | None) -> Iterator[Processes]:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if wanted is not None and wanted != here:
         raise UsageError(
-            f"train.gpus asks for {wanted} processes on this machine, and {here} were started. Have torchrun, "
-            f"accelerate launch or srun start {wanted}, or leave --gpus out. By itself, `ptp train --gpus {wanted}` "
-            "starts them."
+            f"train.gpus asks for {wanted} processes on this machine, but {here} were started. Have torchrun, "
+            f"accelerate launch or srun start {wanted}, or leave out --gpus. Without them, `ptp train --gpus {wanted}` "
+            "starts the processes."
         )
     if size == 1:
         yield Processes()
@@ -204,11 +203,9 @@ def joined(wanted: int | None) -> Iterator[Processes]:
 
 
 def check_environment() -> None:
-    """Raise UsageError where the environment has some of what torchrun and the like set, and not the rest."""
+    """Raise UsageError if the environment has some of torchrun's variables but not the rest."""
     given = {name: os.environ[name] for name in (*_NUMBERS, *_PLACE) if name in os.environ}
-    if not {"WORLD_SIZE", "LOCAL_RANK"} & {
-        *given
-    }:  # the others by themselves mean nothing to anybody
+    if not {"WORLD_SIZE", "LOCAL_RANK"} & given.keys():  # the others alone have no effect
         return
     wrong = [name for name in _NUMBERS if not given.get(name, "0").isdecimal()]
     missing = [name for name in ("WORLD_SIZE", "RANK", *_PLACE) if name not in given]
@@ -222,18 +219,18 @@ def check_environment() -> None:
         return
     found = ", ".join(f"{name}={value}" for name, value in given.items())
     raise UsageError(
-        f"The environment has {found}, as torchrun and the like set it, {what}. For a run of one process, type: unset "
+        f"The environment has {found}, as torchrun sets it, {what}. For a run of one process, type: unset "
         f"{' '.join(given)}. For several, start them by --gpus N, torchrun, accelerate launch or srun."
     )
 
 
 def _store() -> Any:
-    """The key-value store of the run; the first process opens it where no launcher has."""
+    """The key-value store of the run; rank 0 opens it if no launcher has."""
     opens = os.environ["RANK"] == "0" and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
     deadline = time.monotonic() + SECONDS_TO_MEET
     while True:
         try:
-            # In short attempts, between which signals are heard.
+            # Short attempts, because Python handles signals only between them.
             seconds = SECONDS_TO_MEET if opens else 5
             store = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))[0]
             store.set_timeout(PATIENCE)
@@ -243,17 +240,17 @@ def _store() -> Any:
                 where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
                 raise ResourceError(
                     f"The processes of the run cannot meet at {where}: {str(error).splitlines()[0]} Set MASTER_ADDR "
-                    "and MASTER_PORT to the name of the first node, and a free port of it."
+                    "to the name of the first node, and MASTER_PORT to a free port on it."
                 ) from error
 
 
 def leads() -> bool:
-    """Whether this process is the one that reports; RANK by itself is left over from elsewhere."""
+    """Whether this process is the one that reports; RANK without WORLD_SIZE is left over from something else."""
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def says_that_one_is_lost(error: BaseException) -> bool:
-    """Whether `error` is what gloo and NCCL say when a process at the other end is gone."""
+    """Whether `error` is one that gloo or NCCL raises when another process is gone."""
     text = str(error)
     return isinstance(error, dist.DistError) or "gloo" in text.lower() or "NCCL" in text
 
@@ -262,18 +259,18 @@ def inside_a_launcher(*, of_nodes: bool = False) -> bool:
     """Whether torchrun, accelerate launch, srun or `ptp` has started this process as one of several.
 
     Args:
-        of_nodes: `--nodes` is given: then srun has started a launcher on each node, and no processes of the run.
+        of_nodes: whether `--nodes` is given; then srun has started a launcher on each node, not the processes.
     """
     return "WORLD_SIZE" in os.environ or (not of_nodes and _slurm_step_size() > 1)
 
 
 def _slurm_step_size() -> int:
-    # Of the step, not of the allocation: in the shell of `salloc` nobody has started anything yet.
+    # The step's, not the allocation's: in the shell of `salloc`, nothing has been started yet.
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
 
 
 def _take_over_from_slurm() -> None:
-    """Say in torchrun's terms what srun says in its own."""
+    """Set torchrun's variables from srun's."""
     if "WORLD_SIZE" in os.environ or _slurm_step_size() == 1:
         return
     given = os.environ
@@ -283,7 +280,7 @@ def _take_over_from_slurm() -> None:
     given.setdefault("MASTER_PORT", str(20000 + int(given.get("SLURM_JOB_ID", "0")) % 20000))
     given["RANK"], given["LOCAL_RANK"] = given["SLURM_PROCID"], given["SLURM_LOCALID"]
     given["WORLD_SIZE"] = given["SLURM_STEP_NUM_TASKS"]
-    # The tasks of each node, as in 4(x2) or 4,2; those of another node do not matter here.
+    # The tasks of each node, as in 4(x2) or 4,2; we need only those of this node.
     each = re.findall(r"(\d+)(?:\(x(\d+)\))?", given.get("SLURM_STEP_TASKS_PER_NODE", "1"))
     counts = [int(tasks) for tasks, times in each for _ in range(int(times or 1))]
     given["LOCAL_WORLD_SIZE"] = str(counts[int(given.get("SLURM_NODEID", "0")) % len(counts)])

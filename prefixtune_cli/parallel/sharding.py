@@ -1,8 +1,8 @@
-"""A base whose weights are spread over the processes (FSDP2), and what becomes of its trained state.
+"""Spreads the weights of a base over the processes (FSDP2).
 
-The frozen weights are sharded by decoder layer, which torch gathers layer by layer as the forward and the backward
-pass come by; there is no gradient to reduce. The adapter is small, and is not sharded: each process has a copy, whose
-gradients transformers' Trainer averages. So checkpoints are those of an unsharded run.
+The frozen weights are sharded by decoder layer. In the forward and the backward pass, torch gathers one layer after
+the other; there is no gradient to reduce. The adapter is small and is not sharded: each process has a copy, and
+transformers' Trainer averages the gradients. So checkpoints look like those of an unsharded run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def shard(model: PeftModel, processes: int, device: torch.device) -> None:
 
     Args:
         model: on the CPU, the same on all processes.
-        processes: of the group, which exists.
+        processes: the number of processes; their group must exist.
         device: this process's own.
 
     Raises:
@@ -46,21 +46,22 @@ def shard(model: PeftModel, processes: int, device: torch.device) -> None:
     for layer in layers:
         fully_shard(layer, mesh=mesh, ignored_params=adapter)
     fully_shard(base, mesh=mesh, ignored_params=adapter)
-    # What transformers' own sharded loading leaves behind, by which its Trainer and `generate` go.
+    # transformers' own sharded loading sets these, and its Trainer and `generate` read them.
     base.config.distributed_config = DistributedConfig(fsdp_size=processes)
     base._is_fsdp_managed_module = base._is_distributed_loading_by_transformers = True
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether every forward pass needs all processes, as each holds but a part of the weights."""
+    """Whether each process holds only a part of the weights, so that every forward pass needs all processes."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return isinstance(base, FSDPModule) or any(hasattr(p, "ds_id") for p in base.parameters())
 
 
 def reshard(model: nn.Module) -> None:
-    """Have each process hold but its part again, on all processes: some weights stay whole after a forward pass.
+    """Have each process hold only its part again, since some weights stay whole after a forward pass.
 
-    `state_dict` does so by itself, on the one process that saves, which would then be alone in gathering them.
+    Call it on all processes. `state_dict` reshards too, but only on the process that saves; that one would later wait
+    alone for the others to gather.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -69,7 +70,7 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def adapter_at_hand(model: nn.Module) -> Iterator[None]:
-    """Within the block the adapter is whole on each process, as it always is but for DeepSpeed's ZeRO-3."""
+    """Within the block, the adapter is whole on each process. Only DeepSpeed's ZeRO-3 ever shards it."""
     trained = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
     if not trained:
         yield
@@ -81,7 +82,7 @@ def adapter_at_hand(model: nn.Module) -> Iterator[None]:
 
 
 def deepspeed_settings(parallel: str) -> dict[str, Any] | None:
-    """The settings of DeepSpeed for `deepspeed-zero2` and `deepspeed-zero3`; transformers fills in `auto`."""
+    """DeepSpeed's settings for `deepspeed-zero2` and `deepspeed-zero3`; transformers fills in `auto`."""
     if not parallel.startswith("deepspeed-zero"):
         return None
     return {

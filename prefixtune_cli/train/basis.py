@@ -1,4 +1,4 @@
-"""The basis in which Prefix-Tuning+ is trained: found before the first step, kept in checkpoints, gone at the end."""
+"""The basis of Prefix-Tuning+ in training: computed before the first step, kept in checkpoints, folded at the end."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from prefixtune_cli.train.order import row_lengths
 
 STATE = "basis.safetensors"
 ROWS = 64
-TOKENS = 16_384  # of long rows fewer are taken, and at least one
-AT_ONCE = 2048  # tokens of a pass, which keeps no activations
+TOKENS = 16_384  # the most tokens; if rows are long, we take fewer rows, but at least one
+AT_ONCE = 2048  # tokens of one pass, which keeps no activations
 
 
 class Basis(TrainerCallback):
-    """Finds the basis when everything is in place, from rows that the seed chooses, or takes a checkpoint's.
+    """Computes the basis when training begins, from rows that the seed chooses; or loads it from a checkpoint.
 
-    Every process passes over the same rows, as sharded weights ask for, and takes the leader's result.
+    Every process passes over the same rows, because sharded weights need all processes, and takes the leader's result.
 
     Args:
         trainer: the one that will train.
-        reporter: hears how far the pass has come.
-        checkpoint: the training goes on from there; None is the start.
+        reporter: hears the progress of the pass.
+        checkpoint: where training continues from; None at the start.
     """
 
     def __init__(self, trainer: Any, reporter: Reporter, checkpoint: Path | None = None) -> None:
@@ -51,8 +51,8 @@ class Basis(TrainerCallback):
         """Set the basis of every M.
 
         Raises:
-            ModelError: there is none on these rows.
-            StopTraining: a signal has come.
+            ModelError: these rows give no basis.
+            StopTraining: a signal has arrived.
         """
         model: PeftModel = self.trainer.model
         if self.checkpoint is not None:
@@ -60,7 +60,7 @@ class Basis(TrainerCallback):
             return
         called = self.trainer.model_wrapped
         takes = inspect.signature(model.get_base_model().forward).parameters
-        # The pass has no use for logits, which would take more memory than all the rest.
+        # The pass does not need logits, which would take more memory than everything else.
         without = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
         def forward(_: Any, batch: Any) -> None:
@@ -76,16 +76,16 @@ class Basis(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Have the adapter hold M itself; of weights that DeepSpeed spreads, saving does it."""
+        """Have the adapter hold M itself; if DeepSpeed shards the weights, saving does that instead."""
         if not any(hasattr(p, "ds_id") for p in self.trainer.model.parameters()):
             fold_basis(self.trainer.model)
 
     def save(self, folder: Path) -> None:
-        """Write into a checkpoint what its adapter, which has M, lacks for the same bytes."""
+        """Write the basis into a checkpoint: its adapter has only M, which does not restore the training exactly."""
         save_file(basis_state(self.trainer.model), folder / STATE)
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches that do not depend on the size of those that are trained on, nor on the number of processes."""
+        """Batches that depend neither on the training's batch size nor on the number of processes."""
         trainer = self.trainer
         lengths = row_lengths(trainer.train_dataset)[: trainer.real_rows]
         rows = sorted(self._rows(lengths), key=lengths.__getitem__)  # little padding
@@ -106,7 +106,7 @@ class Basis(TrainerCallback):
             self.reporter.progress("basis", done, len(rows), {})
 
     def _rows(self, lengths: Sequence[int]) -> list[int]:
-        """The numbers of the rows."""
+        """The indices of the rows."""
         trainer = self.trainer
         generator = torch.Generator().manual_seed(trainer.args.seed)
         chosen: list[int] = []

@@ -1,4 +1,4 @@
-"""What happens beside the training steps: the journal, and a watch over the weights."""
+"""What happens between training steps: writing the journal, and watching the loss and the weights."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ SECONDS_BETWEEN_PLOTS = 60  # each takes a tenth of a second, the first one half
 
 
 class Journal(TrainerCallback):
-    """Writes metrics.jsonl and loss.png, and tells the reporter; of several processes, the leader's alone.
+    """Writes metrics.jsonl and loss.png, if it is the leader's, and tells the reporter.
 
-    The plot is drawn at a checkpoint, but not more than once a minute: in a short run it would take a noticeable part
-    of the time. Whoever ends the training draws the last one.
+    It draws the plot at checkpoints, but at most once a minute, because drawing takes a noticeable part of a short
+    run. The code that ends the training draws the last plot.
     """
 
     def __init__(self, run_dir: RunDir, reporter: Reporter, *, writes: bool) -> None:
@@ -48,8 +48,8 @@ class Journal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if state.global_step == state.max_steps:
-            control.should_log = True  # a short run has a line of metrics, too
-        if not control.should_log:  # else it is told with its figures
+            control.should_log = True  # so that a short run, too, has a line of metrics
+        if not control.should_log:  # otherwise `on_log` reports the step, with its figures
             self.reporter.progress("training", state.global_step, state.max_steps, {})
 
     def on_log(
@@ -87,7 +87,7 @@ class Journal(TrainerCallback):
 
 
 class Clock:
-    """Tokens per second between two calls; TRL counts the tokens from the start of the process."""
+    """Measures tokens per second between two calls; TRL counts tokens from the start of the process."""
 
     def __init__(self) -> None:
         self._time = 0.0
@@ -104,7 +104,7 @@ class Clock:
 
 
 def peak_memory_gib() -> float:
-    """The most memory in use so far: the GPU allocator's, or the process's on a CPU."""
+    """The peak memory so far, in GiB: the GPU allocator's, or on a CPU the process's."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -112,19 +112,19 @@ def peak_memory_gib() -> float:
 
 
 def forget_peak_memory() -> None:
-    """Let `peak_memory_gib` begin anew on a GPU, where a process has several runs."""
+    """Reset the GPU's peak for `peak_memory_gib`, because a process may do several runs."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.reset_peak_memory_stats()
 
 
 class LossWatch(TrainerCallback):
-    """Says once, while there is time to stop, that the training loss has risen.
+    """Warns once, while there is time to stop, that the training loss has risen.
 
-    The last steps are compared with the first ones, at which the warm-up has hardly begun, so that their loss is the
-    base's. More than 2 % and three standard errors above it is no noise of the batches.
+    It compares the last steps with the first ones, whose loss is about the base's, since the warm-up has hardly begun.
+    A rise of more than 2 % and of three standard errors is more than the noise of batches.
 
     Args:
-        losses: of each step, by the steps behind it; the trainer adds to them.
+        losses: number of finished steps → loss of the next one; the trainer adds to them.
         reporter: hears the warning.
     """
 
@@ -139,11 +139,11 @@ class LossWatch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         warmup = args.get_warmup_steps(state.max_steps)
-        first = [
+        first = [  # empty if the run is resumed
             self._losses[i]
             for i in range(max(1, min(self._FIRST, warmup // 2)))
             if i in self._losses
-        ]  # none of a run that is resumed
+        ]
         if self._said or not first or state.global_step < warmup + self._LAST:
             return
         last = [self._losses[i] for i in sorted(self._losses)[-self._LAST :]]
@@ -158,14 +158,14 @@ class LossWatch(TrainerCallback):
 
 
 def slower(rate: float) -> str:
-    """What to type where a learning rate is too high."""
-    return f"Try --learning-rate {rate / 3:.1g}, a third."
+    """What to type if a learning rate is too high."""
+    return f"Try --learning-rate {rate / 3:.1g}, a third of it."
 
 
 class WeightWatch(TrainerCallback):
-    """Asserts after the first steps that what is trained has changed, and that the base has not.
+    """Asserts after the first steps that the trained weights have changed, and that the base's have not.
 
-    Each tensor is compared by a sample of about 1024 values, which costs nothing next to a step.
+    It compares a sample of about 1024 values of each tensor, which costs almost nothing compared with a step.
     """
 
     _AFTER_STEPS = 3
@@ -198,32 +198,32 @@ class WeightWatch(TrainerCallback):
             self.check(model, state.global_step)
 
     def start(self, model: torch.nn.Module) -> None:
-        """Remember the weights, after a checkpoint was loaded."""
+        """Remember the weights; a checkpoint, if any, is loaded already."""
         named = list(model.named_parameters())
         self._trained = {name: _sample(p) for name, p in named if p.requires_grad}
         self._frozen = {name: _sample(p) for name, p in named if not p.requires_grad}
 
     def check(self, model: torch.nn.Module, step: int) -> None:
-        """Raise TrainingError where the wrong weights moved, or none did."""
+        """Raise TrainingError if a frozen weight changed, or if no trained weight did."""
         now = dict(model.named_parameters())
         trained = [(one, _sample(now[name])) for name, one in self._trained.items() if one.numel()]
         if trained and all(torch.equal(before, after) for before, after in trained):
             raise TrainingError(
-                f"After {step} steps not one trained weight has changed: the data has no effect on the adapter. "
-                "Check the learning rate, and with `ptp inspect-data` that tokens are trained on."
+                f"After {step} steps, no trained weight has changed: the data has no effect on the adapter. "
+                "Check the learning rate, and check with `ptp inspect-data` that some tokens are trained."
             )
         for name, before in self._frozen.items():
             if not torch.equal(before, _sample(now[name])):
                 raise TrainingError(
-                    f"After {step} steps the frozen base weight {name} has changed. This is a bug of ptp or of the "
+                    f"After {step} steps, the frozen base weight {name} has changed. This is a bug in ptp or in the "
                     "model's code: please report it with the recipe."
                 )
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    # This process's part of a sharded weight: FSDP2's, or DeepSpeed's.
+    # This process's part of a weight that FSDP2 or DeepSpeed shards.
     here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     here = getattr(parameter, "ds_tensor", here)
     flat = here.detach().reshape(-1)
-    # As bytes: quantized weights that are stored as floats may be no numbers.
+    # As bytes, because quantized weights stored as floats may be NaN, which never equals itself.
     return flat[:: max(1, flat.numel() // 1024)].clone().view(torch.uint8)

@@ -1,4 +1,4 @@
-"""What can be refused before the base model loads, and what is said of a full disk."""
+"""Checks before the base model loads, and plain words for a full memory, a full disk or a lost process."""
 
 from __future__ import annotations
 
@@ -30,49 +30,49 @@ from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.prepare import Data
 from prefixtune_cli.train.stop import StopRequest
 
-# The kinds of layers that see of a row only what their mask lets them see.
+# Layers of these kinds see only the part of a row that their mask allows.
 MASKED_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
 def check_tracker(name: str) -> None:
-    """Raise ResourceError where the experiment tracker is not installed."""
+    """Raise ResourceError if the experiment tracker is not installed."""
     if name != "none" and find_spec(name) is None:
         raise ResourceError(
-            f"train.track is {name}, which is not installed. Type: pip install 'prefixtune-cli[{name}]'"
+            f"train.track is {name}, but {name} is not installed. Type: pip install 'prefixtune-cli[{name}]'"
         )
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:
-    """Raise ResourceError where the disk has less than `needed_bytes` free."""
+    """Raise ResourceError if the disk has less than `needed_bytes` free."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise ResourceError(
-            f"The run needs {needed_bytes / 2**20:,.1f} MiB for checkpoints and the adapter, and {folder} has "
-            f"{free / 2**20:,.1f} MiB free. Free some, give --out on another disk, or --keep 1."
+            f"The run needs {needed_bytes / 2**20:,.1f} MiB for checkpoints and the adapter, but {folder} has only "
+            f"{free / 2**20:,.1f} MiB free. Free some space, give --out on another disk, or type --keep 1."
         )
 
 
 def check_parallel(how: str, processes: int) -> None:
-    """Raise where a run is to be spread over several processes and is one, or DeepSpeed is not installed."""
+    """Raise if the recipe shards the model but the run has one process, or if DeepSpeed is needed but missing."""
     if how == "ddp":
         return
     if processes == 1:
         raise UsageError(
-            f"train.parallel {how} spreads a model over several processes, and this run has one. Give --gpus N (with "
-            "--device cpu, N processes on the CPU), or leave --parallel out."
+            f"train.parallel {how} spreads a model over several processes, but this run has one. Give --gpus N (with "
+            "--device cpu, N processes on the CPU), or leave out --parallel."
         )
     if how.startswith("deepspeed") and find_spec("deepspeed") is None:
         raise ResourceError(
-            f"train.parallel is {how}, and DeepSpeed is not installed. Type: pip install 'prefixtune-cli[deepspeed]'"
+            f"train.parallel is {how}, but DeepSpeed is not installed. Type: pip install 'prefixtune-cli[deepspeed]'"
         )
 
 
 def check_packing(recipe: Recipe) -> None:
-    """Raise ModelError where examples that are packed into one row would see each other.
+    """Raise ModelError if examples that are packed into one row would see each other.
 
-    Examples are told apart by the tokens' positions, which begin anew with each of them: transformers makes the mask
-    of the positions, for every attention kernel. Some models do not hand them on, and a recurrent state or a
-    convolution looks at no mask. All this is seen without the weights.
+    Positions start again at 0 with each example, and transformers makes the mask from them, for every attention
+    kernel. But some models do not pass them on, and a recurrent state or a convolution ignores masks. A model without
+    weights is enough to see this.
     """
     if not recipe.train.packing:
         return
@@ -80,21 +80,21 @@ def check_packing(recipe: Recipe) -> None:
     kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
     seen = _masks_by_position(base)
     if getattr(base, "_is_stateful", False) or kinds - MASKED_LAYERS:
-        why = "not all of its layers are attention with a mask, and the others carry an example on into the next"
+        why = "some of its layers are not attention with a mask, and carry one example over into the next"
     elif not all(seen):
-        why = "its attention makes its mask without the tokens' positions, which begin anew with each example"
+        why = "its attention makes the mask without the positions, which start again with each example"
     elif not seen:
-        why = "its attention does not make its mask by transformers' masking_utils"
+        why = "its attention does not make the mask by transformers' masking_utils"
     else:
         return
     raise ModelError(
-        f"train.packing does not go with {recipe.model.name} ({type(base).__name__}): {why}, so examples that share "
+        f"train.packing does not work with {recipe.model.name} ({type(base).__name__}): {why}, so examples that share "
         "a row would see each other. Type --no-packing; --set train.group_by_length=true saves padding, too."
     )
 
 
 def _masks_by_position(base: PreTrainedModel) -> list[bool]:
-    """For each mask that a model on the meta device asks for, whether the positions alone tell what it masks."""
+    """For each mask that a model on the meta device asks for, whether only the positions determine it."""
     seen: list[bool] = []
     original = masking_utils._preprocess_mask_arguments
 
@@ -104,7 +104,7 @@ def _masks_by_position(base: PreTrainedModel) -> list[bool]:
         seen.append(positions is not None and mask is None and cache is None)
         return original(config, inputs, mask, cache, None, *args, **kwargs)
 
-    base.config.pad_token_id = None  # for which transformers would look through the tokens
+    base.config.pad_token_id = None  # or transformers would search the tokens for it
     tokens = torch.zeros(1, 8, dtype=torch.long, device="meta")
     masking_utils._preprocess_mask_arguments = look
     try:
@@ -117,7 +117,7 @@ def _masks_by_position(base: PreTrainedModel) -> list[bool]:
 
 @contextmanager
 def told_in_words(run_dir: RunDir, stop: StopRequest) -> Iterator[None]:
-    """Within the block a full memory, a full disk and a lost process are told as such, whatever a library says."""
+    """Within the block, raise errors in our words for a full memory, a full disk and a lost process."""
     try:
         yield
     except PtpError:
@@ -125,11 +125,11 @@ def told_in_words(run_dir: RunDir, stop: StopRequest) -> Iterator[None]:
     except Exception as error:
         if should_reduce_batch_size(error):  # a GPU's memory, or this machine's
             raise ResourceError(
-                "The memory does not suffice. What helps most comes first: --gradient-checkpointing, a smaller "
+                "Out of memory. What helps most comes first: --gradient-checkpointing, a smaller "
                 "--batch-size with more --gradient-accumulation, a smaller --max-length, --bits 4."
             ) from error
         if inside_a_launcher() and says_that_one_is_lost(error):
-            if stop.number:  # by which the other one has ended before this one came to it
+            if stop.number:  # the other process ended by it before this one could
                 raise stop.stopped(stop.number, "together with another process") from error
             raise LostWorker(
                 f"This process has lost the others, or could not reach them: {str(error).strip().splitlines()[0]}"
@@ -144,24 +144,24 @@ def told_in_words(run_dir: RunDir, stop: StopRequest) -> Iterator[None]:
 
 
 def does_not_fit(recipe: Recipe) -> ResourceError:
-    """The error for a batch that does not fit, with what helps most by the plan."""
+    """The error for a batch that does not fit, with the change that helps most by the plan."""
     from prefixtune_cli.plan import remedies
 
     section, found = recipe.train, remedies(recipe)
     helps = (
-        f"By `ptp plan`, what helps most is {found[0].flag}."
+        f"By `ptp plan`, {found[0].flag} helps most."
         if found
-        else "A smaller base, or a larger GPU, is needed: see `ptp plan`."
+        else "It needs a smaller base, or a larger GPU: see `ptp plan`."
     )
     smaller = "--auto-batch finds a batch that fits." if section.batch_size > 1 else ""
     return ResourceError(
-        f"The longest batch ({section.batch_size} rows of up to {recipe.data.max_length} tokens) does not fit the "
+        f"The longest batch ({section.batch_size} rows of up to {recipe.data.max_length} tokens) does not fit in "
         f"memory. {helps} {smaller}".rstrip()
     )
 
 
 def check_resumable(run_dir: RunDir, recipe: Recipe) -> None:
-    """Raise RunDirError where there is no run to go on with, or one of another recipe."""
+    """Raise RunDirError if there is no run to continue, or if it has another recipe."""
     run_dir.check_resumable()
     saved = resolve(str(run_dir.recipe)).model_copy(update={"out": recipe.out})
     if changed := difference(saved, recipe):
@@ -173,13 +173,13 @@ def check_resumable(run_dir: RunDir, recipe: Recipe) -> None:
 
 
 def check_same_run(run_dir: RunDir, data: Data, processes: int) -> None:
-    """Raise RunDirError where the run was started with other data, or another number of processes."""
+    """Raise RunDirError if the run was started with other data, or with another number of processes."""
     started = json.loads(run_dir.environment.read_text(encoding="utf-8"))
     if (before := started.get("processes", 1)) != processes:
         raise RunDirError(
             f"The run in {run_dir.path} was started with {before} processes, and is now resumed with "
-            f"{processes}: its batches would be others. Resume it with {before} (--gpus, and --nodes "
-            "where there are several), or start anew with another --out."
+            f"{processes}, which would change its batches. Resume it with {before} (--gpus, and --nodes "
+            "if there are several machines), or start again with another --out."
         )
     then = started["data"]
     changed = [
@@ -191,5 +191,5 @@ def check_same_run(run_dir: RunDir, data: Data, processes: int) -> None:
         raise RunDirError(
             f"The data of the run in {run_dir.path} has changed since it was started, so it cannot be resumed:\n"
             + "\n".join(changed)
-            + "\nBring the old content back, or start anew with another --out."
+            + "\nRestore the old content, or start again with another --out."
         )

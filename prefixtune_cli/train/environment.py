@@ -1,4 +1,4 @@
-"""environment.json: what a run was made with, so that its figures can be traced and its resumption checked."""
+"""environment.json: what a run was made with, so that figures can be traced, and a resumed run can be checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PACKAGES = (
 
 
 def describe_environment(data: dict[str, Any], processes: int) -> dict[str, Any]:
-    """Versions, hardware, the git commit of the working directory, and what is given: the data's fingerprints."""
+    """Versions, hardware, the git commit of the working directory, and `data`, the fingerprints of the data."""
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},

@@ -1,4 +1,4 @@
-"""The training itself: from the newest whole checkpoint, with a batch that fits, until the last step or a signal."""
+"""Trains from the newest whole checkpoint, with a batch that fits, until the last step or a signal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from prefixtune_cli.train.trial import OutOfMemory, Trial
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is: its recipe, its folder and its data, and whom it works with."""
+    """One run: its recipe, folder and data, and its processes, stop request and reporter."""
 
     recipe: Recipe
     run_dir: RunDir
@@ -47,23 +47,23 @@ def fit(
     """Train the model.
 
     Returns:
-        the model, which is sharded where the recipe says so, and the number of steps behind it.
+        The model, sharded if the recipe says so, and the number of finished steps.
 
     Raises:
-        ResourceError: the longest batch does not fit the memory; the message says what helps most.
+        ResourceError: the longest batch does not fit in memory; the message says what helps most.
         Interrupted: a signal came, and a checkpoint is saved.
-        TrainingError: the loss is not finite, or the wrong weights moved.
+        TrainingError: the loss is not finite, or the wrong weights changed.
     """
     processes, recipe = job.processes, job.recipe
     checkpoint = processes.told(_checkpoint(job) if processes.leads else None)
     if checkpoint is not None and not all(processes.gathered(checkpoint.exists())):
         raise ResourceError(
-            f"{checkpoint} is not seen by all nodes. Give an --out on a file system that they share."
+            f"Not all nodes see {checkpoint}. Give an --out on a file system that they share."
         )
     while True:
         try:
             trainer = _trainer(job, recipe, model, tokenizer, checkpoint)
-        except ValueError as error:  # TRL's, of an adapter that its loss would pass over
+        except ValueError as error:  # TRL's, for an adapter that its fused loss would ignore
             raise ModelError(
                 f"Method {recipe.adapter.method} cannot be trained on this base: {error}"
             ) from error
@@ -72,11 +72,11 @@ def fit(
         except OutOfMemory:
             recipe, model = _smaller(recipe, job.reporter), trainer.model
         del trainer
-        gc.collect()  # which has cycles, and the buckets of DDP
+        gc.collect()  # the trainer has cycles, and holds DDP's buckets
 
 
 def _checkpoint(job: Job) -> Path | None:
-    """Where to go on from, None for the start; forgets what was logged after it."""
+    """The checkpoint to continue from, None for the start; drops the metrics that were logged after it."""
     if not job.resume:
         return None
     checkpoint, damaged = job.run_dir.newest_whole_checkpoint()
@@ -95,7 +95,7 @@ def _trainer(
     tokenizer: PreTrainedTokenizerBase,
     checkpoint: Path | None = None,
 ) -> SafeTrainer:
-    """The trainer for `recipe`, whose batches may be smaller than the job's."""
+    """The trainer for `recipe`; its batches may be smaller than those of the job."""
     run_dir, data, processes = job.run_dir, job.data, job.processes
     arguments = training_arguments(recipe, run_dir)
     _warm_up_more_than_one_step(arguments, len(data.train), processes.size)
@@ -129,7 +129,7 @@ def _trainer(
 
 
 def _warm_up_more_than_one_step(arguments: SFTConfig, rows: int, processes: int) -> None:
-    """Where there is but one step, it would have a learning rate of zero."""
+    """Turn warm-up off if there is only one step, because that step would have a learning rate of zero."""
     batch = (
         arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes
     )
@@ -155,13 +155,15 @@ def _run(trainer: SafeTrainer, checkpoint: Path | None, job: Job) -> int:
         raise stop.stopped(end.number, f"at step {step} of {steps}; {saved}") from None
     if trainer.processes.leads:
         draw_loss(job.run_dir)
-    if number := trainer.processes.agree(stop.number)[0]:  # in the last step, or while it was saved
+    if number := trainer.processes.agree(stop.number)[
+        0
+    ]:  # it came in the last step, or in its save
         raise stop.stopped(number, "after the last step; the weights are saved")
     return int(trainer.state.global_step)
 
 
 def _smaller(recipe: Recipe, reporter: Reporter) -> Recipe:
-    """The recipe with half the rows a forward pass, and as many an optimizer step."""
+    """The recipe with half the rows in a forward pass, and as many rows in an optimizer step as before."""
     section = recipe.train
     if not section.auto_batch or section.batch_size % 2:
         raise does_not_fit(recipe)
@@ -170,14 +172,15 @@ def _smaller(recipe: Recipe, reporter: Reporter) -> Recipe:
         "gradient_accumulation": section.gradient_accumulation * 2,
     }
     reporter.warning(
-        f"The longest batch of {section.batch_size} rows does not fit the memory. Training with --batch-size "
-        f"{halved['batch_size']} --gradient-accumulation {halved['gradient_accumulation']} instead: as many a step."
+        f"The longest batch of {section.batch_size} rows does not fit in memory. Training with --batch-size "
+        f"{halved['batch_size']} --gradient-accumulation {halved['gradient_accumulation']} instead, so that a step "
+        "has as many rows as before."
     )
     return recipe.model_copy(update={"train": section.model_copy(update=halved)})
 
 
 def _keep_adapter_in_fp32(model: PeftModel | PreTrainedModel) -> None:
-    """TRL casts the adapter of a quantized base to bfloat16, in which small updates vanish."""
+    """Undo TRL's cast of a quantized base's adapter to bfloat16, in which small updates vanish."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

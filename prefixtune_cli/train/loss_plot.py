@@ -1,4 +1,4 @@
-"""loss.png: the training loss, smoothed, the held-out loss where it was measured, and the base's as a line."""
+"""loss.png: the training loss, smoothed; the held-out loss at the steps that measured it; the base's as a line."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 def draw_loss(
     run_dir: RunDir, *, base: float | None = None, adapter: tuple[int, float] | None = None
 ) -> None:
-    """Draw metrics.jsonl into loss.png; nothing is drawn before the first logged step.
+    """Draw metrics.jsonl into loss.png; before the first logged step, do nothing.
 
     Args:
         run_dir: the run.
-        base: the base's held-out loss, where it is known.
+        base: the base's held-out loss, if known.
         adapter: the last step, and the adapter's held-out loss after it.
     """
     rows = run_dir.read_metrics()
@@ -34,7 +34,7 @@ def loss_figure(
     base: float | None,
     adapter: tuple[int, float] | None,
 ) -> Figure:
-    """The picture; `rows` are those of metrics.jsonl, and hold one of a training loss."""
+    """The picture; `rows` are those of metrics.jsonl, and at least one has a training loss."""
     trained = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     measured = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
     held_out = sorted((measured | dict([adapter] if adapter else [])).items())
@@ -68,7 +68,7 @@ def loss_figure(
 
 
 def _smoothed(losses: Sequence[float]) -> list[float]:
-    """The mean of the neighbours, a fiftieth of the run to each side."""
+    """The moving mean over a fiftieth of the run to each side."""
     reach = max(1, len(losses) // 50)
     windows = (losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses)))
     return [sum(window) / len(window) for window in windows]

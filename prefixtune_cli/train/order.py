@@ -17,17 +17,17 @@ ROWS_AT_ONCE = 10_000
 
 
 class Order(Sampler[int]):
-    """All rows at random, by seed and epoch alone, and then the blank ones.
+    """All rows in a random order that depends only on seed and epoch, and then the blank rows.
 
     Args:
-        rows: of the training data.
+        rows: the number of training rows.
         seed: of the run.
-        lengths: of the rows, in tokens, where those of a batch shall be about equal; None is for any order.
-        batch: rows of an optimizer step over all processes, which are about equally long.
+        lengths: of the rows, in tokens, if the rows of a batch should be about equally long; None allows any order.
+        batch: rows of an optimizer step, over all processes.
 
     Attributes:
-        epoch: which epoch the next iteration is.
-        blanks: rows without a loss after the others, which fill the last batch so that each process gets its part.
+        epoch: the epoch of the next iteration.
+        blanks: the number of blank rows at the end. They have no loss, and fill the last batch for all processes.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Order(Sampler[int]):
         yield from range(self.rows, self.rows + self.blanks)
 
     def _grouped(self, lengths: Sequence[int], generator: torch.Generator) -> Iterator[int]:
-        """Batches of rows of about the same length, in random order but for the last, which may be a part of one."""
+        """Batches of rows of about the same length, in random order; the last may be smaller, and stays last."""
         rows = get_length_grouped_indices(lengths, self.batch, generator=generator)
         whole = self.rows // self.batch
         for i in torch.randperm(whole, generator=generator).tolist():
@@ -70,7 +70,7 @@ def row_lengths(dataset: Dataset) -> list[int]:
 
 
 def blank_rows(dataset: Dataset, count: int, pad_id: int) -> Dataset:
-    """`dataset` with `count` rows more, of one padding token without a loss each, and of the number -1."""
+    """`dataset` with `count` more rows; each has one padding token, no loss, and the row number -1."""
     if not count:
         return dataset
     blank: dict[str, Any] = {

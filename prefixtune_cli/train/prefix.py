@@ -1,4 +1,4 @@
-"""Where Prefix-Tuning starts: at random, or at the keys and values that the base itself has for the first rows.
+"""The start of Prefix-Tuning: random, or the keys and values that the base itself computes for some training rows.
 
 A prefix that begins as a real prompt learns faster than a random one (Li and Liang 2021, section 7.4; Eyuboglu et al.
 2025, "Cartridges").
@@ -22,12 +22,12 @@ from prefixtune_cli.recipe.schema import AdapterSection, PrefixTuning
 def start_at_rows(
     model: PeftModel | PreTrainedModel, section: AdapterSection, rows: Dataset, seed: int
 ) -> None:
-    """Give a fresh prefix the base's keys and values of training rows, one behind the other, where the recipe asks so.
+    """If the recipe says so, give a fresh prefix the base's keys and values of concatenated training rows.
 
     Args:
         model: with the fresh adapter.
-        section: the recipe's adapter; nothing is done for other methods, and for `init: random`.
-        rows: tokenized rows; the seed chooses which, until they fill the prefix.
+        section: the recipe's adapter; other methods, and `init: random`, change nothing.
+        rows: tokenized rows; the seed chooses rows until they fill the prefix.
         seed: the run's.
 
     Raises:
@@ -40,7 +40,7 @@ def start_at_rows(
     ids = list(islice(tokens, section.num_virtual_tokens))
     if len(ids) < section.num_virtual_tokens:
         raise DataError(
-            f"adapter.init is rows, and all rows together have {len(ids)} tokens, fewer than the prefix's "
+            f"adapter.init is rows, but all rows together have only {len(ids)} tokens, and the prefix has "
             f"{section.num_virtual_tokens}. Type --num-virtual-tokens {len(ids)}, or --set adapter.init=random."
         )
     peft_model = cast(PeftModel, model)

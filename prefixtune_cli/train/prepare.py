@@ -1,4 +1,4 @@
-"""The data of a run: loaded, checked, split and tokenized, before the base model loads."""
+"""Loads, checks, splits and tokenizes the data of a run, before the base model loads."""
 
 from __future__ import annotations
 
@@ -23,9 +23,16 @@ from prefixtune_cli.tokenizer import check_data
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on and is judged by; `origin` tells file and line of a row of `train`.
+    """The data that a run trains on, and the data that judges it.
 
-    `example` is a held-out prompt to try the result with: see `questions.example`.
+    Attributes:
+        train: rows of `input_ids` and `labels`.
+        origin: gives the file and line of a row of `train`.
+        held_out: rows like those of `train`.
+        questions: the held-out rows as prompts with their answers.
+        example: a held-out prompt to try the result with; see `questions.example`.
+        end_id: the token that ends an answer.
+        fingerprints: source, rows and sha256 of each data set.
     """
 
     train: Dataset
@@ -38,7 +45,7 @@ class Data:
 
     @property
     def held_out_sha256(self) -> str:
-        """The digest of the token ids and labels that the run is judged by."""
+        """The digest of the held-out token ids and labels."""
         columns = [self.held_out["input_ids"], self.held_out["labels"]]
         return hashlib.sha256(
             json.dumps([list(map(list, c)) for c in columns]).encode()
@@ -46,7 +53,7 @@ class Data:
 
 
 def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> Data:
-    """Load, check, split and tokenize; says what it found."""
+    """Load, check, split and tokenize; tell the reporter what was found."""
     section = recipe.data
     source = named(section.train)
     rows = load_rows(source, section)
@@ -62,8 +69,8 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: R
                 reporter.notice(f"held-out: {notice}")
         if held_out_rows.fingerprint == rows.fingerprint:
             reporter.warning(
-                f"--eval-data {section.eval} has the training rows, so the held-out figures tell nothing of new ones. "
-                "Name other rows, such as FOLDER:test, or leave --eval-data out."
+                f"--eval-data {section.eval} has the same rows as the training data, so the held-out figures say "
+                "nothing about new rows. Name other rows, such as FOLDER:test, or leave out --eval-data."
             )
         fingerprints["eval"] = {
             "source": section.eval,

@@ -58,15 +58,15 @@ def train(
     bases: SharedBase | None = None,
     reporter: Reporter | None = None,
 ) -> Summary:
-    """Train as the recipe says; of several processes, each calls this with the same recipe.
+    """Train as the recipe says. If a run has several processes, each calls this with the same recipe.
 
     Args:
         recipe: all settings. `recipe.out` is the run directory; None derives a name.
-        resume: go on with the run in that directory, from its newest checkpoint; `auto` does so where there is a run,
-            and starts one where there is none.
-        overwrite: delete a run that is in that directory already.
-        bases: lends the base, where one process has several runs after each other; the runs are the same without.
-        reporter: is told what happens.
+        resume: continue the run in that directory from its newest checkpoint; `auto` does so if there is a run, and
+            otherwise starts one.
+        overwrite: delete an earlier run in that directory.
+        bases: lends the base, if one process does several runs in turn; it does not change the runs.
+        reporter: hears what happens.
 
     Raises:
         PtpError: see `errors`; everything that can be checked is checked before the base model loads.
@@ -100,9 +100,9 @@ def train(
 
 @dataclass(frozen=True)
 class _Ready:
-    """What is settled before the base model loads."""
+    """What is known before the base model loads."""
 
-    recipe: Recipe  # with its learning rate
+    recipe: Recipe  # with a learning rate
     data: Data
     resume: bool
 
@@ -116,7 +116,7 @@ def _prepare(
     reporter: Reporter,
     lock: contextlib.ExitStack,
 ) -> _Ready:
-    """Check everything, and read the data; the run directory is the leader's affair, who locks it."""
+    """Check everything, and read the data; only the leader locks and checks the run directory."""
     if processes.leads:
         lock.enter_context(locked(run_dir.path))
     check_optimizer(recipe.train.optimizer)
@@ -141,7 +141,7 @@ def _prepare(
 
 
 def _with_learning_rate(recipe: Recipe, reporter: Reporter) -> Recipe:
-    """The recipe with a rate for its method and its base, where it has none; the user hears which, and why."""
+    """The recipe; if it has no learning rate, with the default for its method and base, which the user hears."""
     if recipe.train.learning_rate is None:
         width = models.hidden_size(recipe.model)
         recipe = recipe.with_learning_rate(width)
@@ -156,7 +156,7 @@ def _with_learning_rate(recipe: Recipe, reporter: Reporter) -> Recipe:
 def _base(
     recipe: Recipe, processes: Processes, bases: SharedBase | None
 ) -> Iterator[Callable[[], PreTrainedModel]]:
-    """Within the block the base can be loaded, or is lent."""
+    """Within the block, a function loads or borrows the base."""
     whole, sharded = recipe.adapter.method == "full", _is_to_be_sharded(recipe, processes)
     with contextlib.ExitStack() as lent:
 
@@ -182,7 +182,7 @@ def _train(
     tokenizer = load_tokenizer(recipe.model)
     whole = recipe.adapter.method == "full"
     base = load()
-    set_seed(recipe.train.seed)  # after the base, which may be there already
+    set_seed(recipe.train.seed)  # after `load`, which uses random numbers only if it really loads
     model = models.attach(base, recipe.adapter)
     start_at_rows(model, recipe.adapter, data.train, recipe.train.seed)
     trained, total = _counted(model)
@@ -264,7 +264,7 @@ def _is_to_be_sharded(recipe: Recipe, processes: Processes) -> bool:
 def _open(
     run_dir: RunDir, recipe: Recipe, data: Data, processes: Processes, *, overwrite: bool
 ) -> None:
-    """Make the run directory; the recipe is written last, as its presence means that there is a run."""
+    """Make the run directory; write the recipe last, as its presence means that there is a run."""
     run_dir.create(overwrite=overwrite)
     about = describe_environment(data.fingerprints, processes.size)
     about = {"created": _now(), **about, "base_sha256": hash_of_base(recipe.model)}
@@ -280,7 +280,7 @@ def _now() -> str:
 
 
 def _created(run_dir: RunDir) -> str | None:
-    """When the run was first started."""
+    """The time at which the run was first started."""
     about: dict[str, Any] = json.loads(run_dir.environment.read_text(encoding="utf-8"))
     return about.get("created")
 
@@ -291,13 +291,13 @@ def _save_adapter(
     run_dir: RunDir,
     processes: Processes,
 ) -> None:
-    """Write the adapter folder, a plain one however the weights are spread, with the tokenizer and its template."""
+    """Write the adapter folder, with the tokenizer and its template; sharded weights give the same plain folder."""
     part = run_dir.path / ".adapter.part"
     reshard(model)
     with adapter_at_hand(model):
         if processes.leads:
             shutil.rmtree(part, ignore_errors=True)
-            # The embedding and the output layer are the base's, also where an adapter stands at them.
+            # The embedding and the output layer belong to the base, even if an adapter acts on them.
             whole = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
             model.save_pretrained(part, **whole)
             models.drop_model_card(part)
@@ -308,17 +308,17 @@ def _save_adapter(
 
 
 def _check_generation(model: PeftModel | PreTrainedModel, job: Job) -> None:
-    """Raise ModelError where the trained model does not generate what it computes, on a held-out row."""
+    """Raise ModelError if the trained model, on a held-out row, does not generate what it computes."""
     data = job.data
     asked = data.questions.asked
     prompt = asked[0].prompt if asked else data.held_out[0]["input_ids"]
     then = f"type {job.run_dir.resume_command}: what is trained is kept."
     if (untold := check_generation(model, prompt, then=then)) is not None:
-        job.reporter.notice(f"Not checked whether the model generates what it computes: {untold}.")
+        job.reporter.notice(f"Did not check that the model generates what it computes: {untold}.")
 
 
 def _counted(model: PeftModel | PreTrainedModel) -> tuple[int, int]:
-    """How many weights are trained, and how many there are, before they are sharded."""
+    """The number of trained weights and of all weights, before they are sharded."""
     weights = {id(p): p for p in model.parameters()}.values()
     return sum(int(p.numel()) for p in weights if p.requires_grad), sum(map(_elements, weights))
 

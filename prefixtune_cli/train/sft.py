@@ -1,4 +1,4 @@
-"""Training on answers: TRL's SFTTrainer, made safe, and the recipe in its terms."""
+"""TRL's SFTTrainer, made safe, and the recipe in its terms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prefixtune_cli.train.trainer import SafeTrainer
 
 
 class SafeSFTTrainer(SafeTrainer, SFTTrainer):
-    """SFTTrainer, made safe; on a CPU its loss is that of the trained tokens alone."""
+    """SFTTrainer, made safe; on a CPU it computes logits of the trained tokens only."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         with fitted_to(self.args.device):
@@ -24,16 +24,16 @@ class SafeSFTTrainer(SafeTrainer, SFTTrainer):
 
 
 def training_arguments(recipe: Recipe, run_dir: RunDir) -> SFTConfig:
-    """The recipe in the terms of TRL; where there are several processes, their group is formed already."""
+    """The recipe in TRL's terms; if there are several processes, their group must exist already."""
     section = recipe.train
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir.tracker_logs)
     on_gpu = device(recipe.model.device).type == "cuda"
-    # Flash attention takes the rows of a batch end to end, without padding; a prefix in the cache does not.
+    # Flash attention can take the rows of a batch end to end, without padding, but not after a prefix in the cache.
     flash = recipe.model.attention.startswith("flash_attention")
     padding_free = flash and recipe.adapter.method not in IN_THE_CACHE | IN_FRONT
     arguments = SFTConfig(
         output_dir=str(run_dir.path),
-        max_length=recipe.data.max_length if section.packing else None,  # rows are cut already
+        max_length=recipe.data.max_length if section.packing else None,  # the rows are cut already
         packing=section.packing,
         padding_free=padding_free,
         num_train_epochs=section.epochs,
@@ -57,12 +57,12 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> SFTConfig:
         seed=section.seed,
         data_seed=section.seed,
         logging_steps=section.log_steps,
-        logging_first_step=True,  # what the run began with, to compare with
+        logging_first_step=True,  # the loss at the start, to compare with
         logging_nan_inf_filter=False,
         eval_strategy="steps" if section.eval_steps else "no",
         eval_steps=section.eval_steps,
         save_strategy="steps",
-        save_steps=section.save_steps or 0.1,  # a fraction is one of the run's steps
+        save_steps=section.save_steps or 0.1,  # a fraction counts as a share of the run's steps
         save_total_limit=section.keep_checkpoints,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
@@ -73,6 +73,6 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> SFTConfig:
         remove_unused_columns=True,
         label_names=["labels"],
     )
-    # Without a launcher, transformers would spread a batch over all GPUs by DataParallel.
+    # Without a launcher, transformers would split a batch over all GPUs by DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

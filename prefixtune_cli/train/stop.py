@@ -8,17 +8,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from prefixtune_cli.errors import Interrupted, Preempted
+from prefixtune_cli.parallel.launch import STOP_SIGNALS
 from prefixtune_cli.run_dir import RunDir
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """What the signals of this process have asked for.
+    """The request to stop that this process's signals make.
 
     Attributes:
         number: the signal that came, 0 for none.
-        begun: whether the run's recipe is in its directory; what stands there before is another run's, or nothing.
+        begun: whether this run's recipe is in its directory; until then, the directory may hold another run.
     """
 
     def __init__(self, run_dir: RunDir) -> None:
@@ -30,12 +29,12 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within the block a signal raises `Interrupted` or `Preempted`, at once or when a checkpoint is saved."""
+        """Within the block, a signal raises `Interrupted` or `Preempted`, at once or after a checkpoint is saved."""
         before: dict[int, Any] = {}
         try:
-            for wanted in SIGNALS:
+            for wanted in STOP_SIGNALS:
                 before[wanted] = signal.signal(wanted, self._received)
-        except ValueError:  # not the main thread, where signals are somebody else's business
+        except ValueError:  # only the main thread may handle signals
             before = {}
         try:
             yield
@@ -45,19 +44,19 @@ class StopRequest:
 
     @contextmanager
     def put_off(self) -> Iterator[None]:
-        """Within the block the first signal is only remembered: whoever trains saves a checkpoint, and calls `stop`."""
+        """Within the block, the first signal only sets `number`; the trainer then saves a checkpoint and stops."""
         self._waits = True
         try:
             yield
         finally:
             self._waits = False
             self._state = (
-                "after the last step; the weights are saved, and scored when the run goes on"
+                "after the last step; the weights are saved, and are scored when the run continues"
             )
 
     @property
     def command(self) -> str:
-        """What goes on with the run."""
+        """The command that continues the run."""
         return self.run_dir.resume_command if self.begun else "the same command again"
 
     def stopped(self, number: int, state: str) -> Interrupted:

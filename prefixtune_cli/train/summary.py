@@ -15,15 +15,15 @@ from prefixtune_cli.train.callbacks import slower
 from prefixtune_cli.train.prepare import Data
 
 HELD_OUT = "held-out"
-LEAST_GAIN = 0.001  # of the base's held-out loss: less is nothing learned
+LEAST_GAIN = 0.001  # of the base's held-out loss; a smaller gain does not count
 
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended: summary.json, and what `ptp train` prints.
+    """How a run ended: the content of summary.json, and what `ptp train` prints.
 
     Attributes:
-        why_no_exact_match: a sentence; None where answers were matched.
+        why_no_exact_match: a sentence; None if answers were matched.
         started, finished: in UTC.
         seconds: from loading to the scores, since the run was started or last resumed.
         example: a held-out `prompt` to try the result with, perhaps with its `system` message.
@@ -49,12 +49,12 @@ class Summary:
 
     @property
     def verdict(self) -> Literal["better", "no better", "worse"]:
-        """The held-out loss decides, but an adapter that gives more right answers than its base is not worse."""
+        """Judged by the held-out loss; but an adapter with more right answers than its base is not worse."""
         margin = LEAST_GAIN * self.base.loss
         if self.adapter.loss < self.base.loss - margin:
             return "better"
         more_right = (self.adapter.exact_match or 0) > (self.base.exact_match or 0)
-        as_good = self.adapter.loss <= self.base.loss + margin  # false of NaN, too
+        as_good = self.adapter.loss <= self.base.loss + margin  # False for NaN, too
         return "no better" if as_good or more_right else "worse"
 
     def to_json(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Summary:
 
     @classmethod
     def read(cls, run_dir: RunDir) -> Summary:
-        """That of a finished run."""
+        """Read the summary of a finished run."""
         found = json.loads(run_dir.summary.read_text(encoding="utf-8"))
         for name in ("base", "adapter"):
             found[name] = Score(found[name]["loss"], found[name]["exact_match"])
@@ -94,12 +94,12 @@ def conclude(
 
 
 def not_better(recipe: Recipe, run_dir: RunDir, base: Score, adapter: Score) -> str:
-    """What to say, and what to try, where the adapter's held-out loss is not below the base's."""
+    """The warning that the adapter's held-out loss is not below the base's, with what to try."""
     losses = [row["loss"] for row in run_dir.read_metrics() if "loss" in row]
     rate = recipe.train.learning_rate or math.nan
     first, last = (losses[0], losses[-1]) if losses else (math.nan, math.nan)
     if last < 0.9 * first:
-        why = "the training loss has fallen, so it has learned its rows by heart"
+        why = "the training loss has fallen, so the adapter has memorized its rows"
         what = f"Try fewer --epochs, or more rows. {slower(rate)}"
     elif last > 1.02 * first:
         why, what = "the training loss has risen", slower(rate)
@@ -108,5 +108,5 @@ def not_better(recipe: Recipe, run_dir: RunDir, base: Score, adapter: Score) -> 
         what = f"Try more steps, or --learning-rate {3 * rate:.1g}, three times as much."
     return (
         f"The adapter is no better than its base: its held-out loss is {adapter.loss:.4f}, the base's {base.loss:.4f}. "
-        f"In training it was {first:.4g} at first and {last:.4g} at last: {why}. {what}"
+        f"In training, the loss was {first:.4g} at first and {last:.4g} at last: {why}. {what}"
     )

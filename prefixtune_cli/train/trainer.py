@@ -1,4 +1,4 @@
-"""transformers' Trainer made safe: checkpoints appear whole or not at all, a bad loss or a signal stops the run."""
+"""A safe version of transformers' Trainer: checkpoints are whole or absent; a bad loss or a signal stops the run."""
 
 from __future__ import annotations
 
@@ -21,11 +21,7 @@ from transformers.trainer_utils import SaveStrategy
 from prefixtune_cli.errors import TrainingError
 from prefixtune_cli.model import drop_model_card
 from prefixtune_cli.parallel.processes import Processes
-from prefixtune_cli.parallel.sharding import (
-    adapter_at_hand,
-    is_sharded,
-    reshard,
-)
+from prefixtune_cli.parallel.sharding import adapter_at_hand, is_sharded, reshard
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.basis import Basis
 from prefixtune_cli.train.checks import told_in_words
@@ -36,7 +32,7 @@ ROW = "row"
 
 
 class StopTraining(Exception):
-    """A signal has come, and everything is saved."""
+    """A signal has arrived, and everything is saved."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -44,20 +40,20 @@ class StopTraining(Exception):
 
 
 class SafeTrainer(Trainer):
-    """A Trainer whose checkpoints are sealed, and which stops at a signal or a loss that is not finite.
+    """A Trainer that seals its checkpoints, and stops at a signal or at a loss that is not finite.
 
-    It stands before a trainer of TRL's among the bases of a class: `SafeSFTTrainer(SafeTrainer, SFTTrainer)`.
+    Use it as the first base class, before a trainer of TRL's: `SafeSFTTrainer(SafeTrainer, SFTTrainer)`.
 
-    With several processes each sees its own rows of a batch, as one process would see them together; the last batch
-    of an epoch is filled up with blank rows, which have no loss. The leader alone writes.
+    With several processes, each sees its own rows of a batch; together they see the rows that one process would see.
+    Blank rows, which have no loss, fill the last batch of an epoch. Only the leader writes.
 
     Args:
-        run_dir: where checkpoints go.
-        origin: file and line of a row, for the error.
+        run_dir: the run directory, for the checkpoints.
+        origin: gives the file and line of a row, for the error.
         processes: of the run.
         stop: what the signals ask for.
-        save_minutes: between two checkpoints, beside those by steps; None is never.
-        group_by_length: whether the rows of a step are about equally long.
+        save_minutes: minutes between two checkpoints, besides those by steps; None saves none by time.
+        group_by_length: whether the rows of a step have about the same length.
         **arguments: those of the trainer.
     """
 
@@ -81,12 +77,12 @@ class SafeTrainer(Trainer):
         self._begun: int | None = None  # the step that is being computed
         self._random: Any = None  # the random states at its beginning
         self._saving = False
-        # The step of the last checkpoint. Not looked up in the folder, which other nodes may see later.
+        # The step of the last checkpoint. We do not read it from the folder: other nodes may see the folder later.
         self._saved_step: int | None = None
         saving = arguments["args"].save_strategy
         if is_sharded(arguments["model"]):
-            # transformers refuses to save these, as it would save one shard of the optimizer's state; but what is
-            # trained here is the adapter alone, which is whole.
+            # transformers refuses to save a sharded model, as it would save one shard of the optimizer's state. But
+            # we train only the adapter, which is whole.
             arguments["args"].save_strategy = SaveStrategy.NO
         super().__init__(**arguments)
         self.args.save_strategy = saving
@@ -100,8 +96,10 @@ class SafeTrainer(Trainer):
 
         self.data_collator = collate_and_remember
         rows: Any = self.train_dataset  # type: ignore[has-type]
-        self.real_rows = len(rows)  # before the blank ones
-        self.losses: dict[int, float] = {}  # by steps behind it, of this process
+        self.real_rows = len(rows)  # without the blank ones
+        self.losses: dict[
+            int, float
+        ] = {}  # number of finished steps → this process's loss of the next one
         self._order = Order(
             len(rows),
             self.args.seed,
@@ -157,12 +155,12 @@ class SafeTrainer(Trainer):
         return loss
 
     def stop_if_asked(self) -> None:
-        """Before the first step, all processes together: raise StopTraining where a signal has come to one of them."""
+        """Raise StopTraining if any process has received a signal; for use before the first step, on all processes."""
         if number := self.processes.agree(self._stop.number)[0]:
             raise StopTraining(number)
 
     def _save_or_stop(self, model: Any) -> None:
-        """Before each forward pass, all processes together: nothing of a step that is under way is kept."""
+        """Save or stop if asked to, before a forward pass, on all processes; what an unfinished step did is dropped."""
         step, starting = self.state.global_step, self._begun != self.state.global_step
         elapsed = time.monotonic() - self._saved_at
         due = starting and self._save_seconds is not None and elapsed >= self._save_seconds
@@ -184,9 +182,9 @@ class SafeTrainer(Trainer):
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def finished_at(self, checkpoint: Path) -> int | None:
-        """The last step, with its weights loaded, where `checkpoint` is that of the last step.
+        """If `checkpoint` is that of the last step, load its weights and return the step; otherwise None.
 
-        transformers would train one more step where the last step is not the end of an epoch.
+        If the last step is not the end of an epoch, transformers would train one more.
         """
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         if state["global_step"] < state["max_steps"]:
@@ -195,7 +193,7 @@ class SafeTrainer(Trainer):
         return int(state["global_step"])
 
     def _bases(self) -> list[Basis]:
-        """The callback that has a part in each checkpoint, if the adapter is trained in a basis."""
+        """The callback that adds to each checkpoint, if the adapter is trained in a basis."""
         return [found for found in self.callback_handler.callbacks if isinstance(found, Basis)]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -203,10 +201,12 @@ class SafeTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         reshard(self.model)
-        if self.processes.leads or self.is_deepspeed_enabled:  # whose weights are gathered from all
+        if (
+            self.processes.leads or self.is_deepspeed_enabled
+        ):  # DeepSpeed gathers from all processes
             super().save_model(output_dir, _internal_call)
         if self.is_deepspeed_enabled and output_dir and isinstance(self.model, PeftModel):
-            # What DeepSpeed gathers are the parameters, which hold no M while there is a basis.
+            # DeepSpeed gathers the parameters only, and these hold no M while there is a basis.
             with adapter_at_hand(self.model):
                 if self.processes.leads:
                     self.model.save_pretrained(output_dir)
@@ -223,7 +223,7 @@ class SafeTrainer(Trainer):
         self.processes.wait()
         self._saving = True
         try:
-            # A full disk is recognised only while the half-written checkpoint is still on it: so, in here.
+            # In here, because a full disk shows only while the half-written checkpoint is still on it.
             with told_in_words(self._run_dir, self._stop):
                 super()._save_checkpoint(model, trial)
                 self.processes.wait()
@@ -250,7 +250,7 @@ class SafeTrainer(Trainer):
 
 
 class _Beginnings(TrainerCallback):
-    """Tells the trainer from which checkpoint it goes on, and which epoch begins."""
+    """Tells the trainer which step it starts from, and which epoch begins."""
 
     def __init__(self, trainer: SafeTrainer) -> None:
         self.trainer = trainer

@@ -1,4 +1,4 @@
-"""One step with the longest batch before the first real one, so that memory runs out at once or never."""
+"""Tries one step with the longest batch before the first real step, so that memory runs out at once or never."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from prefixtune_cli.parallel.sharding import is_sharded
 from prefixtune_cli.train.order import row_lengths
 
-SECONDS_TO_TRY = 120  # what the others get for the longest batch, once one process is done with it
+SECONDS_TO_TRY = 120  # how long a process that has tried the longest batch waits for the others
 
 
 class OutOfMemory(Exception):
@@ -24,7 +24,7 @@ class OutOfMemory(Exception):
 
 
 class Trial(TrainerCallback):
-    """Tries the longest batch when everything is in place, and leaves no trace of it.
+    """Tries the longest batch when training begins, and leaves no trace of it.
 
     Args:
         trainer: the one that will train.
@@ -34,19 +34,19 @@ class Trial(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Raise OutOfMemory, on all processes, where one of them has too little."""
+        """Raise OutOfMemory on all processes if any of them has too little memory."""
         trainer = self.trainer
         if trainer.is_deepspeed_enabled:
-            return  # whose engine counts every backward pass as a part of a step
+            return  # DeepSpeed's engine counts every backward pass as a part of a step
         fits = self._fits()
         trainer.model_wrapped.zero_grad(set_to_none=True)
         sharded = is_sharded(trainer.model)
         if not fits and sharded:
-            trainer.model.get_base_model().reset_iter_state()  # of the pass that broke off
+            trainer.model.get_base_model().reset_iter_state()  # FSDP's state of the pass that failed
         gc.collect()
         clear_device_cache()
         if sharded:
-            # A process that alone has run out of memory has left the others in a collective: not by another one.
+            # Not by a collective: if only one process ran out of memory, the others still wait in one.
             all_fit = all(trainer.processes.heard(int(fits), SECONDS_TO_TRY))
         else:
             all_fit = not trainer.processes.agree(int(not fits))[0]
@@ -59,7 +59,7 @@ class Trial(TrainerCallback):
                 held = self._optimizer_state()
                 self._step()
                 del held
-        except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+        except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
             if not should_reduce_batch_size(error):
                 raise
             return False
@@ -70,14 +70,14 @@ class Trial(TrainerCallback):
         rows = longest_rows(trainer.train_dataset, trainer.args.per_device_train_batch_size)
         batch = trainer.data_collator([trainer.train_dataset[i] for i in rows])
         batch = {key: value for key, value in batch.items() if key != "row"}
-        # What the Trainer counts before each step, and TRL asks for.
+        # The Trainer sets this before each step, and TRL reads it.
         trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
-        # The weights of a sharded base are gathered by all processes, which have the same batch.
+        # All processes take the same batch, since they gather the weights of a sharded base together.
         with trainer.without_reducing(model):
             trainer.plain_training_step(model, batch, (batch["labels"] != -100).sum())
 
     def _optimizer_state(self) -> list[torch.Tensor]:
-        """Room for AdamW's two moments, which the optimizer takes after the first step."""
+        """Memory for AdamW's two moments, which the optimizer allocates in the first step."""
         if self.trainer.optimizer.state:
             return []
         trained = [p for p in self.trainer.model.parameters() if p.requires_grad]
@@ -89,7 +89,7 @@ class Trial(TrainerCallback):
         device = trainer.args.device
         tokens, metrics = trainer._total_train_tokens, trainer._metrics["train"].copy()
         gather = trainer.accelerator.gather_for_metrics
-        # A process that runs out of memory would leave the others waiting for its metrics.
+        # Otherwise a process that runs out of memory would leave the others waiting for its metrics.
         trainer.accelerator.gather_for_metrics = lambda value: value
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -100,6 +100,6 @@ class Trial(TrainerCallback):
 
 
 def longest_rows(dataset: Dataset, count: int) -> list[int]:
-    """The numbers of the `count` longest rows."""
+    """The indices of the `count` longest rows."""
     lengths = row_lengths(dataset)
     return heapq.nlargest(count, range(len(lengths)), key=lengths.__getitem__)

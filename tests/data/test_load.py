@@ -430,7 +430,7 @@ def test_held_out_rows_that_are_the_training_rows_are_warned_of(write, tmp_path)
         heard = Heard()
         recipe = Recipe(data=DataSection(train=folder, eval=held_out))
         prepare_data(recipe, tokenizer, heard)
-        assert len([text for text in heard.warnings if "has the training rows" in text]) == warned
+        assert len([text for text in heard.warnings if "has the same rows as" in text]) == warned
 
 
 def test_prompts_of_a_folder_with_splits_are_asked_about(write, tmp_path):

@@ -24,7 +24,7 @@ def test_weights_that_do_not_move_and_a_base_that_does_are_told(random_base: Pat
     model = models.attach(base, PrefixTuningPlus())
     watch = WeightWatch()
     watch.start(model)
-    with pytest.raises(TrainingError, match="After 3 steps not one trained weight has changed"):
+    with pytest.raises(TrainingError, match="After 3 steps, no trained weight has changed"):
         watch.check(model, 3)
     trained = next(p for p in model.parameters() if p.requires_grad)
     with torch.no_grad():

@@ -121,8 +121,8 @@ def test_too_little_memory_is_one_error_before_the_first_step_that_names_what_he
     done = limited(wide_base, long_rows, tmp_path / "run", 700)
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("error: ") == 1
-    assert "The longest batch (32 rows of up to 256 tokens) does not fit the memory" in done.stderr
-    assert "what helps most is --" in done.stderr
+    assert "The longest batch (32 rows of up to 256 tokens) does not fit in memory" in done.stderr
+    assert "By `ptp plan`, --" in done.stderr
     assert "--auto-batch" in done.stderr
     assert "Traceback" not in done.stderr
     assert RunDir(tmp_path / "run").read_metrics() == []
@@ -134,7 +134,7 @@ def test_auto_batch_halves_the_batch_keeps_the_step_and_says_so(
 ) -> None:
     done = limited(wide_base, long_rows, tmp_path / "run", 1000, "--auto-batch")
     assert done.returncode == 0, done.stderr
-    said = [line for line in done.stderr.splitlines() if "does not fit the memory" in line]
+    said = [line for line in done.stderr.splitlines() if "does not fit in memory" in line]
     assert said
     assert "--batch-size 16 --gradient-accumulation 2 instead" in said[0]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
