@@ -1,4 +1,4 @@
-"""`ptp`: the table of commands, and what becomes of an error."""
+"""`ptp`: the table of commands, and how an error is reported."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _built(name: str) -> Any:
 
 
 class Ptp(help.Group):
-    """The commands, each built when it is called, and what is done to arguments before Typer sees them."""
+    """The commands, each built when it is called; checks and changes arguments before Typer sees them."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return _built(cmd_name) if cmd_name in COMMANDS else super().get_command(ctx, cmd_name)
@@ -74,12 +74,12 @@ app = typer.Typer(
     name="ptp",
     help="Fine-tune large language models by Prefix-Tuning+.",
     epilog="`ptp COMMAND --help` explains a command. PTP_TRACEBACK=1 shows where an error comes from. "
-    "Exit codes: 0 done, 1 failed, 2 typed wrong (a flag, a value or a recipe).",
+    "Exit codes: 0 done, 1 failed, 2 wrong input (a flag, a value or a recipe).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings=help.SETTINGS,
 )
-for _name, _command in COMMANDS.items():  # what `ptp --help` tells; the flags need the schema
+for _name, _command in COMMANDS.items():  # for `ptp --help`, without flags, which need the schema
     app.command(_name, help=inspect.getdoc(_command))(lambda: None)
 
 
@@ -104,7 +104,7 @@ def _ptp(
 
 
 def main() -> None:
-    """Run `ptp`: a `PtpError` is told in one line, without a traceback, and sets the exit code."""
+    """Run `ptp`. A `PtpError` prints its message, without a traceback, and sets the exit code."""
     if LAUNCHER_PID in os.environ:
         _end_quietly_while_starting()
     try:
@@ -113,7 +113,9 @@ def main() -> None:
         if os.environ.get("PTP_TRACEBACK"):
             raise
         sys.exit(_tell(error))
-    except OSError as error:  # of a file that nothing else has spoken of: a name too long, a folder of somebody else's
+    except (
+        OSError
+    ) as error:  # that no other code has explained: a name too long, another user's folder
         if error.filename is None or os.environ.get("PTP_TRACEBACK"):
             raise
         why = f"{error.filename} cannot be used: {error.strerror}."
@@ -121,12 +123,12 @@ def main() -> None:
 
 
 def _tell(error: PtpError) -> int:
-    """Say why the command ends, once for all processes of a run; return the exit code."""
+    """Print why the command ends, once for all processes of a run; return the exit code."""
     follows = "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0"
     launched = LAUNCHER_PID in os.environ
     if isinstance(error, Interrupted) and follows:
-        return 0  # the first process says it
-    # A stop that was asked for is no error; why a process of `ptp`'s own has lost the others, the launcher knows.
+        return 0  # rank 0 says it
+    # A requested stop is not an error. If a process that `ptp` started has lost the others, the launcher says why.
     is_error = not isinstance(error, Interrupted) and (
         follows or not (launched and isinstance(error, LostWorker))
     )
@@ -136,6 +138,6 @@ def _tell(error: PtpError) -> int:
 
 
 def _end_quietly_while_starting() -> None:
-    """A process that `ptp` has started and that has not begun ends at a signal, with the code that it has later."""
+    """Have this process, which `ptp` started, end at a signal before it has begun, with the exit code it has later."""
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGUSR1, 0)):
         signal.signal(number, lambda *_, code=code: os._exit(code))

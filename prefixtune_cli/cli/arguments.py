@@ -1,4 +1,4 @@
-"""What was typed: as a recipe holds it, where it has a form of its own, and what is wrong with it."""
+"""Parses and checks what was typed: values for a recipe, forms such as FIELD=COLUMN, and wrong arguments."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 class Given(dict[str, Any]):
-    """What was typed of flags, by their parameters' names (`lora_r` of --lora-r); what was not is left out.
+    """The typed flags' values, by the names of their parameters (`lora_r` for --lora-r); others are left out.
 
     Attributes:
-        settings: those of a recipe, nested as a recipe is: `{"adapter": {"r": 4}}`.
+        settings: the values of flags that set a recipe, nested as a recipe is: `{"adapter": {"r": 4}}`.
     """
 
     def __init__(self, values: Mapping[Flag, Any]) -> None:
-        """Take what each flag was given, None where it was not typed.
+        """Take the value of each flag, None if it was not typed.
 
         Raises:
-            UsageError: `--map` is not of the form column=column.
+            UsageError: `--map` does not have the form FIELD=COLUMN.
         """
         typed = {flag: value for flag, value in values.items() if value is not None}
         super().__init__({flag.parameter: value for flag, value in typed.items()})
@@ -43,7 +43,7 @@ class Given(dict[str, Any]):
                 inner[last] = PARSERS[flag.key](value) if flag.key in PARSERS else value
 
     def recipe(self) -> Recipe:
-        """The recipe that is meant. Raises RecipeError: see `load.resolve`."""
+        """The recipe, from --recipe, --set and the flags. Raises RecipeError: see `load.resolve`."""
         from prefixtune_cli.recipe import load
 
         return load.resolve(self.get("recipe"), self.get("set", ()), self.settings)
@@ -100,10 +100,10 @@ def parse_gpus(given: str) -> int | str | list[int]:
 
 
 def check_flags(command: str, given: Sequence[str], known: Collection[str]) -> None:
-    """Raise UsageError where flags are given by names that other tools have, all of them at once, with ours.
+    """Raise UsageError if flags have names from other tools; the message lists all of them with our names.
 
     Args:
-        command: its name.
+        command: the name of the command.
         given: its arguments.
         known: its own flags, with their hyphens.
     """
@@ -116,7 +116,7 @@ def check_flags(command: str, given: Sequence[str], known: Collection[str]) -> N
 
 
 def _in_our_words(name: str, known: Collection[str]) -> str:
-    """A sentence about another tool's flag; empty where it is not known, or nothing of this command answers to it."""
+    """A sentence about another tool's flag; empty if we do not know it, or this command has no such flag."""
     from prefixtune_cli.recipe.foreign import counterpart, note, why_needless
 
     bare = name.removeprefix("--")
@@ -130,7 +130,7 @@ def _in_our_words(name: str, known: Collection[str]) -> str:
 
 
 def _as_flag(setting: str, known: Collection[str]) -> str:
-    """`train.max_steps` as `--steps`, `model.bits=4` as `--bits 4`; what has no flag as `--set KEY=VALUE`."""
+    """`train.max_steps` as `--steps`, `model.bits=4` as `--bits 4`; a setting without a flag as `--set KEY=VALUE`."""
     key, _, value = setting.partition("=")
     flag = next((flag.name for flag in FLAGS if flag.key == key), None)
     if flag not in known:
@@ -139,13 +139,13 @@ def _as_flag(setting: str, known: Collection[str]) -> str:
 
 
 def check_extra(command: str, extra: Sequence[str], known: Collection[str]) -> None:
-    """Raise UsageError where a command that takes no argument is given one, with the flag that takes it."""
+    """Raise UsageError if a command gets an argument that it does not take; the message names the right flag."""
     if not extra:
         return
     text = extra[0]
     if text.lower() in ("true", "false"):
         raise UsageError(
-            f"What is {text!r}? A switch is on where it is typed, without a value. Where it is to be off, leave it out."
+            f"What is {text!r}? A switch takes no value: typing it turns it on. To turn it off, leave it out."
         )
     is_trained = any(
         os.path.isfile(Path(text) / file) for file in ("recipe.yaml", "adapter_config.json")
@@ -165,14 +165,14 @@ def check_extra(command: str, extra: Sequence[str], known: Collection[str]) -> N
 
 
 def check_filled(name: str, value: Any) -> None:
-    """Raise UsageError where what is typed for a flag or an argument is empty, and may not be."""
+    """Raise UsageError if the value of a flag or an argument is empty but must not be."""
     given = value if isinstance(value, list | tuple) else [value]
     if "" in given and name not in MAY_BE_EMPTY:
-        raise UsageError(f"{name} is empty. Is it a variable of the shell that is not set?")
+        raise UsageError(f"{name} is empty. Is its value a shell variable that is not set?")
 
 
 def with_resume_value(given: list[str]) -> list[str]:
-    """The arguments, `--resume` by itself being `--resume must`: Typer knows no option whose value may be left out."""
+    """The arguments, with `--resume must` for a bare `--resume`: in Typer, an option cannot omit its value."""
     return [
         "--resume=must" if text == "--resume" and after not in ("auto", "must") else text
         for text, after in itertools.zip_longest(given, given[1:])
@@ -180,22 +180,22 @@ def with_resume_value(given: list[str]) -> list[str]:
 
 
 def check_text(given: list[str]) -> None:
-    """Raise UsageError where an argument is not UTF-8; Python holds such bytes as halves of surrogate pairs."""
+    """Raise UsageError if an argument is not UTF-8; Python stores such bytes as halves of surrogate pairs."""
     for text in given:
         try:
             text.encode()
         except UnicodeEncodeError:
             raise UsageError(
-                f"The argument {os.fsencode(text)!r} is not UTF-8. Type it in a terminal that is set to UTF-8, or "
-                "convert it: iconv -f latin1 -t utf-8. A file of such a name must be renamed."
+                f"The argument {os.fsencode(text)!r} is not UTF-8. Type it in a terminal that uses UTF-8, or "
+                "convert it: iconv -f latin1 -t utf-8. If it is the name of a file, rename the file."
             ) from None
 
 
 def stdin_text(read: Callable[[], str]) -> str:
-    """What `read` gives of stdin.
+    """The text that `read` gets from stdin.
 
     Raises:
-        UsageError: it is not UTF-8; what follows it can still be read.
+        UsageError: it is not UTF-8; later text can still be read.
     """
     if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != "surrogateescape":
         sys.stdin.reconfigure(errors="surrogateescape")

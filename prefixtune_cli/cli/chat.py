@@ -9,7 +9,7 @@ from typing import Any
 from prefixtune_cli.cli import arguments, lookup, options
 from prefixtune_cli.errors import UsageError
 
-HELP = "/base and /adapter switch, each with its own conversation; /reset forgets both, /help says this, /quit leaves."
+HELP = "/base and /adapter switch, each to its own conversation; /reset forgets both, /help prints this, /quit leaves."
 
 
 def chat(
@@ -42,7 +42,7 @@ def chat(
     at_terminal = sys.stdin.isatty()
 
     def begun() -> dict[bool, Any]:
-        """With the adapter and without: neither reads the other's words."""
+        """Two conversations, with the adapter and without: neither model sees the other's answers."""
         return {side: generation.conversation(None, system) for side in (True, False)}
 
     talks = begun()

@@ -1,7 +1,7 @@
-"""What the user reads: results on stdout, everything else on stderr.
+"""Prints what the user reads: results on stdout, everything else on stderr.
 
-rich is imported when something is printed, not when a command's file is. It leaves colours out where
-NO_COLOR is set or nobody is at a terminal; there, lines are not wrapped either. At a terminal they are, between words.
+rich is imported only when something is printed. It leaves out colours if NO_COLOR is set or the output is not a
+terminal. At a terminal, lines wrap between words; elsewhere they do not wrap.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def stderr() -> Console:
 
 
 def quiet_libraries() -> None:
-    """Keep the bars, deprecations and hints of the libraries out of what the user reads."""
+    """Hide the libraries' progress bars, deprecations and hints from the user."""
     import logging
     import warnings
 
@@ -61,44 +61,44 @@ def quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Within the block torch and the like are imported, and no garbage collection looks through what they make.
+    """Within the block, libraries are imported without garbage collection, and later collections skip their objects.
 
-    Nor does a later one: it would take a third of a second each time, and nothing of it ever becomes garbage.
+    A collection that visits them takes a third of a second, and they never become garbage.
     """
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        # Triton looks at the exit for what of its own was not collected, and prints it all.
+        # At the exit, Triton prints all of its objects that were not collected.
         atexit.register(gc.unfreeze)
         gc.enable()
 
 
 def say(text: str, *, style: str = "") -> None:
-    """Say something on stdout that belongs to a result."""
+    """Print something on stdout that belongs to a result."""
     _print(stdout(), text, style)
 
 
 def notice(text: str) -> None:
-    """Say something on stderr that the user may skip."""
+    """Print something on stderr that the user may skip."""
     _print(stderr(), text, "dim")
 
 
 def warning(text: str) -> None:
-    """Say something on stderr that the user should know."""
+    """Print something on stderr that the user should know."""
     _print(stderr(), text, label="warning: ", label_style="bold yellow")
 
 
 def error(text: str) -> None:
-    """Say on stderr why the command fails."""
+    """Print on stderr why the command fails."""
     _print(stderr(), text, label="error: ", label_style="bold red")
 
 
 def _print(
     out: Console, text: str, style: str = "", *, label: str = "", label_style: str = ""
 ) -> None:
-    """Print text; at a terminal its lines wrap at spaces, but for commands, which can so be pasted."""
+    """Print text. At a terminal, its lines wrap at spaces, except for commands, so that they can be pasted."""
     from rich.text import Text
 
     shown = f"{label}{text}"
@@ -127,7 +127,7 @@ def _wrapped(line: str, width: int) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print a result for another program: plain JSON on stdout."""
+    """Print a result as plain JSON on stdout, for another program."""
     from prefixtune_cli.run_dir import to_json
 
     print(to_json(value))
@@ -140,13 +140,13 @@ def print_table(
     optional: Sequence[str] = (),
     by_column: bool = False,
 ) -> None:
-    """Print a result for people: a table without rules, which `cut` and `grep` read as well.
+    """Print a result for people: a table without rules, which `cut` and `grep` can read too.
 
     Args:
         columns: the head.
-        rows: as many cells each.
-        optional: columns that a narrow terminal may go without, the first one first.
-        by_column: a column, not a row, tells of one thing, and is kept together at a narrow terminal.
+        rows: each has one cell a column.
+        optional: columns that a narrow terminal may leave out, the first one first.
+        by_column: whether a column, not a row, describes one thing, to be kept together on a narrow terminal.
     """
     from prefixtune_cli.cli.table import lay_out
 
@@ -158,4 +158,4 @@ def print_table(
             say(f"\n{title}" if i else title, style="bold")
         stdout().print(table, soft_wrap=False)
     if left_out:
-        notice(f"Left out, as the terminal is narrow: {', '.join(left_out)}.")
+        notice(f"The terminal is narrow, so these columns are left out: {', '.join(left_out)}.")

@@ -1,4 +1,4 @@
-"""`ptp eval`: benchmarks and own data, base against adapter."""
+"""`ptp eval`: compares base and adapter on benchmarks and own data."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ FLAGS = (
             "--run",
             type=list[str],
             metavar="FOLDER",
-            help="A run of `ptp train`; else, without --model and --adapter, the newest finished one. Repeatable.",
+            help="A run of `ptp train`; default: the newest finished one, without --model and --adapter. Repeatable.",
         ),
         Flag(
             "--model -m",
-            help="A base by itself, or the adapters' where they do not name it: tiny, an alias, a folder, a GGUF file, "
-            "or a hub id.",
+            help="A base by itself, or the adapters' base if they do not name it: tiny, an alias, a folder, a GGUF "
+            "file, or a hub id.",
             offers="model.name",
         ),
         Flag(
@@ -38,7 +38,7 @@ FLAGS = (
             metavar="FOLDER",
             help="An adapter folder, on the base that it names. Repeatable.",
         ),
-        Flag("--no-base", type=bool, help="Skip the base: nothing to compare with."),
+        Flag("--no-base", type=bool, help="Skip the base, and so the comparison with it."),
     ),
     *OF_A_BASE,
     *panel(
@@ -55,7 +55,7 @@ FLAGS = (
             metavar="DATA",
             help="Your own test data, in any format of `ptp train`. Repeatable.",
         ),
-        Flag("--text", metavar="FILE", help="The text that forgetting is measured on."),
+        Flag("--text", metavar="FILE", help="The text to measure forgetting on."),
         Flag(
             "--bench-data",
             type=list[str],
@@ -67,29 +67,29 @@ FLAGS = (
     *OF_DATA,
     *panel(
         "How",
-        Flag("--limit", type=int, help="Most items of each task."),
+        Flag("--limit", type=int, help="The most items of each task."),
         Flag(
             "--num-fewshot",
             type=int,
-            help="Examples before each question; else the task's own number.",
+            help="Examples before each question; default: the task's own number.",
         ),
         Flag(
             "--batch-size",
             metavar="N",
-            help="Sequences a forward pass, or auto. What does not fit is halved.",
+            help="Sequences a forward pass, or auto. A batch that does not fit is halved.",
         ),
         Flag(
             "--apply-chat-template",
             type=bool,
-            help="Render the benchmarks' prompts by the model's chat template.",
+            help="Render the benchmarks' prompts with the model's chat template.",
         ),
         Flag(
             "--confirm-run-unsafe-code",
             type=bool,
-            help="Allow tasks that run code which the model writes.",
+            help="Allow tasks that run code written by the model.",
             called="runs_code",
         ),
-        Flag("--cache", metavar="FOLDER", help="Where finished requests are kept."),
+        Flag("--cache", metavar="FOLDER", help="The folder for finished requests."),
         Flag("--no-cache", type=bool, help="Keep no finished requests."),
     ),
     *panel(
@@ -97,12 +97,12 @@ FLAGS = (
         Flag(
             "--out -o",
             metavar="FOLDER",
-            help="Results go to its eval/; else to the run's, or runs/<model>-eval's.",
+            help="Results go to its eval/; default: to the run's eval/, or that of runs/<model>-eval.",
         ),
         Flag(
             "--all",
             type=bool,
-            help="Show, and list, the tasks of a group, too.",
+            help="Show the tasks of a group, too, also with --list.",
             called="show_all",
         ),
         Flag("--markdown", type=bool, help="Print the table in Markdown."),
@@ -122,19 +122,19 @@ def eval(
     markdown: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Evaluate a base and its adapters on benchmarks and on your data, with the interval of the difference.
+    """Evaluate a base and its adapters on benchmarks and on your data, with an interval for the difference.
 
-    Benchmarks are lm-eval's, and its prompts, examples and metrics. Finished requests are kept on disk, so an
-    interrupted evaluation goes on where it stopped.
+    Benchmarks, with their prompts, examples and metrics, are lm-eval's. Finished requests are kept on disk, so an
+    interrupted evaluation can go on where it stopped.
     """
     batch_size = _batch_size(given.get("batch_size", "auto"))
     if "no_cache" in given and "cache" in given:
-        raise UsageError("--cache and --no-cache exclude each other. Give one.")
+        raise UsageError("--cache and --no-cache contradict each other. Give one of them.")
     if pattern is not None and "list" not in given:
         if os.path.exists(pattern):
             arguments.check_extra("eval", [pattern], ("--run", "--data"))
         listing = shlex.join(["ptp", "eval", "--list", pattern])
-        raise UsageError(f"What is {pattern!r}? To list benchmarks: {listing}")
+        raise UsageError(f"What is {pattern!r}? To list benchmarks, type: {listing}")
     from prefixtune_cli.cli import console, eval_table
 
     if "list" in given:
@@ -155,7 +155,7 @@ def eval(
 
 
 def _settings(given: arguments.Given, batch_size: int | None) -> Settings:
-    """What was typed, as an evaluation takes it."""
+    """The settings of an evaluation, from what was typed."""
     from pathlib import Path
 
     from prefixtune_cli.evaluate.answer_cache import default_folder
@@ -184,5 +184,5 @@ def _batch_size(given: str) -> int | None:
     if given == "auto":
         return None
     if not given.isdecimal() or int(given) < 1:
-        raise UsageError(f"--batch-size must be auto or a number from 1 on, got {given!r}.")
+        raise UsageError(f"--batch-size must be auto, or a number of at least 1, got {given!r}.")
     return int(given)

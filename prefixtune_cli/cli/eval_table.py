@@ -1,4 +1,4 @@
-"""What `ptp eval` prints: the list of benchmarks, and the table of results."""
+"""Prints the output of `ptp eval`: the list of benchmarks, and the table of results."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from prefixtune_cli.cli import console
 
-BASE = "base"  # evaluate.outcome's, which is not worth an import of torch
+BASE = "base"  # a copy of evaluate.outcome's, so that --list does not import torch
 
-OPTIONAL = ("McNemar p", "items", "metric")  # where the terminal is narrow
+OPTIONAL = ("McNemar p", "items", "metric")  # columns that a narrow terminal may leave out
 
 if TYPE_CHECKING:
     from prefixtune_cli.evaluate.outcome import Line, Outcome
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def print_benchmarks(pattern: str, *, show_all: bool, as_json: bool) -> None:
-    """The benchmarks whose name matches, lm-eval's and ours; torch is not imported."""
+    """Print the benchmarks whose name matches, lm-eval's and ours, without importing torch."""
     from prefixtune_cli.evaluate.catalogue import Catalogue, Listed, load_catalogue
 
     own = (
@@ -28,7 +28,7 @@ def print_benchmarks(pattern: str, *, show_all: bool, as_json: bool) -> None:
     catalogue = Catalogue({**load_catalogue().entries, **{listed.name: listed for listed in own}})
     found = catalogue.find(pattern)
     if not found:
-        catalogue.check([pattern], ())  # raises, with the nearest names
+        catalogue.check([pattern], ())  # raises, and names the nearest
     if as_json:
         keys = ("name", "kind", "output_type", "dataset", "subset")
         console.print_json([{key: getattr(listed, key) for key in keys} for listed in found])
@@ -51,7 +51,7 @@ def print_benchmarks(pattern: str, *, show_all: bool, as_json: bool) -> None:
 
 
 def print_found(found: Found, *, show_all: bool, markdown: bool, as_json: bool) -> None:
-    """The results on stdout; where they were written on stderr."""
+    """Print the results on stdout, and the files written on stderr."""
     if as_json:
         results = [
             {k: v for k, v in outcome.to_json().items() if k not in ("items", "parts")}
@@ -95,12 +95,12 @@ def _width(head: list[str], rows: list[list[str]]) -> int:
 def table(
     outcomes: Sequence[Outcome], *, show_all: bool, only: Sequence[str] | None = None
 ) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: every model's figure, and each adapter's paired difference from the base.
+    """The head and the rows: every model's figure, and each adapter's paired difference from the base.
 
     Args:
-        outcomes: the benchmarks.
-        show_all: folded lines, too.
-        only: the models that are shown; None shows all.
+        outcomes: the results of the benchmarks.
+        show_all: whether to show folded lines, too.
+        only: the models to show; None shows all.
     """
     lines = [line for o in outcomes for line in o.lines if show_all or not line.folded]
     models = [name for name in _models(outcomes) if only is None or name in only]
@@ -117,7 +117,7 @@ def table(
 
 
 def _markdown(cell: str) -> str:
-    """A cell that keeps its indentation, and does not end at a bar of its own."""
+    """A cell for Markdown: keeps its indentation, and escapes its own bars."""
     text = cell.strip().replace("|", r"\|")
     return "&nbsp;" * (len(cell) - len(cell.lstrip())) + text
 
@@ -151,7 +151,7 @@ def _interval(line: Line, found: Interval | None) -> str:
 
 
 def _figure(line: Line, value: float, *, signed: bool = False) -> str:
-    """Fractions in percent, so that their differences are percentage points; else some five digits."""
+    """A figure as text: a fraction in percent, so that differences are percentage points; others in about 5 digits."""
     sign = "+" if signed else ""
     if line.percent:
         return f"{100 * value:{sign}.1f}" + ("" if signed else " %")

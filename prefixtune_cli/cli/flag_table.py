@@ -1,6 +1,6 @@
-"""The flags that set a recipe, and those that `ptp train` has besides: one entry each.
+"""The table of flags: those that set a key of the recipe, and the other flags of `ptp train`.
 
-A flag that sets a key of the recipe has its type, choices, default and description from recipe/schema.py.
+A flag that sets a key of the recipe takes its type, choices, default and description from recipe/schema.py.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag, from which a command's option is made (see `options.takes`).
+    """One flag; `options.takes` makes a command's option from it.
 
     Attributes:
         names: as they are typed, as in `--out -o` or `--basis/--no-basis`.
-        key: the setting of a recipe that it sets.
-        type: of its value; a key has its own.
-        metavar: what stands for the value in help; else N, X or NAME, by the type.
-        help: what it does; else what the schema says of the key.
-        offers: the key whose values the shell's completion offers; else its own.
-        called: the parameter that takes it; else by the flag's name.
-        panel: the section of help.
+        key: the key of the recipe that it sets, if any.
+        type: the type of its value; if it has a key, the schema gives the type.
+        metavar: the placeholder for the value in help; by default N, X or NAME, by the type.
+        help: what it does; by default the schema's description of the key.
+        offers: the key whose values the shell's completion offers; by default its own.
+        called: the name of its parameter; by default the flag's name.
+        panel: its section in help.
     """
 
     names: str
@@ -35,7 +35,7 @@ class Flag:
 
     @property
     def name(self) -> str:
-        """Its first name, by which errors speak of it: `--out`."""
+        """Its first name, which errors use: `--out`."""
         return self.names.split()[0].partition("/")[0]
 
     @property
@@ -87,14 +87,14 @@ FLAGS = (
             "--eval-split",
             "data.eval_split",
             metavar="FRACTION",
-            help="Fraction of --data that is held out where there is no --eval-data.",
+            help="Fraction of --data to hold out if there is no --eval-data.",
         ),
         Flag("--format", "data.format"),
         Flag(
             "--map",
             "data.map",
             metavar="FIELD=COLUMN,…",
-            help="Which column of yours is which field, as in prompt=question,completion=answer.",
+            help="Which field is which of your columns, as in prompt=question,completion=answer.",
         ),
         Flag("--train-on", "data.train_on", metavar="WHAT"),
         Flag("--max-length", "data.max_length", metavar="TOKENS"),
@@ -108,9 +108,9 @@ FLAGS = (
         Flag(
             "--resume",
             metavar="[auto]",
-            help="Go on from the last checkpoint in --out; with auto, or start where there is no run.",
+            help="Continue from the last checkpoint in --out; with auto, start if there is no run.",
         ),
-        Flag("--overwrite", type=bool, help="Delete the run that --out holds."),
+        Flag("--overwrite", type=bool, help="Delete the run that is in --out."),
         Flag("--keep", "train.keep_checkpoints"),
         Flag("--save-steps", "train.save_steps"),
         Flag("--save-minutes", "train.save_minutes"),
@@ -120,10 +120,10 @@ FLAGS = (
         Flag(
             "--find-learning-rate",
             type=bool,
-            help="First try a few rates around the default in short runs, and take the best.",
+            help="First try a few rates around the default in short runs, then take the best.",
         ),
         Flag("--epochs", "train.epochs"),
-        Flag("--steps", "train.max_steps", help="Optimizer steps, in place of --epochs."),
+        Flag("--steps", "train.max_steps", help="Optimizer steps, instead of --epochs."),
         Flag("--learning-rate --lr", "train.learning_rate"),
         Flag("--warmup-ratio", "train.warmup_ratio"),
         Flag("--weight-decay", "train.weight_decay"),
@@ -142,12 +142,12 @@ FLAGS = (
             help="GPUs of each machine: how many, auto, or numbers such as 0,2; with --device cpu, processes.",
         ),
         Flag("--parallel", "train.parallel", metavar="HOW"),
-        Flag("--nodes", type=int, help="Machines of the run."),
-        Flag("--node-rank", type=int, help="Which of them this one is, from 0."),
+        Flag("--nodes", type=int, help="Number of machines of the run."),
+        Flag("--node-rank", type=int, help="This machine's number, from 0."),
         Flag(
             "--rendezvous",
             metavar="HOST:PORT",
-            help="Where the others find machine 0: its name, and a free port of it.",
+            help="The address of machine 0: its name, and a free port on it.",
         ),
         Flag("--track", "train.track"),
     ),
@@ -156,13 +156,13 @@ FLAGS = (
         Flag(
             "--method",
             "adapter.method",
-            help="prefix-tuning-plus, lora, prefix-tuning, full, or another of peft's, such as ia3, boft or vera; "
-            "its settings by --set adapter.config.KEY=VALUE.",
+            help="prefix-tuning-plus, lora, prefix-tuning, full, or another method of peft, such as ia3, boft or vera, "
+            "with its settings as --set adapter.config.KEY=VALUE.",
         ),
         Flag(
             "--preset",
             "adapter.preset",
-            help="Prefix-Tuning+: paper is the paper's form exactly: elu, at attention alone, no basis.",
+            help="Prefix-Tuning+: paper is exactly the paper's form: elu, only at attention, no basis.",
         ),
         Flag("--feature-map", "adapter.feature_map"),
         Flag("--feature-dim", "adapter.feature_dim"),

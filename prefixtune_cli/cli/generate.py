@@ -1,4 +1,4 @@
-"""`ptp generate`: answers to one prompt, or to a file of them."""
+"""`ptp generate`: answers one prompt, or a file of prompts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def generate(
         typer.Option("--data", "-d", help="Prompts in any format of `ptp train`."),
     ] = None,
     out: Annotated[
-        str | None, typer.Option("--out", "-o", help="Where the answers to --data go, as JSONL.")
+        str | None, typer.Option("--out", "-o", help="The JSONL file for the answers to --data.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the file that --out names.")
@@ -54,7 +54,7 @@ def generate(
         raise UsageError("Give either --prompt TEXT or --data FILE, and not both.")
     if (data is None) != (out is None):
         raise UsageError(
-            "--data FILE and --out FILE belong together; one prompt's answer goes to stdout."
+            "--data FILE and --out FILE belong together; the answer to --prompt goes to stdout."
         )
     from prefixtune_cli.cli import console
     from prefixtune_cli.cli.reporter import reporter
@@ -98,7 +98,7 @@ def generate(
 def _asked(
     found: list[tuple[Row, Conversation]], data: str, out: str, overwrite: bool
 ) -> tuple[list[Conversation], AnswerFile]:
-    """The conversations that wait for an answer, and where the answers go."""
+    """The conversations that wait for an answer, and the file for the answers."""
     from prefixtune_cli.answer_file import AnswerFile
     from prefixtune_cli.data.locate import local_files
 

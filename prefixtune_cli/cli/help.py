@@ -1,6 +1,6 @@
-"""How `ptp` explains itself: help in sections, whole at every width.
+"""Prints help: in sections, and complete at every width.
 
-It is plain text, so that rich is not imported, which takes 70 ms of the quarter of a second in which help answers.
+It is plain text: importing rich would add 70 ms, and help answers in a quarter of a second.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from prefixtune_cli.cli import arguments
 
 WIDEST = 120
-BESIDE = 30  # a longer flag has a line of its own, above what it does
+BESIDE = 30  # characters; a longer flag gets its own line, above its description
 SETTINGS: dict[str, Any] = {
     "help_option_names": ["--help", "-h"],
     "max_content_width": WIDEST,
@@ -35,16 +35,16 @@ class Group(TyperGroup):
 
 
 class Command(TyperCommand):
-    """A command: its help has the flags by their panels, and names of other tools' flags are answered with ours."""
+    """A command. Its help groups the flags by panel; if a flag of another tool is typed, it names ours."""
 
-    allow_extra_args = True  # so that we can say where they belong
+    allow_extra_args = True  # so that `check_extra` can say which flag they belong to
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{**settings, "rich_markup_mode": None})
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         flags = {flag for p in self.get_params(ctx) for flag in (*p.opts, *p.secondary_opts)}
-        if not ctx.resilient_parsing:  # as the shell's completion is
+        if not ctx.resilient_parsing:  # which the shell's completion sets
             arguments.check_flags(str(self.name), args, flags)
         rest = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:
@@ -66,7 +66,7 @@ class Command(TyperCommand):
 
 
 def _write(formatter: Any, told: Sequence[tuple[str, str]]) -> None:
-    """Names beside what they mean, which wraps at spaces alone: a flag's hyphens are no place to break."""
+    """Write names beside their meanings, which wrap only at spaces, so that a flag does not break at a hyphen."""
     names = min(max(len(name) for name, _ in told), BESIDE)
     margin = " " * formatter.current_indent
     width = max(formatter.width - names - len(margin) - 2, 20)

@@ -1,4 +1,4 @@
-"""`ptp inspect-data`: what the model will see of the data, and what of it is trained."""
+"""`ptp inspect-data`: shows what the model will see of the data, and which tokens are trained."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def inspect_data(
     ] = 3,
     as_json: bool = False,
 ) -> None:
-    """Show examples as the model sees them, trained tokens against masked ones, and statistics.
+    """Show examples as the model sees them, with trained and masked tokens, and statistics.
 
-    Loads the tokenizer only, and needs no GPU.
+    Loads only the tokenizer, and needs no GPU.
     """
     if source is not None:
         if source != (data := given.get("data", source)):
@@ -52,7 +52,7 @@ def inspect_data(
     resolve(settings.model.name)
     if not settings.names_base:
         console.notice(
-            "Shown by the tokenizer of tiny, the toy inside ptp. Give the base that you will train with --model NAME."
+            "These are tokens of tiny, the toy inside ptp. Give the base that you will train with --model NAME."
         )
     console.quiet_libraries()
     from prefixtune_cli.data import inspect
@@ -98,7 +98,7 @@ def _counts(shown: Example) -> str:
 
 
 def _coloured(shown: Example, *, marks: bool) -> Text:
-    """The example's text: trained spans on green, or in brackets where colours do not show."""
+    """The example's text: trained spans are on green, or with `marks` in brackets."""
     from rich.text import Text
 
     text = Text()

@@ -1,4 +1,4 @@
-"""What --run, --adapter and --model point at, said aloud where it was not typed; and checks before libraries load."""
+"""Finds what --run, --adapter and --model name, and checks that bases and data exist, before the libraries load."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def several(
     chat_template: str | None = None,
     **settings: Any,
 ) -> list[Pointed]:
-    """All that is pointed at, else the newest finished run.
+    """All that was named; if nothing was, the newest finished run, with a notice that says so.
 
     Args:
-        runs, model, adapters: as they were typed.
-        needs_base: the base has to be there.
-        chat_template: a file that has to be there.
-        **settings: the model section's, None where not typed.
+        runs, model, adapters: as typed.
+        needs_base: whether the base must exist.
+        chat_template: a file that must exist.
+        **settings: the model section's settings; None if not typed.
 
     Raises:
-        PtpError: see `pointed.choose`; or a base is not there.
+        PtpError: see `pointed.choose`; or a base does not exist.
     """
     from prefixtune_cli.cli import console
     from prefixtune_cli.data.locate import check_exists
@@ -49,9 +49,9 @@ def several(
             if one.folder is None or model is not None:
                 raise
             raise ModelError(
-                f"{error} It is the base of {one.given}: where it has moved, type its new place with --model."
+                f"{error} It is the base of {one.given}; if it has moved, give its new place with --model."
             ) from None
-    if model is not None and not needs_base:  # of a base without its weights
+    if model is not None and not needs_base:  # check the name only
         resolve(model)
     for text in (text for one in found for text in one.notices):
         console.notice(text)
@@ -59,26 +59,26 @@ def several(
 
 
 def one(run: str | None, model: str | None, adapter: str | None, **settings: Any) -> Pointed:
-    """The same, where it is one."""
+    """Like `several`, for a command that takes one."""
     [found] = several([run] if run else [], model, [adapter] if adapter else [], **settings)
     return found
 
 
 def check_names_base(recipe: Recipe) -> None:
-    """Raise UsageError where nobody has said which base is meant: the built-in one is a toy."""
+    """Raise UsageError if the recipe names no base: the default is only a toy."""
     if not recipe.names_base:
         raise UsageError(
             "No base model is given. Type --model NAME: an alias of `ptp models`, a folder, a GGUF file or a hub id; "
-            "or --model tiny, the toy that comes inside ptp, to try things out."
+            "or --model tiny, the toy inside ptp, to try things out."
         )
 
 
 def check(recipe: Recipe, *more: str | None) -> None:
-    """Refuse a recipe whose base or files are not there, and `more` data that is not.
+    """Refuse a recipe whose base or files do not exist, and `more` data that does not exist.
 
     Raises:
         UsageError: the recipe has no data, or names no base.
-        ModelError, DataError: one of them is missing.
+        ModelError, DataError: the base or the data does not exist.
     """
     from prefixtune_cli.tokenizer import check_is_there
 
@@ -88,7 +88,7 @@ def check(recipe: Recipe, *more: str | None) -> None:
 
 
 def check_data(recipe: Recipe, *more: str | None) -> None:
-    """The same, as far as it is data."""
+    """Like `check`, for the data only."""
     from prefixtune_cli.data.locate import check_exists, check_sources, named
 
     data = recipe.data

@@ -1,4 +1,4 @@
-"""`ptp merge`: one adapter from several, or one folded into its base."""
+"""`ptp merge`: makes one adapter of several, or folds one into its base."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def merge(
             "-m",
             panel=HOW,
             metavar="NAME",
-            help="The base, where it is not the one that the adapters name, or has moved.",
+            help="The base, if it has moved, or is not the one that the adapters name.",
             offers="model.name",
         ),
     ] = None,
@@ -47,7 +47,7 @@ def merge(
             "--weights",
             panel=HOW,
             metavar="W,…",
-            help="One number an adapter; else 1/n each for linear and dare, 1 each for ties and task-arithmetic.",
+            help="One number an adapter; default: 1/n each for linear and dare, 1 each for ties and task-arithmetic.",
         ),
     ] = None,
     density: Annotated[
@@ -56,7 +56,7 @@ def merge(
             "--density",
             panel=HOW,
             metavar="FRACTION",
-            help="The share of an adapter's entries that ties and dare keep; else 0.2.",
+            help="The share of an adapter's entries that ties and dare keep; default: 0.2.",
         ),
     ] = None,
     seed: Annotated[
@@ -67,7 +67,7 @@ def merge(
             metavar="N",
             min=0,
             max=2**32 - 1,
-            help="Seed of what dare drops.",
+            help="The seed for what dare drops.",
             show_default=False,
         ),
     ] = 0,
@@ -87,8 +87,8 @@ def merge(
 ) -> None:
     """Make one adapter of several, or fold a LoRA into its base.
 
-    Of Prefix-Tuning+ and of LoRA, linear and task-arithmetic are exact: the result acts as all adapters together, each
-    with its weight. No weights of the base are loaded for it.
+    For Prefix-Tuning+ and LoRA, linear and task-arithmetic are exact: the result acts as all adapters together, each
+    with its weight. A merge loads no weights of the base.
     """
     given = _numbers(weights) if weights is not None else None
     if into_base:
@@ -141,7 +141,7 @@ def _numbers(text: str) -> list[float]:
             found.append(float(part))
         except ValueError:
             raise UsageError(
-                f"--weights must be numbers with commas between, as in 0.7,0.3, got {part.strip()!r}."
+                f"--weights must be numbers separated by commas, as in 0.7,0.3, got {part.strip()!r}."
             ) from None
     return found
 
@@ -149,7 +149,7 @@ def _numbers(text: str) -> list[float]:
 def _check_one(adapters: list[str], others: dict[str, object]) -> None:
     if len(adapters) != 1:
         raise UsageError(
-            f"--into-base takes one adapter, got {len(adapters)}. Merge them first, and fold the result."
+            f"--into-base takes one adapter, got {len(adapters)}. Merge them first, then fold the result."
         )
     if typed := [flag for flag, value in others.items() if value is not None]:
         raise UsageError(f"{typed[0]} belongs to a merge of several adapters. Leave it out.")

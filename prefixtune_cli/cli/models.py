@@ -1,4 +1,4 @@
-"""`ptp models`: the short names that `--model` knows."""
+"""`ptp models`: lists the short names that `--model` knows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 def models(as_json: bool = False) -> None:
     """List the short names of base models.
 
-    --model takes any other hub id, a folder, or a GGUF file, as well.
+    --model also takes any other hub id, a folder, or a GGUF file.
     """
     from dataclasses import asdict
 
@@ -20,7 +20,7 @@ def models(as_json: bool = False) -> None:
         [model.alias, model.hub_id, model.parameters, model.licence, "yes" if model.gated else "no"]
         for model in MODELS
     ]
-    rows.insert(0, ["tiny", "(inside of ptp)", "", "Apache-2.0", "no"])
+    rows.insert(0, ["tiny", "(inside ptp)", "", "Apache-2.0", "no"])
     console.print_table(
         ["alias", "hub id", "parameters", "licence", "gated"],
         rows,

@@ -1,4 +1,4 @@
-"""How Typer sees a flag of the table in `flag_table`, and the options that `generate` and `chat` share."""
+"""Turns flags of `flag_table` into Typer's options; also has the options that `generate` and `chat` share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ METAVARS = {int: "N", float: "X", str: "NAME"}
 def option(
     *names: str, panel: str, help: str, metavar: str | None = None, offers: str | None = None
 ) -> Any:
-    """An option of one command alone; `offers` is a recipe's key whose values the shell's completion offers."""
+    """An option of Typer's; the shell's completion offers the values of the recipe's key `offers`."""
     return typer.Option(
         *names,
         help=help,
@@ -29,7 +29,7 @@ def option(
 
 
 def _values_of(key: str | None) -> Callable[[str], list[str]]:
-    """What the shell's completion offers behind a flag; where that is nothing, it offers files."""
+    """What the shell's completion offers after a flag; if that is nothing, the shell offers files."""
 
     def offered(incomplete: str) -> list[str]:
         if key is None:
@@ -43,22 +43,21 @@ def _values_of(key: str | None) -> Callable[[str], list[str]]:
 
 
 def takes(*flags: Flag | str, but: Collection[str] = ()) -> tuple[Flag, ...]:
-    """The flags of a command, for the annotation of its parameter `given`, which holds what was typed of them.
+    """The flags of a command, for the annotation of its parameter `given`, which gets their typed values.
 
     Args:
-        flags: entries, or parameters' names of the table's; of two for one parameter the last is meant, in place of
-            the first.
-        but: parameters' names of those that are left out.
+        flags: flags, or parameter names of flags in the table. If two have one parameter, the last replaces the first.
+        but: parameter names of flags to leave out.
     """
     found = [BY_NAME[flag] if isinstance(flag, str) else flag for flag in flags]
     return tuple({f.parameter: f for f in found if f.parameter not in but}.values())
 
 
 def for_typer(command: Callable[..., None]) -> Callable[..., None]:
-    """A command as Typer reads it: its flags spelled out.
+    """A command for Typer, with one parameter for each of its flags.
 
-    A parameter without an annotation of Typer's is a flag: one that `given` takes, or else the table's of that name.
-    This reads the schema, which takes time: it is done when the command is called.
+    A parameter that has no annotation of Typer's is a flag: one of those that `given` takes, or the table's flag of
+    that name. This reads the schema, which takes time, so it runs only when the command is called.
     """
     own = inspect.signature(command, eval_str=True).parameters
     taken: tuple[Flag, ...] = own["given"].annotation.__metadata__[0] if "given" in own else ()
@@ -86,7 +85,7 @@ def for_typer(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(flag: Flag, default: Any, *, tells_default: bool = False) -> inspect.Parameter:
-    """A flag as a parameter for Typer; help tells the recipe's default where it is a recipe that is set."""
+    """A flag as a parameter for Typer; if `tells_default`, its help has the recipe's default."""
     kind, help = flag.type, flag.help or ""
     if flag.key is not None:
         from prefixtune_cli.recipe import settings
@@ -111,13 +110,13 @@ def _parameter(flag: Flag, default: Any, *, tells_default: bool = False) -> insp
 
 BY_NAME = {flag.parameter: flag for flag in FLAGS}
 
-# What `generate` and `chat` share.
+# The options that `generate` and `chat` share.
 Run = Annotated[
     str | None,
     typer.Option(
         "--run",
         metavar="FOLDER",
-        help="A run of `ptp train`; else, without --model and --adapter, the newest finished one.",
+        help="A run of `ptp train`; default: the newest finished one, without --model and --adapter.",
     ),
 ]
 AdapterFolder = Annotated[
@@ -127,19 +126,23 @@ AdapterFolder = Annotated[
     ),
 ]
 NoAdapter = Annotated[
-    bool, typer.Option("--no-adapter", help="The base alone, to see what the adapter changes.")
+    bool, typer.Option("--no-adapter", help="Only the base, to see what the adapter changes.")
 ]
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A system message.")]
 MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", metavar="N", help="The longest answer.")
+    int, typer.Option("--max-new-tokens", metavar="N", help="The most tokens of an answer.")
 ]
 Temperature = Annotated[
     float, typer.Option("--temperature", metavar="X", help="0 takes the likeliest token.")
 ]
 TopP = Annotated[
     float,
-    typer.Option("--top-p", metavar="X", help="Sample from the likeliest tokens of this mass."),
+    typer.Option(
+        "--top-p",
+        metavar="X",
+        help="Sample from the likeliest tokens that make up this probability.",
+    ),
 ]
 SamplingSeed = Annotated[
-    int, typer.Option("--seed", min=0, max=2**32 - 1, metavar="N", help="Seed of the sampling.")
+    int, typer.Option("--seed", min=0, max=2**32 - 1, metavar="N", help="The seed for sampling.")
 ]

@@ -1,4 +1,4 @@
-"""`ptp plan`: the memory that a recipe takes, and whether it fits, before any weight is loaded."""
+"""`ptp plan`: tells how much memory a recipe takes, and whether it fits, without loading weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ptp recipe-schema`: the recipe's JSON Schema."""
+"""`ptp recipe-schema`: prints the recipe's JSON Schema."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 def recipe_schema() -> None:
     """Print the JSON Schema of recipes.
 
-    An editor completes and checks recipes by it: `ptp recipe-schema > recipe.schema.json`.
+    An editor can complete and check recipes with it: `ptp recipe-schema > recipe.schema.json`.
     """
     from prefixtune_cli.cli import console
     from prefixtune_cli.recipe.schema import Recipe

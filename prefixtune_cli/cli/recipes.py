@@ -1,4 +1,4 @@
-"""`ptp recipes`: the recipes that come with ptp."""
+"""`ptp recipes`: lists the recipes that come with ptp, or prints one."""
 
 from __future__ import annotations
 

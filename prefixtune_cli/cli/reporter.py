@@ -1,4 +1,4 @@
-"""Progress on stderr: a live bar at a terminal, plain lines elsewhere."""
+"""Shows progress on stderr: a live bar at a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prefixtune_cli.cli import console
 
 SECONDS_BETWEEN_LINES = 10
 
-# What a bar or a line shows of the figures, in this order; where there is no room for all, the later ones go first.
+# The figures that a bar or a line shows, in this order; if there is too little room, the last ones are left out.
 _SHOWN = {
     "loss": "loss {:.4f}",
     "eval_loss": "held-out loss {:.4f}",
@@ -27,7 +27,7 @@ def _shown(figures: Mapping[str, float]) -> list[str]:
 
 
 class _Beginnings:
-    """When each task began, and with how much done; one that has gone back has begun anew, as in the next run."""
+    """When each task began, and how much was done then; a task that goes back begins again, as in the next run."""
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[float, int]] = {}
@@ -41,19 +41,21 @@ class _Beginnings:
 
 
 def _rate(done: int, started: float) -> str:
-    """Items a second, where something was done."""
+    """Items a second; empty if nothing is done yet."""
     seconds = time.monotonic() - started
     return f"{done / seconds:,.1f}/s" if done and seconds > 0 else ""
 
 
 BAR, NARROW_BAR = 24, 8
-NAME = 12  # of a task; a longer one is cut, for the sake of the bar and the loss
+NAME = (
+    12  # characters of a task's name; a longer one may be cut to make room for the bar and the loss
+)
 TIME = len(" ETA 100:00:00")
 
 
 @dataclass
 class _Task:
-    """What a line of the display is made of, before it is fitted to the terminal."""
+    """The parts of a line of the display, before they are fitted to the terminal."""
 
     name: str
     total: int
@@ -61,11 +63,11 @@ class _Task:
 
 
 def fitted(tasks: Sequence[_Task], width: int) -> tuple[int, int, int]:
-    """How wide the names, the bar and the figures of a display may be, so that the count and the time left stay.
+    """The widths of the names, the bar and the figures, chosen so that the count and the time left are never cut.
 
     Args:
-        tasks: its lines.
-        width: of the terminal.
+        tasks: the lines of the display.
+        width: of the terminal, in characters.
     """
     count = max(2 * len(str(task.total)) + 1 for task in tasks)
     name = max(len(task.name) for task in tasks)
@@ -82,7 +84,7 @@ def _cut(text: str, width: int) -> str:
 
 
 def _as_fits(parts: Sequence[str], width: int) -> str:
-    """As many of the first parts as fit."""
+    """The first parts, as many as fit."""
     text = ""
     for part in parts:
         longer = f"{text}  {part}" if text else part
@@ -93,7 +95,7 @@ def _as_fits(parts: Sequence[str], width: int) -> str:
 
 
 class LiveReporter:
-    """A progress bar with loss, learning rate, tokens per second, ETA and peak memory, as far as there is room."""
+    """A progress bar with loss, learning rate, tokens per second, ETA and peak memory, if there is room."""
 
     def __init__(self) -> None:
         from rich.progress import (
@@ -113,11 +115,11 @@ class LiveReporter:
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=console.stderr(),
-            refresh_per_second=1,  # what it draws, the computation loses
+            refresh_per_second=1,  # drawing takes time from the computation
         )
         self._ids: dict[str, Any] = {}
         self._tasks: dict[str, _Task] = {}
-        self._measured: set[str] = set()  # tasks that tell figures of their own
+        self._measured: set[str] = set()  # tasks that report figures of their own
         self._started = _Beginnings()
 
     def __enter__(self) -> LiveReporter:
@@ -148,7 +150,7 @@ class LiveReporter:
         self._fit()
 
     def _fit(self) -> None:
-        """Lay the display out for the terminal as wide as it is now."""
+        """Fit the display to the terminal's current width."""
         name, self._bar.bar_width, figures = fitted([*self._tasks.values()], console.stderr().width)
         for key, task in self._tasks.items():
             self._progress.update(
@@ -159,15 +161,13 @@ class LiveReporter:
 
 
 class LineReporter:
-    """A line for each measurement, and every ten seconds where there is none, however long a step of the work takes."""
+    """A line for each measurement; without one, a line every ten seconds, even within a long step."""
 
     def __init__(self) -> None:
         self._last: dict[str, float] = {}
         self._figures: dict[str, dict[str, float]] = {}  # each task's latest
         self._started = _Beginnings()
-        self._at_work: tuple[str, int, int] | None = (
-            None  # the task, what is done of it, and all of it
-        )
+        self._at_work: tuple[str, int, int] | None = None  # the task, its done items, all its items
         self._lock, self._over = RLock(), Event()
 
     def __enter__(self) -> LineReporter:
@@ -196,7 +196,7 @@ class LineReporter:
 
     def _tell(self, task: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         now = time.monotonic()
-        if done == 0:  # it begins, perhaps anew, as in the next run
+        if done == 0:  # the task begins, or begins again, as in the next run
             self._figures.pop(task, None)
         latest = self._figures.setdefault(task, {})
         latest.update(figures)
@@ -214,5 +214,5 @@ class LineReporter:
 
 
 def reporter() -> LiveReporter | LineReporter:
-    """The one that fits stderr."""
+    """The reporter that fits stderr."""
     return LiveReporter() if console.stderr().is_terminal else LineReporter()

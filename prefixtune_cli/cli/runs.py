@@ -1,4 +1,4 @@
-"""`ptp runs`: the runs of `ptp train`, the newest first."""
+"""`ptp runs`: lists the runs of `ptp train`, the newest first."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A table as wide as the terminal: figures stay whole, words are not cut, and every cell has its head.
+"""Fits a table to the terminal: figures stay whole, words are not cut, and every cell keeps its head.
 
-What is too wide gives way in this order: heads wrap; the table turns on its side; columns that may go, go; cells of
-text wrap; each row, or each column, stands by itself. A table is its lines, of which the first is the head.
+If a table is too wide, we try these in order: wrap heads; transpose the table; drop optional columns; wrap cells of
+text; print each row, or each column, by itself. A table is a list of lines; the first line is the head.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 GAP = 2  # between two columns
-TEXT = 30  # a longer cell is text, and wraps down to this width
+TEXT = 30  # characters; a longer cell is text, and may wrap to this width
 
 Lines = Sequence[Sequence[str]]
 
@@ -21,16 +21,16 @@ Lines = Sequence[Sequence[str]]
 def lay_out(
     lines: Lines, width: int, *, optional: Sequence[str] = (), by_column: bool = False
 ) -> tuple[list[tuple[str, Table]], list[str]]:
-    """What to print of a table on a terminal.
+    """A table, laid out for a terminal.
 
     Args:
-        lines: the head and the rows, of as many cells each; the first cell names the row.
+        lines: the head and the rows, all with as many cells; the first cell names the row.
         width: of the terminal, in characters.
         optional: columns that may be left out, the first one first.
-        by_column: a column, not a row, tells of one thing, and stands by itself where nothing else fits.
+        by_column: whether a column, not a row, describes one thing; if nothing else fits, it is printed by itself.
 
     Returns:
-        Tables, each with its title, which is empty where there is one table; and the columns that are left out.
+        Tables with their titles, which are empty if there is one table; and the columns that are left out.
     """
     turned = [list(line) for line in zip(*lines, strict=True)]
     for text_wraps in (False, True):
@@ -48,7 +48,7 @@ def lay_out(
 
 
 def _one_by_one(lines: Lines, width: int) -> list[tuple[str, Table]]:
-    """A table a row: the head beside its cells, without empty ones."""
+    """One table a row: the heads beside the row's cells, without empty cells."""
     head, *rows = lines
     names = min(max(map(_length, head[1:])), width // 2 - GAP)
     found = []
@@ -59,7 +59,7 @@ def _one_by_one(lines: Lines, width: int) -> list[tuple[str, Table]]:
 
 
 def _fitted(lines: Lines, width: int, *, text_wraps: bool) -> list[int]:
-    """The width of each column where all fit; none where they do not."""
+    """The width of each column; an empty list if they do not fit."""
     columns = list(zip(*lines, strict=True))
     room = width - GAP * (len(columns) - 1)
     natural = [max(map(_length, column)) for column in columns]
@@ -68,14 +68,14 @@ def _fitted(lines: Lines, width: int, *, text_wraps: bool) -> list[int]:
     widths = [_least(column, text_wraps, is_name=not i) for i, column in enumerate(columns)]
     if sum(widths) > room:
         return []
-    for _ in range(room - sum(widths)):  # to the one that lacks most
+    for _ in range(room - sum(widths)):  # each free character goes to the column that lacks most
         lacking = max(range(len(widths)), key=lambda i: natural[i] - widths[i])
         widths[lacking] = min(widths[lacking] + 1, natural[lacking])
     return widths
 
 
 def _least(column: Sequence[str], text_wraps: bool, is_name: bool) -> int:
-    """How narrow a column may be: its head wraps at spaces, and so does a name, or text."""
+    """The least width of a column: its head wraps at spaces, and so do names and text if `text_wraps`."""
     head, *cells = column
     words = max(map(_length, head.split()), default=0)
     cell = max(map(_length, cells), default=0)

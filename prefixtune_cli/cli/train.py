@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from prefixtune_cli.recipe.schema import DataSection, Recipe
     from prefixtune_cli.train import Summary
 
-WORSE = (
-    4  # the exit code of a run that is finished and saved, and whose adapter is worse than its base
-)
+WORSE = 4  # the exit code of a finished and saved run whose adapter is worse than its base
 
 
 def train(
@@ -36,17 +34,17 @@ def train(
 ) -> None:
     """Fine-tune a base model on your data.
 
-    A flag wins over --set, which wins over the recipe, which wins over the default. The exit code is 4 where the
-    adapter turns out worse than its base.
+    A flag wins over --set, which wins over the recipe, which wins over the default. The exit code is 4 if the adapter
+    turns out worse than its base.
     """
     settings = given.recipe()
     if resume not in (None, "auto", "must"):
-        raise UsageError(f"--resume stands alone, or as --resume auto, got --resume {resume}.")
+        raise UsageError(f"--resume takes no value, or auto, got --resume {resume}.")
 
     if find_learning_rate and (resume is not None or settings.train.gpus not in (None, 1)):
         raise UsageError(
-            "--find-learning-rate is for a fresh run of one process. Leave out --resume and --gpus; give the rate that "
-            "it finds as --learning-rate to the run on several GPUs."
+            "--find-learning-rate is for a new run of one process. Leave out --resume and --gpus; for a run on several "
+            "GPUs, give the rate that it finds as --learning-rate."
         )
     _check(settings, resume, overwrite)
     if _launches(settings, nodes, node_rank, rendezvous):
@@ -83,12 +81,12 @@ def train(
         _print_summary(summary, settings.data)
     from prefixtune_cli.parallel.processes import inside_a_launcher
 
-    if not inside_a_launcher():  # to which a code of its own would be a process that failed
+    if not inside_a_launcher():  # a launcher would take this code for a failure
         _exit_by_verdict(summary.verdict)
 
 
 def _saved_verdict(settings: Recipe) -> str | None:
-    """That of the run whose processes have ended."""
+    """The verdict of a run whose processes have ended."""
     import json
 
     from prefixtune_cli.run_dir import RunDir
@@ -104,7 +102,7 @@ def _exit_by_verdict(verdict: str | None) -> None:
 
 
 def _check(settings: Recipe, resume: str | None, overwrite: bool) -> None:
-    """Refuse what is not there, or is taken, once for all processes and before the libraries load."""
+    """Refuse inputs that do not exist and a folder that is taken, on rank 0 only, before the libraries load."""
     if (
         LAUNCHER_PID in os.environ
         or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0"
@@ -115,7 +113,7 @@ def _check(settings: Recipe, resume: str | None, overwrite: bool) -> None:
 
     lookup.check(settings)
     run_dir = RunDir(settings.folder)
-    with locked(run_dir.path, shared=True):  # with other launchers of the run, which look as well
+    with locked(run_dir.path, shared=True):  # other launchers of the run check it at the same time
         if resume is None or (resume == "auto" and not run_dir.recipe.exists()):
             run_dir.check_free(overwrite=overwrite)
         elif resume == "must":
@@ -125,7 +123,7 @@ def _check(settings: Recipe, resume: str | None, overwrite: bool) -> None:
 def _launches(
     settings: Recipe, count: int | None, rank: int | None, rendezvous: str | None
 ) -> bool:
-    """Start the run's processes where it has several and nobody has started them; whether that was the case."""
+    """Start the run's processes, if it has several and no launcher has started them; return whether we did."""
     train, wanted = settings.train, settings.model.device
     if (train.gpus, count, rank, rendezvous) == (None, None, None, None):
         return False
@@ -160,7 +158,7 @@ def _print_summary(summary: Summary, data: DataSection) -> None:
     share = 100 * summary.trainable_parameters / summary.total_parameters
     console.say(
         f"Trained {summary.trainable_parameters:,} of {summary.total_parameters:,} parameters ({share:.2f} %) "
-        f"in {summary.steps} steps; the adapter has {summary.adapter_bytes / 2**20:.2f} MiB."
+        f"in {summary.steps} steps; the adapter takes {summary.adapter_bytes / 2**20:.2f} MiB."
     )
     console.say(f"On {summary.held_out_rows} held-out rows:\n")
     console.print_table(
@@ -186,7 +184,7 @@ def _print_summary(summary: Summary, data: DataSection) -> None:
 
 
 def _next_commands(summary: Summary, data: DataSection) -> Iterator[list[str]]:
-    """What to type next, each as it can be pasted."""
+    """The commands to type next, ready to paste."""
     run = ["--run", summary.run]
     yield ["ptp", "chat", *run]
     if asked := [part for name, text in summary.example.items() for part in (f"--{name}", text)]:

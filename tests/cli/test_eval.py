@@ -372,12 +372,12 @@ BAD: dict[str, tuple[Make, int, list[str]]] = {
     "a batch of nothing": (
         asked("--batch-size", 0),
         2,
-        ["--batch-size must be auto or a number from 1 on, got '0'"],
+        ["--batch-size must be auto, or a number of at least 1, got '0'"],
     ),
     "a batch size in letters": (
         asked("--batch-size", "abc"),
         2,
-        ["--batch-size must be auto or a number from 1 on, got 'abc'"],
+        ["--batch-size must be auto, or a number of at least 1, got 'abc'"],
     ),
     "five bits": (asked("--bits", 5), 2, ["model.bits must be 4, 8, 16 or 32, got 5"]),
     "a cache that is a file": (
@@ -393,7 +393,7 @@ BAD: dict[str, tuple[Make, int, list[str]]] = {
     "a cache and none": (
         asked("--cache", "somewhere", "--no-cache"),
         2,
-        ["--cache and --no-cache exclude each other"],
+        ["--cache and --no-cache contradict each other"],
     ),
     "forgetting without a text": (
         asked_on("--bench", "forgetting"),

@@ -74,7 +74,7 @@ def test_folding_prefix_tuning_plus_names_the_other_way(ptp: Ptp, pair, tmp_path
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        (("--weights", "0.7,much"), "with commas between, as in 0.7,0.3, got 'much'"),
+        (("--weights", "0.7,much"), "separated by commas, as in 0.7,0.3, got 'much'"),
         (("--weights", "0.7"), "each of the 2 adapters, got 1"),
         (("--method", "mean"), "--method must be one of linear, task-arithmetic, ties, dare"),
         (("--density", "0.5"), "--density belongs to --method ties and dare"),
@@ -117,7 +117,7 @@ def test_a_base_that_has_moved_is_given_its_new_place(ptp: Ptp, random_base, tmp
     ):
         code, _, said = ptp(*typed)
         assert code == 1
-        assert "where it has moved, type its new place with --model" in said
+        assert "if it has moved, give its new place with --model" in said
     code, out, _ = ptp("merge", *pair, "--model", moved, "--out", tmp_path / "c")
     assert code == 0
     assert shlex.split(out.splitlines()[1])[1:5] == ["ptp", "generate", "--model", str(moved)]

@@ -80,7 +80,7 @@ def test_an_adapter_without_its_flag_is_answered_with_the_line(ptp: Ptp, tmp_pat
 def test_a_switch_with_a_value_is_told_that_it_takes_none(ptp: Ptp, value: str) -> None:
     code, _, err = ptp("train", "--data", "d.jsonl", "--packing", value)
     assert code == 2
-    assert f"What is {value!r}? A switch is on where it is typed, without a value." in err
+    assert f"What is {value!r}? A switch takes no value" in err
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_variable_that_is_not_set_is_no_data_and_no_newest_run(
 ) -> None:
     code, _, err = ptp(*typed)
     assert code == 2
-    assert f"{name} is empty. Is it a variable of the shell that is not set?" in err
+    assert f"{name} is empty. Is its value a shell variable that is not set?" in err
 
 
 def test_a_prompt_may_be_empty(ptp: Ptp) -> None:

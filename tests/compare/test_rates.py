@@ -68,7 +68,7 @@ def test_where_no_rate_gives_a_number_there_is_an_error(
 
 @pytest.mark.parametrize("more", [{"resume": "must"}, {"gpus": "2"}])
 def test_it_is_for_a_fresh_run_of_one_process(more: dict[str, str]) -> None:
-    with pytest.raises(UsageError, match="fresh run of one process"):
+    with pytest.raises(UsageError, match="new run of one process"):
         for_typer(command)(
             model="tiny", data="sample:intents-train", find_learning_rate=True, **more
         )

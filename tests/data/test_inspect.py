@@ -41,7 +41,7 @@ def test_examples_and_statistics_are_printed(write, model, capsys):
 
 def test_without_a_model_it_says_by_whose_tokenizer_it_shows(write, capsys):
     inspect_data(source=write("a.jsonl", [PAIR]))
-    assert "Shown by the tokenizer of tiny, the toy inside ptp" in capsys.readouterr().err
+    assert "These are tokens of tiny, the toy inside ptp" in capsys.readouterr().err
     inspect_data(source="sample:chat")
     assert "the toy" not in capsys.readouterr().err
 
