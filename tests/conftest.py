@@ -1,4 +1,4 @@
-"""What all tests share: no network, one thread a worker, caches of their own, and a minute base model."""
+"""Shared by all tests: no network, one thread a worker, their own caches, and a tiny base model."""
 
 import gc
 import json
@@ -7,7 +7,7 @@ import signal
 import tempfile
 from pathlib import Path
 
-# A shell starts what runs in its background deaf to Ctrl-C, and the processes of tests would inherit that.
+# A shell makes its background jobs ignore Ctrl-C, and the processes of tests would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,13 +20,13 @@ COLOURS = ("red", "blue", "green", "white")
 
 
 def pytest_collection_finish() -> None:
-    """Keep the libraries' million objects out of every later collection, of which each run makes several."""
+    """Keep the libraries' million objects out of later collections; each run makes several."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure() -> None:
-    """Let the last collection find them, or their libraries tell of leaks."""
+    """Let the last collection visit them, or their libraries report leaks."""
     gc.unfreeze()
 
 
@@ -60,7 +60,7 @@ def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 rows of a task that two layers can learn: say the colour back in capitals."""
+    """64 rows of a task that two layers can learn: repeat the colour in capitals."""
     file = tmp_path_factory.mktemp("colours") / "colours.jsonl"
     rows = [
         {"prompt": f"Say the colour {colour}, number {i}.", "completion": colour.upper()}

@@ -1,4 +1,4 @@
-"""GGUF files for tests, as llama.cpp's converter would write them, from a folder with a Llama."""
+"""GGUF files for tests, made from a folder with a Llama as llama.cpp's converter would make them."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def write_gguf(
     rope_freqs: Any = None,
     **more: Any,
 ) -> Path:
-    """Write the Llama of `folder` and its tokenizer; `more` are further entries, dots as two underscores."""
+    """Write the Llama in `folder` and its tokenizer; `more` are further entries, with two underscores for each dot."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     config = model.config
     writer = gguf.GGUFWriter(file, "llama")
@@ -48,7 +48,7 @@ def write_gguf(
         for projection, count in heads.items():
             if f".{projection}." in name:
                 weight = _interleaved(weight, count)
-        kept = torch.float32 if weight.dim() == 1 else dtype  # norms are never halved
+        kept = torch.float32 if weight.dim() == 1 else dtype  # norms always stay in float32
         to = names.get_name(name, try_suffixes=(".weight",))
         writer.add_tensor(to, weight.to(kept).numpy())
     if rope_freqs is not None:
@@ -73,7 +73,7 @@ def write_strange(file: Path, architecture: str = "llama", **more: Any) -> Path:
 
 
 def _interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """The rows of a query or key projection in llama.cpp's order: the two of a rotation lie beside each other."""
+    """The rows of a query or key projection in llama.cpp's order: the two of a rotation are adjacent."""
     return (
         weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
         .swapaxes(1, 2)

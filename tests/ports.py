@@ -1,11 +1,11 @@
-"""Ports for processes that meet."""
+"""Ports at which processes meet."""
 
 import random
 import socket
 
 
 def free_port() -> int:
-    """One that nothing uses, below those that the system hands out for connections, so that it stays free."""
+    """A free port below those that the system assigns to connections, so that it stays free."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as found:

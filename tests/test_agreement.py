@@ -1,4 +1,4 @@
-"""What is generated is what is computed, for every way an adapter reaches the base; or the user is told."""
+"""The model generates what it computes, for every way an adapter acts on the base; otherwise the user is told."""
 
 import json
 from importlib import metadata
@@ -35,7 +35,7 @@ LEARNING = {"max_steps": 4, "learning_rate": 0.5, "save_steps": 4}
 
 
 def adapted(base: Path | str, method: str, bits: int = 32) -> PeftModel:
-    """The base with an adapter that changes what it says."""
+    """The base with an adapter that changes its output."""
     section = ModelSection.model_validate({"name": str(base), "bits": bits})
     adapter = resolve(
         flags={
@@ -54,7 +54,7 @@ def adapted(base: Path | str, method: str, bits: int = 32) -> PeftModel:
 
 
 def greedy(model: Any, count: int = 8) -> list[int]:
-    """The tokens that plain forward passes take, one after another."""
+    """The tokens that plain forward passes choose, one after another."""
     ids = torch.tensor([PROMPT])
     for _ in range(count):
         with torch.no_grad():
@@ -76,7 +76,7 @@ def generated(model: Any, count: int = 8) -> list[int]:
 
 @pytest.fixture
 def crippled(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """`generate` loses the adapter, as when a library renames what peft reads."""
+    """`generate` loses the adapter, as it would if a library renamed what peft reads."""
     whole = PeftModelForCausalLM.generate
 
     def generate(self: PeftModel, *args: Any, **kwargs: Any) -> Any:

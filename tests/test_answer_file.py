@@ -1,4 +1,4 @@
-"""The file of answers: nothing of the user's is replaced, and no answer that was made is lost."""
+"""The file of answers: it replaces nothing of the user's, and loses no finished answer."""
 
 import json
 import os

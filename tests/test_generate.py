@@ -25,7 +25,7 @@ CASES = Path(__file__).parents[2] / "shared" / "cases"
 
 @pytest.fixture(scope="module")
 def adapter(random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that changes what the base says."""
+    """An adapter that changes the base's output."""
     section = ModelSection(name=str(random_base))
     attached = models.attach(models.load_base(section), PrefixTuningPlus())
     torch.manual_seed(1)
@@ -130,7 +130,7 @@ def test_closing_a_stream_ends_the_generation(speaker: generate.Speaker) -> None
         speaker, conversation("Hello", None), sampling=Sampling(max_new_tokens=100_000)
     )
     next(pieces)
-    pieces.close()  # returns only when the thread has ended
+    pieces.close()  # returns only after the thread has ended
 
 
 def test_sampling_repeats_by_seed(random_base: Path) -> None:
@@ -294,7 +294,7 @@ def test_wrong_bits_are_told_like_those_of_a_recipe(random_base: Path) -> None:
 def test_contradicting_flags_are_usage_errors(
     arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # where there are no runs
+    monkeypatch.chdir(tmp_path)  # which has no runs
     done = CliRunner().invoke(app, ["generate", *arguments])
     assert isinstance(done.exception, UsageError)
     assert said in str(done.exception)

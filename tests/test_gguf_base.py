@@ -1,4 +1,4 @@
-"""A base in one GGUF file: the same model as the folder it was made from, in every command, and clear refusals."""
+"""A base in one GGUF file: the same model as its original folder in every command, and clear refusals."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_gguf_base_answers_as_the_folder_with_the_same_weights(
 
 
 def test_half_precision_weights_come_through(random_base: Path, tmp_path: Path) -> None:
-    """Of a file in float16, as most that are called F16."""
+    """From a file in float16, as most files called F16 are."""
     half = write_gguf(random_base, tmp_path / "half.gguf", torch.float16)
     there = models.load_base(ModelSection(name=str(half), bits=32))
     here = AutoModelForCausalLM.from_pretrained(random_base, dtype=torch.float16).float()
@@ -98,7 +98,7 @@ def test_the_tokenizer_and_its_chat_template_come_from_the_file(
 def test_a_file_without_an_ending_is_recognised_and_what_lies_beside_it_is_not_read(
     file: Path, tmp_path: Path
 ) -> None:
-    """Ollama's; and a download folder may hold another model's tokenizer."""
+    """Ollama's files have no ending, and a download folder may hold another model's tokenizer."""
     blob = tmp_path / "sha256-5f4d"
     shutil.copy(file, blob)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -115,7 +115,7 @@ def test_an_adapter_names_the_file_in_full_and_is_found_on_it_again(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(file.parent.parent)
-    short = str(file.relative_to(file.parent.parent))  # which could be the hub's
+    short = str(file.relative_to(file.parent.parent))  # also a possible hub id
     base = models.load_base(ModelSection(name=short, bits=32))
     model = models.attach(base, PrefixTuningPlus())
     model.save_pretrained(tmp_path / "adapter")
@@ -153,7 +153,7 @@ def test_the_configuration_is_read_anew_where_the_file_has_changed(
 ) -> None:
     changing = write_gguf(random_base, tmp_path / "changing.gguf")
     first = gguf_base.load_config(changing)
-    first.num_hidden_layers = 99  # what a caller does to it stays with it
+    first.num_hidden_layers = 99  # a caller's change does not affect other callers
     assert gguf_base.load_config(changing).num_hidden_layers == 2
     write_gguf(random_base, changing, torch.float16, llama__rope__scaling__type="none")
     assert gguf_base.load_config(changing).num_hidden_layers == 2
@@ -161,7 +161,7 @@ def test_the_configuration_is_read_anew_where_the_file_has_changed(
 
 @pytest.fixture(scope="module")
 def llama_3(random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama whose rotary frequencies are scaled as Llama 3.1's are."""
+    """A Llama with rotary frequencies scaled as Llama 3.1's are."""
     folder = tmp_path_factory.mktemp("llama-3")
     config = LlamaConfig.from_pretrained(random_base)
     config.rope_parameters = {
@@ -178,14 +178,14 @@ def llama_3(random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def factors_of(folder: Path) -> torch.Tensor:
-    """What llama.cpp's converter writes as rope_freqs.weight."""
+    """llama.cpp's converter writes these as rope_freqs.weight."""
     rotary = LlamaForCausalLM.from_pretrained(folder).model.rotary_emb
     width = 2 * len(rotary.inv_freq)
     return (1 / 500000.0 ** (torch.arange(0, width, 2) / width)) / rotary.inv_freq
 
 
 def test_the_scaled_frequencies_of_llama_3_come_through(llama_3: Path, tmp_path: Path) -> None:
-    """transformers leaves the tensor out that has them."""
+    """transformers ignores the tensor with the scaling."""
     factors = factors_of(llama_3)
     assert factors.max() > 31
     file = write_gguf(llama_3, tmp_path / "llama-3.gguf", rope_freqs=factors)
@@ -276,7 +276,7 @@ def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_header_is_read_past_arrays_of_every_kind(file: Path) -> None:
-    """Behind the vocabulary there are the chat template and the weights."""
+    """The chat template and the weights come after the vocabulary."""
     header = read_header(file)
     assert header.architecture == "llama" and header.parts == 1
     assert "tokenizer.chat_template" in header.metadata

@@ -1,4 +1,4 @@
-"""The layers that the package's docstring shows, read from the imports of every file: they go downward only."""
+"""The imports of every file go only downward through the layers that the package's docstring shows."""
 
 import ast
 import os
@@ -17,7 +17,7 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 
 def _layers() -> dict[str, int]:
-    """The rooms that the docstring lists, from below, with their layers."""
+    """The rooms in the docstring, from the lowest, with their layers."""
     found: dict[str, int] = {}
     for line in (prefixtune_cli.__doc__ or "").splitlines():
         if heading := re.match(r"(\d)\. ", line):
@@ -30,7 +30,7 @@ def _layers() -> dict[str, int]:
 LAYERS = _layers()
 ROOT = {"__init__"}  # the version; everything may import it, and it imports nothing
 
-# Imports within a layer, each for a reason that can be said.
+# Imports within a layer, each with its reason.
 BESIDE = {
     "lock": {"errors"},
     "run_dir": {"errors", "lock"},
@@ -42,8 +42,8 @@ BESIDE = {
     "saved_adapter": {"model", "peft_methods"},
     "shared_base": {"model"},
     "agreement": {"model"},  # with its adapter, and without
-    "evaluate": {"generate"},  # the answers that are matched
-    "report": {"compare"},  # what it tells of
+    "evaluate": {"generate"},  # the answers to match
+    "report": {"compare"},  # the comparison that it describes
     "merge_info": {
         "plan",
         "merge",
@@ -51,12 +51,12 @@ BESIDE = {
     "train": {"evaluate", "plan"},  # a run ends with its evaluation; the plan tells what fits
 }
 
-# What only one part may import.
+# Packages that only one room may import.
 HOMES = {
     "typer": {"cli"}, "rich": {"cli"}, "trl": {"train"}, "lm_eval": {"evaluate"},
     "bitsandbytes": {"quantization"}, "triton": {"adapter"},
 }  # fmt: skip
-# What a part may import from outside, where the design is narrower than the layers.
+# The outside packages that a room may import, if the design is narrower than the layers.
 OUTSIDE = {
     "errors": set(), "lock": set(), "run_dir": set(), "progress": set(), "__init__": set(), "__main__": set(),
     "recipe": {"pydantic", "pydantic_core", "yaml"},
@@ -73,7 +73,7 @@ class Import:
 
     @property
     def part(self) -> str | None:
-        """The part of our package that is imported, "__init__" for the package itself."""
+        """The imported part of our package; "__init__" for the package itself."""
         first, _, rest = self.module.partition(".")
         return (rest.partition(".")[0] or "__init__") if first == "prefixtune_cli" else None
 
@@ -111,7 +111,7 @@ def _imports(node: ast.AST, file: Path, *, top: bool) -> Iterator[Import]:
 
 
 def ours(found: Import) -> str | None:
-    """The part of ours that is imported; `from prefixtune_cli import __version__` is the root."""
+    """The imported part of our package; `from prefixtune_cli import __version__` is the root."""
     part = found.part
     return "__init__" if part is not None and part.startswith("__version") else part
 
@@ -125,7 +125,7 @@ def test_every_file_is_checked_and_belongs_to_a_layer() -> None:
 
 
 def test_no_module_is_imported_by_a_name_that_only_runs_know() -> None:
-    """importlib and __import__ would pass by these checks."""
+    """importlib and __import__ would escape these checks."""
     for file in FILES:
         names = {
             node.attr if isinstance(node, ast.Attribute) else node.id
@@ -141,7 +141,7 @@ def test_imports_go_downward_only(file: Path) -> None:
     if part in ROOT:
         allowed = set()
     elif part == "adapter":
-        allowed = {"adapter"}  # it should be liftable into peft as it stands
+        allowed = {"adapter"}  # so that it could be moved into peft unchanged
     else:
         below = {name for name, layer in LAYERS.items() if layer < LAYERS[part]}
         allowed = below | {part} | BESIDE.get(part, set()) | ROOT
@@ -186,7 +186,7 @@ def test_the_top_of_a_command_imports_next_to_nothing(file: Path) -> None:
 
 
 def test_what_these_checks_forbid_is_found(tmp_path: Path) -> None:
-    """The reader of imports itself: relative ones, and those inside of functions and classes."""
+    """A check of the reader of imports: relative imports, and imports inside functions and classes."""
     text = (
         "from __future__ import annotations\nimport a.b\nfrom . import x\nfrom ..errors import E\n"
         "from prefixtune_cli import train\n"

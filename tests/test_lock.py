@@ -1,4 +1,4 @@
-"""The lock on a folder: who comes second is refused, and a dead process locks nothing."""
+"""The lock on a folder: the second command is refused, and a dead process holds no lock."""
 
 import errno
 import fcntl

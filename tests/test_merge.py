@@ -1,4 +1,4 @@
-"""`merge`: adapters on a tiny base, merged without its weights, against what they do together on it."""
+"""`merge`: adapters on a tiny base, merged without its weights, against their joint effect on it."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def of_folder(base: Path, folder: str | Path) -> torch.Tensor:
 
 
 def updates(base: Path, folder: str | Path) -> dict[str, torch.Tensor]:
-    """How far each weight of the base is from what a LoRA makes of it."""
+    """How much each weight of the base differs from what a LoRA makes of it."""
     plain = base_model(base).state_dict()
     folded = PeftModel.from_pretrained(base_model(base), str(folder)).merge_and_unload()
     return {key: value - plain[key] for key, value in folded.state_dict().items()}
@@ -168,7 +168,7 @@ def test_a_run_and_an_adapter_folder_merge(random_base, pair, tmp_path):
 
 @pytest.mark.parametrize("method", ["linear", "task-arithmetic"])
 def test_the_linear_merge_of_loras_is_the_sum_of_their_updates(random_base, tmp_path, method):
-    """Different ranks, modules, scales: the case that averaging A and B apart gets wrong."""
+    """Different ranks, modules and scales: averaging A and B separately would be wrong."""
     first = save(random_base, tmp_path / "a", lora(lora_alpha=16, use_rslora=True), 1)
     second = save(random_base, tmp_path / "b", lora(r=2, target_modules=["v_proj", "up_proj"]), 2)
     merge(
@@ -180,7 +180,7 @@ def test_the_linear_merge_of_loras_is_the_sum_of_their_updates(random_base, tmp_
 
 
 def test_ties_of_loras_is_taken_of_their_updates(random_base, tmp_path):
-    """With one adapter given as two, TIES at full density is that adapter: BA has the rank that the SVD keeps."""
+    """If both adapters are the same, TIES at full density gives it back: the SVD keeps the rank of BA."""
     first = save(random_base, tmp_path / "a", lora(), 1)
     same = save(random_base, tmp_path / "b", lora(), 1)
     merge([first, same], out=tmp_path / "c", method="ties", density=1.0, reporter=Silent())
@@ -197,7 +197,7 @@ def test_dare_of_loras_keeps_to_the_base_s_smallest_width(random_base, tmp_path)
 
 
 def test_the_base_s_weights_are_not_read(random_base, pair, tmp_path):
-    """A base whose weights are gone still serves."""
+    """A base that has lost its weights still suffices."""
     hollow = tmp_path / "hollow"
     hollow.mkdir()
     (hollow / "config.json").write_bytes((random_base / "config.json").read_bytes())
@@ -351,7 +351,7 @@ def test_a_folded_adapter_is_a_plain_model_with_the_same_logits(random_base, tmp
 
 @pytest.fixture(scope="module")
 def untied(random_base, tmp_path_factory):
-    """A base whose embedding and output layer have a weight each."""
+    """A base with separate weights for the embedding and the output layer."""
     folder = tmp_path_factory.mktemp("untied")
     config = AutoConfig.from_pretrained(random_base, tie_word_embeddings=False)
     torch.manual_seed(0)
@@ -394,7 +394,7 @@ def test_an_adapter_at_the_embedding_or_the_head_fits_is_sound_folds_and_comes_o
     assert torch.equal(logits(loaded.get_base_model()), logits(base_model(folder)))
     found = saved.read(point(adapter))
     assert not integrity(found, without_weights(section, found.config))
-    if where == "tokens":  # trained in both, where the base has one weight for both
+    if where == "tokens":  # trained in both, though the base has one weight for both
         with pytest.raises(AdapterError, match="two kinds of changes at lm_head"):
             merge_into_base(adapter, out=tmp_path / "m", reporter=Silent())
         return

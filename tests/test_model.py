@@ -1,4 +1,4 @@
-"""Adapters that do not fit, are too new, or are pickles; quantization; what a base must be."""
+"""Adapters that do not fit, are too new, or are pickles; quantization; requirements on a base."""
 
 import json
 import shutil
@@ -193,7 +193,7 @@ def test_the_recipes_adapter_reaches_peft_in_every_field(random_base: Path) -> N
     )  # fmt: skip
     config = models.peft_config(chosen)
     assert isinstance(config, PrefixTuningPlusConfig)
-    given = chosen.model_dump(exclude={"method", "preset", "basis"})  # the last is the trainer's
+    given = chosen.model_dump(exclude={"method", "preset", "basis"})  # basis belongs to the trainer
     assert {name: getattr(config, name) for name in given} == given
     attached = get_peft_model(models.load_base(section(random_base)), config)
     assert isinstance(attached, PeftModel)

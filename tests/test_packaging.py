@@ -62,7 +62,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ptp(installed: Path, *arguments: str) -> str:
-    # -P keeps the current folder, and PYTHONPATH puts the wheel before the editable source tree.
+    # -P ignores the current folder, and PYTHONPATH puts the wheel before the editable source tree.
     where = run(
         sys.executable, "-P", "-c", "import prefixtune_cli; print(prefixtune_cli.__file__)",
         cwd=installed.parent, PYTHONPATH=str(installed),
@@ -144,9 +144,7 @@ def test_every_third_party_that_is_imported_is_a_dependency() -> None:
     }
     imported = {module.partition(".")[0] for module in modules} - {"prefixtune_cli"}
     third_parties = imported - sys.stdlib_module_names
-    third_parties -= {
-        "triton"
-    }  # comes with the builds of torch that need it, and is missed nowhere else
+    third_parties -= {"triton"}  # comes with the builds of torch that need it
     assert "torch" in third_parties
     assert {DISTRIBUTIONS.get(name, name) for name in third_parties} <= declared
 
@@ -158,7 +156,7 @@ def test_every_dependency_has_a_lower_and_an_upper_bound() -> None:
 
 
 def test_the_installed_libraries_are_in_the_ranges_that_the_tests_have_passed_with() -> None:
-    """Else what these tests say holds for libraries that a user does not get."""
+    """Otherwise these tests may use libraries that a user does not get."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for requirement in map(Requirement, project["dependencies"]):
         assert requirement.specifier.contains(version(requirement.name)), requirement

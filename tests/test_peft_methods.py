@@ -1,4 +1,4 @@
-"""Every method of peft's registry: trained, scored, saved, loaded and taken off, or refused with a reason."""
+"""Every method of peft's registry is trained, scored, saved, loaded and removed, or refused with a reason."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from prefixtune_cli.recipe.schema import IN_FRONT, IN_THE_CACHE, ModelSection
 from prefixtune_cli.sampling import Sampling
 from prefixtune_cli.saved_adapter import check_fits, load_adapter
 
-# Settings without which a method does not fit a base of width 64.
+# Without these settings, a method does not fit a base of width 64.
 SMALL: dict[str, dict[str, Any]] = {
     "adamss": {"num_subspaces": 2},
     "c3a": {"block_size": 16},
@@ -72,14 +72,14 @@ def test_every_method_of_peft_is_trained_or_refused_and_none_else() -> None:
 
 
 def one_step(model: PeftModel, dtype: torch.dtype = torch.float32) -> None:
-    """A step as the trainer takes it: the adapter in float32, the rest under autocast."""
+    """A step as in the trainer: the adapter in float32, everything else under autocast."""
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     model.train()
     before = [p.detach().clone() for p in trained]
-    for _ in range(2):  # the first step of a product of two matrices may move one alone
+    for _ in range(2):  # the first step of a product of two matrices may change only one
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = model(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=IDS).loss
         assert torch.isfinite(loss)

@@ -1,4 +1,4 @@
-"""What the user points at, by hand-made folders: no model is there, and none is needed."""
+"""What the user points at, with hand-made folders; no model is needed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def adapter(folder: Path, base: str | None = "tiny") -> Path:
 
 
 def run(folder: Path, *, finished: bool = True, **data: Any) -> Path:
-    """A run on `tiny` in 32 bits: with its adapter, or without one."""
+    """A run on `tiny` in 32 bits, with or without its adapter."""
     folder.mkdir(parents=True)
     recipe = {"model": {"name": "tiny", "bits": 32}, "adapter": {"method": "lora"}, "data": data}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
@@ -89,7 +89,7 @@ def test_a_base_that_has_moved_is_named_beside_the_run(tmp_path: Path) -> None:
     folder = run(tmp_path / "mine")
     [found] = choose(runs=[str(folder)], model=str(tmp_path))
     assert (found.base.name, found.base.bits) == (str(tmp_path), 32)
-    assert not found.as_trained  # results of another base are not the run's
+    assert not found.as_trained  # results on another base do not belong to the run
 
 
 def test_an_unfinished_run_is_used_through_its_newest_whole_checkpoint_and_says_so(

@@ -1,8 +1,8 @@
-"""The private names of libraries that the package reaches for: each has its reason here, and is there as it was read.
+"""The private names of libraries that the package uses: each has its reason here, and is still as we read it.
 
-Read in torch 2.13, transformers 5.24, peft 0.21, trl 1.16, accelerate 1.15, lm-eval 0.4.13, on Python 3.11. A name that
-the package uses and this list lacks makes a test red, as does one that is not used any more, or that a library has
-moved, or whose parameters are others now.
+Read in torch 2.13, transformers 5.24, peft 0.21, trl 1.16, accelerate 1.15, lm-eval 0.4.13, on Python 3.11. A test
+fails if the package uses a name that this list lacks, or no longer uses one of the list, or if a library has moved a
+name or changed its parameters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PACKAGE = Path(prefixtune_cli.__file__).parent
 
 
 class Private(NamedTuple):
-    """A private name: where it is defined, its parameters (None: not a function), and why there is no public way."""
+    """A private name: its owner, its parameters (None: not a function), and why there is no public way."""
 
     owner: str
     parameters: str | None
@@ -66,7 +66,7 @@ NAMES = {
     "_member_names_": Private("enum:", None, ENUM),
     "_member_map_": Private("enum:", None, ENUM),
     "_value2member_map_": Private("enum:", None, ENUM),
-    # Training: checkpoints that appear whole, and what a step leaves behind.
+    # Training: checkpoints that appear whole, and the traces of a step.
     "_save_checkpoint": Private(TRAINER, "self, model, trial", "a checkpoint is written beside itself and renamed"),
     "_get_output_dir": Private(TRAINER, "self, trial", "where that part lies"),
     "_save_rng_state": Private(TRAINER, "self, output_dir", "the leader writes for the nodes without its disk"),
@@ -89,7 +89,7 @@ NAMES = {
         "config, inputs_embeds, attention_mask, cache, position_ids, layer_idx, encoder_hidden_states",
         "whether a model makes its masks of positions, before its weights are loaded",
     ),
-    # What a model says of itself in class attributes that have no public name.
+    # Class attributes that have no public name, in which a model describes itself.
     "_is_stateful": Private(MODEL, None, "a model with a recurrent state is not packed"),
     "_no_split_modules": Private(MODEL, None, "the decoder layers, for FSDP"),
     "_keep_in_fp32_modules": Private(MODEL, None, "what a quantizer leaves alone"),
@@ -115,12 +115,12 @@ NAMES = {
     "_grouped_mm": Private("torch.ops.aten:", None, "a mixture's product, which the plan counts"),
     "_local_scalar_dense": Private("torch.ops.aten:", None, "`.item()`, which the plan answers"),
 }  # fmt: skip
-OF_THE_LANGUAGE = {"_exit", "_replace"}  # documented: os._exit, and of named tuples
+OF_THE_LANGUAGE = {"_exit", "_replace"}  # documented: os._exit, and _replace of named tuples
 OURS = {
     "_forward_in_one_dtype",
     "_looks_for_memories",
     "_prefix_tuning_plus_layer",
-}  # set on objects of libraries
+}  # set on libraries' objects
 
 
 @functools.cache
@@ -148,7 +148,7 @@ def defined_here() -> set[str]:
 
 
 def reached_for() -> set[str]:
-    """Private names that are read, set or spelled in the package, and not defined by it."""
+    """Private names that the package reads, sets or spells but does not define."""
     found = set()
     ends = {id(part) for node in trees() if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in trees():
@@ -161,7 +161,7 @@ def reached_for() -> set[str]:
 
 
 def overridden() -> set[str]:
-    """Private methods of libraries' classes that classes of the package define anew."""
+    """Private methods of libraries' classes that the package overrides."""
     found = set()
     for module in pkgutil.walk_packages([str(PACKAGE)], "prefixtune_cli."):
         if module.name.endswith(("__main__", "triton_kernels")):
@@ -194,7 +194,7 @@ def test_a_private_name_is_where_it_was_and_takes_what_it_took(name: str) -> Non
     owner = getattr(owner, kind) if kind else owner
     if private.parameters is not None:
         taken = ", ".join(inspect.signature(getattr(owner, name)).parameters)
-        # transformers 5.24 has called the cache by another name.
+        # The name of this parameter differs between versions of transformers.
         assert taken.replace("past_key_values", "cache") == private.parameters
     elif not hasattr(owner, name):
         sources = owner.__mro__[:-1] if inspect.isclass(owner) else [owner]

@@ -1,4 +1,4 @@
-"""The precision of a base: quantized as it loads, already quantized, sharded; and what is refused before it loads."""
+"""The precision of a base: quantized on loading, quantized before, sharded; and refusals before it loads."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def bits(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module")
 def stored(random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The random base, quantized to 4 and to 8 bits and saved so, with its tokenizer."""
+    """The random base, saved in 4 and in 8 bits, with its tokenizer."""
     folders = {}
     for bits in LINEAR:
         folders[bits] = tmp_path_factory.mktemp(f"stored-{bits}") / "base"
@@ -246,8 +246,8 @@ def test_the_gradient_on_tiny_is_that_on_the_dequantized_base_but_for_bfloat16(
 ) -> None:
     """bfloat16 rounds by 2⁻⁹: some ten times a layer, over six layers and at random, √60 times as much, 1.5 %.
 
-    Measured: 0 against the dequantized base in bfloat16, 1.5 % in float32; against the base before it was quantized
-    34 % at 4 bits and 4.8 % at 8.
+    Measured: 0 against the dequantized base in bfloat16, 1.5 % in float32; against the base before quantization, 34 %
+    at 4 bits and 4.8 % at 8.
     """
     tiny = ModelSection.model_validate({"name": "tiny", "bits": bits, "device": "cpu"})
     whole = tiny.model_copy(update={"bits": 32})
@@ -271,7 +271,7 @@ def test_8_bit_weights_are_not_sharded(random_base: Path, stored: dict[int, Path
 
 
 def test_a_base_of_odd_sizes_answers_in_4_bits_too(tmp_path: Path) -> None:
-    """bitsandbytes' kernel for CPUs takes 64 inputs and 32 outputs at a time, and would stop at these."""
+    """bitsandbytes' kernel for CPUs takes 64 inputs and 32 outputs at a time, and would fail at these."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -296,7 +296,7 @@ def test_an_adapter_is_loaded_onto_a_quantized_checkpoint(
     adapter: PrefixTuningPlus | Lora,
     tmp_path: Path,
 ) -> None:
-    """And answers as on the base that was quantized as it was loaded."""
+    """It also answers as on the base that was quantized on loading."""
     folder = tmp_path / "adapter"
     trained = models.attach(models.load_base(section(random_base, bits)), adapter)
     for parameter in trained.parameters():
@@ -322,7 +322,7 @@ def test_an_adapter_is_loaded_onto_a_quantized_checkpoint(
 def test_an_adapter_is_loaded_onto_a_base_that_has_answered_already(
     random_base: Path, bits: int, adapter: PrefixTuningPlus | Lora, tmp_path: Path
 ) -> None:
-    """As an evaluation does with the base and one adapter after the other."""
+    """As in an evaluation of the base and one adapter after the other."""
     trained = models.attach(models.load_base(section(random_base, bits)), adapter)
     for parameter in trained.parameters():
         if parameter.requires_grad:

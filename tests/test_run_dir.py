@@ -1,4 +1,4 @@
-"""The run directory: names, and files that are whole or not there."""
+"""The run directory: its names, and files that are whole or absent."""
 
 import json
 import math

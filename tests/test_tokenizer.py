@@ -1,4 +1,4 @@
-"""Which tokenizer and chat template speak for an adapter: those that it was trained with, before the base's."""
+"""The tokenizer and chat template of an adapter: those that it was trained with win over the base's."""
 
 import json
 import shlex
@@ -42,7 +42,7 @@ def bare(random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def with_tokenizer(
     bare: Path, base: Path, folder: Path, template: str = TRAINED, *tokens: str
 ) -> Path:
-    """As `ptp train` and TRL write it."""
+    """An adapter folder as `ptp train` and TRL write it."""
     shutil.copytree(bare, folder)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = template
@@ -173,11 +173,11 @@ def test_a_merged_adapter_carries_the_template_of_its_sources(
         merge([str(one), str(new)], out=tmp_path / "o", reporter=heard)
 
 
-# Tokens that the base does not have
+# Tokens that the base lacks
 
 
 def enlarged(base: Path, folder: Path, *tokens: str, pad: str | None = None) -> Path:
-    """A base to whose tokenizer tokens were added, and which was not resized."""
+    """A base that was not resized after its tokenizer got more tokens."""
     shutil.copytree(base, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(list(tokens))

@@ -1,4 +1,4 @@
-"""Tiny random models, one of each kind of attention that transformers has: what the claims are tested over."""
+"""Tiny random models, one for each kind of attention in transformers; most claims about adapters are tested on them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ LATENT = COMMON | {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A tiny model and what Prefix-Tuning+ must find in it, written down by hand."""
+    """A tiny model, and what Prefix-Tuning+ must find in it, written by hand."""
 
     config: Callable[[], PreTrainedConfig]
     attention: str = "model.layers.{}.self_attn"
@@ -93,7 +93,7 @@ ARCHITECTURES = {
     "mistral": Architecture(lambda: MistralConfig(**GROUPED, sliding_window=4)),
     "qwen2": Architecture(lambda: Qwen2Config(**GROUPED)),
     "qwen3": Architecture(lambda: Qwen3Config(**GROUPED, head_dim=16), d_query=16, d_value=16),
-    # Its capped scores are not for sdpa.
+    # sdpa does not support its capped scores.
     "gemma2": Architecture(
         lambda: Gemma2Config(**GROUPED, head_dim=8, sliding_window=4), implementations=("eager",)
     ),
@@ -139,7 +139,7 @@ def base_model(
     seed: int = 0,
     **changes: int,
 ) -> PreTrainedModel:
-    """A base in evaluation mode, its weights large enough that every part of it shows in the logits."""
+    """A base in evaluation mode, with weights large enough that every part of it affects the logits."""
     architecture = ARCHITECTURES[name]
     config = architecture.config()
     config.update(changes)
@@ -156,7 +156,7 @@ def base_model(
 
 
 def tokens(batch: int = 2, positions: int = 7, seed: int = 0) -> torch.Tensor:
-    """Token numbers that are none of the special ones, [batch, positions]."""
+    """Token ids without special ones, [batch, positions]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (batch, positions), generator=generator)
 
@@ -179,7 +179,7 @@ def feed_forward(model: torch.nn.Module, name: str, layer: int) -> torch.nn.Modu
 
 
 def adapted_modules(name: str, sites: str, layers: Iterable[int] = range(LAYERS)) -> list[str]:
-    """The names of the modules that an adapter of these sites wraps, in the order of the model."""
+    """The names of the modules that an adapter of these sites wraps, in the model's order."""
     architecture = ARCHITECTURES[name]
     places = {"attention": architecture.attention, "ffn": architecture.feed_forward}
     return [place.format(n) for n in layers for site, place in places.items() if site in sites]

@@ -1,4 +1,4 @@
-"""Eq. 7 of arXiv 2506.13674 as loops over plain floats: what the code is compared with.
+"""Eq. 7 of arXiv 2506.13674 as loops over plain floats, to compare the code with.
 
 o_i = softmax-attention(q_i, K, V) + φ(q_i)ᵀ M_h
 """
@@ -29,7 +29,7 @@ def features(memory: Memory, head: int, query: list[float]) -> list[float]:
 
 
 def matrix(memory: Memory) -> list[list[list[float]]]:
-    """M, or the product that stands for it."""
+    """M, or the product of two matrices that replaces it."""
     if memory.rank is None:
         return memory.M.tolist()
     factors = zip(memory.M_down.tolist(), memory.M_up.tolist(), strict=True)
@@ -43,7 +43,7 @@ def matrix(memory: Memory) -> list[list[list[float]]]:
 
 
 def read_of_blocks(memory: Memory, hidden: torch.Tensor) -> torch.Tensor:
-    """concat_b φ(x_b)ᵀ M_b: [..., hidden] to [..., hidden], block after block."""
+    """concat_b φ(x_b)ᵀ M_b, block after block: [..., hidden] to [..., hidden]."""
     rows = []
     for x in hidden.reshape(-1, hidden.shape[-1]).tolist():
         out = []

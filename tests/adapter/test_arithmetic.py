@@ -1,4 +1,4 @@
-"""One adapter from several: what is exact is so on logits, and PEFT's combinations are PEFT's on M."""
+"""One adapter from several: exact combinations are exact on logits, and PEFT's combinations act on M as PEFT's do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WEIGHTS = [0.7, -0.4]
 
 
 def with_adapters(*options: dict[str, object], name: str = "llama") -> PeftModel:
-    """A base with one filled adapter for each of the options: `a`, `b`, …"""
+    """A base with one filled adapter for each of the options, named `a`, `b`, …"""
     configs = [PrefixTuningPlusConfig(task_type="CAUSAL_LM", **given) for given in options]
     model = get_peft_model(base_model(name), configs[0], adapter_name="a")
     for adapter, config in zip("bcd", configs[1:], strict=False):
@@ -35,7 +35,7 @@ def memories(model: PeftModel, adapter: str) -> dict[str, Memory]:
 
 
 def all_active(model: PeftModel, weights: list[float]) -> torch.Tensor:
-    """The logits with every adapter active, each as often as its weight says, which then is taken back."""
+    """The logits with every adapter active, each scaled by its weight; the scaling is then undone."""
     names = "abcd"[: len(weights)]
     kept = {}
     for adapter, weight in zip(names, weights, strict=True):

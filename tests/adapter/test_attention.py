@@ -1,4 +1,4 @@
-"""Where the hook reaches, and that what comes out of a real model's attention is eq. 7."""
+"""Where the hook acts, and that a real model's attention then gives eq. 7."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ MAPS = {
 
 @pytest.fixture
 def recorded() -> Iterator[dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]]:
-    """The query that each attention module used, and its heads' outputs, by an attention function of our own.
+    """The query that each attention module used, and its heads' outputs, as our own attention function sees them.
 
-    It stands where sdpa stands, below the hook, under the name `recording`.
+    The function replaces sdpa, below the hook, under the name `recording`.
     """
     calls = {}
 
@@ -95,7 +95,7 @@ def test_attention_gives_the_bases_output_plus_the_read(name, options, recorded)
 
 
 def test_llamas_attention_is_equation_7_from_its_hidden_states_on():
-    """With rotary embedding, grouped heads, softmax and both projections written out here as loops."""
+    """A layer with rotary embedding, grouped heads, softmax and both projections, as loops."""
     model = base_model("llama", dtype=torch.float64)
     model = get_peft_model(model, PrefixTuningPlusConfig())
     fill(model)
@@ -144,7 +144,7 @@ def test_llamas_attention_is_equation_7_from_its_hidden_states_on():
                 out[i, h * d + v] = attended + remembered
     with torch.no_grad():
         expected = base.o_proj(out)
-    # Its rotary embedding is computed in float32.
+    # The model computes its rotary embedding in float32.
     torch.testing.assert_close(seen["output"][0], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -251,7 +251,7 @@ def test_model_out_of_the_interfaces_reach_is_refused_by_its_class(config):
 
 
 class Layer(nn.Module):
-    """What a model from elsewhere may look like: fields as attention has them, and its own forward."""
+    """What a model from elsewhere may look like: the usual fields of attention, and its own forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ class Layer(nn.Module):
 
 
 class IndexesTheTable(Layer):
-    """As models of transformers 4.48 did, and remote code still does: not through `get_interface`."""
+    """A call as in transformers 4.48, and in remote code still: not through `get_interface`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](self, x, x, x, None)[0]
@@ -296,7 +296,7 @@ def test_attention_that_would_silently_go_unadapted_is_refused(layer, named):
 
 
 def test_read_takes_the_dtype_and_width_of_what_attention_returns():
-    """Flash attention answers a float32 query in bfloat16, and is given latent values padded to the keys' width."""
+    """Flash attention answers a float32 query in bfloat16, and gets latent values padded to the keys' width."""
     layer = MemoryLayer(Layer(), AttentionShape(layer=0, heads=2, kv_heads=2, d_query=4, d_value=3))
     layer.update_layer("default", PrefixTuningPlusConfig(init_weights=False))
     query = torch.randn(1, 2, 5, 4)

@@ -1,4 +1,4 @@
-"""The basis in which M is trained: it changes how M is trained, and nothing that is read, saved or loaded."""
+"""The basis in which M is trained changes the training of M, but nothing that is read, saved or loaded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BATCHES = [{"input_ids": tokens(batch=4, positions=12, seed=seed)} for seed in (
 def adapted(
     name: str = "llama", dtype: torch.dtype = torch.float64, **options: object
 ) -> PeftModel:
-    """With a basis and coordinates that are not zero."""
+    """A model with a basis and with coordinates other than zero."""
     config = PrefixTuningPlusConfig(task_type="CAUSAL_LM", **options)
     model = get_peft_model(base_model(name, dtype=dtype), config, autocast_adapter_dtype=False)
     initialize_basis(model, BATCHES)
@@ -44,7 +44,7 @@ def memories(model: torch.nn.Module) -> list[Memory]:
 
 
 def second_moments(model: PeftModel, value: Callable[[Memory, Tensor], Tensor]) -> list[Tensor]:
-    """E[xxᵀ] of each memory over BATCHES, by a hook of the test's own; x is [heads, queries, f]."""
+    """E[xxᵀ] of each memory over BATCHES, from a hook of this test; x is [heads, queries, f]."""
     seen: dict[Memory, list[Tensor]] = {memory: [] for memory in memories(model)}
 
     def look(memory: Memory, given: tuple[Tensor, ...]) -> None:
@@ -129,7 +129,7 @@ def test_a_basis_for_a_trained_adapter_leaves_it_as_it_is():
     "options", [{}, {"share_heads": "kv"}, {"sites": "ffn"}, {"feature_map": "gelu"}], ids=str
 )
 def test_the_basis_whitens_the_features(options):
-    """The second moment of Bφ/s is C(C + ε·λ̄·I)⁻¹: the identity but for directions below the floor."""
+    """The second moment of Bφ/s is C(C + ε·λ̄·I)⁻¹: the identity, except for directions below the floor."""
     config = PrefixTuningPlusConfig(task_type="CAUSAL_LM", basis_epsilon=1e-6, **options)
     base = base_model(dtype=torch.float64)
     model = get_peft_model(base, config, autocast_adapter_dtype=False).eval()
@@ -139,7 +139,7 @@ def test_the_basis_whitens_the_features(options):
     for C, memory in zip(plain, memories(model), strict=True):
         B = memory.basis
         whitened = B.mT @ C @ B
-        # One number a layer: s².
+        # One number for each layer: s².
         scale = whitened.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         identity = torch.eye(C.shape[-1], dtype=C.dtype).expand_as(C)
         torch.testing.assert_close(whitened / scale, identity, rtol=0, atol=1e-2)
@@ -166,7 +166,7 @@ def test_the_scale_is_that_of_what_is_read_to():
     for moment, memory in zip(C, memories(model), strict=True):
         given = outputs[memory]
         median = sum(float(o.abs().median()) for o in given) / len(given)
-        read = memory.basis.mT @ moment @ memory.basis  # of one column of coordinates of size 1
+        read = memory.basis.mT @ moment @ memory.basis  # for one column of coordinates of size 1
         size = read.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
         torch.testing.assert_close(size, torch.full_like(size, 1.4826 * median), rtol=0.1, atol=0)
 
@@ -204,7 +204,7 @@ def test_saved_is_m_alone_and_an_ordinary_adapter(tmp_path, sites):
     fold_basis(model)
     folded = {name: value for name, value in model.named_parameters() if name.endswith(".M")}
     assert len(folded) == len(saved)
-    for name, value in folded.items():  # what is saved is what folding gives, to the bit
+    for name, value in folded.items():  # saving gives exactly what folding gives
         assert torch.equal(saved[name.replace(".default", "")], value)
 
 
@@ -284,7 +284,7 @@ def test_the_pass_leaves_the_model_as_it_was():
 
 
 def _scaled_queries(base: torch.nn.Module, factor: float) -> None:
-    """The base's function stays the same; its queries in one layer are so many times as large."""
+    """Scale the queries of one layer by a factor, without changing the base's function."""
     attention = base.model.layers[1].self_attn
     attention.q_proj.weight.mul_(factor)
     attention.k_proj.weight.div_(factor)
@@ -317,7 +317,7 @@ def _trained(change: Callable[[torch.nn.Module, float], None], factor: float, ba
 
 @pytest.mark.parametrize("change", [_scaled_queries, _scaled_outputs])
 def test_a_base_of_another_scale_trains_alike_at_the_same_rate(change):
-    """The base computes the same, so the adapter should learn the same; without the basis it does not."""
+    """The base computes the same function, so the adapter should learn the same; without the basis it does not."""
     plain = [_trained(change, factor, basis=False) for factor in (1, 100)]
     based = [_trained(change, factor, basis=True) for factor in (1, 100)]
     assert abs(math.log(based[1] / based[0])) < 0.05, (plain, based)
@@ -325,7 +325,7 @@ def test_a_base_of_another_scale_trains_alike_at_the_same_rate(change):
 
 
 def test_sft_trainer_trains_in_the_basis(tmp_path):
-    """PEFT's convention: the model is made, initialised from batches, and given to the trainer."""
+    """PEFT's convention: make the model, initialize it from batches, and give it to the trainer."""
     rows = [{"input_ids": row.tolist()} for row in tokens(batch=8, positions=6)]
     model = get_peft_model(base_model(), PrefixTuningPlusConfig(task_type="CAUSAL_LM"))
     initialize_basis(model, [{"input_ids": tokens(batch=8, positions=6)}])

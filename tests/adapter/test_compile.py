@@ -1,4 +1,4 @@
-"""torch.compile and flex attention: the hook becomes part of the graph and breaks it nowhere."""
+"""torch.compile and flex attention: the hook becomes a part of the graph and does not break it."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_switch_to_an_adapter_of_the_same_shape_compiles_nothing_anew(sites):
     for name in names:
         model.set_adapter(name)
         expected[name] = logits(model, tokens())
-    # PEFT's own forward looks an adapter up by its name, and stays outside.
+    # PEFT's own forward looks up an adapter by its name, so it stays outside the graph.
     model.get_base_model().compile(backend=counting)
     for name in [*names, *names]:
         model.set_adapter(name)

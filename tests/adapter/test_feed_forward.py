@@ -1,4 +1,4 @@
-"""Which module is a layer's FFN, and that what comes out of it is its own output plus the equation over blocks."""
+"""Which module is a layer's FFN, and that the adapted FFN gives its own output plus the equation over blocks."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ OPTIONS = {
 }
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48}
 MIXTURES = {
-    # What their layers call it, and what comes out: a tensor, a tuple, a tuple of flattened tokens.
+    # The name of the FFN in each layer, and its output: a tensor, a tuple, or a tuple of flattened tokens.
     "granitemoe": (GraniteMoeConfig(**GROUPED | EXPERTS), "block_sparse_moe", "GraniteMoeMoE"),
     "gpt_oss": (
         GptOssConfig(**GROUPED | EXPERTS, head_dim=8, experts_implementation="batched_mm"),
@@ -91,7 +91,7 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def beside(model: PeftModel, names: list[str]) -> dict[str, list[torch.Tensor]]:
-    """One forward pass: of each wrapped FFN its input, its own output, and that with the memory."""
+    """One forward pass: the input of each wrapped FFN, its own output, and its output with the memory."""
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
 
     def first(output: object) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The memory by itself, against eq. 7 written as loops over plain floats."""
+"""The memory alone, against eq. 7 as loops over plain floats."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_normalized_query_forgets_the_querys_length_and_keeps_its_direction():
 
 
 def test_normalization_of_a_half_precision_query_is_computed_in_float32():
-    # The square of 300 is no float16.
+    # The square of 300 overflows float16.
     query = torch.full((1, 1, 1, 4), 300.0, dtype=torch.float16)
     memory = Memory(1, 4, 4, normalize_query=True)
     with torch.no_grad():
@@ -145,7 +145,7 @@ def test_fresh_low_rank_memory_gives_m_up_a_gradient_and_starts_m_down_as_a_line
     assert 0.9 * bound < memory.M_down.abs().max() <= bound
     memory(torch.randn(1, 2, 5, 64)).sum().backward()
     assert torch.count_nonzero(memory.M_up.grad) > 0
-    assert torch.count_nonzero(memory.M_down.grad) == 0  # it goes through M_up
+    assert torch.count_nonzero(memory.M_down.grad) == 0  # its gradient goes through M_up
 
 
 @pytest.mark.parametrize("rank", [None, 2])
@@ -182,7 +182,7 @@ def test_query_of_another_width_or_head_count_is_refused():
 
 
 def test_reference_and_code_are_not_the_same_code():
-    # The reference must tell a wrong feature from a right one.
+    # The reference must distinguish a wrong feature from a right one.
     memory = random_memory(1, 3, 3)
     query = [0.5, -0.5, 1.0]
     assert features(memory, 0, query)[1] == math.expm1(-0.5)

@@ -1,4 +1,4 @@
-"""A batch whose rows have an adapter each: every row is what its adapter gives alone, as with PEFT's LoRA."""
+"""A batch with one adapter a row: every row gives what its adapter gives alone, as with PEFT's LoRA."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from prefixtune_cli.adapter import MemoryLayer, PrefixTuningPlusConfig
 from tests.adapter.architectures import NAMES, base_model, fill, logits, tokens
 
 ROWS = ["a", "__base__", "b", "a"]
-# No two of these read alike.
+# All of them give different outputs.
 DIFFERENT: dict[str, dict[str, object]] = {
     "a": {"sites": "attention+ffn"},
     "b": {"sites": "attention+ffn", "feature_map": "gelu", "normalize_query": True},
@@ -36,7 +36,7 @@ def with_adapters(
 
 
 def alone(model: PeftModel, rows: list[str], ids: torch.Tensor, **given: torch.Tensor):
-    """Each row's logits by itself."""
+    """The logits of each row, computed alone."""
     found = []
     for i, row in enumerate(rows):
         own = {key: value[i : i + 1] for key, value in given.items()}

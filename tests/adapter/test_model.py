@@ -1,4 +1,4 @@
-"""What an adapted model does, over the architectures: decode, pad, train, checkpoint, stay within its layers."""
+"""What an adapted model does on all architectures: decode, pad, train, checkpoint, and stay within its layers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def loss(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def adapted_layers(model: torch.nn.Module, name: str) -> list[int]:
-    """Those with a memory, at either site."""
+    """The layers that have a memory, at either site."""
     layers = (attention(model, name, n) for n in range(LAYERS))
     beside = (feed_forward(model, name, n) for n in range(LAYERS))
     pairs = enumerate(zip(layers, beside, strict=True))
@@ -126,12 +126,12 @@ def test_gradient_reaches_every_adapter_parameter_and_no_other(name, feature_map
     assert not any(p.requires_grad for p in base.values())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.0)
 
-    logits(model, tokens())  # a pass without gradients must leave nothing behind
+    logits(model, tokens())  # a pass without gradients must not leave a trace
     for step in range(3):
         optimizer.zero_grad()
         loss(model, tokens(seed=step)).backward()
         for key, parameter in parameters.items():
-            # φ_W's own gradient goes through M, which starts at zero.
+            # The gradient of φ_W goes through M, which starts at zero.
             waits_for_m = step == 0 and not key.endswith(".M")
             assert (torch.count_nonzero(parameter.grad) == 0) == waits_for_m, (step, key)
         assert all(p.grad is None for p in base.values())
@@ -162,7 +162,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant, si
         model.enable_input_require_grads()
     forwards.clear()
     actual = gradients()
-    assert len(forwards) == 2  # the layer is computed again in the backward pass
+    assert len(forwards) == 2  # the backward pass computes the layer again
     for key, gradient in expected.items():
         assert torch.count_nonzero(gradient) > 0
         torch.testing.assert_close(
@@ -192,7 +192,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_where_it_was(sites):
 @ELU_AND_MLP
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_and_autocast_read_what_float32_reads(name, feature_map, mode):
-    """Compared at the first layer's attention, whose query is the same but for the dtype."""
+    """Compared at the first layer's attention, where only the dtype of the query differs."""
     changes, gradients = {}, {}
     for dtype in ("float32", mode):
         model = adapted(
@@ -321,7 +321,7 @@ def test_a_state_dict_tells_which_modules_are_adapted(options, compiled):
     base = base_model()
     model = torch.compile(base) if compiled else base
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # PEFT tells where they differ
+        warnings.simplefilter("ignore", RuntimeWarning)  # PEFT warns about the differences
         inject_adapter_in_model(
             PrefixTuningPlusConfig(**{"sites": "attention+ffn", **options}), model, state_dict=state
         )
@@ -346,7 +346,7 @@ def test_a_state_dict_of_another_architecture_is_refused():
 @SITES
 @pytest.mark.parametrize("name", NAMES)
 def test_no_backward_pass_runs_below_the_lowest_adapted_layer(name, sites):
-    """Below it no tensor is saved for a backward pass, no output asks for a gradient, and no gradient arrives."""
+    """Below the adapted layers, no tensor is saved for a backward pass, and no output has or gets a gradient."""
 
     def saved_and_required(layers: str) -> tuple[list[int], list[bool]]:
         config = PrefixTuningPlusConfig(layers=layers, sites=sites)
@@ -395,7 +395,7 @@ def test_active_adapters_add(name, sites):
     model.add_adapter("other", other)
     fill(model, "other", seed=1)
     outputs = []
-    # Where no adapter has changed the input yet.
+    # No adapter has changed the input before this layer.
     first = (feed_forward if sites == "ffn" else attention)(model, name, 0)
     first.register_forward_hook(
         lambda m, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)

@@ -1,4 +1,4 @@
-"""What PEFT promises of every method, held to here: names, deleting, switching, status, dtypes, unloading."""
+"""What PEFT promises for every method: names, deleting, switching, status, dtypes, unloading."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .architectures import (
 
 
 def with_adapters(*names: str, dtype: torch.dtype = torch.float32, **options: object) -> PeftModel:
-    """A Llama with these adapters, each different, the first one active."""
+    """A Llama with these adapters, each different; the first one is active."""
     first, *others = names
     model = base_model(dtype=dtype)
     model = get_peft_model(model, PrefixTuningPlusConfig(**options), adapter_name=first)
@@ -48,7 +48,7 @@ def outputs(model: PeftModel, *names: str) -> dict[str, torch.Tensor]:
 
 
 def trainable(model: torch.nn.Module) -> set[str]:
-    """The adapters that have a parameter with a gradient; all of an adapter's must agree."""
+    """The adapters that have a parameter with a gradient; all parameters of an adapter must agree."""
     found: dict[str, set[bool]] = {}
     for key, parameter in model.named_parameters():
         adapter = "base"
@@ -92,7 +92,7 @@ def test_adapters_whose_names_contain_each_other_keep_apart(tmp_path, sites):
 
 @pytest.mark.parametrize("name", ["M", "M_down", "M_up", "W_phi", "b_phi"])
 def test_adapter_named_like_a_parameter_is_refused(name):
-    """PEFT would drop the parameter of this name from every other adapter's file."""
+    """A parameter of this name would make PEFT drop it from every other adapter's file."""
     model = base_model()
     with pytest.raises(ValueError, match=f"cannot be named '{name}'"):
         get_peft_model(model, PrefixTuningPlusConfig(), name)
@@ -178,7 +178,7 @@ def test_deleting_the_last_adapter_leaves_the_base(sites):
     model = with_adapters("one", sites=sites)
     model.delete_adapter("one")
     assert model.active_adapters == []
-    # PeftModel itself cannot run without an adapter; what it wraps can.
+    # PeftModel itself cannot run without an adapter, but the model inside it can.
     assert torch.equal(logits(model.base_model.model, tokens()), logits(base_model(), tokens()))
 
 
@@ -216,7 +216,7 @@ def test_only_the_active_adapter_asks_for_gradients(sites):
 
 @SITES
 def test_adapter_named_default_on_new_layers_stays_frozen_while_inactive(sites):
-    # A layer's own default name of the active adapter is `default` too.
+    # `default` is also a layer's own default for the name of the active adapter.
     model = with_adapters("one", layers=[0], sites=sites)
     model.add_adapter("default", PrefixTuningPlusConfig(sites=sites, layers=[2]))
     assert trainable(model) == {"one"}
@@ -391,7 +391,7 @@ def test_base_can_take_lora_after_unload_and_lora_cannot_be_added_beside(sites):
 
 @SITES
 def test_hooks_of_accelerate_stay_with_the_module_that_they_are_on(sites):
-    """A base spread over devices carries one on every module, and they can be taken off again."""
+    """A base spread over devices has a hook on every module, and accelerate can remove them."""
     base = base_model()
     for module in base.modules():
         add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))

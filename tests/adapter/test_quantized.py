@@ -1,4 +1,4 @@
-"""Bases quantized by bitsandbytes, on a CPU: the adapter stands beside weights that it does not touch."""
+"""Bases quantized by bitsandbytes, on a CPU: the adapter acts beside weights that it does not change."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def bits(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    # bitsandbytes' 4-bit kernel for CPUs wants 64 inputs and 32 outputs at least.
+    # bitsandbytes' 4-bit kernel for CPUs needs at least 64 inputs and 32 outputs.
     base_model(hidden_size=64, intermediate_size=64, head_dim=16).save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
@@ -67,7 +67,7 @@ def load(folder: Path, bits: str | None) -> PreTrainedModel:
 def gradient(
     base: PreTrainedModel, *, sites: str = "attention", training: bool = True
 ) -> torch.Tensor:
-    """That of a filled adapter, all its parameters in one vector, float32."""
+    """The gradient of a filled adapter: all its parameters in one float32 vector."""
     keep_as_loaded(base)
     model = get_peft_model(base, PrefixTuningPlusConfig(sites=sites))
     fill(model)
@@ -91,7 +91,7 @@ def test_adapter_leaves_quantized_modules_as_they_are(quantized, bits, sites):
     before = linear_layers(quantized, bits)
     assert len(before) == 7 * LAYERS
     expected = logits(quantized, tokens())
-    # After that pass, in which bitsandbytes packs 4-bit weights anew for a CPU.
+    # After that pass, in which bitsandbytes repacks 4-bit weights for a CPU.
     weights = [module.weight.detach().clone() for module in before]
 
     model = get_peft_model(quantized, PrefixTuningPlusConfig(sites=sites))
@@ -133,9 +133,9 @@ def test_adapter_trains_on_a_quantized_base(quantized, tmp_path, sites):
 
 @SITES
 def test_the_gradient_is_that_on_the_dequantized_base(folder, bits, sites):
-    """In float32, where only the order of sums is left to differ; the weights that were rounded away do not come back.
+    """In float32, only the order of sums differs; the base is the rounded one, not the one before quantization.
 
-    Measured: 0 at 4 bits, 1e-6 at 8; on the base before it was quantized 0.48 and 0.033.
+    Measured: 0 at 4 bits, 1e-6 at 8; against the base before quantization, 0.48 and 0.033.
     """
     found = gradient(load(folder, bits), sites=sites)
     assert distance(found, gradient(load(folder, bits).dequantize(), sites=sites)) < 1e-5
@@ -143,17 +143,17 @@ def test_the_gradient_is_that_on_the_dequantized_base(folder, bits, sites):
 
 
 def test_the_gradient_through_rounded_activations_is_right_within_their_rounding(folder):
-    """In evaluation mode 8-bit layers round their inputs to 1/127 of a row's largest value.
+    """In evaluation mode, 8-bit layers round their inputs to 1/127 of a row's largest value.
 
-    For a row whose largest value is three times its root mean square that is an error of 3 / (127·√12) = 0.7 % a
-    layer; over 21 layers in a row, at random, √21 times as much, 3 %. Measured: 3 %; a lost gradient would give 100 %.
+    If a row's largest value is three times its root mean square, the error is 3 / (127·√12) = 0.7 % a layer. Random
+    errors over 21 layers add up to √21 times as much, 3 %. Measured: 3 %; a lost gradient would give 100 %.
     """
     reference = gradient(load(folder, "8-bit").dequantize())
     assert 1e-3 < distance(gradient(load(folder, "8-bit"), training=False), reference) < 0.1
 
 
 def test_the_gradient_after_an_evaluation_is_the_one_before_and_no_weight_changes(folder, bits):
-    """bitsandbytes packs 4-bit weights for a CPU's inference kernel, through which no gradient flows."""
+    """bitsandbytes packs 4-bit weights for a CPU's inference kernel, which has no gradient."""
     base = load(folder, bits)
     keep_as_loaded(base)
     before = [parameter.clone() for parameter in base.parameters()]

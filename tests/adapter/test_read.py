@@ -1,4 +1,4 @@
-"""o + φ(q)ᵀM as one operation: its gradients, its layouts, and that it keeps nothing that was not there already."""
+"""o + φ(q)ᵀM as one operation: its gradients, its layouts, and that it keeps no tensor that was not kept before."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ MAPS = [("elu", None), ("gelu", None), ("mlp", None), ("mlp", 7)]
 
 
 def heads_within_positions(shape: tuple[int, ...]) -> Tensor:
-    """[b, h, s, d], as a projection gives it: the heads of a token lie side by side."""
+    """[b, h, s, d], as a projection gives it: the heads of a token are adjacent."""
     b, h, s, d = shape
     return torch.randn(b, s, h, d, dtype=torch.float64).transpose(1, 2)
 
 
 def part_of_qkv(shape: tuple[int, ...]) -> Tensor:
-    """[b, h, s, d], cut out of one projection to query, key and value."""
+    """[b, h, s, d], cut from one projection for query, key and value."""
     b, h, s, d = shape
     return torch.randn(b, s, h, 3 * d, dtype=torch.float64)[..., :d].transpose(1, 2)
 
@@ -114,7 +114,7 @@ def test_half_precision_accumulates_over_tokens_in_float32():
     wide = memory_of(one)
     (expected,) = torch.autograd.grad(wide(query.double()), wide.M, cotangent.double())
     assert actual.dtype == torch.float32
-    # Summed in bfloat16, 2048 terms would be off by several of its steps of 2⁻⁸.
+    # A sum of 2048 terms in bfloat16 would be off by several of its steps of 2⁻⁸.
     assert (actual - expected).norm() < 2**-8 * expected.norm()
 
 
@@ -161,7 +161,7 @@ def test_autocast_computes_in_bfloat16_and_gives_the_outputs_dtype():
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_activations_grow_by_no_byte_over_the_frozen_base(dtype, name, options):
-    """What autograd keeps of a forward pass, by storage, is what it keeps of the base's, and the parameters."""
+    """By storage, autograd keeps of a forward pass only what it keeps of the base's, and the parameters."""
     base = base_model(name, dtype=dtype).requires_grad_(False)
     expected = kept_bytes(base)
     model = get_peft_model(base, PrefixTuningPlusConfig(**options))
@@ -191,10 +191,10 @@ def test_beside_the_ffn_its_input_is_kept_and_nothing_else():
 
 
 def kept_bytes(model: torch.nn.Module) -> int:
-    """Bytes that a forward pass keeps for a backward pass down to the embeddings, besides parameters and buffers."""
+    """Bytes that a forward pass keeps for the backward pass to the embeddings, besides parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
-    alive = []  # or an address would be used twice
+    alive = []  # keeps tensors alive, so that no address occurs twice
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

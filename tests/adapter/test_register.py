@@ -1,4 +1,4 @@
-"""What PEFT and transformers must be for the method to exist; each claim here names the internals it rests on."""
+"""What the method needs from PEFT and transformers; each claim names the internals that it depends on."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ print("FACTS" + json.dumps(facts))
 
 @pytest.fixture(scope="module")
 def fresh_process() -> dict[str, object]:
-    """What a process sees that imports PEFT first, and this method after it."""
+    """What a process sees that imports PEFT first, and then this method."""
     sent = pickle.dumps(
         {"type": PeftType.PREFIX_TUNING_PLUS, "config": PrefixTuningPlusConfig(layers="last:2")}
     )

@@ -1,4 +1,4 @@
-"""What lies on disk, and that what is loaded from there is what was saved."""
+"""What is on disk, and that loading gives what was saved."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_saved_keys_and_shapes_of_an_ffn_are_those_of_its_blocks(
     tmp_path, name, options, of_each_ffn
 ):
     adapted(name, sites="ffn", **options).save_pretrained(tmp_path)
-    # The widest divisor of 32 that is no wider than a query head.
+    # The widest divisor of 32 that does not exceed the width of a query head.
     block = 8 if ARCHITECTURES[name].d_query < 16 else 16
     widths = {"blocks": 32 // block, "block": block}
     expected = {
@@ -313,7 +313,7 @@ def test_adapter_for_more_layers_than_the_base_has_is_refused(tmp_path):
 
 @SITES
 def test_transformers_own_loader_takes_the_adapter(tmp_path, caplog, sites):
-    """`model.load_adapter` of transformers, which injects without a PeftModel."""
+    """transformers' `model.load_adapter`, which injects an adapter without a PeftModel."""
     model = adapted(sites=sites)
     expected = logits(model, tokens())
     model.save_pretrained(tmp_path)

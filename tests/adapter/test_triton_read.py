@@ -1,8 +1,8 @@
-"""The kernels against the plain operations: interpreted by Triton on the CPU, and on a GPU where there is one.
+"""The kernels against the plain operations: interpreted by Triton on the CPU, and on a GPU if there is one.
 
-Triton asks whether to interpret when it is imported, and other tests import it; the interpreter therefore has a process
-of its own. It shows that the kernels are right, not that they compile: a second one compiles them for GPUs that need
-not be here.
+Triton decides whether to interpret when it is imported. Other tests import it, so the interpreter has its own process.
+It shows that the kernels are right, not that they compile: a second process compiles them for GPUs that need not be
+here.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 KERNELS = "prefixtune_cli.adapter.triton_kernels"
-# That of float32 is four times as much: a GPU's exponential and inverse root are no better.
+# The tolerance of float32 is four times as large: a GPU's exponential and inverse root are less exact.
 UNIT_ROUNDOFF = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-22}
 
 Run = Callable[..., Any]
 
 
 class Case(NamedTuple):
-    """A call: sizes, where the queries lie, and the dtypes of queries and output, of M and of the products."""
+    """A call: its sizes, the layout of the queries, and the dtypes of queries and output, of M, and of the products."""
 
     batch: int = 2
     positions: int = 37
@@ -96,7 +96,7 @@ class Inputs(NamedTuple):
 
 
 def inputs(case: Case, device: str) -> Inputs:
-    """Random tensors, the same ones each time."""
+    """Random tensors; every call gives the same."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -127,7 +127,7 @@ def inputs(case: Case, device: str) -> Inputs:
 
 
 def far_apart(*tensors: Tensor) -> Iterator[Tensor]:
-    """Rows of the batch 2³⁰ elements apart; the third is beyond what 32 bits can address. Untouched memory is free."""
+    """Batch rows are 2³⁰ elements apart, so 32 bits cannot address the third. Untouched memory takes no space."""
     sizes = [x[0].numel() for x in tensors]
     base = tensors[0].new_empty((len(tensors[0]) - 1) * 2**30 + sum(sizes))
     for x, start in zip(tensors, itertools.accumulate(sizes, initial=0), strict=False):
@@ -136,7 +136,7 @@ def far_apart(*tensors: Tensor) -> Iterator[Tensor]:
 
 
 def compare_forward(case: Case, device: str = "cpu") -> None:
-    """Each factor is rounded once at most, and so is the sum."""
+    """Each factor is rounded at most once, and so is the sum."""
     output, query, M, _ = inputs(case, device)
     assert triton_read.takes(output, query, M, case.map())
     actual = triton_read.forward(output, query, M, case.map(), case.precision())
@@ -168,7 +168,7 @@ def compare_gradients(case: Case, device: str = "cpu", grad: Tensor | None = Non
     value = features(phi, wide(query)).abs()
     close(dM, expected[1], (value.mT @ by_head).unflatten(0, (len(M), -1)).sum(1), case)
 
-    # A slope is 1.13 at most. The normalisation subtracts a mean of what came through φ.
+    # The slope is at most 1.13. The normalization subtracts the mean of the gradient that came through φ.
     factors = 1.13 * by_head @ M.double().abs().repeat_interleave(case.group, 0).mT
     if case.normalize:
         inverse = (wide(query).square().mean(-1, keepdim=True) + 1e-6).rsqrt()
@@ -184,7 +184,7 @@ def wide(query: Tensor) -> Tensor:
 def close(actual: Tensor, expected: Tensor, factors: Tensor, case: Case) -> None:
     """Within the rounding of two factors to the compute dtype and of the result to its own; `factors` is Σ|a||b|.
 
-    The interpreter cuts a bfloat16 off where a GPU rounds it, which is twice as much.
+    The interpreter truncates to bfloat16, while a GPU rounds; that doubles the error.
     """
     roundoff = UNIT_ROUNDOFF if actual.is_cuda else {**UNIT_ROUNDOFF, torch.bfloat16: 2**-7}
     of_factors, of_result = roundoff[case.precision()], roundoff[actual.dtype]
@@ -229,7 +229,7 @@ def no_tokens(case: Case, device: str = "cpu") -> None:
 
 
 def launched_again(case: Case, device: str = "cpu") -> None:
-    """With other tensors of the same kind, and with ones of which a GPU cannot load several elements at once."""
+    """Other tensors of the same kind, and tensors from which a GPU cannot load several elements at once."""
     output, query, M, _ = inputs(case, device)
 
     def product(query: Tensor, M: Tensor, output: Tensor) -> Tensor:
@@ -243,14 +243,14 @@ def launched_again(case: Case, device: str = "cpu") -> None:
 
 
 def odd(tensor: Tensor) -> Tensor:
-    """A copy that begins an element after its memory."""
+    """A copy that begins one element after the start of its memory."""
     base = tensor.new_empty(tensor.numel() + 1)
     strides = torch.empty_like(tensor).stride()
     return base.as_strided(tensor.shape, strides, 1).copy_(tensor)
 
 
 def expanded_gradients(case: Case, device: str = "cpu") -> None:
-    """What the sum of the result has for a gradient, in all of its dimensions or in some."""
+    """The gradient of the result's sum, expanded in all of its dimensions or in some."""
     shape = (case.batch, case.positions, case.heads, case.v)
     one = torch.full((), 0.7, dtype=case.dtype, device=device)
     compare_gradients(case, device, one.expand(shape))
@@ -268,7 +268,7 @@ def takes_what_it_computes() -> None:
     assert not triton_read.takes(output, query.new_zeros(2, 3, 37, 257), M, elu)
     assert not triton_read.takes(output, query, M.new_zeros(3, 16, 257), elu)
     assert not triton_read.takes(output, query, M.to("meta"), elu)
-    # Read as if they fitted, these would be read past their end.
+    # A kernel that took these for fitting would read past their end.
     assert not triton_read.takes(output[..., :15], query, M, elu)
     assert not triton_read.takes(output[:, :36], query, M, elu)
     assert not triton_read.takes(output, query[:1], M, elu)
@@ -292,7 +292,7 @@ def leaves_compilation_alone() -> None:
 def compile_kernels(
     capability: int, dtype: str, width: int, phi: str, normalize: bool
 ) -> list[int]:
-    """The kernels as machine code of a GPU that is not there; the shared memory that each takes."""
+    """The kernels as machine code for an absent GPU, and the shared memory that each takes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -329,12 +329,12 @@ def compile_kernels(
 
 @contextmanager
 def process(**environment: str) -> Iterator[Run]:
-    """Another process, with more in its environment, that runs functions of this module."""
+    """Another process with additional environment variables, which runs functions of this module."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
         pool = ProcessPoolExecutor(1, get_context("spawn"))
-        pool.submit(int).result()  # starts it
+        pool.submit(int).result()  # starts the process
     with pool:
         yield lambda function, *args: pool.submit(function, *args).result()
 
@@ -424,7 +424,7 @@ def test_without_triton_nothing_is_taken(monkeypatch: pytest.MonkeyPatch, anew: 
 def test_where_triton_cannot_run_a_kernel_nothing_is_taken_and_a_warning_says_so(
     anew: None,
 ) -> None:
-    cpu = torch.device("cpu")  # for which Triton has no compiler
+    cpu = torch.device("cpu")  # Triton has no compiler for it
     with pytest.warns(RuntimeWarning, match="Triton cannot run a kernel on cpu"):
         assert not triton_read._runs_on(cpu)
     with warnings.catch_warnings():
@@ -434,7 +434,7 @@ def test_where_triton_cannot_run_a_kernel_nothing_is_taken_and_a_warning_says_so
 
 @pytest.fixture
 def anew() -> Iterator[None]:
-    """What is known of Triton and the devices is asked again, in the test and after it."""
+    """Clear what is cached about Triton and the devices, for the test and after it."""
     forget()
     yield
     forget()
@@ -446,7 +446,7 @@ def forget() -> None:
 
 
 def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
-    """Into less shared memory than the smallest GPU of the kind has, 99 KiB."""
+    """Into less shared memory than the 99 KiB of the smallest GPU of this kind."""
     targets = (
         (80, "bfloat16", 64, "gelu", True),
         (90, "float16", 128, "elu", False),

@@ -1,4 +1,4 @@
-"""TRL's trainers take the config as it stands, on data and a tokenizer made here."""
+"""TRL's trainers take the config as it is, with data and a tokenizer made here."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def words(count: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of so many words, three of them special."""
+    """A tokenizer with so many words, three of them special."""
     special = ["<pad>", "<s>", "</s>"]
     plain = [f"w{number}" for number in range(count - len(special))]
     table = {word: number for number, word in enumerate(special + plain)}
@@ -102,7 +102,7 @@ def test_sft_trainer_trains_the_adapter_alone(tmp_path, tokenizer, gradient_chec
 
 
 def test_dpo_trainer_compares_the_adapter_with_the_base_under_it(tmp_path, tokenizer):
-    """A fresh adapter is its own reference, so that the first loss is ln 2 to the last digit."""
+    """A fresh adapter is its own reference, so the first loss is exactly ln 2."""
     trainer = DPOTrainer(
         model=base_model(),
         args=DPOConfig(output_dir=str(tmp_path / "run"), **ARGUMENTS),

@@ -1,4 +1,4 @@
-"""`ptp` as it is typed, in this process."""
+"""`ptp` as the user types it, in this process."""
 
 import sys
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Ptp = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def ptp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ptp:
-    """Run `ptp` in this process; gives exit code, stdout and stderr."""
+    """Run `ptp` in this process; returns exit code, stdout and stderr."""
     from prefixtune_cli.cli import console
 
     def run(*arguments: object) -> tuple[int, str, str]:

@@ -1,4 +1,4 @@
-"""`--answer-pattern` as it is typed: a run remembers it, and so do its evaluation and its comparison."""
+"""`--answer-pattern` on the command line: a run remembers it, and evaluating or comparing the run uses it."""
 
 import json
 from pathlib import Path

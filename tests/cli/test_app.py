@@ -1,4 +1,4 @@
-"""`ptp` itself: fast to answer, exact about mistakes."""
+"""`ptp` itself: it answers fast, and says exactly what is wrong."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def ptp(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run `ptp fail`, a command that raises what it is given; return exit code and stderr."""
+    """Run `ptp fail`, a command that raises the given error; return exit code and stderr."""
 
     def run(error: BaseException) -> tuple[int, str]:
         def fail() -> None:

@@ -1,4 +1,4 @@
-"""What is typed is checked before the libraries load: a slip is answered at once, in every command."""
+"""Arguments are checked before the libraries load, so that every command answers a slip at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.test_pointed import adapter, checkpoint, run
 
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "lm_eval", "matplotlib"}
 LONG = "a" * 300
-# What is typed, its exit code, and what is said.
+# The command line, its exit code, and a part of the message.
 SLIPS = {
     "train --model tiny --data nowhere.jsonl": (1, "nowhere.jsonl does not exist"),
     "train --model tiny --data d.jsonl --eval-data nowhere.jsonl": (1, "nowhere.jsonl does not"),
@@ -72,7 +72,7 @@ SLIPS = {
 }
 
 
-# Types all of it in one process, and tells of each its exit code, what was said, and what is imported by then.
+# Runs all commands in one process, and reports exit code, output and imported packages after each.
 TYPED = """
 import contextlib, io, json, sys
 from prefixtune_cli.cli.app import main

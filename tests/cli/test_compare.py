@@ -1,4 +1,4 @@
-"""`ptp compare` as it is typed."""
+"""`ptp compare` on the command line."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Results on stdout, the rest on stderr, text as it was given."""
+"""Results go to stdout, everything else to stderr, and text stays as given."""
 
 import gc
 import os
@@ -41,7 +41,7 @@ def test_a_piped_table_is_one_line_a_row(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def at_a_terminal(statement: str, **environment: str) -> str:
-    """What a statement prints to a terminal of 60 columns."""
+    """What a statement prints to a terminal 60 columns wide."""
     ours, theirs = pty.openpty()
     subprocess.run(
         [sys.executable, "-c", f"from prefixtune_cli.cli import console; {statement}"],

@@ -1,4 +1,4 @@
-"""`ptp eval` as it is typed: what it prints and writes, and one clear error for each kind of bad input."""
+"""`ptp eval` on the command line: what it prints and writes, and one clear error for each kind of bad input."""
 
 import csv
 import json
@@ -17,11 +17,11 @@ from tests.cli.conftest import Ptp
 
 REAL_MMLU = Path(__file__).parents[2].parent / "shared" / "data" / "mmlu"
 SUBJECTS = ("anatomy", "astronomy")
-CELL = "mmlu_anatomy"  # the benchmark that most tests ask for
+CELL = "mmlu_anatomy"  # most tests use this benchmark
 
 
 def write_mmlu(folder: Path, subjects: Iterable[str], items: int) -> Path:
-    """MMLU as its authors published it: dev and test, CSV without a header, of which no two rows are alike."""
+    """MMLU as its authors published it: dev and test, CSV without a header; no two rows are alike."""
     for split, count in (("dev", 5), ("test", items)):
         (folder / split).mkdir(parents=True, exist_ok=True)
         for subject in subjects:
@@ -53,7 +53,7 @@ def write_gsm8k(folder: Path) -> Path:
 
 
 def save_base(folder: Path, like: Path, **changed: Any) -> Path:
-    """A base with random weights, by the configuration and tokenizer of another one."""
+    """A base with random weights, and the configuration and tokenizer of another base."""
     import torch
     from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
@@ -65,7 +65,7 @@ def save_base(folder: Path, like: Path, **changed: Any) -> Path:
 
 
 def save_adapter(folder: Path, base: Path, section: Any, seed: int | None = None) -> Path:
-    """A fresh adapter; with a seed, one whose weights are random, so that it is another model than its base."""
+    """A fresh adapter; with a seed, one with random weights, so that it differs from its base."""
     import torch
 
     from prefixtune_cli import model as models
@@ -83,7 +83,7 @@ def save_adapter(folder: Path, base: Path, section: Any, seed: int | None = None
 
 
 def save_run(folder: Path, base: Path, weights: Path | None, **sections: Any) -> Path:
-    """What `ptp train` leaves behind and `ptp eval` reads."""
+    """A run as `ptp train` leaves it, which `ptp eval` reads."""
     from prefixtune_cli.recipe.load import dump
     from prefixtune_cli.recipe.schema import Recipe
 
@@ -98,12 +98,12 @@ def save_run(folder: Path, base: Path, weights: Path | None, **sections: Any) ->
 
 @dataclass(frozen=True)
 class Things:
-    """What the tests evaluate, and on what.
+    """The models and the data of the tests.
 
     Attributes:
-        base: two layers of random weights; `wide` is of another width, `short` takes 64 tokens, `mute` has no chat
+        base: two layers of random weights; `wide` has another width, `short` takes 64 tokens, `mute` has no chat
             template.
-        fresh: an adapter with M = 0; the weights of `one`, `other` and `lora` are random.
+        fresh: an adapter with M = 0; `one`, `other` and `lora` have random weights.
         mmlu, gsm8k: small copies of the data sets.
         book: a plain text.
     """
@@ -153,7 +153,7 @@ def things(random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Thing
     )
 
 
-# Bad input: what is typed, the exit code, and the words that the error must have.
+# Bad input: the command, the exit code, and words that the error must have.
 
 Make = Callable[[Things, Path], list[object]]
 
@@ -163,7 +163,7 @@ def typed(*arguments: object) -> Make:
 
 
 def asked(*more: object) -> Make:
-    """A whole command, and more."""
+    """A whole command line with further arguments."""
     return lambda things, folder: [*things.who(), *things.what, *more]
 
 
@@ -192,7 +192,7 @@ def pickled(things: Things, folder: Path) -> list[object]:
 
 
 def copy_of_data(change: Callable[[Path], object], bench: str = CELL) -> Make:
-    """The benchmark, on a copy of its data that is changed."""
+    """The benchmark, on a changed copy of its data."""
 
     def make(things: Things, folder: Path) -> list[object]:
         name = "gsm8k" if bench == "gsm8k" else "mmlu"
@@ -438,7 +438,7 @@ BAD: dict[str, tuple[Make, int, list[str]]] = {
 def test_bad_input_is_one_clear_error_before_the_base_loads(
     case: str, ptp: Ptp, things: Things, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # where there are no runs
+    monkeypatch.chdir(tmp_path)  # which has no runs
     make, expected_code, expected = BAD[case]
     given = make(things, tmp_path)
     out = tmp_path / "out"
@@ -586,7 +586,7 @@ def results(printed: str) -> list[dict[str, Any]]:
 
 
 def cells(row: str) -> list[str]:
-    """Of a table without rules: two spaces or more stand between two cells."""
+    """The cells of a table without rules: two or more spaces separate them."""
     return [cell.strip() for cell in row.split("  ") if cell.strip()]
 
 
@@ -637,7 +637,7 @@ def test_json_is_all_that_stands_on_stdout(ptp: Ptp, things: Things, tmp_path: P
     assert difference["low"] <= difference["value"] <= difference["high"]
     assert difference["low"] < difference["high"]
     assert {"lm_eval", "torch", "prefixtune-cli"} <= set(found["versions"])
-    assert "items" not in found  # they stand in the file
+    assert "items" not in found  # only the file has them
 
 
 def test_markdown_is_a_table_of_rows_with_as_many_cells_as_the_head(
@@ -729,7 +729,7 @@ def test_several_adapters_make_several_columns_and_each_is_as_it_is_alone(
 def test_a_benchmark_that_fails_leaves_the_others_alone(
     ptp: Ptp, things: Things, tmp_path: Path
 ) -> None:
-    # gsm8k has the model generate 256 tokens, and this one takes 64.
+    # gsm8k asks for 256 tokens, but this model takes only 64.
     typed = ["eval", "--model", things.short, "--bits", 32, "--bench", f"gsm8k,{CELL}"]
     typed += ["--bench-data", f"mmlu={things.mmlu}", "--bench-data", f"gsm8k={things.gsm8k}"]
     typed += ["--num-fewshot", 0, "--limit", 2, "--out", tmp_path / "out"]

@@ -1,4 +1,4 @@
-"""The table of results: whole figures, however narrow the terminal is."""
+"""The table of results: figures stay whole even at a narrow terminal."""
 
 import io
 

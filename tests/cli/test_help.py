@@ -1,4 +1,4 @@
-"""What help says of defaults, and what the shell's completion offers: both are the schema's."""
+"""Help's defaults and the shell's completions come from the schema."""
 
 import os
 import re
@@ -49,7 +49,7 @@ def test_a_default_is_said_as_a_user_says_it(key: str, expected: str) -> None:
 
 
 def completed(*words: str) -> set[str]:
-    """What bash is offered for the last word."""
+    """What bash's completion offers for the last word."""
     done = subprocess.run(
         [sys.executable, "-m", "prefixtune_cli"],
         env={
@@ -72,7 +72,7 @@ def test_the_shell_is_offered_methods_recipes_models_and_choices() -> None:
         "smollm2-135m", "smollm2-135m-instruct"
     }  # fmt: skip
     assert completed("train", "--sites", "a") == {"attention", "attention+ffn"}
-    assert completed("merge", "a", "--method", "") == set()  # another method than of `ptp train`
+    assert completed("merge", "a", "--method", "") == set()  # not the same flag as in `ptp train`
 
 
 @pytest.mark.parametrize(

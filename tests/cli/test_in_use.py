@@ -1,4 +1,4 @@
-"""Two commands never write into one folder: the second is refused, names the first, and changes nothing."""
+"""Two commands never write to one folder: the second is refused, names the first, and changes nothing."""
 
 import json
 import os
@@ -29,7 +29,7 @@ MERGE = [["merge", "RUN", "OTHER", "--out", "OUT"]]
 
 @pytest.fixture(scope="module")
 def things(random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the commands name: a base, data, a run that has an adapter, and that adapter's copy."""
+    """What the commands name: a base, data, a run with an adapter, and a copy of that adapter."""
     folder = tmp_path_factory.mktemp("in-use")
     data = folder / "data.jsonl"
     rows = ({"prompt": f"say {i}", "completion": "red"} for i in range(40))

@@ -1,4 +1,4 @@
-"""`ptp merge`: what is typed, what is printed, and what is refused before anything loads."""
+"""`ptp merge`: its arguments, its output, and what it refuses before anything loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ptp merge-info` as it is typed: what is told of a run, of a folder, of several, and each kind of bad input."""
+"""`ptp merge-info` on the command line: its output for a run, a folder and several, and each kind of bad input."""
 
 from __future__ import annotations
 

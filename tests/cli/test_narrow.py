@@ -1,4 +1,4 @@
-"""What is read at terminals of 60, 80 and 120 columns: figures with their heads, whole words, whole flags."""
+"""Output on terminals of 60, 80 and 120 columns: figures keep their heads, and words and flags stay whole."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""The table of flags, against the schema that it points into."""
+"""The table of flags, against the schema that its keys name."""
 
 import inspect
 import re
@@ -24,7 +24,7 @@ WITH_CHOICES = [
 
 
 def spelled_out(command: str) -> dict[str, Any]:
-    """What each parameter of a command is for Typer: its type, and its option."""
+    """Typer's view of each parameter of a command: its type and its option."""
     parameters = inspect.signature(options.for_typer(app.COMMANDS[command])).parameters
     return {name: parameter.annotation.__metadata__[0] for name, parameter in parameters.items()}
 

@@ -1,4 +1,4 @@
-"""Flags by the names that people know from TRL, LLaMA-Factory and Axolotl."""
+"""Flags under the names that people know from TRL, LLaMA-Factory and Axolotl."""
 
 from pathlib import Path
 

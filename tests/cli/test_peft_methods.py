@@ -1,4 +1,4 @@
-"""Methods of peft's as they are typed: trained, planned, asked and evaluated, or one clear error."""
+"""PEFT's methods on the command line: they train, plan, generate and evaluate, or give one clear error."""
 
 import json
 from pathlib import Path
@@ -86,7 +86,7 @@ def test_an_unknown_method_or_setting_is_one_line_and_nothing_is_loaded(
 ) -> None:
     data = ["--data", few, "--out", tmp_path / "run"] if command == "train" else []
     code, printed, said = ptp(command, "--model", random_base, *data, *typed)
-    assert code == (1 if "--bits" in typed else 2)  # what this base cannot do, or what there is not
+    assert code == (1 if "--bits" in typed else 2)  # 1: not on this base; 2: no such setting
     assert told in " ".join(said.split())
     assert "Traceback" not in said
     assert "Loading" not in said

@@ -1,4 +1,4 @@
-"""`ptp plan` as it is typed: the table, the verdict, JSON, and one clear error for each kind of bad input."""
+"""`ptp plan` on the command line: the table, the verdict, JSON, and one clear error for each kind of bad input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIG = {
 
 @pytest.fixture
 def bare(tmp_path: Path) -> Path:
-    """A folder with a config.json alone."""
+    """A folder with only a config.json."""
     folder = tmp_path / "bare"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))

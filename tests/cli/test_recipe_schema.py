@@ -1,4 +1,4 @@
-"""`ptp recipe-schema`: what an editor completes from."""
+"""`ptp recipe-schema`: the schema with which an editor completes recipes."""
 
 import json
 from typing import Any

@@ -35,7 +35,7 @@ def test_a_printed_recipe_is_a_recipe(tmp_path: Path) -> None:
 
 
 def test_the_baseline_differs_from_the_quickstart_by_its_method_alone() -> None:
-    """Or `ptp compare` would refuse the two runs."""
+    """Otherwise `ptp compare` would refuse the two runs."""
     one, other = resolve("quickstart"), resolve("lora-baseline")
     assert {line.split(".")[0] for line in difference(one, other)} == {"adapter"}
 

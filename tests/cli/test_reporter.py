@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar at a terminal, lines elsewhere, with every figure that was measured."""
+"""Progress on stderr: a bar at a terminal, lines elsewhere, with every measured figure."""
 
 import io
 import re
@@ -65,7 +65,7 @@ def test_a_pipe_gets_a_line_a_measurement_and_one_at_the_end(
 def test_a_line_between_two_measurements_has_the_latest_figures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where training is slow, a line comes every ten seconds, and a measurement every ten steps."""
+    """If training is slow, a line comes every ten seconds, and a measurement every ten steps."""
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     said: list[str] = []
@@ -98,7 +98,7 @@ def test_work_without_figures_tells_how_much_of_it_is_done_a_second(
 
 
 def test_a_task_that_begins_anew_has_a_pace_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in `ptp compare`, whose runs follow each other in one process."""
+    """As in `ptp compare`, which does several runs in one process."""
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     said: list[str] = []
@@ -111,7 +111,7 @@ def test_a_task_that_begins_anew_has_a_pace_of_its_own(monkeypatch: pytest.Monke
 
 
 def test_a_step_that_takes_long_is_told_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one large batch of an evaluation may take minutes."""
+    """One large batch of an evaluation may take minutes."""
     said: list[str] = []
     monkeypatch.setattr(console, "notice", said.append)
     monkeypatch.setattr(reporter, "SECONDS_BETWEEN_LINES", 0.05)

@@ -1,4 +1,4 @@
-"""`ptp train` as it is typed: what it prints, and one clear error for each kind of bad input."""
+"""`ptp train` on the command line: what it prints, and one clear error for each kind of bad input."""
 
 import json
 import shlex
@@ -66,7 +66,7 @@ def test_an_adapter_worse_than_its_base_has_an_exit_code_of_its_own(
     commands = [shlex.split(line) for line in printed.splitlines() if line.startswith("  ptp ")]
     assert commands[-1] == ["ptp", "eval", "--run", str(out), "--data", str(other)]
     again = ptp(*typed, *more, "--resume", "auto")
-    assert again[0] == 4  # a finished run says what it is as often as it is asked
+    assert again[0] == 4  # a finished run gives the same exit code every time
 
 
 def test_a_flag_wins_over_set_and_set_over_the_recipe(
@@ -100,7 +100,7 @@ def giant_line(folder: Path) -> list[object]:
     file = folder / "giant.jsonl"
     with open(file, "wb") as handle:
         handle.write(b'{"prompt": "')
-        handle.truncate(2**30)  # a sparse file: it takes no space
+        handle.truncate(2**30)  # a sparse file, which takes no space
     return ["--data", file]
 
 
@@ -254,7 +254,7 @@ def test_a_flag_that_does_not_exist_is_a_usage_error(ptp: Ptp) -> None:
 
 @pytest.fixture(params=["64k", "160k"])
 def full_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A file system on which a run is refused at the start, and one that fills up in the middle."""
+    """A file system that has too little room at the start of a run, and one that fills up in the middle."""
     folder = tmp_path / "small-disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(folder)]

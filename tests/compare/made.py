@@ -37,7 +37,7 @@ def comparison(*, failed: bool = False, rows: int = 40, **changes: Any) -> Compa
 
     Args:
         failed: the second cell of prefix-tuning has failed.
-        rows: of the test data; the OOD data has half as many, the forgetting data 20.
+        rows: rows of the test data; the OOD data has half as many, the forgetting data 20.
         changes: fields of Comparison.
     """
     contestants = [contestant(method, rows=rows) for method in METHODS]
@@ -79,7 +79,7 @@ def comparison(*, failed: bool = False, rows: int = 40, **changes: Any) -> Compa
 
 
 def in_groups() -> Comparison:
-    """Prefix-Tuning+ and LoRA at a length each, and two methods at one that could not be measured."""
+    """Prefix-Tuning+ and LoRA, each at one length, and two methods at a length that could not be measured."""
     made = comparison(kind="speed", base={}, base_cost=None)
     plus, lora, prefix, full = made.contestants
     groups = [
@@ -126,7 +126,7 @@ def contestant(method: str, *, rows: int = 40, seeds: Sequence[int] = SEEDS) -> 
 
 
 def result(share: float, rows: int, seed: int) -> Result:
-    """A share of right answers, the harder rows wrong; which rows are hard is by `seed`."""
+    """Right answers with this share; the hardest rows are wrong, and `seed` decides which rows are hard."""
     drawn = random.Random(seed)
     hardness = [drawn.random() for _ in range(rows)]
     tokens = [drawn.randint(2, 6) for _ in range(rows)]
@@ -135,14 +135,14 @@ def result(share: float, rows: int, seed: int) -> Result:
 
 
 def text_loss(loss: float, seed: int, rows: int = 20) -> Result:
-    """Text without answers, at about `loss` nats a token."""
+    """Text without answers, with about `loss` nats a token."""
     drawn = random.Random(seed)
     tokens = [drawn.randint(90, 110) for _ in range(rows)]
     return Result([t * (loss + drawn.uniform(-0.2, 0.2)) for t in tokens], tokens)
 
 
 def cost(speed: float, more_tokens: int, *, ratio: float | None) -> Cost:
-    """Measured in turns, ± 5 %; `more_tokens` of the key/value cache beside the prompt's 1024."""
+    """Costs measured in turns, ± 5 %; `more_tokens` is the part of the key/value cache beside the prompt's 1024."""
 
     def around(value: float) -> Measured:
         return Measured.of([0.95 * value, value, 1.05 * value])

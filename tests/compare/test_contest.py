@@ -1,4 +1,4 @@
-"""Who takes part, and with which recipes."""
+"""The contestants and their recipes."""
 
 import math
 from dataclasses import replace

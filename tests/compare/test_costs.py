@@ -1,4 +1,4 @@
-"""Costs at several shapes and on several bases: each figure is of what its row says."""
+"""Costs at several shapes and on several bases: each figure belongs to its row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ POSITIONS = 64
 
 
 class Heard(Silent):
-    """What was told, and how many bases there were whenever one was going to be built."""
+    """What was reported, and the number of bases in memory each time that one was about to be built."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
@@ -38,7 +38,7 @@ class Heard(Silent):
 
 
 def living_bases_of_others() -> int:
-    gc.collect()  # some of an earlier test's may be garbage that is still to be collected
+    gc.collect()  # an earlier test may have left garbage
     return living_bases()
 
 
@@ -92,7 +92,7 @@ def test_every_length_and_base_of_the_grid_is_measured_as_its_row_says(
         f"base max_length={length} {name}" for length in (8, 16) for name in (one, two)
     ]
     of_bases = [group.base_cost.kv_cache_bytes for group in found.groups if group.base_cost]
-    tokens = POSITIONS - 32  # as long a prompt as the bases have positions for, with 32 new tokens
+    tokens = POSITIONS - 32  # the longest prompt that leaves room for 32 new tokens
     a_layer = tokens * 2 * 32 * 4
     assert of_bases == list(caches(found).values()) == [a_layer, 2 * a_layer] * 2
     for group, contestant in zip(found.groups, found.contestants, strict=True):
@@ -101,7 +101,7 @@ def test_every_length_and_base_of_the_grid_is_measured_as_its_row_says(
         assert ours is not None and base is not None
         speed, yardstick = ours.training_tokens_per_second, base.training_tokens_per_second
         assert speed is not None and yardstick is not None
-        ratio = speed.median / yardstick.median  # of a single round
+        ratio = speed.median / yardstick.median  # of one round
         assert ours.training_ratio == Measured(ratio, ratio, ratio)
         assert base.training_over_lora is not None
         assert base.training_over_lora.median == pytest.approx(1 / ratio)

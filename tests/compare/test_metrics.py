@@ -1,4 +1,4 @@
-"""The records by which a comparison's figures are told."""
+"""The records that describe a comparison's figures."""
 
 from dataclasses import fields
 

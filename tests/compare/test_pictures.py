@@ -1,4 +1,4 @@
-"""The pictures of a comparison: which are drawn, what they say in words, who is on a Pareto front."""
+"""The pictures of a comparison: which are drawn, their words, and which contestants are on a Pareto front."""
 
 import itertools
 import math
@@ -49,7 +49,7 @@ def test_a_whole_comparison_has_all_pictures_of_the_size_that_they_say(tmp_path:
     assert draw(found, tmp_path) == [tmp_path / file for file in FILES]
     for picture in pictures(found):
         assert size(tmp_path / picture.file) == pytest.approx(picture.pixels, abs=1)
-    assert {path.name for path in tmp_path.iterdir()} == set(FILES)  # nothing half-written
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)  # no half-written file
 
 
 def test_one_contestant_has_no_fronts(tmp_path: Path) -> None:

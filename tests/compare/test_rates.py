@@ -1,4 +1,4 @@
-"""--find-learning-rate: short runs, one loaded base, and the best rate for the long one."""
+"""--find-learning-rate: short runs on one loaded base, and the best rate for the long run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_best_of_five_rates_is_found_on_one_loaded_base(
     )
     heard = Heard()
     found = rates.find_learning_rate(low, SharedBase(), heard)
-    # All of them are far too low: the highest learns most, and is said to be at the edge.
+    # All of them are far too low, so the highest learns most, and the message says that it is at the edge.
     assert found.train.learning_rate == pytest.approx(1e-5)
     assert len(loaded) == 1
     *tried, chosen = heard.notices

@@ -1,4 +1,4 @@
-"""Methods trained, judged and compared; on a base of two layers, for two steps."""
+"""Methods are trained, judged and compared, on a base of two layers, for two steps."""
 
 import json
 import os
@@ -100,7 +100,7 @@ def test_each_method_has_its_sweep_and_a_cell_a_seed_on_the_same_rows(
 def test_a_cell_is_the_run_that_train_makes_of_its_recipe_byte_for_byte(
     random_base: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Although the cells before it have used the same base."""
+    """Even though earlier cells have used the same base."""
     methods = ("prefix-tuning-plus", "lora", "prefix-tuning", "full")
     told = found(settings(random_base, data, tmp_path / "out", methods=methods, sweep=1, seeds=2))
     for one in told.contestants:
@@ -181,7 +181,7 @@ def test_a_cell_of_another_base_is_not_taken_for_finished(
     save_file(
         {name: w * 2 for name, w in weights.items()}, base / "model.safetensors", {"format": "pt"}
     )
-    monkeypatch.setattr(cells, "BASES", SharedBase())  # another process's
+    monkeypatch.setattr(cells, "BASES", SharedBase())  # as in another process
     assert not is_done(recipe)
 
 

@@ -1,4 +1,4 @@
-"""`read_runs`: finished runs become a comparison without torch, and what would be unfair is refused all at once."""
+"""`read_runs`: makes a comparison of finished runs without torch, and refuses everything unfair in one message."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def run(
     references: tuple[str, ...] = REFERENCES,
     **sections: dict[str, Any],
 ) -> str:
-    """Write a run directory as `ptp train` does; `right` says of each held-out row whether its answer is."""
+    """Write a run directory as `ptp train` does; `right` says which held-out rows have a right answer."""
     recipe = Recipe.model_validate(
         {
             "model": {"name": "tiny", "bits": 32, **sections.get("model", {})},
@@ -218,7 +218,7 @@ def test_everything_that_is_unfair_is_said_at_once(tmp_path: Path) -> None:
 def test_of_runs_that_match_no_answers_what_differs_is_said_and_the_loss_compared(
     tmp_path: Path,
 ) -> None:
-    """evaluate.max_new_tokens is too small for some answers in one of them: the rows are the same."""
+    """In one run, evaluate.max_new_tokens is too small for some answers, but the rows are the same."""
     one = run(tmp_path / "a")
     other = run(tmp_path / "b", "full", evaluate={"max_new_tokens": 2}, loss=1.25)
     RunDir(other).answers.unlink()
@@ -248,7 +248,7 @@ def test_anyway_the_differences_are_notices_and_rows_are_not_tested(tmp_path: Pa
     other = run(tmp_path / "b", "full", references=("red", "blue", "green", "black"))
     said = refused(one, other)
     first, second = said.removeprefix("The runs have different answers to match: ").split("; ")
-    assert first.partition(" in ")[0] != second.partition(" in ")[0]  # by their hashes
+    assert first.partition(" in ")[0] != second.partition(" in ")[0]  # their hashes differ
     made = read_runs([one, other], anyway=True)
     assert [notice[:41] for notice in made.notices] == ["The runs have different answers to match:"]
     assert made.notices[0] in markdown(made)
@@ -417,7 +417,7 @@ def judged(out: str, bench: str, sha256: str) -> None:
 def trained(
     random_base: Path, colours: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[str], list[Summary]]:
-    """Two real runs, both judged on own data and other text."""
+    """Two real runs, both judged on own data and on other text."""
     folder = tmp_path_factory.mktemp("runs")
     rows = colours.read_text(encoding="utf-8").splitlines(keepends=True)
     held_out = folder / "held-out.jsonl"
@@ -461,7 +461,7 @@ def test_real_runs_are_read_as_they_say_themselves(
         assert cell.results[TEST].exact_match == summary.adapter.exact_match
         assert contestant.trainable_parameters == summary.trainable_parameters
         assert contestant.adapter_bytes == summary.adapter_bytes
-        # `ptp eval` on the same rows finds the same, row by row.
+        # `ptp eval` on the same rows gives the same results, row by row.
         assert cell.results["held-out"].loss == pytest.approx(summary.adapter.loss, rel=1e-4)
         assert len(cell.results["held-out"].nats) == 6
         assert FORGETTING in cell.results

@@ -1,4 +1,4 @@
-"""The cost columns: everything is measured for every method, on one base that is as it was afterwards."""
+"""The cost columns: everything is measured for every method, on one base, which stays unchanged."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -105,7 +105,7 @@ def test_ratios_are_taken_round_by_round(speeds: Speeds) -> None:
     assert cost.training_ratio is not None
     assert (cost.training_ratio.low, cost.training_ratio.high) == tuple(expected)
     assert cost.training_ratio.median == pytest.approx(sum(expected) / 2)
-    # Waiting is the reverse of speed.
+    # Speed is the inverse of waiting time.
     slower = [a / b for a, b in zip(lora[FIRST_TOKEN], base[FIRST_TOKEN], strict=True)]
     assert cost.first_token_ratio is not None
     assert cost.first_token_ratio.high == pytest.approx(1 / min(slower))
@@ -263,7 +263,7 @@ def test_other_methods_of_peft_are_measured(
 
 
 def test_the_loss_by_chunks_is_the_models_own(base: PreTrainedModel) -> None:
-    """On more tokens than are projected at once."""
+    """On more tokens than one chunk of the projection has."""
     ids = torch.randint(200, (3, 700))
     base.float().requires_grad_(True)
     base(input_ids=ids, labels=ids).loss.backward()
@@ -496,6 +496,6 @@ def test_a_gpu_is_measured_with_its_allocators_peak(random_base: Path) -> None:
     assert not any(isinstance(cost, str) for cost in found.contestants.values())
     assert found.base.kv_cache_bytes == 24 * BYTES_A_TOKEN
     peaks = {label: rounds[PEAK_MEMORY] for label, rounds in found.rounds.items()}
-    # float32 weights, gradients and two moments: nothing is as large as full.
+    # float32 weights, gradients and two moments: no method takes as much as full.
     assert min(peaks["full"]) > max(peaks["prefix-tuning-plus"])
     assert 0 < max(peaks[BASE]) < 1  # GiB

@@ -1,4 +1,4 @@
-"""The statistics: a case worked out by hand, scipy's on one seed, simulated null and real differences."""
+"""The statistics: against a case computed by hand, against scipy on one seed, and on simulated data."""
 
 from dataclasses import replace
 from typing import Any
@@ -27,7 +27,7 @@ from tests.compare.made import SEEDS, comparison
 
 
 def of(label: str, results: dict[int, Result], **changes: Any) -> Contestant:
-    """A contestant with a result a seed."""
+    """A contestant with one result a seed."""
     cells = [Cell(seed, f"{label}-{seed}", results={TEST: r}) for seed, r in results.items()]
     made = Contestant(label, label, {}, 1e-3, 100, 400, cells)
     return replace(made, **changes)
@@ -57,7 +57,7 @@ def test_two_seeds_by_three_rows_are_as_worked_out_by_hand() -> None:
 
 
 def test_an_effect_that_is_estimated_as_none_does_not_shrink_the_error() -> None:
-    """Seeds with the same mean: what is left is the error of the rows' means."""
+    """Seeds with the same mean: only the error of the rows' means remains."""
     found = crossed_difference(np.array([[1.0, 2.0, 6.0], [2.0, 3.0, 4.0]]))
     rows = np.array([1.5, 2.5, 5.0])
     expected = stats.ttest_1samp(rows, 0)
@@ -90,7 +90,7 @@ def test_where_nothing_differs_one_test_in_twenty_says_so(
 
 
 def test_rows_alone_would_take_the_noise_of_seeds_for_a_difference() -> None:
-    """The reason for the crossed test: one seed, tested over rows, in place of five."""
+    """Why the test is crossed: one seed, tested over rows, against five seeds."""
     drawn = np.random.default_rng(0)
     made = [simulated(drawn, 5, 0.5, 0.3, 0.0) for _ in range(500)]
     of_one_seed = sum(crossed_difference(d[:1]).larger_than_noise for d in made)
@@ -115,7 +115,7 @@ def simulated(
 
 
 def test_all_right_against_all_wrong_on_two_rows_is_no_proof() -> None:
-    """Where nothing varies there is no standard error: the sign test over rows decides."""
+    """If nothing varies, there is no standard error, and the sign test over rows decides."""
     assert crossed_difference(np.ones((3, 2))).p_value == 0.5
     assert not crossed_difference(np.ones((3, 2))).larger_than_noise
     assert crossed_difference(np.ones((3, 20))).larger_than_noise
@@ -161,7 +161,7 @@ def test_one_seed_has_no_deviation_and_is_tested_over_rows_alone() -> None:
 
 
 def test_by_loss_less_is_better_and_a_row_counts_by_its_tokens() -> None:
-    """Losses of 12/6 and 9/6 nats a token; the mean of the rows' differences is that of the losses."""
+    """Losses of 12/6 and 9/6 nats a token; the mean of the rows' differences equals the difference of the losses."""
     found = standings_on(
         among(of("a", {0: Result([8.0, 4.0], [4, 2])}), of("b", {0: Result([6.0, 3.0], [4, 2])})),
         TEST,

@@ -1,4 +1,4 @@
-"""The table and what stands under it."""
+"""The table and the text below it."""
 
 import json
 from dataclasses import replace
@@ -54,7 +54,7 @@ def test_figures_have_the_digits_that_mean_something() -> None:
 
 
 def test_a_prefix_in_the_cache_is_seen() -> None:
-    """32 tokens more than 1,024."""
+    """The context is 1,024 tokens, and a virtual prefix of 32 comes on top."""
     assert cell(comparison(), "prefix-tuning", "KV cache a sequence, MB") == "6.488"
 
 

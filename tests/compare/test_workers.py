@@ -1,4 +1,4 @@
-"""Work in processes of its own."""
+"""Work in separate processes."""
 
 import os
 import signal

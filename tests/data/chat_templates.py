@@ -1,4 +1,4 @@
-"""Chat templates of common model families, small, and texts to learn a vocabulary from."""
+"""Small chat templates of common model families, and texts to train a tokenizer on."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ MARKED = (
     "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# A final end-of-text behind the last turn, as in Phi: no rendered beginning is a prefix of the whole.
+# An end-of-text after the last turn, as in Phi: no rendered beginning is a prefix of the whole.
 PHI = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}<|end_of_text|>{% endif %}"
 )
-# No token behind an answer.
+# No token after an answer.
 BARE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"

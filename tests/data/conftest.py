@@ -1,4 +1,4 @@
-"""A small real byte-level BPE tokenizer, a cache of each test's own, and files to read."""
+"""A small real byte-level BPE tokenizer, a separate cache for each test, and files to read."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., str]:
-    """Write a file: rows as JSON Lines, a text or bytes as they are; returns its path."""
+    """Write a file (rows as JSON Lines, text or bytes as they are), and return its path."""
 
     def write(name: str, content: list[Any] | str | bytes) -> str:
         path = tmp_path / name

@@ -1,4 +1,4 @@
-"""Benchmarks from local files: every layout gives the hub's rows, every fault its one clear error."""
+"""Benchmarks from local files: every layout gives the hub's rows, and every fault gives one clear error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ptp inspect-data`: what it prints, and that it needs nothing but a tokenizer."""
+"""`ptp inspect-data`: what it prints, and that it needs only a tokenizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAIR = {"prompt": "What is [bold]up[/bold]?", "completion": "Paris 😀"}
 
 @pytest.fixture
 def model(make_tokenizer, tmp_path) -> str:
-    """A folder that holds a tokenizer and no model."""
+    """A folder with a tokenizer and without a model."""
     make_tokenizer("chatml").save_pretrained(tmp_path / "tokenizer")
     return str(tmp_path / "tokenizer")
 

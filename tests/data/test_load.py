@@ -1,4 +1,4 @@
-"""What comes in: formats, sources, and every kind of bad input with its one clear error."""
+"""Input data: formats, sources, and one clear error for every kind of bad input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "
 
 
 def content(rows: LoadedData) -> list[dict]:
-    """The rows as they are stored, without what is null or empty."""
+    """The stored rows, without null and empty values."""
 
     def filled(value):
         if isinstance(value, list):
@@ -110,7 +110,7 @@ def test_map_of_an_unknown_column_lists_the_columns_and_the_nearest(write):
     [
         ({"complition": "completion"}, "--map completion=completion"),
         ({"prompt": "completion", "anwser": "prompt"}, "--map answer=prompt"),
-        ({"utterance": "prompt"}, "--map prompt=utterance"),  # the two sides changed places
+        ({"utterance": "prompt"}, "--map prompt=utterance"),  # the two sides are swapped
     ],
 )
 def test_map_of_an_unknown_field_names_the_one_that_was_meant(write, mapping, meant):
@@ -746,7 +746,7 @@ def test_a_hub_that_does_not_answer_is_one_quick_error():
         "except ResourceError as error:\n    print(error)"
     )
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    environment |= {"HF_DATASETS_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}  # they mean the same
+    environment |= {"HF_DATASETS_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}  # both mean the same
     ran = subprocess.run(
         [sys.executable, "-c", work], capture_output=True, text=True, env=environment, timeout=30
     )

@@ -1,4 +1,4 @@
-"""What messages and their rows carry beside role and content: weights, system prompts, tools, history, parts."""
+"""What messages and rows have besides role and content: weights, system prompts, tools, history, parts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RICH = (
 
 @pytest.fixture
 def done(write, make_tokenizer):
-    """Tokenize rows by a template; returns the tokenized data and its tokenizer."""
+    """Tokenize rows with a template; returns the tokenized data and its tokenizer."""
 
     def done(rows, template: str | None = "chatml", **values):
         tokenizer, section = make_tokenizer(template), DataSection(**values)
@@ -165,7 +165,7 @@ def test_what_neither_template_nor_ptp_takes_is_told_with_its_rows(done, templat
 
 
 def test_a_key_that_the_template_prints_in_one_row_is_taken(done) -> None:
-    # The first answer is no last one, and a thinking template leaves out its thought.
+    # The first answer is not the last, so a thinking template leaves out its reasoning.
     template = RICH.replace("if m.reasoning_content", "if m.reasoning_content and loop.last")
     thinks = SAY | {"reasoning_content": "hm"}
     found, tokenizer = done(
@@ -199,7 +199,7 @@ def test_sharegpts_calls_are_calls_where_the_template_has_them_and_text_elsewher
     assert f"⟦<call>{call}</call><|im_end|>⟧\n<|im_start|>tool\nfree" in text(found, tokenizer)
     found, tokenizer = done([row], "chatml")
     assert f"<|im_start|>assistant\n⟦{call}<|im_end|>⟧" in text(found, tokenizer)
-    row["conversations"][1]["value"] = "room(12)"  # no JSON: it stays what it is
+    row["conversations"][1]["value"] = "room(12)"  # not JSON, so it stays as it is
     found, tokenizer = done([row], RICH)
     assert "⟦room(12)<|im_end|>⟧" in text(found, tokenizer)
 
@@ -284,7 +284,7 @@ def test_alpacas_system_prompt_and_history_come_before_the_question(done) -> Non
         "<|im_start|>user\nAnd its population?<|im_end|>\n"
         "<|im_start|>assistant\n⟦About 10 million.<|im_end|>⟧"
     )
-    found, tokenizer = done(CASES / "alpaca-history.json", None)  # no template: a line each
+    found, tokenizer = done(CASES / "alpaca-history.json", None)  # no template: one line a message
     before = "You know geography.\nWhat is the capital of Peru?\nLima.\nAnd its population?"
     assert text(found, tokenizer) == f"{before}⟦ About 10 million.<|end_of_text|>⟧"
 
@@ -384,7 +384,7 @@ def test_a_part_that_is_no_text_is_refused_by_its_name(done, part, said) -> None
     assert "a.jsonl, line 1, message 1" in told and "part 2" in told and said in told
 
 
-# Of TEMPLATES, `mistral` refuses an answer before the first question, and this one puts a system
+# In TEMPLATES, `mistral` refuses an answer before the first question. This template puts a system
 # prompt in front, so that nothing shows where that answer begins.
 FRONTED = (
     "{% if messages and messages[0].role != 'system' %}<|im_start|>system\nx<|im_end|>\n{% endif %}"

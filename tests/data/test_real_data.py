@@ -1,4 +1,4 @@
-"""Real data sets, read where they lie beside the repository."""
+"""Real data sets, read from their folder beside the repository."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A million rows: rows a second and peak memory, each measured in a process of its own.
+"""A million rows: rows a second and peak memory, each measured in its own process.
 
 `PTP_SCALE_ROWS` sets the number of rows; the figures are printed (`pytest -m slow -s`).
 """

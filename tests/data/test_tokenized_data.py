@@ -1,4 +1,4 @@
-"""What is trained and what is masked, and where each example ends."""
+"""Which tokens are trained and which are masked, and where each example ends."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_mask_of_a_marked_template_is_the_one_that_transformers_gives(write,
     theirs = tokenizer.apply_chat_template(
         CHAT, return_dict=True, return_assistant_tokens_mask=True
     )
-    # Theirs has the line breaks behind the end-of-turn tokens too, which a model never needs to say.
+    # TRL also trains the line breaks after end-of-turn tokens, which a model never needs to generate.
     newline = tokenizer("\n")["input_ids"][0]
     pairs = zip(theirs["assistant_masks"], theirs["input_ids"], strict=True)
     mask = [trained and token != newline for trained, token in pairs]
@@ -265,7 +265,7 @@ def test_an_answer_that_the_template_leaves_out_is_not_looked_for_in_a_later_tur
         {"role": "assistant", "content": "Paris"},
         {"role": "user", "content": "Paris"},
     ]
-    for end in ("<|end|>", "\n"):  # with an end-of-turn token, and without
+    for end in ("<|end|>", "\n"):  # with and without an end-of-turn token
         template = (
             "{% for m in messages %}{{ m.role }}: {% if loop.last or m.role == 'user' %}"
             "{{ m.content }}{% endif %}END{% endfor %}"
@@ -367,7 +367,7 @@ def test_spans_join_to_the_whole_text_even_where_a_character_is_cut(make_tokeniz
         pieces = spans(ids, trained, tokenizer)
         assert "".join(text for text, _ in pieces) == whole == "Köln 😀 ☃"
         assert all("\ufffd" not in text for text, _ in pieces)
-    foxes = tokenizer("Köln 🦊")["input_ids"]  # no token is the whole fox
+    foxes = tokenizer("Köln 🦊")["input_ids"]  # no single token is the whole fox
     within = len(foxes) - 1
     assert tokenizer.decode(foxes[:within]).endswith("\ufffd")
     trained = [i >= within for i in range(len(foxes))]

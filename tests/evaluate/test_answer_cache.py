@@ -1,4 +1,4 @@
-"""Finished requests: what was answered once is never asked again, and never read by another subject."""
+"""Finished requests: a request is never asked twice, and another subject never reads its answer."""
 
 import json
 import math
@@ -23,7 +23,7 @@ Answers = Iterator[dict[int, Any]]
 
 
 class Asked:
-    """Answers with the request's number, and remembers what was asked for."""
+    """Answers with the request's index, and remembers what was asked."""
 
     def __init__(self, value: Callable[[int], Any] = lambda i: i) -> None:
         self.value = value
@@ -40,7 +40,7 @@ def refuse(missing: list[int]) -> Answers:
 
 
 def script(body: str, *arguments: object, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """Another process, with all of this module's imports."""
+    """Another process, with all imports of this module."""
     head = (
         "import json, os, signal, sys, time\nfrom pathlib import Path\n"
         "from prefixtune_cli.errors import ResourceError\n"

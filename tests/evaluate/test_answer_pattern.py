@@ -1,4 +1,4 @@
-"""Worked answers: the part of them that a pattern finds is matched, in the answer and in the reference alike."""
+"""Worked answers: the part that a pattern finds is compared, both in the answer and in the reference."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def written(file: Path, *answers: str) -> Path:
     ("answer", "right"),
     [
         ("5 + 13 = 18.\n#### 18", True),
-        ("####  18 \nQuestion: and then?\n#### 5", True),  # the first one counts
+        ("####  18 \nQuestion: and then?\n#### 5", True),  # the first match counts
         ("<think>#### 5</think> So it is #### 18", True),
         ("18", False),
         ("#### 18.0", False),
@@ -65,7 +65,7 @@ def test_the_group_of_the_first_match_is_compared_but_for_outer_space(
 def test_a_pattern_without_a_group_compares_all_that_it_matches() -> None:
     assert exactly_matches("so 18 it is", "18", r"\d+")
     assert not exactly_matches("so 5 it is", "18", r"\d+")
-    assert not exactly_matches("b", "b", "(a)?b")  # the group found nothing
+    assert not exactly_matches("b", "b", "(a)?b")  # the group matched nothing
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="needs GSM8K in ../shared/data")

@@ -1,4 +1,4 @@
-"""Batches: the longest first, within rows and tokens, halved for good where the memory runs out."""
+"""Batches: the longest first, within rows and tokens, and halved for good when memory runs out."""
 
 import gc
 import math
@@ -25,7 +25,7 @@ class Listener(Silent):
 
 
 class Worker:
-    """Does batches of numbers, which are their own lengths; more than `rows` or `tokens` exceed its memory."""
+    """Does batches of numbers, which are their own lengths; more than `rows` or `tokens` exceeds its memory."""
 
     def __init__(self, rows: float = math.inf, tokens: float = math.inf) -> None:
         self.rows, self.tokens = rows, tokens
@@ -49,7 +49,7 @@ def run(
     length: Callable[[Any], int],
     work: Callable[[Any], object],
 ) -> list[Any]:
-    """All that is yielded: each batch that was done."""
+    """All that is yielded: each finished batch."""
 
     def yielding(batch: Sequence[Any]) -> Iterator[Any]:
         work(batch)
@@ -136,7 +136,7 @@ def test_out_of_memory_halves_for_good_and_every_item_is_done_once(rows: int) ->
     assert failed == [n for n in (16, 8, 4, 2) if n > rows]
     assert len(warnings(limited)) == len(failed)
     assert limited.rows == max(n for n in (1, 2, 4, 8, 16) if n <= rows)
-    again = Worker()  # the next work does not try again what did not fit
+    again = Worker()  # later work does not retry the size that did not fit
     run(limited, [1, 1, 1, 1, 1], size, again)
     assert len(again.done[0]) == min(limited.rows, 5)
 
@@ -242,7 +242,7 @@ def test_other_errors_pass_through_at_once(error: BaseException, rows: int) -> N
 def nested(
     limited: BatchLimit, outer: Callable[[Sequence[int]], None], inner: Callable[[Any, int], None]
 ) -> Callable[[Sequence[int]], None]:
-    """Work on prefixes, each followed by four rows, which `inner` does in batches of the same limit."""
+    """Work on prefixes; each has four rows, which `inner` does in batches of the same limit."""
 
     def work(prefixes: Sequence[int]) -> None:
         outer(prefixes)
@@ -263,7 +263,7 @@ def test_work_may_run_batches_of_its_own() -> None:
 
     run(limited, [*range(10, 20)], lambda _: 3, nested(limited, prefixes, inner))
     assert sorted(done) == [(prefix, i) for prefix in range(10, 20) for i in range(4)]
-    assert [*map(len, prefixes.done)] == [8, 2]  # the rows shrank, and with them what came next
+    assert [*map(len, prefixes.done)] == [8, 2]  # the rows shrank, and so did the next batches
     assert limited.rows == 2
     assert len(warnings(limited)) == 2
 
@@ -280,7 +280,7 @@ def test_a_single_row_that_does_not_fit_beside_many_prefixes_is_tried_beside_few
     run(limited, [*range(10, 18)], size, nested(limited, prefixes, inner))
     assert sorted(done) == [(prefix, i) for prefix in range(10, 18) for i in range(4)]
     assert len(prefixes.done[0]) == 8
-    assert limited.rows == 2  # what the rows were halved to in vain is forgotten
+    assert limited.rows == 2  # halving the rows in vain is undone
 
 
 def test_a_row_that_does_not_fit_beside_a_single_prefix_is_told() -> None:

@@ -1,4 +1,4 @@
-"""Benchmarks are lm-eval's own: its prompts character by character, and its scores to the last digit."""
+"""Benchmarks are lm-eval's own: the same prompts to the character, and the same scores to the last digit."""
 
 import csv
 import json
@@ -50,10 +50,10 @@ def load(name: str, catalogue: Catalogue, data: dict[str, Path], **how: Any) -> 
 
 
 def lm_evals_own(tasks: dict[str, dict[str, Any]], shots: int, limit: int) -> dict[str, Any]:
-    """lm-eval's tasks, loaded and built by lm-eval alone from files that `datasets` reads.
+    """lm-eval's tasks, loaded and built only by lm-eval, from files that `datasets` reads.
 
     Args:
-        tasks: name → the settings that lead it to the files.
+        tasks: name → the settings that point it to the files.
     """
     from lm_eval.tasks import TaskManager
 
@@ -73,7 +73,7 @@ def lm_evals_own(tasks: dict[str, dict[str, Any]], shots: int, limit: int) -> di
 
 
 def mmlu_as_jsonl(subject: str, folder: Path) -> dict[str, str]:
-    """The rows of a subject as the hub has them, written by other code than the code that is tested."""
+    """The rows of a subject as on the hub, written by code that is independent of the tested code."""
     files = {}
     for split in ("dev", "test"):
         with open(
@@ -148,7 +148,7 @@ def test_gsm8ks_prompts_are_lm_evals_character_by_character(catalogue: Catalogue
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two subjects as CSV, in words of `tiny`, and sums with their answers as GSM8K."""
+    """Two subjects as CSV, in words of `tiny`, and sums with answers in GSM8K's form."""
     folder = tmp_path_factory.mktemp("benchmarks")
     draw = random.Random(5)
     words = "card flight hotel letter money song train garden river kettle lamp table".split()
@@ -185,7 +185,7 @@ def lm(tiny: tuple[Any, Any]) -> BenchmarkLM:
 
 
 def theirs(tiny: tuple[Any, Any], benchmark: Benchmark) -> benchmarks.Answered:
-    """The same tasks, answered by lm-eval's own model."""
+    """lm-eval's own model answers the same tasks."""
     base, tokenizer = tiny
     return benchmarks.answer(
         HFLM(pretrained=base, tokenizer=tokenizer, batch_size=3), benchmark, Rendering()
@@ -306,7 +306,7 @@ def test_requests_are_built_and_tokenized_once_for_all_models(
 def test_a_group_is_compared_as_a_whole_and_its_tasks_are_folded(
     catalogue: Catalogue, data: Path, tiny: tuple[Any, Any], lm: BenchmarkLM, tmp_path: Path
 ) -> None:
-    """Every subject of a small group, with the rows of one; the second model answers otherwise."""
+    """Every subject of a small group, with the rows of one subject; the second model gives other answers."""
     for task in catalogue.tasks("mmlu_stem"):
         for split in ("dev", "test"):
             file = tmp_path / split / f"{task.subset}_{split}.csv"

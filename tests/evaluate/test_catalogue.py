@@ -1,4 +1,4 @@
-"""lm-eval's names: read once, kept in a file, and found again with the folders that make them up."""
+"""lm-eval's names: read once, kept in a file, and found with the folders that define them."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ print(json.dumps({{
 
 
 def in_another_process() -> dict[str, Any]:
-    """What `load_catalogue` gives in a new process, and which heavy packages it imports for that."""
+    """The result of `load_catalogue` in a new process, and the heavy packages that it imports."""
     done = subprocess.run(
         [sys.executable, "-c", LOAD], capture_output=True, text=True, env=os.environ, timeout=300
     )
@@ -58,7 +58,7 @@ def catalogue(first: dict[str, Any]) -> Catalogue:
 
 
 class Reading:
-    """Stands for lm-eval's fourteen thousand files, and counts how often they are read."""
+    """Replaces lm-eval's fourteen thousand files, and counts how often they are read."""
 
     ENTRIES = {
         "a": Listed("a", "task", "x/a", output_type="generate_until", splits=("test",)),
@@ -76,7 +76,7 @@ class Reading:
 
 @pytest.fixture
 def reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reading:
-    """A small reading, with a home of its own."""
+    """A small catalogue, with a home folder of its own."""
     found = Reading()
     monkeypatch.setattr(module, "_read", found)
     monkeypatch.setattr(module, "HF_HOME", str(tmp_path))
@@ -141,7 +141,7 @@ def test_a_damaged_or_old_file_is_read_anew_and_replaced(
     assert file.read_bytes() == whole
     assert load_catalogue().entries == Reading.ENTRIES
     assert reading.times == 2
-    assert kept_files(tmp_path) == [file]  # and no half-written one beside it
+    assert kept_files(tmp_path) == [file]  # no half-written file beside it
 
 
 @pytest.mark.parametrize("home", ["file", "file/below", "/proc/self"])
@@ -269,10 +269,10 @@ def test_groups_expand_whatever_way_their_members_are_written(catalogue: Catalog
     assert all(name.startswith("bbh_cot_fewshot_") for name in names("bbh"))
     assert len(names("leaderboard")) == 39  # groups of groups
     assert {"leaderboard_mmlu_pro", "leaderboard_ifeval"} <= names("leaderboard")
-    # with settings of their own, one of them a tag and one a group
+    # with settings of their own; one of them is a tag, and one a group
     others = {"arc_challenge", "hellaswag", "winogrande", "gsm8k", *names("truthfulqa")}
     assert names("openllm") == names("mmlu") | others
-    # in groups that are written into the group
+    # in groups defined within the group
     assert "stem" in catalogue.entries["mmlu_generative"].members
     assert "stem" not in catalogue.entries
     assert len(names("mmlu_generative")) == 57
@@ -312,7 +312,7 @@ def test_its_folders_alone_hold_all_of_an_entry(
     folders = catalogue.folders(name)
     with caplog.at_level(logging.WARNING):
         manager = TaskManager(include_defaults=False, include_path=list(folders))
-    assert caplog.messages == []  # of a name that stands in two folders
+    assert caplog.messages == []  # about a name that occurs in two folders
     found = manager.task_index
     assert name in found
     assert {task.name for task in catalogue.tasks(name)} <= {*manager.all_subtasks}
@@ -345,7 +345,7 @@ def test_no_folder_lies_within_another(catalogue: Catalogue) -> None:
             "gsm8k", "task", "gsm8k", (), "generate_until", "openai/gsm8k", "main",
             ("test", "train"), ("question", "answer"),
         ),
-        # no test split in its YAML; code prepares its rows, so nothing is known of its columns
+        # its YAML has no test split; code prepares its rows, so we know nothing of its columns
         Listed(
             "hellaswag", "task", "hellaswag", (), "multiple_choice", "Rowan/hellaswag", None,
             ("validation", "train"), (),

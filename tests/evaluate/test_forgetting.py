@@ -44,7 +44,7 @@ def prose(tmp_path: Path) -> Path:
 
 
 class Startless:
-    """A tokenizer that begins no text with a token of its own, or begins every one, whatever the real one does."""
+    """A tokenizer that adds a token to the beginning of every text, or never does, unlike the real one."""
 
     def __init__(self, inner: Any, start: int | None = None, fast: bool = True) -> None:
         self.inner, self.start, self.is_fast = inner, start, fast
@@ -80,7 +80,7 @@ def test_every_token_is_predicted_once_and_every_byte_counted_once(
     assert max(len(found.ids) for found in text.windows) == min(window, len(whole))
     first = len(tokenizer.decode(ids[:1]).encode()) if start is None else 0
     extra = sum(found.bytes for found in text.windows) - (len(PROSE.encode()) - first)
-    # A window that holds but the rest of a character counts as one byte.
+    # A window with only the rest of a character counts as one byte.
     assert 0 <= extra <= (2 * 9 * 2 + 9 if window == 2 else 0)
 
 

@@ -1,4 +1,4 @@
-"""`ptp eval --data`: figures against scikit-learn and values worked out by hand; answers that are asked for once."""
+"""`ptp eval --data`: figures against scikit-learn and values computed by hand; answers are asked for once."""
 
 import json
 import math
@@ -58,7 +58,7 @@ class Listener(Silent):
 
 @contextmanager
 def before_each_pass(model: Any, hook: Callable[[int], None]) -> Iterator[None]:
-    """Within the block `hook` is called with the rows of every forward pass, of the base or of an adapted model."""
+    """Within the block, `hook` gets the rows of every forward pass, of the base or of an adapted model."""
     inner = (model.get_base_model() if isinstance(model, PeftModel) else model).model
     handle = inner.register_forward_pre_hook(
         lambda module, arguments, keywords: hook(len(keywords["input_ids"])), with_kwargs=True
@@ -85,7 +85,7 @@ def base(random_base: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def adapted(random_base: Path) -> Any:
-    """Another model than the base, by an adapter with random weights."""
+    """A model that differs from the base by an adapter with random weights."""
     section = ModelSection(name=str(random_base), bits=32)
     model = models.attach(models.load_base(section), PrefixTuningPlus())
     torch.manual_seed(1)
@@ -146,7 +146,7 @@ def pairs(*answers: str) -> list[dict[str, str]]:
 
 
 def invented(data: OwnData, *answers: str, nats: float = 1.0) -> Judged:
-    """What a model might have answered; each row has `nats` a token."""
+    """Answers that a model might have given; each row has `nats` a token."""
     tokens = [sum(label != -100 for label in row["labels"][1:]) for row in data.examples]
     return Judged([(nats * count, count) for count in tokens], list(answers))
 
@@ -397,7 +397,7 @@ def test_macro_f1_and_its_interval_are_those_of_scikit_learn(prepared: Any) -> N
 
 
 def test_macro_f1_leaves_out_labels_that_no_row_has(prepared: Any) -> None:
-    """Else a draw without a rare label would count it as a failure."""
+    """Otherwise a draw without a rare label would count it as a failure."""
     a_right, a_as_b = 0 * 4 + 0, 0 * 4 + 1
     assert macro_f1(np.array([a_right, a_right]), labels=3) == 1.0
     assert macro_f1(np.array([a_right, a_as_b]), labels=3) == pytest.approx(2 / 3)

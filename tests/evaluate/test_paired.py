@@ -1,4 +1,4 @@
-"""The bootstrap against scipy's, against values worked out by hand, and by how often it is right."""
+"""The bootstrap against scipy's, against values computed by hand, and by its coverage."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +20,12 @@ from prefixtune_cli.evaluate.paired import (
     ratio_interval,
 )
 
-# The 2.5 % point of 10,000 draws lies within 0.03 standard deviations of the true one; both sides are drawn.
+# The 2.5 % point of 10,000 draws lies within 0.03 standard deviations of the true one; both sides are random.
 MONTE_CARLO = 0.12
 
 
 def close(found: Interval | PairedDifference, other: Any, tolerance: float = MONTE_CARLO) -> bool:
-    """Whether an interval is that of scipy's result, within Monte Carlo error."""
+    """Whether an interval equals that of scipy's result, within Monte Carlo error."""
     low, high = other.confidence_interval
     far = max(abs(found.low - low), abs(found.high - high))
     return bool(far < tolerance * other.standard_error)
@@ -43,7 +43,7 @@ def scipy_bootstrap(statistic: Callable[..., Any], *columns: Any, resamples: int
 
 
 def answers(items: int, seed: int) -> tuple[Any, Any]:
-    """Right or wrong twice, correlated: an easy item is easy for both."""
+    """Two correlated right-or-wrong values: an easy item is easy for both."""
     rng = np.random.default_rng(seed)
     easy = rng.random(items)
     return tuple(np.float64(rng.random(items) < easy + gain) for gain in (0.0, 0.1))
@@ -51,7 +51,7 @@ def answers(items: int, seed: int) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("items", [FEW_VALUES - 2, 3 * FEW_VALUES])
 def test_the_interval_of_a_difference_of_means_is_that_of_scipy(items: int) -> None:
-    """On both ways: counted where there are few distinct values, and drawn one by one."""
+    """In both ways: counting few distinct values, and drawing item by item."""
     rng = np.random.default_rng(1)
     base = rng.gamma(2, size=items)
     adapter = base + rng.gamma(1, size=items)
@@ -129,7 +129,7 @@ def test_items_of_an_aggregate_may_be_anything() -> None:
 
 
 def test_nineteen_of_twenty_intervals_hold_the_true_difference_of_accuracies() -> None:
-    # An item is right with its ease, from 0 to 1, and with 0.1 more after training, but never more than 1.
+    # An item's chance of being right is its ease, from 0 to 1; after training it is 0.1 higher, but at most 1.
     truth = 0.1 - 0.1**2 / 2
     hits = 0
     for seed in range(200):
@@ -208,7 +208,7 @@ def test_weights_are_those_of_the_strata_means() -> None:
 
 
 def test_items_are_drawn_within_their_strata() -> None:
-    """So the spread between subjects, which are the same ones in every draw, does not widen the interval."""
+    """So the spread between subjects, which are the same in every draw, does not widen the interval."""
     alike = [np.full(10, 0.0), np.full(30, 1.0)]
     found = mean_interval(alike)
     assert [found.low, found.high] == pytest.approx([0.75, 0.75])

@@ -1,4 +1,4 @@
-"""Nothing is asked twice, and nothing old is read: evaluations that were stopped, and adapters that were changed."""
+"""Interrupted evaluations ask nothing twice, and changed adapters read no old answers."""
 
 import json
 import os
@@ -30,7 +30,7 @@ Kept = dict[str, dict[str, tuple[int, str]]]  # file → request → (row id, an
 
 
 def read(cache: Path) -> Kept:
-    """All finished requests. A row that is written anew gets another id, so an equal id was not asked again."""
+    """All finished requests. A rewritten row gets another id, so an equal id was not asked again."""
     found: Kept = {}
     for file in sorted(cache.glob("*.sqlite")):
         with closing(sqlite3.connect(file)) as database:
@@ -40,11 +40,11 @@ def read(cache: Path) -> Kept:
 
 
 def counts(cache: Path) -> list[int]:
-    """How many requests each file holds, read beside the process that writes them."""
+    """The number of requests in each file, read while another process writes them."""
     found = []
     for file in cache.glob("*.sqlite"):
         with (
-            suppress(sqlite3.OperationalError),  # locked, or without its table yet
+            suppress(sqlite3.OperationalError),  # locked, or still without its table
             closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database,
         ):
             found += database.execute("SELECT count(*) FROM answers").fetchone()
@@ -52,7 +52,7 @@ def counts(cache: Path) -> list[int]:
 
 
 def wait_for(run: subprocess.Popen[str], cache: Path, files: int, answers: int) -> None:
-    """Until `files` have answers, the last one at least so many."""
+    """Wait until `files` files have answers, the last one at least so many."""
     deadline = time.monotonic() + 120
     while len(there := counts(cache)) < files or there[0] < answers:
         assert run.poll() is None, run.communicate()[1]
@@ -67,13 +67,13 @@ def start(*arguments: object) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ.copy(),
-        # A shell's background job has its children ignore Ctrl-C, which is what a test sends here.
+        # A shell's background job has its children ignore Ctrl-C, which a test sends here.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
 def finish(run: subprocess.Popen[str]) -> str:
-    """What it says on stderr."""
+    """The command's stderr."""
     _, said = run.communicate(timeout=300)
     assert run.returncode == 0, said
     return said
@@ -91,7 +91,7 @@ def answers_of(kept: Kept) -> dict[str, dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One of random weights, on `tiny`."""
+    """An adapter with random weights, on `tiny`."""
     return save_adapter(
         tmp_path_factory.mktemp("tiny") / "adapter", Path("tiny"), PrefixTuningPlus(), seed=1
     )
@@ -151,11 +151,11 @@ def test_ctrl_c_keeps_what_is_done_and_says_that_the_same_command_goes_on(tmp_pa
     assert "Finished requests are kept: the same command continues where this one stopped" in said
     assert "Traceback" not in said
     [rows] = read(cache).values()
-    assert 20 <= len(rows) < 800  # a loss and an answer for each row
+    assert 20 <= len(rows) < 800  # one loss and one answer for each row
     assert not out.exists()
 
 
-# An adapter that is trained anew into the same folder, and one that only lies elsewhere.
+# An adapter that is trained again into the same folder, and one that was only moved.
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def who_of(base: Path | str, *adapters: Path, bits: int = 32) -> tuple[Pointed, 
 
 
 def losses(settings: Settings) -> dict[str, float]:
-    """Of the user's data: it differs where the weights do, unlike an accuracy."""
+    """The loss on the user's data, which any change of the weights changes, unlike an accuracy."""
     found = evaluate(settings)
     assert found.failures == {}
     [line] = [line for line in found.outcomes[0].lines if line.metric == "loss"]
@@ -198,19 +198,19 @@ def test_a_changed_adapter_reads_no_old_answer_and_the_base_reads_all_of_its(
     settings = replace(settings, who=who_of(random_base, adapter))
     first = losses(settings)
     before = read(cache)
-    assert len(before) == 2  # the base's and the adapter's
+    assert len(before) == 2  # those of the base and of the adapter
     save_adapter(tmp_path / "adapter", random_base, section, seed=2)
     second = losses(settings)
     after = read(cache)
     assert second["base"] == first["base"] != second["adapter"] != first["adapter"]
-    # What was there is as it was, and one file more holds an answer to every request.
+    # The old files are unchanged, and one new file has an answer to every request.
     assert {file: after[file] for file in before} == before
     [new] = [rows for file, rows in after.items() if file not in before]
     answers = [{key: its[1] for key, its in rows.items()} for rows in (*before.values(), new)]
     assert [set(its) for its in answers] == [set(answers[0])] * 3
     assert all(answers[0] != other for other in answers[1:])
     assert answers[1] != answers[2]
-    # The first weights again, wherever they lie, are the first adapter again.
+    # The first weights again, at any place, are the first adapter again.
     moved = save_adapter(tmp_path / "moved", random_base, section, seed=1)
     again = losses(replace(settings, who=who_of(random_base, moved)))
     assert again == first

@@ -1,4 +1,4 @@
-"""A model that rows are put to: losses and answers, the same whatever fits into a batch, and kept as they come."""
+"""Scoring: losses and answers do not depend on the batch size, and are kept batch by batch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +45,7 @@ class Listener(Silent):
 
 @contextmanager
 def watched(model: Any, most_rows: int = 10**9) -> Iterator[list[tuple[int, int]]]:
-    """The shape of each forward pass; one of more than `most_rows` rows runs out of memory."""
+    """The shape of each forward pass; a pass of more than `most_rows` rows runs out of memory."""
     shapes: list[tuple[int, int]] = []
 
     def before(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ def test_losses_are_those_of_each_row_and_only_missing_ones_are_computed(
 
 
 def test_a_model_that_computes_all_logits_has_the_same_losses(loaded: Loaded) -> None:
-    """Logits are asked for where there are labels, of models that can; `Plain` cannot."""
+    """Only positions with labels get logits, if the model allows it; `Plain` does not."""
     model, tokenizer = loaded
 
     class Plain(torch.nn.Module):

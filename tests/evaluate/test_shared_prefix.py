@@ -1,4 +1,4 @@
-"""Prefixes that are computed once: fewer tokens, and the scores of whole sequences."""
+"""Shared prefixes are computed once: fewer tokens, and the same scores as for whole sequences."""
 
 import random
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ Tokens = tuple[int, ...]
 
 
 def questions(seed: int = 0) -> list[Request]:
-    """Two subjects with examples before each question, four choices each; and some that share nothing."""
+    """Two subjects with examples before each question and four choices each; and requests that share nothing."""
     draw = random.Random(seed)
 
     def some(count: int) -> Tokens:
@@ -49,7 +49,7 @@ def scores(model: Any, requests: list[Request], limit: BatchLimit, longest: int)
 
 
 def one_by_one(model: Any, requests: list[Request], longest: int) -> list[Scored]:
-    """The plain way: one sequence, one forward pass."""
+    """The plain way: one forward pass for each sequence."""
     found = []
     for request in requests:
         tokens = (request.context + request.continuation)[-(longest + 1) :]
@@ -173,7 +173,7 @@ def test_a_context_that_is_too_long_loses_its_beginning(base: Any) -> None:
 
 @contextmanager
 def counting_tokens(model: Any) -> Iterator[list[int]]:
-    """Within the block the list grows by the tokens of every forward pass, padding aside."""
+    """Within the block, the list gets the number of tokens of every forward pass, without padding."""
     counted: list[int] = []
 
     def note(_: Any, __: Any, given: dict[str, Any]) -> None:
@@ -214,7 +214,7 @@ def test_the_plan_computes_the_fewest_tokens_and_loses_no_request() -> None:
 
 
 def test_questions_share_their_context_where_their_examples_differ() -> None:
-    """As with examples drawn for every question: the choices share it, and the questions share nothing."""
+    """As with new examples for every question: the choices of a question share them, but questions share nothing."""
     draw = random.Random(1)
     contexts = [tuple(draw.randrange(5, 200) for _ in range(120)) for _ in range(6)]
     requests = [Request(c, (i, i + 1, i + 2)) for c in contexts for i in (10, 20, 30, 40)]
@@ -250,7 +250,7 @@ def test_a_batch_that_runs_out_of_memory_in_the_middle_of_a_prefix_is_halved(bas
 def test_a_gpu_scores_as_a_cpu_does_and_goes_on_after_a_real_lack_of_memory(
     random_base: Path, base: Any
 ) -> None:
-    """All but 64 MiB of the memory are taken, so the first batch of 1,000 long sequences cannot fit."""
+    """All but 64 MiB of the memory is taken, so the first batch of 1,000 long sequences cannot fit."""
     expected = one_by_one(base.cpu(), questions(), 512)
     model = models.load_base(ModelSection(name=str(random_base), bits=32)).eval()
     assert model.device.type == "cuda"

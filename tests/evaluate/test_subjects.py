@@ -1,4 +1,4 @@
-"""Who is evaluated: the base with the adapter switched off, and one adapter after another on it."""
+"""The evaluated models: the base with the adapter switched off, and one adapter after another on it."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
 
 def save_adapter(random_base: Path, section: Any, folder: Path, seed: int = 0) -> Path:
-    """An adapter that changes what the base says."""
+    """An adapter that changes the base's output."""
     model = models.attach(models.load_base(ModelSection(name=str(random_base), bits=32)), section)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_loads(
 def test_an_adapter_of_a_deeper_base_is_refused(
     name: str, random_base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    """All of the shallow base's layers would find their weights; the others would be dropped in silence."""
+    """The shallow base would find weights for all its layers, and the others would be dropped silently."""
     shallow = Path(shutil.copytree(random_base, tmp_path / "base"))
     config = json.loads((shallow / "config.json").read_text())
     config["num_hidden_layers"] = 1

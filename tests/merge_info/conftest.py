@@ -1,4 +1,4 @@
-"""Adapters made by hand on the minute base, so that what is measured is known."""
+"""Adapters made by hand on the tiny base, so that the expected measurements are known."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def make(random_base: Path, tmp_path: Path) -> Make:
-    """make(name, config, seed=0): an adapter folder of the minute base, with random weights everywhere."""
+    """make(name, config, seed=0): an adapter folder for the tiny base, with random weights everywhere."""
 
     def made(name: str, config: PeftConfig, *, base: Path = random_base, seed: int = 0) -> Path:
         torch.manual_seed(seed)
@@ -66,7 +66,7 @@ def change(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
 
 
 def with_singular_values(rows: int, columns: int, values: list[float], seed: int = 0) -> Tensor:
-    """A matrix of these singular values, its directions drawn at random."""
+    """A matrix with these singular values and random directions."""
     generator = torch.Generator().manual_seed(seed)
     left, _ = torch.linalg.qr(torch.randn(rows, len(values), generator=generator))
     right, _ = torch.linalg.qr(torch.randn(columns, len(values), generator=generator))

@@ -1,4 +1,4 @@
-"""What an adapter costs a token, beside its base; and whether it can be folded into the base instead."""
+"""What an adapter costs a token, relative to its base, and whether it can be folded into the base."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prefixtune_cli.recipe.schema import ModelSection
 
 from .conftest import Make, lora, memory, prefix
 
-# Of the minute base: 2 layers, 4 query and 2 key/value heads of width 16, hidden 64, FFN 128.
+# The tiny base: 2 layers, 4 query and 2 key/value heads of width 16, hidden 64, FFN 128.
 LAYERS, HEADS, D, HIDDEN, FFN = 2, 4, 16, 64, 128
 
 
@@ -31,7 +31,7 @@ def test_m_costs_two_operations_a_number_in_it_and_one_a_feature(
     parameters = sum(
         p.numel() for p in AutoModelForCausalLM.from_pretrained(random_base).parameters()
     )
-    assert facts.costs.base_flops == 2 * parameters  # its embeddings are its head as well
+    assert facts.costs.base_flops == 2 * parameters  # its embeddings are also its head
     assert facts.costs.base_bytes_read == 2 * parameters
     assert facts.costs.flops_percent == pytest.approx(100 * facts.costs.flops / (2 * parameters))
 
@@ -102,7 +102,7 @@ def test_without_its_base_percentages_are_left_out_and_it_says_so(make: Make) ->
     facts = gather(point(folder))
     assert facts.base is None
     assert "some-org/gone" in str(facts.base_problem)
-    assert facts.costs.flops is None  # how many heads read M, its base knows
+    assert facts.costs.flops is None  # only the base says how many heads read M
     assert facts.costs.flops_percent is None
     assert facts.costs.bytes_read == LAYERS * 2 * D * D * 4
     assert facts.findings == ()
@@ -113,7 +113,7 @@ def test_of_a_mixture_the_active_experts_count() -> None:
     assert found.parameters == pytest.approx(46.7e9, rel=0.01)
     assert found.parameters_per_token == pytest.approx(
         12.75e9, rel=0.01
-    )  # 12.9 with the table of embeddings
+    )  # 12.9 with the embedding table
 
 
 def test_the_paper_figure_for_llama_2_7b_is_met() -> None:

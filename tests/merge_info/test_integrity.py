@@ -1,4 +1,4 @@
-"""Damaged adapters: what is wrong is named; what cannot be read at all is one error."""
+"""Damaged adapters: the message names the damage; an unreadable file is one error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norm, effective rank and spectrum of matrices whose singular values are known."""
+"""Norm, effective rank and spectrum of matrices with known singular values."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_fewest_layers_that_hold_90_percent_of_the_squared_norm_are_named() 
 
 
 def test_heads_that_hold_under_one_percent_together_could_be_dropped() -> None:
-    squares = [50.0, 0.4, 48.8, 0.5, 0.3]  # 0.3 and 0.4 are under 1 % together, 0.5 is one too many
+    squares = [50.0, 0.4, 48.8, 0.5, 0.3]  # 0.3 and 0.4 are below 1 % together; 0.5 is too much
     whole = torch.stack([with_singular_values(16, 16, [math.sqrt(square)]) for square in squares])
     found = learned({"here": Trained(2, "attention", whole)})
     assert found is not None

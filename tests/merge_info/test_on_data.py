@@ -1,4 +1,4 @@
-"""The analysis on data, against biases that are captured and counted in the plainest way."""
+"""The analysis on data, against biases that are captured and counted in the simplest way."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def base_model(section: ModelSection) -> torch.nn.Module:
 
 
 def save(section: ModelSection, folder: Path, config: PeftConfig, fill=None) -> Path:
-    """An adapter whose memories `fill` writes; random numbers where it is None."""
+    """An adapter whose memories `fill` writes; without it, they are random."""
     model = get_peft_model(base_model(section), config)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def sequences(section: ModelSection, data: str) -> list[list[int]]:
 
 
 def expected_spectrum(biases: np.ndarray) -> np.ndarray:
-    """[tokens, heads, d] to the heads' mean spectrum, by numpy's own covariance."""
+    """[tokens, heads, d] to the mean spectrum of the heads, by numpy's own covariance."""
     shares = []
     for head in range(biases.shape[1]):
         values = np.linalg.eigvalsh(np.cov(biases[:, head].T, bias=True))[::-1].clip(min=0)
@@ -139,7 +139,7 @@ def test_the_ffn_s_bias_is_held_against_the_ffn_s_own_output(section, texts, tmp
 
 
 def test_a_memory_of_one_direction_has_an_effective_rank_of_one(section, texts, tmp_path):
-    """M = u vᵀ in layer 0: every bias is a multiple of v. In layer 1 M is zero: nothing varies."""
+    """M = u vᵀ in layer 0: every bias is a multiple of v. In layer 1, M is zero: nothing varies."""
 
     def one_direction(name: str, memory: Memory) -> None:
         heads, features, width = memory.M.shape
@@ -162,7 +162,7 @@ def test_a_memory_of_one_direction_has_an_effective_rank_of_one(section, texts, 
 
 
 def test_a_prefix_s_bias_is_what_attention_gives_with_it_less_without_it(section, texts, tmp_path):
-    """In the first layer the input is the same with and without, so that two runs of the model show it."""
+    """The input of the first layer does not depend on the adapter, so two runs of the model show its effect."""
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     folder = save(section, tmp_path / "p", config)
     found = run([folder], section, texts, tmp_path / "out").to_json()["adapters"][0]
@@ -188,7 +188,7 @@ def test_a_prefix_s_bias_is_what_attention_gives_with_it_less_without_it(section
 
 
 def test_a_memory_stays_where_a_long_input_drowns_a_prefix(section, tmp_path):
-    """The paper's point, by construction: one prefix against ever more keys, and an M that answers every query."""
+    """The paper's point, by construction: one prefix against more and more keys, and an M that answers every query."""
     file = tmp_path / "long.jsonl"
     words = " ".join("storm over the harbour tonight" for _ in range(60))
     file.write_text(json.dumps({"text": words}) + "\n", encoding="utf-8")

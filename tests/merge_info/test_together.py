@@ -1,4 +1,4 @@
-"""Several adapters: the first difference, cosine and sign conflict of known matrices, the prediction."""
+"""Several adapters: difference, cosine and sign conflict of known matrices, and the prediction."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_cosine_and_sign_conflict_are_those_of_the_entries() -> None:
     (first, second), whole = likeness(a, b)
     assert (first.cosine, first.sign_conflict) == pytest.approx((24 / 25, 0))
     assert first.norm_ratio == pytest.approx(1)
-    # products 1, -2, -8, 4; the smaller of each pair 1, 1, 2, 1, of which the second and third oppose
+    # products 1, -2, -8, 4; the smaller of each pair 1, 1, 2, 1; the second and the third conflict
     assert second.cosine == pytest.approx(-5 / (10 * 34) ** 0.5)
     assert second.sign_conflict == pytest.approx(3 / 5)
     assert second.norm_ratio == pytest.approx((34 / 10) ** 0.5)
@@ -216,7 +216,7 @@ def test_low_rank_m_is_compared_with_a_dense_one(make: Make) -> None:
 def test_what_is_said_to_merge_is_merged_and_what_is_not_is_refused(
     make: Make, random_base: Path
 ) -> None:
-    """The verdict is that of the merge itself."""
+    """The verdict is the merge's own."""
     base = ModelSection(name=str(random_base), bits=32, device="cpu")
     a = make("a", memory())
     for name, config, seed in (

@@ -63,7 +63,7 @@ def test_each_local_rank_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     for rank in range(HERE):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         assert device() == torch.device("cuda", rank)
-    # A scheduler that shows each process one GPU.
+    # A scheduler that shows each process only one GPU.
     monkeypatch.setenv("LOCAL_RANK", str(HERE))
     assert device() == torch.device("cuda", 0)
     assert device("cpu") == torch.device("cpu")

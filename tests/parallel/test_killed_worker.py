@@ -1,6 +1,6 @@
-"""Two processes under `ptp train --gpus 2`: one of them is killed, or what started them; nothing is lost, none is left.
+"""`ptp train --gpus 2` when a process or its launcher is killed: nothing is lost, and no process is left.
 
-The seconds are those of a promise: whatever is killed, all of it ends within half a minute.
+The README promises that all of a run ends within half a minute, whichever process is killed.
 """
 
 import os
@@ -33,7 +33,7 @@ class Typed:
         run_dir: of the run.
         base: the model's folder.
         data: the file to train on.
-        flags: more of them.
+        flags: further flags.
     """
 
     def __init__(self, run_dir: RunDir, base: Path, data: Path, *flags: object) -> None:
@@ -52,7 +52,7 @@ class Typed:
         self._workers: dict[int, int] = {}
 
     def wait_until(self, so_far: Callable[[], Any]) -> None:
-        """Until the run has come so far."""
+        """Wait until the run has come so far."""
         deadline = time.monotonic() + 180
         while not so_far():
             assert self.process.poll() is None, self.process.communicate()[1]
@@ -61,20 +61,20 @@ class Typed:
         self._workers = workers_of(self.process.pid)
 
     def kill(self, rank: int) -> int:
-        """Kill the process of a rank with -9, in the middle of the run; gives its process id."""
+        """Kill the process of a rank with -9 in the middle of the run; returns its process id."""
         pid = self._workers[rank]
         os.kill(pid, signal.SIGKILL)
         assert not self.run_dir.finished
         return pid
 
     def end(self, seconds: float = SECONDS_TO_END) -> tuple[int, str]:
-        """Exit code and stderr of the whole command; none of its processes is left."""
+        """Exit code and stderr of the whole command, after all of its processes have ended."""
         _, said = self.process.communicate(timeout=seconds)
         assert [pid for pid in self._workers.values() if runs(pid)] == []
         return self.process.returncode, said
 
     def clear(self) -> None:
-        """Kill what is left of it."""
+        """Kill whatever is left of it."""
         for pid in (self.process.pid, *self._workers.values()):
             if runs(pid):
                 os.kill(pid, signal.SIGKILL)
@@ -82,7 +82,7 @@ class Typed:
 
 
 def workers_of(pid: int) -> dict[int, int]:
-    """The children of a process that are workers: process ids by rank."""
+    """The worker processes among a process's children: process ids by rank."""
     found = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
         for child in (task / "children").read_text().split():
@@ -93,7 +93,7 @@ def workers_of(pid: int) -> dict[int, int]:
 
 
 def runs(pid: int) -> bool:
-    """Whether a process is there, and has not ended (as a zombie has)."""
+    """Whether a process exists and has not ended (a zombie has)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -105,7 +105,7 @@ Start = Callable[..., Typed]
 
 @pytest.fixture
 def start(random_base: Path, colours: Path, tmp_path: Path) -> Iterator[Start]:
-    """Type the command; gives it the same folder each time."""
+    """Start the command; every call returns the same folder."""
     started: list[Typed] = []
 
     def start(*flags: object) -> Typed:
@@ -121,7 +121,7 @@ def start(random_base: Path, colours: Path, tmp_path: Path) -> Iterator[Start]:
 def wanted(
     random_base: Path, colours: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """What two processes end with that nobody disturbs."""
+    """The result of two undisturbed processes."""
     run_dir = RunDir(tmp_path_factory.mktemp("whole") / "run")
     whole = Typed(run_dir, random_base, colours, *OFTEN)
     try:
@@ -188,7 +188,7 @@ def test_workers_whose_launcher_is_killed_save_a_checkpoint_and_end(start: Start
 
 @pytest.mark.slow
 def test_a_worker_killed_before_the_others_have_found_it_ends_the_command(start: Start) -> None:
-    """The other one waits for it at a meeting place that outlives both, and would do so for an hour."""
+    """The other one waits for it at a meeting place that outlives both, and would wait for an hour."""
     run = start(*OFTEN)
     run.wait_until(lambda: len(workers_of(run.process.pid)) == 2)
     pid = run.kill(1)

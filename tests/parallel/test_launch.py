@@ -1,4 +1,4 @@
-"""Starting a run's processes: what is typed wrongly, and two nodes on one machine."""
+"""Starting a run's processes: wrong arguments, and two nodes on one machine."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""The processes of a run: joining what has started them, and talking before and after the group exists."""
+"""The processes of a run: joining their launcher, and talking before and after the group exists."""
 
 import os
 import threading
@@ -17,7 +17,7 @@ NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """None of a launcher's variables, before and after."""
+    """No launcher's variables are set before or after the test."""
     for name in (*NAMES, *(name for name in os.environ if name.startswith("SLURM_"))):
         monkeypatch.delenv(name, raising=False)
     yield
@@ -75,7 +75,7 @@ def test_shares_are_disjoint_and_together_everything() -> None:
 def in_threads(
     count: int, work: Callable[[Processes], object], folder: Path, *, cyclic: bool = False
 ) -> list[object]:
-    """What `work` gives in each of `count` threads, which share a store as processes do; two on each node."""
+    """The results of `work` in `count` threads, which share a store as processes do; two on each node."""
     store, given = HashStore(), dict[int, object]()
 
     def run(rank: int) -> None:
@@ -115,7 +115,7 @@ def test_the_first_process_of_each_node_works_for_the_others_there(
 
 
 def test_what_is_given_may_be_large(tmp_path: Path) -> None:
-    large = bytes(10 * 2**20)  # the store itself takes 8 MiB
+    large = bytes(10 * 2**20)  # larger than the store's own limit of 8 MiB
     assert in_threads(2, lambda one: one.first_on_each_node(lambda: large), tmp_path) == [large] * 2
 
 
@@ -170,7 +170,7 @@ SLURM = {
 
 
 def test_a_list_of_gpus_or_one_gpu_a_process_needs_no_look_at_the_machine_again() -> None:
-    """The launcher has looked, and each process sees the chosen ones alone."""
+    """The launcher has checked, and each process sees only the chosen GPUs."""
     from prefixtune_cli.parallel.devices import count_of
 
     assert [count_of(gpus) for gpus in (None, "auto", 8, [0, 2], [7])] == [None, None, 8, 2, 1]

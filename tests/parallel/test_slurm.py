@@ -1,4 +1,4 @@
-"""The recipe for Slurm, with stand-ins for `srun` and `scontrol` that do on one machine what Slurm does on several."""
+"""The recipe for Slurm, with stand-ins for `srun` and `scontrol` that run everything on one machine."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "cluster" / "slurm.sh"
-# Two tasks on one node, each told its place as Slurm tells it; the worst exit code is srun's own.
+# Two tasks on one node, each with Slurm's variables for its place; srun exits with the worst exit code.
 SRUN = """#!/bin/bash
 [[ $1 == --kill-on-bad-exit=1 && $2 == --cpus-per-task=1 ]] || exit 9
 shift 2

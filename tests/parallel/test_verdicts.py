@@ -1,4 +1,4 @@
-"""What the launcher says and returns when processes end, with stand-ins for `ptp` that end in every way."""
+"""The launcher's message and exit code when processes end, with stand-ins for `ptp` that end in every way."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 
 from tests.ports import free_port
 
-# Runs the launcher; its processes run sys.argv[2] in place of `ptp`.
+# Runs the launcher; its processes run sys.argv[2] instead of `ptp`.
 LAUNCHER = """
 import sys
 from prefixtune_cli.cli.app import _tell
@@ -152,7 +152,7 @@ def test_a_launcher_that_waits_for_the_first_node_hears_ctrl_c() -> None:
 
 
 def test_a_process_that_has_not_begun_ends_quietly() -> None:
-    """As `ptp`'s own processes take some seconds to start."""
+    """`ptp`'s own processes take some seconds to start."""
     environment = {**os.environ, "PTP_LAUNCHER_PID": str(os.getpid()), "RANK": "0"}
     for number, code in ((signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)):
         run = subprocess.Popen(

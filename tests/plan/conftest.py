@@ -1,4 +1,4 @@
-"""Folders with a config.json and nothing else, which is all that a plan needs."""
+"""Folders with only a config.json, which is all that a plan needs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MakeRecipe = Callable[..., Recipe]
 
 @pytest.fixture
 def bare(tmp_path: Path) -> Callable[..., Path]:
-    """A folder with the configuration of a small Llama, changed as the arguments say."""
+    """A folder with the configuration of a small Llama, changed by the arguments."""
 
     def make(**changes: Any) -> Path:
         numbers = json.dumps(LLAMA | changes)
@@ -40,7 +40,7 @@ def bare(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def recipe(bare: Callable[..., Path]) -> MakeRecipe:
-    """A recipe for that folder, on a GPU that need not be here; sections as keywords, `config` for its numbers."""
+    """A recipe for that folder, on a GPU that need not exist; sections are keywords, and `config` has its numbers."""
 
     def make(config: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Recipe:
         model = {"name": str(bare(**(config or {}))), "device": "cuda"} | sections.pop("model", {})

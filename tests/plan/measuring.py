@@ -1,4 +1,4 @@
-"""The real thing to hold a plan against: `ptp train` with real tensors, and what PyTorch's allocator says of it."""
+"""The reality behind a plan: `ptp train` with real tensors, measured by PyTorch's allocator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.train import train
 
 Seen = Callable[[torch.optim.Optimizer], object]
-STEPS = 2  # the optimizer has its state from the second on
+STEPS = 2  # the optimizer's state exists from the second step on
 
 
 def save_random_model(config: PreTrainedConfig, folder: Path) -> Path:
@@ -32,7 +32,7 @@ def save_random_model(config: PreTrainedConfig, folder: Path) -> Path:
 
 
 def write_rows(file: Path, rows: int, tokens: int) -> Path:
-    """One row longer than `tokens`, and others a little shorter: padded, but nearly all of a batch has a loss."""
+    """One row longer than `tokens`, others a little shorter: padded, but nearly all tokens of a batch have a loss."""
     words = ["red" + " green" * (tokens + 20 if i == 0 else tokens - 5) for i in range(rows)]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
     return file
@@ -59,9 +59,9 @@ def recipe_for(base: Path, folder: Path, settings: dict[str, Any]) -> Recipe:
 
 
 def measured_on_cpu(recipe: Recipe) -> int:
-    """The most bytes at once in the second step: what is held before it, and what PyTorch then allocates besides.
+    """The most bytes at once in the second step: those held before it, and those that PyTorch allocates in it.
 
-    The allocator's own record is read, which also has what operators take inside of themselves.
+    It comes from the allocator's own record, which includes memory that operators use internally.
     """
     before = _storages()
     profiler = torch.profiler.profile(
@@ -72,7 +72,7 @@ def measured_on_cpu(recipe: Recipe) -> int:
     def start(optimizer: torch.optim.Optimizer) -> None:
         now = _storages()
         trained = (p for group in optimizer.param_groups for p in group["params"])
-        # The gradients are still there, and dropped before anything else happens.
+        # The gradients still exist, and are dropped before anything else happens.
         gone = {p.grad.untyped_storage().data_ptr() for p in trained} | before.keys()
         held.append(sum(size for address, size in now.items() if address not in gone))
         profiler.start()
@@ -113,11 +113,11 @@ def _train_between(recipe: Recipe, start: Seen, stop: Seen) -> None:
 
 
 def _storages() -> dict[int, int]:
-    """The bytes of every tensor that is alive, by address."""
+    """The bytes of every living tensor, by address."""
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        # A plan's tensors without content may be yet to be collected.
+        # Tensors of a plan, which have no content, may not be collected yet.
         real = isinstance(thing, torch.Tensor) and not isinstance(thing, FakeTensor)
         if real and thing.device.type == "cpu":
             storage = thing.untyped_storage()

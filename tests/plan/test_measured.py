@@ -1,4 +1,4 @@
-"""The plan against what training really takes, by PyTorch's allocator: every method and precision, GQA, MoE, MLA."""
+"""The plan against the real memory of training, by PyTorch's allocator: every method and precision, GQA, MoE, MLA."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import DeepseekV2Config, LlamaConfig, MixtralConfig, PreTraine
 from prefixtune_cli.plan import FRAMEWORK_RESERVE_BYTES, Planner
 from tests.plan.measuring import measured_on_cpu, measured_on_gpu, recipe_for, save_random_model
 
-# The goal is a tenth. What is left on a CPU is what operators take inside of themselves, and the trainer's figures.
+# The goal is a tenth. The rest, on a CPU, is memory inside operators, and the trainer's figures.
 TOLERANCE_CPU, TOLERANCE_GPU = 0.03, 0.1
 COMMON = {
     "vocab_size": 2048,
@@ -50,7 +50,7 @@ BASES: dict[str, Callable[[], PreTrainedConfig]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A base and what of a recipe differs from the defaults."""
+    """A base, and the settings of a recipe that differ from the defaults."""
 
     base: str
     method: str

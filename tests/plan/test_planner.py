@@ -43,7 +43,7 @@ def test_weights_adapter_and_optimizer_are_counted_to_the_byte(recipe: MakeRecip
     memories = 2 * 2 * 4 * 64 * 64  # at attention, and beside the FFN in blocks of 64
     rotary_tables = 2 * 32 * FLOAT32
     assert model.parts.weights == BFLOAT16 * elements + rotary_tables
-    assert model.parts.adapter == 2 * FLOAT32 * memories  # each M has a basis of its size
+    assert model.parts.adapter == 2 * FLOAT32 * memories  # the basis of each M has its size
     assert model.parts.optimizer == 2 * FLOAT32 * memories + 4 * FLOAT32  # and four step counts
     assert whole.parts.weights == FLOAT32 * elements + rotary_tables
     assert whole.parts.adapter == 0
@@ -132,7 +132,7 @@ def test_a_shortened_decoder_tells_the_memory_of_the_whole_one(
     optimizer = _optimizer("adamw_torch", on_gpu=True)
     shortened = peaks(skeleton, batch, optimizer)
     whole = step(skeleton, batch, optimizer, None)
-    # A layer of the other kind of attention would keep tables of rotary angles alive.
+    # A layer with the other kind of attention would keep tables of rotary angles in memory.
     close = pytest.approx(max(sum(p.values()) for p in whole.values()), rel=2e-3)
     assert max(sum(p.values()) for p in shortened.values()) == close
 
@@ -205,7 +205,7 @@ def test_fsdp_shards_the_frozen_base_alone(recipe: MakeRecipe) -> None:
 def test_a_cpu_has_no_reserve_and_kernels_of_its_own(recipe: MakeRecipe) -> None:
     on_cpu = Planner(recipe(model={"device": "cpu"})).parts()
     assert on_cpu.reserve == 0
-    # Without Triton the head's tiles are folded by operators, each with a result of its own; they are narrower.
+    # Without Triton, operators fold the head's tiles, each with its own result; so the tiles are narrower.
     assert on_cpu.logits > Planner(recipe()).parts().logits
 
 
@@ -221,7 +221,7 @@ def test_an_unknown_hub_id_offline_is_one_clear_error() -> None:
 
 
 def test_a_model_that_does_not_run_without_weights_is_told_so(recipe: MakeRecipe) -> None:
-    asked = recipe({"num_attention_heads": 3})  # 256 is no multiple of it
+    asked = recipe({"num_attention_heads": 3})  # 256 is not a multiple of it
     with pytest.raises(ModelError, match=r"cannot be planned.*ptp train --steps 2"):
         Planner(asked).parts()
 

@@ -1,4 +1,4 @@
-"""What to change where a recipe does not fit: the flags that are named do what is said of them."""
+"""What to change if a recipe does not fit: each flag has the effect that the plan names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KEYS = {flag.parameter: flag.key for flag in FLAGS if flag.key}
 
 
 def typed(recipe: Recipe, flag: str) -> Recipe:
-    """The recipe with what the flags say, as a user would have it by typing them."""
+    """The recipe after a user types the flags."""
     words = iter(shlex.split(flag))
     for word in words:
         name = word.removeprefix("--").replace("-", "_")

@@ -1,4 +1,4 @@
-"""The shapes of well-known models: each builds a model of as many parameters as its page says."""
+"""The shapes of well-known models: each gives a model with as many parameters as its page says."""
 
 from __future__ import annotations
 

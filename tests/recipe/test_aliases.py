@@ -1,4 +1,4 @@
-"""`model.name`: tiny, an alias, a folder, a hub id; anything else is told what it may be."""
+"""`model.name`: tiny, an alias, a folder, or a hub id; anything else gets an error that lists these."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Recipes and flags of TRL, LLaMA-Factory and Axolotl are answered key by key."""
+"""Recipes and flags of TRL, LLaMA-Factory and Axolotl get an answer for every key."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Recipe, --set and flags become one recipe, or one error that tells everything."""
+"""Recipe, --set and flags become one recipe, or one error with all problems."""
 
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,7 @@
 """The recipe `metamathqa` against PEFT's method_comparison/MetaMathQA, at commit 5d602fd.
 
 The literals are from its default_training_params.json, data.py, utils.py and run.py, and from experiments/lora/
-llama-3.2-3B-rank32/adapter_config.json with what its result says of the target modules.
+llama-3.2-3B-rank32/adapter_config.json, with the target modules that its result names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HEADER = [
     for line in (RECIPES / "metamathqa.yaml").read_text().splitlines()
     if line.startswith("#")
 ]
-FIRST_VALID = 6447  # of numpy's order of 7,473 rows by seed 0
+FIRST_VALID = 6447  # in numpy's order of 7,473 rows by seed 0
 QUERY = "Tom has 3 apples and buys 4/2 more. How many apples does Tom have?"
 RESPONSE = "Tom buys 4/2 = 2 apples.\nHe has 3 + 2 = $5$ apples.\nThe answer is: 5"
 
@@ -43,7 +43,7 @@ def script() -> ModuleType:
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerBase:
-    """That of `tiny`, with a beginning of sequence and without a chat template, as Llama 3.2's."""
+    """The tokenizer of `tiny`, with a beginning of sequence and without a chat template, as Llama 3.2's."""
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""The schema is the only home of defaults: a setting's default does not stand a second time in the package."""
+"""Only the schema has defaults: the package does not state the default of a setting a second time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import prefixtune_cli
 from prefixtune_cli.recipe.schema import Recipe
 
 PACKAGE = Path(prefixtune_cli.__file__).parent
-# Parameters and fields that are called as a setting and are another thing.
+# Parameters and fields that have a setting's name but another meaning.
 OTHERS = {
     ("adapter/memory.py", "feature_map"): "the adapter imports nothing of ours; test_config.py holds its defaults",
     ("sampling.py", "max_new_tokens"): "of `ptp generate`, where evaluate.max_new_tokens is of a held-out row",

@@ -1,4 +1,4 @@
-"""YAML, read by the scalars of YAML 1.2, with the line of every key."""
+"""YAML with the scalars of YAML 1.2, and the line of every key."""
 
 import pytest
 

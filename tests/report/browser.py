@@ -1,4 +1,4 @@
-"""A real browser without a window, driven by its developer tools' protocol over a pipe."""
+"""A real headless browser, driven by its developer tools' protocol over a pipe."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Browser:
         os.close(self._read)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Ask, and wait for the answer; what happens meanwhile is kept in `events`."""
+        """Send a request and wait for the answer; events that arrive meanwhile are kept in `events`."""
         self._number += 1
         asked: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
         if self._session is not None:
@@ -99,7 +99,7 @@ class Browser:
         return found["result"].get("value")
 
     def requests(self) -> list[str]:
-        """The addresses that the page has asked for."""
+        """The addresses that the page has requested."""
         return [
             event["params"]["request"]["url"]
             for event in self.events
@@ -107,7 +107,7 @@ class Browser:
         ]
 
     def accessibility(self) -> list[tuple[str, str]]:
-        """(role, name) of everything that a screen reader is told."""
+        """(role, name) of everything that a screen reader sees."""
         nodes = self.call("Accessibility.getFullAXTree")["nodes"]
         return [
             (node["role"]["value"], node.get("name", {}).get("value", ""))

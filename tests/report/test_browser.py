@@ -1,4 +1,4 @@
-"""report.html in a real browser: offline, on a phone, in print, in the dark, and as a screen reader is told of it."""
+"""report.html in a real browser: offline, on a phone, in print, in the dark, and to a screen reader."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ from .test_report import evil
 
 pytestmark = pytest.mark.skipif(COMMAND is None, reason="no chromium or chrome in PATH")
 
-PHONE, DESKTOP, PAPER = 360, 1280, 1032  # CSS pixels; A4 across, less its margins
+PHONE, DESKTOP, PAPER = 360, 1280, 1032  # CSS pixels; the width of A4 without its margins
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 def many(found: Comparison) -> Comparison:
-    """Nine contestants with long names, and a command without a space."""
+    """Nine contestants with long names, and a command without spaces."""
     contestants = [
         replace(
             found.contestants[i % 4], label=f"prefix-tuning-plus adapter.layers=last:{i} {'w' * 30}"
@@ -97,7 +97,7 @@ def test_on_a_phone_nothing_is_cut_or_scrolled(
 
 
 def scrolled(browser: Browser) -> list[int]:
-    """By how many pixels each table is wider than its place."""
+    """The number of pixels by which each table overflows its place."""
     return browser.run(
         "[...document.querySelectorAll('.scroll')].map(e => e.scrollWidth - e.clientWidth)"
     )

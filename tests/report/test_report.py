@@ -1,4 +1,4 @@
-"""report.html as text: whole, escaped, self-contained; what a browser makes of it is in test_browser."""
+"""report.html as text: complete, escaped, self-contained; test_browser tests it in a browser."""
 
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -71,7 +71,7 @@ def test_the_best_figure_is_said_and_not_only_bold(page: Page) -> None:
 
 
 def test_on_a_narrow_page_each_figure_stands_beside_its_head(page: Page, tmp_path: Path) -> None:
-    """A wide table is neither cut nor scrolled there: a row is a card. Nor is a figure kept from wrapping elsewhere."""
+    """On a phone, a wide table is neither cut nor scrolled: each row is a card. Elsewhere, figures do not wrap."""
     heads = {word.strip() for word in page.words}
     cells = page.all("td")
     assert len(cells) > 100
@@ -103,7 +103,7 @@ EVIL = '"><script>alert(1)</script><img src=x onerror=alert(1)>{{ 7 * 7 }}'
 
 
 def evil(found: Comparison) -> Comparison:
-    """Everything that a user can name is an attack."""
+    """An attack in everything that a user can name."""
     first = replace(
         found.contestants[0],
         label=f"first {EVIL}",
@@ -126,7 +126,7 @@ def test_everything_that_a_user_names_is_escaped(tmp_path: Path) -> None:
     assert page.all("script") == []
     assert len(page.all("img")) == 5
     assert not any(name.startswith("on") for _, a in page.tags for name in a)
-    assert page.text.count(EVIL) > 12  # as text, the template syntax in it with it
+    assert page.text.count(EVIL) > 12  # as text, including the template syntax in it
 
 
 def test_pictures_that_were_not_drawn_are_left_out(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from tests.compare.made import FAILURE, comparison, contestant, in_groups
 
 
 def of(shares: dict[str, list[float]], rows: int = 40) -> Comparison:
-    """Contestants that were judged on TEST alone: the share of right answers of each seed, from the first row on."""
+    """Contestants judged only on TEST: the share of right answers of each seed, from the first row on."""
     contestants = [
         replace(
             contestant("lora"),

@@ -1,4 +1,4 @@
-"""The embedded base model `tiny` and its sample tasks: how they are made, from nothing but code.
+"""How the built-in base model `tiny` and its sample tasks are made, from code alone.
 
 `grammar` writes the pretraining text, `pretrain` learns the tokenizer and the model from it, and
 `tasks` writes the sample data sets, which the pretraining text never contains.

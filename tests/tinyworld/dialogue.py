@@ -1,4 +1,4 @@
-"""How a document is written: the chat markers, a turn of a dialogue, and how users type."""
+"""Writes a document: the chat markers, a turn of a dialogue, and users' typing."""
 
 import re
 from random import Random
@@ -21,7 +21,7 @@ def fill(template: str, rng: Random, bindings: Bindings | None = None) -> str:
 
 
 def end_mark(sentence: str) -> str:
-    """Close the sentence with a question mark or a full stop, unless it is closed."""
+    """Close the sentence with a question mark or a full stop, unless it has one."""
     if sentence[-1:] in ".?!":
         return sentence
     last = re.split(r"[.?!] ", sentence)[-1]
@@ -48,10 +48,10 @@ def turn(user: str, assistant: str) -> str:
 
 
 def exchange(question: str, answer: str, rng: Random) -> str:
-    """A turn answered in a whole sentence."""
+    """A turn with a whole sentence as its answer."""
     return turn(said_by_user(question, rng), tidy(end_mark(answer)))
 
 
 def brief(question: str, answer: str, rng: Random) -> str:
-    """A turn answered by the bare answer: no capital, no full stop."""
+    """A turn with only the bare answer: no capital, no full stop."""
     return turn(said_by_user(question, rng), answer)

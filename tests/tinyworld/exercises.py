@@ -1,4 +1,4 @@
-"""Exercises: reading, lists of fields, sums, tables and word games, most answered by a word."""
+"""Exercises: reading, lists of fields, sums, tables and word games; the answer is mostly one word."""
 
 from random import Random
 
@@ -51,7 +51,7 @@ def _event(rng: Random) -> Bindings:
 
 
 def reading(rng: Random) -> str:
-    """A passage of random events and questions whose answers stand in it."""
+    """A passage of random events, and questions that it answers."""
     events = [_event(rng) for _ in range(rng.randint(1, 4))]
     passage = " ".join(tidy(fill(rng.choice(_EVENTS), rng, event) + ".") for event in events)
     turns = []
@@ -177,7 +177,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
 def copying(rng: Random) -> str:
-    """Words, codes and messages said again, so that the model learns to copy what it has read."""
+    """Words, codes and messages repeated, so that the model learns to copy."""
     draw = rng.random()
     if draw < 0.25:
         text = tidy(end_mark(message_on(rng.choice(TOPICS), rng)))

@@ -1,4 +1,4 @@
-"""The pretraining text of the model `tiny`: documents of a small made-up world, without end.
+"""The pretraining text of the model `tiny`: endless documents of a small made-up world.
 
 Dialogues with services, questions about facts, reading exercises, sums, tables, stories, lists and
 word games, each written in many ways. `documents(seed)` is deterministic. A document is a string

@@ -1,15 +1,15 @@
-"""The sentences of the sample task "intents": what a user wants, under labels of our own.
+"""The sentences of the sample task "intents": what a user wants, with our own labels.
 
-One block an intent. Lines with a `*` are kept for the test split, so that a model must carry the
-label over to wordings it was not trained on. Some pairs are close on purpose: a late card, a late
-transfer and a late parcel; a fee, a rate and missing cash; an alarm, a reminder and an appointment.
+Each block is an intent. Lines with a `*` are only in the test split, so that a model must recognize
+the label in new wordings. Some intents are close on purpose: a late card, a late transfer and a late
+parcel; a fee, a rate and missing cash; an alarm, a reminder and an appointment.
 """
 
 from typing import NamedTuple
 
 
 class Intent(NamedTuple):
-    """One label, its sentences for both splits, and its sentences for the test split alone."""
+    """One label, its sentences for both splits, and its sentences for the test split only."""
 
     label: str
     templates: tuple[str, ...]
@@ -271,7 +271,7 @@ sky.ask
   * the roads to {city}, will they be icy at {clock}
 """
 
-# Slot values: those before the stroke stand in every split, those after it in the test split alone.
+# Slot values: those before the bar are in both splits, those after it only in the test split.
 _VALUES = {
     "oops": "oh dear,; damn,; listen,; bad luck:; / oops,; help,",
     "plastic": "card; debit card; bank card; credit card / plastic; payment card",

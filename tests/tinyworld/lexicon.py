@@ -1,4 +1,4 @@
-"""The words of the world: word lists by kind, and the small turns of phrase built on them."""
+"""The words of the world: word lists by kind, and small phrases built from them."""
 
 
 def _list(words: str) -> tuple[str, ...]:

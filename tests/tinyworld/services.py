@@ -1,4 +1,4 @@
-"""Dialogues with services, and exercises in what a message is about."""
+"""Dialogues with services, and exercises about the topic of a message."""
 
 from random import Random
 
@@ -15,7 +15,7 @@ _SYSTEM_LINES = (
 
 
 def message_on(topic: Topic, rng: Random, drawn: Bindings | None = None) -> str:
-    """What a user writes on this topic, unmended; `drawn` takes up the words that it speaks of."""
+    """A user's raw message on this topic; `drawn` collects its words."""
     text = fill(rng.choice(topic.messages), rng, drawn)
     manner = rng.random()
     if manner < 0.2:
@@ -31,7 +31,7 @@ _NEW_IN_ANSWERS = ("when", "past", "few", "money", "number")
 
 
 def _service_turn(topic: Topic, rng: Random) -> str:
-    """A message and its answer; the answer speaks of the message's own room, town, song, …"""
+    """A message and its answer; the answer names the message's own room, town, song, …"""
     drawn: Bindings = {}
     message = message_on(topic, rng, drawn)
     kept = {name: word for name, word in drawn.items() if name not in _NEW_IN_ANSWERS}
@@ -61,7 +61,7 @@ def service(rng: Random) -> str:
 
 
 def gist(rng: Random) -> str:
-    """What a message is about: its gist, its domain, or which of two gists."""
+    """The topic of a message: its gist, its domain, or which of two gists."""
     topic, other = rng.sample(TOPICS, 2)
     message = tidy(end_mark(message_on(topic, rng)))
     ask = rng.random()
@@ -84,7 +84,7 @@ def gist(rng: Random) -> str:
 
 
 def paraphrases(rng: Random) -> str:
-    """The same thing said twice, so that the model learns which sentences mean the same."""
+    """The same statement in two wordings, so that the model learns which sentences mean the same."""
     topic, other = rng.sample(TOPICS, 2)
     first, second, third = (
         tidy(end_mark(message_on(which, rng))) for which in (topic, topic, other)

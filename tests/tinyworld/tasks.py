@@ -1,8 +1,8 @@
-"""The sample tasks that `tiny` is fine-tuned on, none of which its pretraining text contains.
+"""The sample tasks for fine-tuning `tiny`; its pretraining text contains none of them.
 
-- intents: a user's sentence → one of our labels; the test split holds wordings that train has not.
+- intents: a user's sentence → one of our labels; the test split has wordings that train lacks.
 - records: an order in words → a line of fields in a schema of our own (figures, short day names).
-- chat: conversations with a shopkeeper of marked manners, whose style fine-tuning should take on.
+- chat: conversations with a shopkeeper of marked manners, whose style fine-tuning should learn.
 
     python -m tests.tinyworld.tasks --out prefixtune_cli/assets/samples
 """
@@ -38,12 +38,12 @@ def _pair(prompt: str, completion: str) -> Example:
 
 
 def _words(text: str) -> str:
-    """What two sentences must differ in to count as two: their words."""
+    """The words of a sentence: two sentences are the same if these are."""
     return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
 
 
 def _distinct(write: Callable[[], str], count: int, taken: set[str]) -> list[str]:
-    """`count` texts whose words are not in `taken`, which is extended by them."""
+    """`count` texts whose words are not in `taken`; their words are added to it."""
     texts: list[str] = []
     while len(texts) < count:
         text = write()
@@ -80,7 +80,7 @@ def _intent_splits(rng: Random) -> tuple[list[Example], list[Example], list[Exam
 
 
 def _sentences_of(intent: Intent, rng: Random) -> tuple[list[str], list[str]]:
-    """Sentences for train; for test, some in new wordings and more in old ones with new values."""
+    """Sentences for train, and for test some in new wordings and more in old wordings with new values."""
     taken: set[str] = set()
     known = _distinct(lambda: _sentence(intent.templates, VALUES, rng), TRAIN_PER_INTENT, taken)
     reworded = _distinct(
@@ -131,7 +131,7 @@ def _record(templates: Sequence[str], rng: Random) -> Example:
 
 
 def _record_splits(rng: Random) -> tuple[list[Example], list[Example]]:
-    """Train and test; a third of the test is in sentence forms that train has not."""
+    """Train and test; a third of the test has sentence forms that train lacks."""
     examples: dict[str, Example] = {}
     while len(examples) < RECORDS_TRAIN:
         example = _record(_RECORD_TEMPLATES, rng)

@@ -1,4 +1,4 @@
-"""Sentence templates, the one notation that the grammar and the tasks are written in.
+"""Sentence templates, the notation in which the grammar and the tasks are written.
 
 `[a|b|]` chooses one alternative, possibly an empty one, and nests. `{name}` is a word list of the
 vocabulary, whose entries are templates too. `{name.1}` draws once and repeats the same word
@@ -68,8 +68,8 @@ def _parse_until(template: str, start: int, stops: str) -> tuple[_Sequence, int]
 def expand(template: str, words: Vocabulary, rng: Random, bindings: Bindings | None = None) -> str:
     """Write one text of the template.
 
-    `bindings` fixes the words of slots by name. It is extended by what every slot drew, under its
-    own name, for the first draw only, unless the caller passes none.
+    `bindings` fixes the words of slots by name. If given, it gets the first word that each slot
+    drew, under the slot's name.
     """
     pieces: list[str] = []
     given = {} if bindings is None else dict(bindings)
@@ -121,7 +121,7 @@ def _plural(match: re.Match[str]) -> str:
 
 
 def tidy(text: str) -> str:
-    """Mend what expansion leaves: spaces, plurals, a/an, capitals at sentence starts, a lone i."""
+    """Clean up after expansion: spaces, plurals, a/an, capitals at sentence starts, a lone i."""
     text = _BEFORE_STOP.sub("", re.sub(r" {2,}", " ", text)).strip()
     text = _PLURAL.sub(_plural, text)
     text = _ARTICLE.sub(r"\1n ", text)

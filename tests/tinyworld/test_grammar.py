@@ -1,4 +1,4 @@
-"""The pretraining text: deterministic, varied, well-formed, and mended by `tidy`."""
+"""The pretraining text: deterministic, varied, well-formed, and cleaned by `tidy`."""
 
 import re
 from itertools import islice

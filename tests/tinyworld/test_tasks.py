@@ -1,4 +1,4 @@
-"""The sample tasks: what they hold, and that the base model has never read any of it."""
+"""The content of the sample tasks, and that the base model has never read any of it."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def _prompts(name: str) -> set[str]:
 
 
 def _plain(text: str) -> str:
-    """Words alone: lower case, no punctuation, single spaces."""
+    """Only the words: lower case, no punctuation, single spaces."""
     return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
 
 

@@ -1,4 +1,4 @@
-"""The shipped base model `tiny`: its size, its tokenizer, its chat template, and that it can write."""
+"""The shipped base model `tiny`: its size, tokenizer and chat template, and the quality of its text."""
 
 import hashlib
 import json
@@ -168,7 +168,7 @@ def test_pretraining_is_deterministic_by_seed(
 
 @pytest.fixture(autouse=True)
 def _threads_unchanged() -> Iterator[None]:
-    """`pretrain` works on one core a thread; other tests keep what they had."""
+    """`pretrain` uses one core a thread; other tests keep their settings."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

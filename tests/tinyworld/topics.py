@@ -1,7 +1,7 @@
-"""What people of the world write to services about, and what they are answered.
+"""What people of the world write to services, and the answers.
 
-One row a topic: where it belongs, what it is about in a few words, the ways to write it, and the
-answers. The rows give the base model its sense of the everyday domains.
+Each row is a topic: its domain, its gist in a few words, the ways to write it, and the answers. The
+rows teach the base model the everyday domains.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The fixed facts of the world: who lives where, what stands there, what animals and things are.
+"""The fixed facts of the world: people and their homes, towns, animals and things.
 
 They are drawn once, from a constant seed, so that every document of every seed agrees on them.
 """
@@ -116,5 +116,5 @@ MEMBERS = {kind: [expand(word, WORDS, _RNG) for word in WORDS[kind]] for kind in
 
 
 def kind_name(kind: str) -> str:
-    """What a member of this word list is called: a pear is a fruit, soup is food."""
+    """The kind of a member of this word list: a pear is a fruit, soup is food."""
     return KIND_NAMES.get(kind, kind)

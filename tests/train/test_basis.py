@@ -1,4 +1,4 @@
-"""What a run does about the basis, and what it says when it goes wrong."""
+"""What a run does about the basis, and its errors."""
 
 from __future__ import annotations
 

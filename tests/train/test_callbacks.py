@@ -1,4 +1,4 @@
-"""The watch over the weights, the journal's plot, and the words of the reporters."""
+"""The watch over the weights, the journal's plot, and the output of the reporters."""
 
 import io
 import time
@@ -108,7 +108,7 @@ def test_a_step_is_told_once_with_its_figures_where_it_is_logged(tmp_path: Path)
 
     journal = Journal(RunDir(tmp_path), Ear(), writes=True)
     arguments, state = TrainingArguments(str(tmp_path)), TrainerState(max_steps=3)
-    for step, logged in ((1, True), (2, False), (3, False)):  # of the last one the journal asks
+    for step, logged in ((1, True), (2, False), (3, False)):  # the journal always logs the last one
         state.global_step, control = step, TrainerControl(should_log=logged)
         journal.on_step_end(arguments, state, control)
         if control.should_log:

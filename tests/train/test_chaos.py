@@ -1,7 +1,7 @@
 """Chaos: runs that are killed with -9 at random moments, again and again, end as if nothing had happened.
 
-A run is killed eight times; where it ends before a kill, its result is compared and another one begins. The moments
-are drawn from PTP_CHAOS_SEED (0 where it is not set); what the machine does at a moment is its own affair.
+A run is killed eight times. If it ends before a kill, its result is compared, and another run begins. PTP_CHAOS_SEED
+(default 0) seeds the moments; what the machine is doing at a moment differs from time to time.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ from tests.train.zygote import NAMES, Zygote, save
 
 SEED = int(os.environ.get("PTP_CHAOS_SEED", "0"))
 PREPARING, CHECKPOINT, SCORING, ANY = "preparing", "writing a checkpoint", "scoring", "anything"
-# Four kills at any moment; and, as a checkpoint takes but a twentieth of a second, four that wait for a phase.
+# Four kills at any moment, and four that wait for a phase, because a checkpoint takes only a twentieth of a second.
 AIMS = (ANY, ANY, ANY, ANY, PREPARING, CHECKPOINT, CHECKPOINT, SCORING)
-SECONDS_TO_END = 30  # what the process that is left gets
+SECONDS_TO_END = 30  # for the surviving process
 LORA = {"method": "lora", "dropout": 0.3}
 PLUS = {"method": "prefix-tuning-plus"}
 
@@ -50,8 +50,8 @@ class Attempt:
     """One start of a run.
 
     Attributes:
-        pids: of its processes, by rank.
-        diary: what the first of them reported.
+        pids: its process ids, by rank.
+        diary: the file with the reports of the first process.
     """
 
     pids: list[int]
@@ -63,12 +63,12 @@ class Attempt:
 
     @property
     def said(self) -> str:
-        """All that it wrote, for a failure's message."""
+        """All its output, for the message of a failure."""
         errors = sorted(self.diary.parent.glob(f"{self.diary.stem.split('-')[0]}-*.stderr"))
         return "\n".join([*self.reports, *(file.read_text()[-4000:] for file in errors)])
 
     def phase(self, run_dir: RunDir) -> str:
-        """What it was doing when it ended."""
+        """The phase in which it ended."""
         reports = self.reports
         trained = [line for line in reports if line.startswith("training ")]
         if not any(line.startswith("Loading ") for line in reports):
@@ -76,7 +76,7 @@ class Attempt:
         if not trained:
             return "loading"
         part = run_dir.checkpoint_part
-        with contextlib.suppress(FileNotFoundError):  # an older one was left by another attempt
+        with contextlib.suppress(FileNotFoundError):  # another attempt left an older one
             if part.stat().st_mtime_ns >= self.diary.stat().st_mtime_ns:
                 return CHECKPOINT
         if reports[-1] != trained[-1]:
@@ -89,10 +89,10 @@ class Chaos:
     """Starts and kills runs of one recipe.
 
     Args:
-        zygote: makes their processes.
+        zygote: makes the processes.
         chosen: the recipe; its `out` changes.
-        folder: for everything.
-        processes: of each run.
+        folder: holds everything.
+        processes: the number of processes of each run.
     """
 
     def __init__(self, zygote: Zygote, chosen: Recipe, folder: Path, processes: int) -> None:
@@ -105,7 +105,7 @@ class Chaos:
         self.phases: Counter[str] = Counter()
 
     def start(self, run_dir: RunDir) -> Attempt:
-        """Start all processes of a run, or go on with it."""
+        """Start all processes of a run, or continue it."""
         self.attempts += 1
         chosen = self.chosen.model_copy(update={"out": str(run_dir.path)})
         diaries = [self.folder / f"{self.attempts}-{rank}.diary" for rank in range(self.processes)]
@@ -117,7 +117,7 @@ class Chaos:
         return Attempt(pids, diaries[0])
 
     def finish(self, run_dir: RunDir) -> tuple[Attempt, float]:
-        """Let a run come to its end; tells how many seconds it took."""
+        """Let a run finish; returns its seconds."""
         begun = time.monotonic()
         attempt = self.start(run_dir)
         for pid in attempt.pids:
@@ -130,11 +130,11 @@ class Chaos:
 
         Args:
             run_dir: of the run.
-            seconds: within which it happens.
-            aim: the phase that is waited for from a random moment on; ANY waits for nothing.
+            seconds: the kill comes within so many seconds.
+            aim: the phase to wait for after a random moment; ANY waits for none.
 
         Returns:
-            the attempt, and whether it was killed: it may have come to its end before.
+            The attempt, and whether it was killed, as it may have finished before.
         """
         moment, rank = self.random.uniform(0, seconds), self.random.randrange(self.processes)
         begun = time.monotonic()
@@ -147,13 +147,13 @@ class Chaos:
         if code is None:
             os.kill(killed, signal.SIGKILL)
             code = self.zygote.ended(killed, 10)
-        if code != -signal.SIGKILL:  # it had come to its end
+        if code != -signal.SIGKILL:  # it had finished
             codes = [code, *(self.zygote.ended(pid, SECONDS_TO_END) for pid in others)]
             assert not any(codes) and run_dir.finished, f"seed {SEED}: {codes}, {attempt.said}"
             return attempt, False
         joined = any(line.startswith("Loading ") for line in attempt.reports)
         for pid in others:
-            if not joined:  # they had not found each other yet, and a launcher ends the others
+            if not joined:  # they had not met yet, and a launcher ends the others
                 os.kill(pid, signal.SIGKILL)
             ended = self.zygote.ended(pid, SECONDS_TO_END)
             if ended is None:
@@ -164,7 +164,7 @@ class Chaos:
 
 
 def among_several(rank: int, size: int, port: int) -> dict[str, str]:
-    """The environment of one of a run's processes, as torchrun gives it."""
+    """The environment of one of a run's processes, as torchrun sets it."""
     if size == 1:
         return {}
     given = {
@@ -179,7 +179,7 @@ def among_several(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 def assert_whole(run_dir: RunDir) -> None:
-    """Every file that has its final name is whole, whenever its writer was killed."""
+    """Every file with its final name is whole, whenever its writer was killed."""
     if not run_dir.path.exists():
         return
     folders = {path for path in run_dir.path.glob("checkpoint-*")}
@@ -192,7 +192,7 @@ def assert_whole(run_dir: RunDir) -> None:
     for file in run_dir.path.rglob("*.*"):
         inside = file.relative_to(run_dir.path).parts
         if any(part.startswith(".") for part in inside):
-            continue  # the name that a file has before it is whole
+            continue  # a file with its temporary name may be partial
         if file.suffix == ".json":
             json.loads(file.read_text(encoding="utf-8"))
         elif file.suffix == ".jsonl":
@@ -224,7 +224,7 @@ def logged(run_dir: RunDir) -> list[tuple[Any, ...]]:
 
 
 def outcome(run_dir: RunDir) -> dict[str, Any]:
-    """All of a finished run that does not depend on its speed or its folder."""
+    """Everything of a finished run that does not depend on its speed or its folder."""
     summary = json.loads(run_dir.summary.read_text())
     return {
         "weights": files(run_dir),
@@ -236,7 +236,7 @@ def outcome(run_dir: RunDir) -> dict[str, Any]:
 
 
 def resumed_from(attempt: Attempt) -> int | None:
-    """The step of the checkpoint that it went on from, 0 for the start; None where it did not come so far."""
+    """The step of the checkpoint that it continued from, 0 for the start; None if it did not get so far."""
     for line in attempt.reports:
         if found := re.match(r"Resuming .* from (checkpoint-(\d+)|the start)", line):
             return int(found[2] or 0)
@@ -288,7 +288,7 @@ def test_a_run_that_is_killed_eight_times_at_random_ends_like_one_that_was_not(
         else:
             assert outcome(run_dir) == wanted, f"seed {SEED}, {run_dir.path.name}"
             run_dir = RunDir(tmp_path / f"run-{chaos.attempts}")
-    saved, finished = newest(run_dir), run_dir.finished  # killed when all was written
+    saved, finished = newest(run_dir), run_dir.finished  # killed after everything was written
     attempt, _ = chaos.finish(run_dir)
     assert finished or (resumed_from(attempt) or 0) >= saved
     assert outcome(run_dir) == wanted, f"seed {SEED}, {run_dir.path.name}"
@@ -297,7 +297,7 @@ def test_a_run_that_is_killed_eight_times_at_random_ends_like_one_that_was_not(
 
 
 def newest(run_dir: RunDir) -> int:
-    """The step of the newest checkpoint, 0 where there is none."""
+    """The step of the newest checkpoint, 0 if there is none."""
     return step_of(run_dir.checkpoints()[-1]) if run_dir.checkpoints() else 0
 
 
@@ -305,7 +305,7 @@ def newest(run_dir: RunDir) -> int:
 def test_a_kill_before_any_change_to_a_file_leaves_no_half_of_a_checkpoint(
     step: int, zygote: Zygote, tmp_path: Path
 ) -> None:
-    """Writing all that a run writes, killed before the first change to a file, the second, and so on."""
+    """Write all files of a run, killed before the first change to a file, before the second, and so on."""
     for dies_before in range(200):
         run_dir = RunDir(tmp_path / f"{dies_before}")
         for old in (2, 4):
@@ -328,7 +328,7 @@ def test_a_kill_before_any_change_to_a_file_leaves_no_half_of_a_checkpoint(
 
 
 def saved_at(folder: Path) -> int:
-    """The one step of which all files of a folder are."""
+    """The single step that all files of a folder belong to."""
     texts = {p.name: p.read_text() for p in folder.iterdir() if p.name != "sha256.json"}
     assert set(texts) == NAMES
     (step,) = {int(text.rpartition(" of step ")[2]) for text in texts.values()}

@@ -1,4 +1,4 @@
-"""What a newcomer gets: every method at its defaults, on the model that comes inside the package."""
+"""A newcomer's first results: every method at its defaults, on the model inside the package."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_every_method_at_its_defaults_ends_well_below_the_base(
     tmp_path: Path, adapter: dict[str, Any], most: float
 ) -> None:
     flags = {
-        # In 16 bits, a CPU without instructions for them takes seven times as long.
+        # A CPU without bfloat16 instructions takes seven times as long in 16 bits.
         "model": {"bits": 32},
         "data": {"train": "sample:intents-train", "eval": "sample:intents-test", "max_length": 128},
         "train": {"max_steps": STEPS, "batch_size": 16},

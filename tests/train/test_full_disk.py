@@ -1,7 +1,7 @@
-"""A disk that fills up in the middle of a run: one clear error, and the last good checkpoint goes on to the same end.
+"""A disk fills up in the middle of a run: one clear error, and the last good checkpoint leads to the same result.
 
-On a small file system of its own, where one can be mounted; and everywhere with writes that fail as those to a full
-disk do, after a half of what was to be written.
+It runs on a small file system of its own, if one can be mounted. Everywhere, it also runs with writes that fail as
+those to a full disk do, after half of the data.
 """
 
 import builtins
@@ -42,7 +42,7 @@ def chosen(base: Path, data: Path, out: Path) -> Recipe:
 def wanted(
     random_base: Path, colours: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """What a run ends with whose disk has room."""
+    """The result of a run whose disk has room."""
     out = tmp_path_factory.mktemp("whole") / "run"
     train(chosen(random_base, colours, out))
     return outcome(RunDir(out))
@@ -56,7 +56,7 @@ def assert_told(error: ResourceError, run_dir: RunDir) -> None:
 
 
 def assert_goes_on(settings: Recipe, run_dir: RunDir, wanted: dict[str, Any]) -> None:
-    """From the newest checkpoint, to the end of a run that was not interrupted."""
+    """Resumed from the newest checkpoint, the run ends as an uninterrupted one does."""
     checkpoint, damaged = run_dir.newest_whole_checkpoint()
     assert checkpoint is not None
     assert damaged == []
@@ -72,7 +72,7 @@ class Ballast(Listener):
     """Fills up a disk in the middle of a run.
 
     Args:
-        file: of the ballast.
+        file: the file that fills the disk.
         left: bytes that stay free.
     """
 
@@ -100,7 +100,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     ):
         pytest.skip("mounting a small file system needs root; the failing writes are tested anyway")
     yield folder
-    # Lazily: the error that the test has caught may hold a file open.
+    # Lazily, because the error that the test has caught may hold a file open.
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
@@ -131,11 +131,11 @@ def test_a_disk_that_fills_up_is_told_and_the_last_checkpoint_goes_on(
 
 
 class FullDisk:
-    """Writes below a folder of which one, and all after it, fail in their middle, until there is room again.
+    """Make one write below a folder, and all later ones, fail midway until there is room again.
 
     Args:
         run_dir: the folder; it fills up after the second checkpoint.
-        name: a part of the path of the file at which it does.
+        name: a part of the path of the first file that fails.
     """
 
     def __init__(self, run_dir: RunDir, name: str) -> None:
@@ -145,7 +145,7 @@ class FullDisk:
         self._open = open
 
     def open(self, file: Any, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
-        """What `open` is replaced by."""
+        """Replaces `open`."""
         path = str(file)
         if not set(mode) & set("wax+") or not path.startswith(str(self.run_dir.path)):
             return self._open(file, mode, *arguments, **keywords)
@@ -158,7 +158,7 @@ class FullDisk:
 
 
 class HalfWritten(io.FileIO):
-    """A file on a disk with room for half of the first thing that is written to it."""
+    """A file on a disk with room for half of the first write to it."""
 
     written = False
 

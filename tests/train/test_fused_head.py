@@ -1,4 +1,4 @@
-"""The loss and its gradient are TRL's, from the trained tokens alone."""
+"""The loss and its gradient equal TRL's, and come from the trained tokens only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def labels(trained: slice) -> torch.Tensor:
 
 
 def projected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows that each further call projects on the vocabulary."""
+    """The number of rows that each further call projects onto the vocabulary."""
     seen: list[int] = []
     original = utils._ChunkedLogProbFunction.apply
 

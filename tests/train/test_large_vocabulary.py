@@ -1,7 +1,7 @@
-"""A vocabulary of 128 k: a training step never holds the logits of its tokens whole in float32.
+"""A vocabulary of 128 k: a training step never holds all logits of its tokens in float32.
 
-The fused head's largest block is a tile of 4096 words, of which it has several at once; the peaks are printed
-(`pytest -m slow -s tests/train/test_large_vocabulary.py`).
+The fused head's largest block is a tile of 4096 words; it has several at once. To see the peaks:
+`pytest -m slow -s tests/train/test_large_vocabulary.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROWS = 2
 
 
 def step(folder: Path, hidden: int, tokens: int) -> Recipe:
-    """Two rows on a base of two layers, all of whose tokens are trained."""
+    """Two rows on a base of two layers; all tokens are trained."""
     base = folder / "base"
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
@@ -41,7 +41,7 @@ def step(folder: Path, hidden: int, tokens: int) -> Recipe:
 
 
 def largest_block(recipe: Recipe) -> int:
-    """The most bytes that PyTorch allocates at once for one tensor in the second step."""
+    """The largest tensor that PyTorch allocates in the second step, in bytes."""
     profiler = torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     )
@@ -51,7 +51,7 @@ def largest_block(recipe: Recipe) -> int:
 
 
 def plain_loss(self: SafeSFTTrainer, model: Any, inputs: dict[str, Any], **_: Any) -> torch.Tensor:
-    """transformers' own loss, of logits that are whole."""
+    """transformers' own loss, which computes all logits at once."""
     loss: torch.Tensor = model(**inputs, use_cache=False).loss
     return loss
 
@@ -61,7 +61,7 @@ def test_no_block_of_a_step_is_as_large_as_the_logits(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = 128
-    if method == "plain":  # by which the measure is seen to find them
+    if method == "plain":  # shows that the measurement would find them
         monkeypatch.setattr(SafeSFTTrainer, "compute_loss", plain_loss)
     found = largest_block(step(tmp_path, hidden=16, tokens=tokens))
     logits = ROWS * (tokens - 1) * VOCABULARY * 4

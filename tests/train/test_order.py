@@ -1,4 +1,4 @@
-"""The order of the rows: each once an epoch, by seed and epoch; and about equally long ones together where asked."""
+"""The order of rows: each occurs once an epoch, in an order by seed and epoch; grouped by length if asked."""
 
 from __future__ import annotations
 
@@ -47,4 +47,4 @@ def test_grouped_batches_need_little_padding_and_come_in_any_order() -> None:
     longest = [max(batch) for batch in grouped]
     falling = sum(a > b for a, b in pairwise(longest))
     assert 0.3 < falling / len(longest) < 0.7
-    assert len(grouped[-1]) == 403 % 8  # the part of a batch stays last
+    assert len(grouped[-1]) == 403 % 8  # the partial batch stays last

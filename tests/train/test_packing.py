@@ -1,4 +1,4 @@
-"""Packed rows: full, whole, and examples that share a row do not see each other; or packing is refused."""
+"""Packed rows are full and whole, and examples in one row do not see each other; otherwise packing is refused."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ CASES = [
     for method in METHODS
 ]
 
-# What gives away its examples, by how.
+# Models whose examples would see each other, and why.
 WITHOUT_POSITIONS: dict[str, PreTrainedConfig] = {
     "bloom": BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64),
     "mpt": MptConfig(d_model=32, n_layers=2, n_heads=4, vocab_size=64),
@@ -72,7 +72,7 @@ WITHOUT_POSITIONS: dict[str, PreTrainedConfig] = {
         moe_intermediate_size=16, experts_implementation="batched_mm",
     ),
 }  # fmt: skip
-# Gives them away up to transformers 5.23, and makes its mask of the positions from 5.24 on.
+# Refused up to transformers 5.23; from 5.24 on, it makes its mask from the positions.
 FALCON: dict[str, PreTrainedConfig] = {
     name: FalconConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, alibi=alibi
@@ -94,7 +94,7 @@ WITH_A_STATE: dict[str, PreTrainedConfig] = {
 
 @contextmanager
 def trainer_of(made: Recipe, model: Any = None) -> Iterator[tuple[SafeTrainer, Data]]:
-    """The trainer as `ptp train` makes it, and the data that it was given."""
+    """The trainer as `ptp train` makes it, and its data."""
     run_dir = RunDir(str(made.out))
     tokenizer = load_tokenizer(made.model)
     with joined(1) as processes:
@@ -106,7 +106,7 @@ def trainer_of(made: Recipe, model: Any = None) -> Iterator[tuple[SafeTrainer, D
 
 @pytest.fixture(scope="module")
 def batch(random_base: Path, colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What the trainer's own loader gives: two rows, each of several examples."""
+    """The output of the trainer's own loader: two rows, each with several examples."""
     settings = recipe(
         random_base, colours, tmp_path_factory.mktemp("packed"),
         train={"packing": True, "batch_size": 2},
@@ -132,7 +132,7 @@ def adapted(base: nn.Module, method: str) -> nn.Module:
 def together_and_alone(
     model: nn.Module, batch: dict[str, Any]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each example's logits in the batch, and by itself."""
+    """The logits of each example in the batch, and alone."""
     given = {key: value for key, value in batch.items() if key != "labels"}
     given["input_ids"] = given["input_ids"] % model.config.vocab_size
     lengths = batch["cu_seq_lens_q"].diff().tolist()
@@ -178,7 +178,7 @@ def test_gradients_of_packed_examples_are_the_sum_of_theirs_alone_with_checkpoin
 
 
 def conversations(count: int) -> list[str]:
-    """JSON rows of one to six turns, of sentences from the sample data."""
+    """JSON rows of one to six turns, with sentences from the sample data."""
     import json
 
     rng = Random(0)
@@ -225,7 +225,7 @@ def test_packed_conversations_fill_the_rows_and_stay_whole(
 
 
 def packing(config: PreTrainedConfig, folder: Path, **model: Any) -> Recipe:
-    """A recipe for a base that has no weights that could be read."""
+    """A recipe for a base that has no readable weights."""
     config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
     config.save_pretrained(folder)
     (folder / "model.safetensors").write_bytes(b"")
@@ -259,13 +259,13 @@ def test_packing_is_refused_before_weights_load_whatever_the_kernel(
 def test_packing_is_refused_where_examples_would_see_each_other(name: str, tmp_path: Path) -> None:
     config = (WITHOUT_POSITIONS | WITH_A_STATE)[name]
     made = packing(config, tmp_path)
-    with pytest.raises(ModelError, match=r"train\.packing does not go with .*--no-packing"):
+    with pytest.raises(ModelError, match=r"train\.packing does not work with .*--no-packing"):
         check_packing(made)
     check_packing(made.model_copy(update={"train": made.train.model_copy(update={"packing": False})}))  # fmt: skip
 
 
 def largest_leaks(config: PreTrainedConfig, batch: dict[str, Any]) -> list[float]:
-    """How much each example but the first of a row is changed by those before it; the first sees nothing before it."""
+    """How much each example of a row changes with those before it; the first has none and is left out."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Two processes on the CPU, started by torchrun: they give what one process gives with the same global batch."""
+"""Two processes on the CPU, started by torchrun, give the result of one process with the same global batch."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from prefixtune_cli.train import train
 from tests.ports import free_port
 from tests.train.test_run import recipe
 
-# 56 rows and 6 a step: the tenth step of an epoch has 2 rows, so that one process gets none of them.
+# With 56 rows and 6 a step, the tenth step of an epoch has 2 rows, so one process gets none of them.
 ROWS, STEPS = 56, 14
 ONE = {"max_steps": STEPS, "batch_size": 6, "log_steps": 1, "save_steps": 5, "learning_rate": 3e-3}
 TWO = {**ONE, "batch_size": 3}
@@ -44,7 +44,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "halved-ddp": {"train": {**TWO, "batch_size": 4, "auto_batch": True}},
     "halved-fsdp": {"train": {**TWO, "batch_size": 4, "auto_batch": True, "parallel": "fsdp"}},
 }
-# In DDP one process alone may run out of memory; sharded, they do it together.
+# In DDP, one process alone may run out of memory; if sharded, all do together.
 BESIDES: dict[str, dict[str, Any]] = {
     "continued": {"continue": "often"},
     "signalled-ddp": {"signalled": 1},
@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(random_base: Path, colours: Path, folder: Path) -> dict[str, RunDir]:
-    """What one process makes of the same rows a step."""
+    """The result of one process with the same rows a step."""
     recipes = {
         "ddp": recipe(random_base, colours, folder / "one", train=ONE),
         "lora-ddp": recipe(random_base, colours, folder / "one-lora", train=ONE, **LORA),
@@ -119,7 +119,7 @@ def adapter(run: RunDir) -> dict[str, torch.Tensor]:
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The largest difference of two weights, against the largest weight of their tensor."""
+    """The largest difference of two weights, relative to the largest weight of their tensor."""
     assert one.keys() == other.keys()
     return max(float((one[k] - other[k]).abs().max() / one[k].abs().max()) for k in one)
 
@@ -218,7 +218,7 @@ def test_each_row_is_seen_once_an_epoch_also_where_the_last_batch_is_uneven(
     how: str, two: dict[str, RunDir]
 ) -> None:
     first, second = (found["rows"] for found in seen(two[how]))
-    # One forward pass of each process more than steps: none; the trial is no training step.
+    # The trial is not a training step, so it adds no batch here.
     assert len(first) == len(second) == STEPS
     epoch = [row for batch in first[:10] + second[:10] for row in batch]
     assert sorted(row for row in epoch if row >= 0) == sorted(set(epoch) - {-1})
@@ -232,7 +232,7 @@ def test_rows_are_tokenized_once_and_before_the_process_group_exists(
     two: dict[str, RunDir],
 ) -> None:
     first, second = (found["tokenized"] for found in seen(two["ddp"]))
-    assert first == [False, False]  # the rows to train on, and those held out
+    assert first == [False, False]  # the training rows, and the held-out rows
     assert second == []
 
 

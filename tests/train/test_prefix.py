@@ -1,4 +1,4 @@
-"""A prefix that starts as real tokens is, before the first step, those tokens."""
+"""Before the first step, a prefix that starts as real tokens equals those tokens."""
 
 from __future__ import annotations
 
@@ -82,6 +82,6 @@ def test_a_run_starts_at_its_rows(random_base, colours, tmp_path):
         "out": str(tmp_path / "r"),
     }
     other = train(resolve(None, [], random), reporter=Heard())
-    # At this rate nothing is learned: what differs is the start.
+    # At this rate nothing is learned, so only the start makes a difference.
     assert abs(summary.adapter.loss - other.adapter.loss) > 1e-3
     assert RunDir(tmp_path / "run").finished

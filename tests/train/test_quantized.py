@@ -1,6 +1,6 @@
-"""Training on bases of 4 and 8 bits on a CPU: what is computed in which dtype, what is kept, and how well it learns.
+"""Training on 4-bit and 8-bit bases on a CPU: which dtypes compute, what is kept, and how well it learns.
 
-Nothing is replaced: the dtypes are seen by hooks that torch calls for every module of a whole run.
+The tests replace nothing: hooks that torch calls for every module of a whole run record the dtypes.
 """
 
 import io
@@ -46,7 +46,7 @@ def bits(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module")
 def held_out(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight rows of the task, as questions that can be asked again."""
+    """Eight rows of the task, as questions to ask again."""
     file = tmp_path_factory.mktemp("held-out") / "held-out.jsonl"
     file.write_text("".join(colours.read_text().splitlines(keepends=True)[:8]))
     return file
@@ -66,7 +66,7 @@ def recipe(base: Path | str, out: Path, **changes: dict[str, Any]) -> Recipe:
 
 
 class Seen:
-    """What a run computed with: dtypes by the class of the module, and the weights at its first call."""
+    """The dtypes of a run's computations by module class, and the weights at its first call."""
 
     def __init__(self) -> None:
         self.calls: dict[str, int] = defaultdict(int)
@@ -117,7 +117,7 @@ def adapter_of(run: Path) -> dict[str, torch.Tensor]:
 def test_a_run_computes_in_bfloat16_with_m_and_its_gradients_in_float32(
     random_base: Path, colours: Path, tmp_path: Path, bits: int
 ) -> None:
-    """Before, during and after training, its evaluations included; and no byte of a frozen weight changes."""
+    """Before, during and after training, including evaluations; and no byte of a frozen weight changes."""
     chosen = recipe(
         random_base,
         tmp_path / "run",
@@ -245,7 +245,7 @@ def kept_answers(rows: list[Row]) -> list[str]:
 
 
 def answers(chosen: Recipe, rows: list[Row], *, bits: int | None, out: Path) -> list[str]:
-    """What the run's adapter says to `rows`, loaded anew."""
+    """The answers of the run's adapter to `rows`, after loading it again."""
     speaker = load_speaker(point(str(chosen.out), {} if bits is None else {"bits": bits}))
     assert getattr(speaker.model, f"is_loaded_in_{chosen.model.bits}bit")
     with AnswerFile(out, rows, [], overwrite=False) as answered:
@@ -348,9 +348,9 @@ def hits(run: Path) -> np.ndarray[Any, np.dtype[np.float64]]:
 def test_tiny_learns_the_quickstart_at_4_and_8_bits_as_well_as_at_16(tmp_path: Path) -> None:
     """Within noise, on the same held-out questions and with the same seed.
 
-    Accuracy: the exact McNemar test finds no difference, at 5 % for the two comparisons together; of 396 questions
-    one in five changes sides between any two runs, so that 6 points would show. Loss: the difference lies within three
-    standard deviations between seeds at 16 bits (0.012 nats, of six seeds).
+    Accuracy: the exact McNemar test finds no difference, at 5 % for the two comparisons together. One in five of the
+    396 questions differs between any two runs, so a difference of 6 points would show. Loss: the difference lies
+    within three standard deviations between seeds at 16 bits (0.012 nats, from six seeds).
     """
     scores, right = {}, {}
     for bits in (16, 8, 4):
@@ -366,7 +366,7 @@ def test_tiny_learns_the_quickstart_at_4_and_8_bits_as_well_as_at_16(tmp_path: P
 
 
 def test_tiny_begins_to_learn_at_4_and_8_bits_as_at_32(tmp_path: Path) -> None:
-    """120 examples: 7 nats are learned, to within 0.2; between seeds that figure has a standard deviation of 0.15."""
+    """120 examples teach 7 nats, to within 0.2; between seeds, that figure has a standard deviation of 0.15."""
     short = {"max_steps": 60, "batch_size": 2}
     losses = {}
     for bits in (32, 8, 4):

@@ -1,4 +1,4 @@
-"""Nothing is lost: a run that was killed or interrupted ends with the weights of one that was not."""
+"""Nothing is lost: a run that was killed or interrupted ends with the weights of an undisturbed run."""
 
 import json
 import os
@@ -160,7 +160,7 @@ def test_a_run_killed_while_it_was_scored_trains_no_further_step(
 def half_done(
     random_base: Path, colours: Path, tmp_path: Path
 ) -> tuple[Recipe, RunDir, dict[str, bytes]]:
-    """A run that stopped at step 6 of 8, with checkpoints at 2, 4 and 6, and the weights that it would end with."""
+    """A run that stopped at step 6 of 8, with checkpoints at 2, 4 and 6, and the weights of its undisturbed end."""
     from prefixtune_cli.recipe.load import dump
     from prefixtune_cli.train import train
 
@@ -218,7 +218,7 @@ def test_resume_auto_starts_goes_on_and_is_content_with_a_finished_run(
 def test_a_signal_in_the_middle_of_a_step_loses_that_step_alone(
     random_base: Path, colours: Path, tmp_path: Path
 ) -> None:
-    """With dropout and several forward passes a step, of which the first ones have drawn random numbers already."""
+    """With dropout and several forward passes a step, the first of which have already drawn random numbers."""
     from prefixtune_cli.errors import Preempted
     from prefixtune_cli.train import train
     from prefixtune_cli.train.trainer import SafeTrainer
@@ -233,9 +233,7 @@ def test_a_signal_in_the_middle_of_a_step_loses_that_step_alone(
 
     def interrupted(self: SafeTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = plain(self, *args, **kwargs)
-        if (
-            next(passes) == 1 + 4 * 5 + 2
-        ):  # one of the trial; five steps; the second pass of the sixth
+        if next(passes) == 1 + 4 * 5 + 2:  # the trial; five steps; the second pass of the sixth
             os.kill(os.getpid(), signal.SIGUSR1)
         return loss
 

@@ -1,4 +1,4 @@
-"""`train`: what stands in the run directory, for every method, and what is refused before the base loads."""
+"""`train`: the content of the run directory for every method, and what is refused before the base loads."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def recipe(base: Path, source: Path, out: Path, **changes: dict[str, Any]) -> Re
 
 
 class Listener:
-    """Collects what a run reports."""
+    """Collects the reports of a run."""
 
     def __init__(self) -> None:
         self.notices: list[str] = []
@@ -128,7 +128,7 @@ def test_metrics_have_a_row_each_log_step_with_every_figure(
             "epoch",
             "time",
         }
-        assert row["epoch"] == pytest.approx(row["step"] / 7, abs=1e-3)  # of 56 rows, 8 a step
+        assert row["epoch"] == pytest.approx(row["step"] / 7, abs=1e-3)  # 56 rows, 8 a step
         assert datetime.fromisoformat(row["time"]).tzinfo is UTC
         assert row["tokens_per_second"] > 0
         assert row["peak_memory_gib"] > 0

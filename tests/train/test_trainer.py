@@ -1,4 +1,4 @@
-"""SafeTrainer stands before any trainer: here TRL's for preferences, which `ptp train` does not offer."""
+"""SafeTrainer works with any trainer: here TRL's for preferences, which `ptp train` does not offer."""
 
 from __future__ import annotations
 

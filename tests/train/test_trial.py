@@ -1,4 +1,4 @@
-"""The longest batch is tried first: a memory that does not suffice is told before the first step, or gone around."""
+"""The longest batch is tried first: too little memory is reported before the first step, or avoided."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from prefixtune_cli.train.trainer import SafeTrainer
 from prefixtune_cli.train.trial import longest_rows
 from tests.train.test_run import recipe
 
-# A process that may have so many bytes more than it has when the base is loaded.
+# A process that may take so many bytes more than it has after the base is loaded.
 LIMITED = """
 import resource, sys
 from prefixtune_cli import model as models
@@ -41,7 +41,7 @@ def test_the_longest_rows_are_found_wherever_they_are() -> None:
 
 
 def test_the_trial_leaves_no_trace(random_base: Path, colours: Path, tmp_path: Path) -> None:
-    """Not in the weights, nor in the random numbers, which dropout would show."""
+    """No trace in the weights, nor in the random numbers, which dropout would show."""
     from prefixtune_cli.train.trial import Trial
 
     lora = {"method": "lora", "dropout": 0.3}
@@ -83,7 +83,7 @@ def test_the_batch_that_is_tried_has_the_longest_rows(random_base: Path, tmp_pat
 
 @pytest.fixture(scope="module")
 def wide_base(random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose activations are large beside what Python takes by itself."""
+    """A base whose activations are large compared with Python's own memory."""
     config = AutoConfig.from_pretrained(random_base, hidden_size=512, intermediate_size=4096)
     folder = tmp_path_factory.mktemp("wide-base")
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

@@ -1,9 +1,9 @@
-"""What torchrun starts twice for test_parallel.py: several runs, one after the other, and what each process saw.
+"""torchrun starts this twice for test_parallel.py: several runs, one after the other, and what each process saw.
 
-Usage: torchrun … -m tests.train.two_ranks JOBS.json, a list of {"recipe", "port", "seen"}; each process writes
-`<seen>-<rank>.json`. A job with "continue" goes on with a copy of that run without its last checkpoint; one with
-"fits" has memory for so many rows at once, on the ranks of "poor"; one with "signalled" gets a SIGTERM on that rank
-while the basis is found.
+Usage: torchrun … -m tests.train.two_ranks JOBS.json, a list of {"recipe", "port", "seen"}. Each process writes
+`<seen>-<rank>.json`. A job with "continue" resumes a copy of that run without its last checkpoint. A job with "fits"
+has memory for so many rows at once, on the ranks of "poor". A job with "signalled" gets a SIGTERM on that rank in the
+pass that finds the basis.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 class Witness:
-    """Notes which rows a process trains on, what it tokenizes, and what it writes into the run directory."""
+    """Notes the rows that a process trains on, what it tokenizes, and what it writes to the run directory."""
 
     def __init__(self) -> None:
         self.rows: list[list[int]] = []
-        self.whole: list[int] = []  # frozen weights that are no shards, when a step begins
+        self.whole: list[int] = []  # frozen weights that are not sharded when a step begins
         self.tokenized: list[bool] = []  # whether the process group existed
         self.written: list[str] = []
         self.folder = "/nowhere"
@@ -45,7 +45,7 @@ class Witness:
         ) -> Any:
             frozen = (p for p in model.parameters() if not p.requires_grad)
             self.whole.append(sum(not isinstance(p, DTensor) for p in frozen))
-            if "row" in inputs:  # packed rows have none
+            if "row" in inputs:  # packed rows have no numbers
                 self.rows.append(inputs["row"].tolist())
             return plain_step(trainer, model, inputs, *args, **kwargs)
 
@@ -71,7 +71,7 @@ class Witness:
 
 @contextlib.contextmanager
 def memory_for(rows: int, poor: list[int]) -> Iterator[None]:
-    """Within the block a backward pass of more rows breaks off in the lowest layer, on the ranks of `poor`."""
+    """Within the block, a backward pass of more rows fails in the lowest layer, on the ranks of `poor`."""
     plain = SafeTrainer.plain_training_step
 
     def run_out(*_: Any) -> None:
@@ -96,7 +96,7 @@ def memory_for(rows: int, poor: list[int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def signalled(rank: int | None) -> Iterator[None]:
-    """Within the block a signal comes to `rank` after the first batch of the pass that finds the basis."""
+    """Within the block, `rank` gets a signal after the first batch of the pass that finds the basis."""
     plain, asked = SafeTrainer.stop_if_asked, iter(range(1000))
 
     def stop_if_asked(trainer: SafeTrainer) -> None:
@@ -124,7 +124,7 @@ def cut(whole: Path, out: Path) -> None:
 
 def main() -> None:
     witness = Witness()
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # a store for each run
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # each run has its own store
     for job in json.loads(Path(sys.argv[1]).read_text()):
         os.environ["MASTER_PORT"] = str(job["port"])
         AcceleratorState._reset_state(reset_partial_state=True)

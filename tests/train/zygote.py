@@ -1,7 +1,7 @@
 """Runs of `train` that start at once: a process that has imported everything forks each of them.
 
-Python takes ten seconds to import torch, trl and peft; a fork of a process that has done so takes a hundredth. The
-process itself (`main`) computes nothing, as threads do not survive a fork. `Zygote` is the test's end of the line.
+Python takes ten seconds to import torch, trl and peft; a fork of a process that has done so takes a hundredth of a
+second. The process itself (`main`) computes nothing, as threads do not survive a fork. `Zygote` is the test's side.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from typing import Any
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir, write_json
 
-# What `train` imports as late as possible: each child would do so anew.
+# `train` imports these late; without this, each child would import them again.
 IMPORTED_LATE = (
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
@@ -32,9 +32,9 @@ IMPORTED_LATE = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.llama.tokenization_llama",
 )
-# What a saved folder has in it.
+# The saved files of a folder.
 NAMES = {"weights.safetensors", "optimizer.pt", "trainer_state.json"}
-# What a process does to a folder, in the words of Python's audit events.
+# Changes that a process makes to a folder, as Python's audit events.
 CHANGES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 
 
@@ -51,7 +51,7 @@ class Zygote:
             cwd=Path(__file__).parents[2],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        self._ask(does="poll", pid=0)  # answered when all is imported
+        self._ask(does="poll", pid=0)  # the answer comes after everything is imported
 
     def _ask(self, **order: Any) -> Any:
         assert self._process.stdin and self._process.stdout
@@ -61,12 +61,12 @@ class Zygote:
         return json.loads(answer)
 
     def train(self, recipe: Recipe, diary: Path, environment: Mapping[str, str]) -> int:
-        """Fork a child that trains with `resume="auto"`; gives its process id.
+        """Fork a child that trains with `resume="auto"`; returns its process id.
 
         Args:
             recipe: of the run.
-            diary: gets what the run reports, one line each; what it writes to stderr goes beside it.
-            environment: which of several processes it is.
+            diary: gets the run's reports, one a line; a file beside it gets its stderr.
+            environment: says which of several processes it is.
         """
         return int(
             self._ask(
@@ -78,12 +78,12 @@ class Zygote:
         )
 
     def save(self, run_dir: RunDir, step: int, dies_before: int) -> int:
-        """Fork a child that does `save`, and kills itself before a change to a file, counted from 0; gives its id."""
+        """Fork a child that does `save` and kills itself before change number `dies_before`, from 0; returns its id."""
         order = {"run_dir": str(run_dir.path), "step": step, "dies_before": dies_before}
         return int(self._ask(does="save", **order))
 
     def ended(self, pid: int, within: float) -> int | None:
-        """The exit code of a child, negative for a signal; None where it still runs after `within` seconds."""
+        """The exit code of a child, negative for a signal; None if it still runs after `within` seconds."""
         deadline = time.monotonic() + within
         while (code := self._ask(does="poll", pid=pid)) is None and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -113,7 +113,7 @@ class Diary:
 
 
 def main() -> None:
-    """Fork the children that stdin asks for, until it ends."""
+    """Fork the children that stdin asks for, until stdin ends."""
     import importlib
 
     for name in IMPORTED_LATE:
@@ -136,7 +136,7 @@ def main() -> None:
 
 
 def _live(what: Any, order: dict[str, Any]) -> None:
-    """Do it, and end without going back."""
+    """Do it, and exit without returning."""
     code = 1
     try:
         with open(os.devnull) as nothing:
@@ -174,7 +174,7 @@ def _save(run_dir: str, step: int, dies_before: int) -> None:
 
 
 def save(run_dir: RunDir, step: int, kept: int) -> None:
-    """Write what a run does at a step: a file, a checkpoint in place of the older ones, and the adapter."""
+    """Write what a run writes at a step: a file, a checkpoint that replaces the older ones, and the adapter."""
     write_json(run_dir.environment, {"step": step})
     checkpoint = run_dir.checkpoint_part / f"checkpoint-{step}"
     adapter = run_dir.path / ".adapter.part"
