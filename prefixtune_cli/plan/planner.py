@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 import torch
-from torch import nn
 
 from prefixtune_cli.errors import ModelError, PtpError, RecipeError
 from prefixtune_cli.model import check_method
-from prefixtune_cli.optimizer import check_optimizer
+from prefixtune_cli.optimizer import optimizer_factory
 from prefixtune_cli.plan.base import base_config
 from prefixtune_cli.plan.processes import Weights, on_each
 from prefixtune_cli.plan.skeleton import Skeleton
@@ -152,7 +151,9 @@ class Planner:
         logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
         self.recipe = recipe
         self.on_gpu = is_for_gpu(recipe)
-        self._optimizer = _optimizer(recipe.train.optimizer, on_gpu=self.on_gpu)
+        self._optimizer = optimizer_factory(
+            recipe.train.optimizer, on_gpu=self.on_gpu, use_cpu=True
+        )
         try:
             config = base_config(recipe.model)
             check_method(recipe.model, recipe.adapter, config)
@@ -263,21 +264,6 @@ def is_for_gpu(recipe: Recipe) -> bool:
     """Whether the recipe computes on a GPU: it says so, or leaves it open and there is one."""
     wanted = recipe.model.device
     return wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-
-
-def _optimizer(name: str, *, on_gpu: bool) -> Callable[[list[nn.Parameter]], Any]:
-    """What makes the optimizer of this name, as transformers' trainer would."""
-    if name == "adamw_torch":  # which computes on all weights at once on a GPU
-        return lambda trained: torch.optim.AdamW(trained, foreach=on_gpu)
-    check_optimizer(name)
-    from transformers import Trainer, TrainingArguments
-
-    arguments = TrainingArguments(optim=name, use_cpu=True)
-    try:
-        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    except (ValueError, ImportError) as error:
-        raise RecipeError(f"train.optimizer {name} cannot be used here: {error}") from error
-    return lambda trained: kind(trained, **settings)
 
 
 def _cannot_be_planned(recipe: Recipe, error: Exception) -> ModelError:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from prefixtune_cli.errors import ModelError, RecipeError
+from prefixtune_cli.optimizer import optimizer_factory
 from prefixtune_cli.plan import (
     FRAMEWORK_RESERVE_BYTES,
     METHODS,
@@ -19,7 +20,6 @@ from prefixtune_cli.plan import (
     with_method,
 )
 from prefixtune_cli.plan.base import base_config
-from prefixtune_cli.plan.planner import _optimizer
 from prefixtune_cli.plan.skeleton import Skeleton
 from prefixtune_cli.plan.step import Batch, peaks, step
 from prefixtune_cli.recipe.schema import ModelSection, Recipe
@@ -129,7 +129,7 @@ def test_a_shortened_decoder_tells_the_memory_of_the_whole_one(
     asked = with_method(recipe(ODD[base] | {"num_hidden_layers": 7}), method)
     skeleton = Skeleton(asked.model, asked.adapter, base_config(asked.model), on_gpu=True)
     batch = Batch(2, 64, True, False, checkpointing, 1.0)
-    optimizer = _optimizer("adamw_torch", on_gpu=True)
+    optimizer = optimizer_factory("adamw_torch", on_gpu=True, use_cpu=True)
     shortened = peaks(skeleton, batch, optimizer)
     whole = step(skeleton, batch, optimizer, None)
     # A layer with the other kind of attention would keep tables of rotary angles in memory.

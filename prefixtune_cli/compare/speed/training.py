@@ -20,8 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from prefixtune_cli.errors import RecipeError
-from prefixtune_cli.optimizer import check_optimizer
+from prefixtune_cli.optimizer import optimizer_factory
 
 HEAD_TOKENS = 1024  # projected to the vocabulary at a time
 MAX_GRAD_NORM = 1.0  # the recipe's default
@@ -56,9 +55,8 @@ class TrainingStep:
         self.mask = torch.ones_like(ids)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         on_gpu = ids.device.type == "cuda"
-        self.optimizer = (
-            make_optimizer(optimizer, self.trained, on_gpu=on_gpu) if self.trained else None
-        )
+        make = optimizer_factory(optimizer, on_gpu=on_gpu, use_cpu=not on_gpu)
+        self.optimizer = make(self.trained) if self.trained else None
 
     def __call__(self) -> None:
         if self.optimizer is not None:
@@ -95,25 +93,6 @@ class TrainingStep:
             if checkpointing or not self.trained:
                 self.base.disable_input_require_grads()
             self.model.eval()
-
-
-def make_optimizer(name: str, trained: list[nn.Parameter], *, on_gpu: bool) -> Any:
-    """The optimizer that transformers' trainer would make, with a learning rate of 0.
-
-    Raises:
-        RecipeError: there is none of this name, or it cannot be used here.
-    """
-    if name == "adamw_torch":
-        return torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
-    check_optimizer(name)
-    from transformers import Trainer, TrainingArguments
-
-    arguments = TrainingArguments(optim=name, learning_rate=0.0, use_cpu=not on_gpu)
-    try:
-        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        return kind(trained, **settings)
-    except (ValueError, ImportError, TypeError) as error:
-        raise RecipeError(f"train.optimizer {name} cannot be used here: {error}") from error
 
 
 def _loss_by_chunks(
