@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prefixtune_cli.cli import app, options, typed
+from prefixtune_cli.cli import app, arguments, options
 from prefixtune_cli.cli.flag_table import FLAGS, Flag
 from prefixtune_cli.compare import contest
 from prefixtune_cli.compare.speed.turn import Shape
@@ -92,7 +92,7 @@ def test_what_was_given_holds_what_was_typed_and_nothing_else() -> None:
         "--lora-r": 4,
         "--set": ["a=b"],
     }
-    given = typed.Given({by_name[name]: value for name, value in values.items()})
+    given = arguments.Given({by_name[name]: value for name, value in values.items()})
     assert given == {"model": "tiny", "packing": False, "lora_r": 4, "set": ["a=b"]}
     assert given.settings == {
         "model": {"name": "tiny"},
@@ -102,7 +102,7 @@ def test_what_was_given_holds_what_was_typed_and_nothing_else() -> None:
 
 
 def test_map_is_given_at_once_or_several_times() -> None:
-    assert typed.parse_map(["prompt=q, completion=a", "messages=m"]) == {
+    assert arguments.parse_map(["prompt=q, completion=a", "messages=m"]) == {
         "prompt": "q",
         "completion": "a",
         "messages": "m",
@@ -116,18 +116,18 @@ def test_a_column_with_spaces_around_its_name_can_be_mapped(tmp_path) -> None:
     with pytest.raises(DataError, match="Did you mean --map 'completion= answer '") as caught:
         load_rows(str(file), wrong)
     (typed_so,) = re.findall("--map '(.*?)'", str(caught.value))
-    assert len(load_rows(str(file), DataSection(map=typed.parse_map([typed_so])))) == 1
+    assert len(load_rows(str(file), DataSection(map=arguments.parse_map([typed_so])))) == 1
 
 
 @pytest.mark.parametrize("given", ["prompt", "=a", "prompt=", "a=b,", ""])
 def test_a_map_without_both_sides_is_a_usage_error(given: str) -> None:
     with pytest.raises(UsageError, match="--map takes FIELD=COLUMN"):
-        typed.parse_map([given])
+        arguments.parse_map([given])
 
 
 def test_a_field_that_is_mapped_twice_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="--map names the field 'prompt' twice"):
-        typed.parse_map(["prompt=a", "prompt=b"])
+        arguments.parse_map(["prompt=a", "prompt=b"])
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_field_that_is_mapped_twice_is_a_usage_error() -> None:
     [("all", "all"), ("last:4", "last:4"), ("3", [3]), ("0,1, 5", [0, 1, 5]), ("[0,1]", [0, 1])],
 )
 def test_layers_are_words_or_a_list(given: str, layers: object) -> None:
-    assert typed.parse_layers(given) == layers
+    assert arguments.parse_layers(given) == layers
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_layers_are_words_or_a_list(given: str, layers: object) -> None:
     [("4", 4), ("auto", "auto"), ("0,2", [0, 2]), ("1,", [1]), ("[0, 1]", [0, 1]), ("all", "all")],
 )
 def test_gpus_are_a_number_a_word_or_a_list(given: str, gpus: object) -> None:
-    assert typed.parse_gpus(given) == gpus
+    assert arguments.parse_gpus(given) == gpus
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_gpus_are_a_number_a_word_or_a_list(given: str, gpus: object) -> None:
     ],
 )
 def test_resume_may_stand_alone(given: list[str], read: list[str]) -> None:
-    assert typed.with_resume_value(given) == read
+    assert arguments.with_resume_value(given) == read
 
 
 def test_the_numbers_in_compares_help_are_its_defaults() -> None:

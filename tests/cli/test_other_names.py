@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from prefixtune_cli.cli import typed
+from prefixtune_cli.cli import arguments
 from tests.cli.conftest import Ptp
 
 
@@ -119,4 +119,4 @@ def test_a_name_that_no_tool_has_is_left_to_the_nearest_of_ours(ptp: Ptp) -> Non
 
 
 def test_a_command_without_our_flag_does_not_name_it() -> None:
-    typed.check_flags("models", ["--output-dir"], {"--json"})
+    arguments.check_flags("models", ["--output-dir"], {"--json"})
