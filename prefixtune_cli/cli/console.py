@@ -158,4 +158,4 @@ def print_table(
             say(f"\n{title}" if i else title, style="bold")
         stdout().print(table, soft_wrap=False)
     if left_out:
-        notice(f"The terminal is narrow, so these columns are left out: {', '.join(left_out)}.")
+        notice(f"Left out, as the terminal is narrow: {', '.join(left_out)}.")

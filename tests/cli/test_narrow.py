@@ -81,7 +81,7 @@ def test_columns_that_matter_less_go_first_and_are_named(
     assert max(map(len, said.splitlines())) <= width
     assert "smollm2-135m-instruct  HuggingFaceTB/SmolLM2-135M-Instruct" in said
     assert ("licence" in said.splitlines()[0]) == (width == 120)
-    assert ("The terminal is narrow, so these columns are left out: " in said) == (width < 120)
+    assert ("Left out, as the terminal is narrow: " in said) == (width < 120)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
