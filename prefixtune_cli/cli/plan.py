@@ -22,7 +22,7 @@ GPU_MEMORY = panel(
         "--gpu-memory",
         type=float,
         metavar="GIB",
-        help="Memory of each GPU, where it is not one of this machine's.",
+        help="Memory of each GPU, if it is not a GPU of this machine.",
     ),
 )
 SHOWN_REMEDIES = 4
@@ -45,7 +45,7 @@ def plan(
 ) -> None:
     """Tell how much memory `ptp train` with the same flags takes, by part and by method, and what fits.
 
-    No weights are loaded and no data is read: rows are taken to be as long as --max-length.
+    Loads no weights and reads no data: it takes rows to be as long as --max-length.
     """
     if gpu_memory is not None and not 0 < gpu_memory < math.inf:
         raise UsageError(f"--gpu-memory must be above 0, in GiB, got {gpu_memory:g}.")
@@ -69,7 +69,7 @@ def plan(
 
 
 def _found(recipe: Recipe, gpu_memory_gib: float | None) -> dict[str, Any]:
-    """Everything that is printed, as JSON has it."""
+    """Everything that is printed, in JSON's types."""
     from prefixtune_cli.plan import Planner, gpu_bytes, methods_beside, remedies, with_method
     from prefixtune_cli.plan.processes import processes
 
@@ -152,7 +152,7 @@ def _print(recipe: Recipe, found: dict[str, Any]) -> None:
 
 
 def _verdict(recipe: Recipe, found: dict[str, Any]) -> list[str]:
-    """Whether the recipe fits, and what to change where it does not."""
+    """Sentences that say whether the recipe fits, and if not, what to change."""
     available = found["available_bytes"]
     if available is None:
         where = "for a CPU" if recipe.model.device != "cuda" else "for a GPU"
