@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from prefixtune_cli.compare.comparison import TEST, Comparison
-from prefixtune_cli.compare.legend import FULL_NAMES
 from prefixtune_cli.compare.metrics import Metric
 from prefixtune_cli.compare.standing import standings_on
+from prefixtune_cli.compare.wording import data_name
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def quality(comparison: Comparison, data: str = TEST) -> Axis:
         c.label: [v for r in c.results(data) if math.isfinite(v := metric.in_unit(metric.value(r)))]
         for c in comparison.contestants
     }
-    where = FULL_NAMES[data].removeprefix("the ")
+    where = data_name(data).removeprefix("the ")
     known = {label: each for label, each in values.items() if each}
     base = None if found.base is None else metric.in_unit(found.base)
     return Axis(metric, f"{where}: {metric.axis}", known, base)

@@ -1,37 +1,39 @@
-"""What stands under the table of a comparison: failures, what was tested and how, protocol, data, command."""
+"""The legend under a comparison's table: failures, how the figures were tested, the protocol, the data, the command."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prefixtune_cli.compare.comparison import FORGETTING, OOD, TEST, Comparison, Contestant
+from prefixtune_cli.compare.comparison import Comparison
 from prefixtune_cli.compare.metrics import COSTS, EXACT_MATCH, FORGOTTEN, KV_CACHE
-from prefixtune_cli.compare.standing import Standings, standings
-
-BEST, LARGER = "*", "†"
-# A data set's name under a table, and in a sentence that stands alone; another one has its own.
-NAMES: Mapping[str, str] = {TEST: "the test data", OOD: "the OOD data", FORGETTING: "other text"}
-FULL_NAMES: Mapping[str, str] = {
-    TEST: "the test data",
-    OOD: "the out-of-distribution data",
-    FORGETTING: "unrelated text",
-}
+from prefixtune_cli.compare.standing import LEVEL, Standings, standings
+from prefixtune_cli.compare.wording import (
+    BEST,
+    INTERVAL,
+    LARGER,
+    MORE_THAN_NOISE,
+    data_name,
+    edge_of_sweep,
+    limit,
+    listed,
+    untested,
+)
 
 
 def legend(comparison: Comparison, *, bold: bool = False) -> list[str]:
-    """One sentence or two a line.
+    """The lines of the legend, with one or two sentences each.
 
     Args:
         comparison: what was found.
-        bold: the best figures are in bold, and not marked by a star.
+        bold: the table shows the best figures in bold, without a star.
     """
-    every = [] if comparison.kind == "speed" else standings(comparison)
+    every = standings(comparison)
     return [
         *_failures(comparison),
-        *_figures(comparison, every, bold=bold),
+        *_figures(every, "bold" if bold else BEST),
         *_tests(comparison, every),
-        *_forgetting(every),
+        *_losses(every),
         *_costs(comparison),
         *_model_and_protocol(comparison),
         *_data(comparison),
@@ -51,74 +53,58 @@ def _failures(comparison: Comparison) -> Iterator[str]:
         yield f"{label}: its cost was not measured. {why}"
 
 
-def _figures(comparison: Comparison, every: list[Standings], *, bold: bool) -> Iterator[str]:
-    if not every:
-        return
-    seeds = sorted({cell.seed for c in comparison.contestants for cell in c.cells})
-    spread = any(s.deviation is not None for found in every for s in found.each)
-    best = "bold" if bold else BEST
-    if spread:
-        yield f"Means over {len(seeds)} seeds, ± their standard deviation; {best}: the best mean."
-    else:
+def _figures(every: list[Standings], best: str) -> Iterator[str]:
+    """What a figure is: a mean over seeds, or the figure of one seed."""
+    seeds = max((s.seeds for found in every for s in found.each), default=0)
+    if seeds > 1:
+        yield f"Means over {seeds} seeds, ± their standard deviation; {best}: the best mean."
+    elif seeds == 1:
         yield f"Figures of one seed, so nothing is known of how seeds differ; {best}: the best one."
 
 
 def _tests(comparison: Comparison, every: list[Standings]) -> Iterator[str]:
-    """What was tested, in the fewest words that are true of each data set."""
-    if not every or len(comparison.contestants) < 2:
-        return
-    first = comparison.contestants[0].label
-    ways: dict[str, list[str]] = {}
+    """How differences were tested; data sets that were tested alike share a line."""
+    alike: dict[str, list[str]] = {}
     for found in every:
-        if way := _way(found):
-            ways.setdefault(way, []).append(NAMES.get(found.data, found.data))
-    for way, names in ways.items():
-        on = f" on {', '.join(names)}" if len(ways) > 1 else ""
-        yield f"Differences from {first}{on} {way}"
-    if any(found.seeds_tested for found in every) and _fewest_seeds(every) == 2:
+        if any(s.difference for s in found.each):
+            alike.setdefault(_how(found), []).append(data_name(found.data))
+    for how, names in alike.items():
+        on = f" on {', '.join(names)}" if len(alike) > 1 else ""
+        yield f"Differences from {comparison.contestants[0].label}{on} {how}"
+    seeds = {difference.seeds for found in every for difference in found.tested}
+    if any(found.seeds_tested for found in every) and min(seeds) == 2:
         yield (
             "With two seeds the test takes up to 13 % of chance differences for real ones where seeds differ much; "
             "three or more seeds keep it at some 5 %."
         )
 
 
-def _way(found: Standings) -> str | None:
-    if found.untested:
-        return f"are not tested: {found.untested}."
-    if not any(s.difference for s in found.each):
-        return None
+def _how(found: Standings) -> str:
+    if said := untested(found):
+        return said
     if found.seeds_tested and found.rows_tested:
-        over = "paired by seed and row, both taken as random (crossed effects, Satterthwaite's degrees of freedom)"
-    elif found.rows_tested:
-        over = "paired by row; with one seed in common they say nothing of other seeds"
-    elif found.seeds_tested:
-        over = "paired by seed; as the rows' losses were not kept, they say nothing of other rows"
+        pairs = "seed and row, both taken as random (crossed effects, Satterthwaite's degrees of freedom)"
     else:
-        return "are not tested: there is one figure of each."
-    return (
-        f"are {over}, with 95 % intervals; {LARGER}: larger than noise, p < 0.05 by the t test after Holm's "
-        "adjustment for the number of differences."
+        pairs = "row" if found.rows_tested else "seed"
+    rule = (
+        f"are paired by {pairs}, with {INTERVAL}s; {LARGER}: {MORE_THAN_NOISE}, p < {LEVEL} by the t test after "
+        "Holm's adjustment for the number of differences."
     )
+    left_open = limit(found)
+    return f"{rule} {left_open[0].upper()}{left_open[1:]}" if left_open else rule
 
 
-def _fewest_seeds(every: list[Standings]) -> int:
-    return min(
-        s.difference.seeds
-        for found in every
-        for s in found.each
-        if s.difference is not None and s.difference.p_value is not None
-    )
-
-
-def _forgetting(every: list[Standings]) -> Iterator[str]:
+def _losses(every: list[Standings]) -> Iterator[str]:
     for found in every:
+        where = data_name(found.data)
         if found.metric is FORGOTTEN and found.base is not None:
+            base = found.metric.figure(found.base)
             yield (
-                "Forgetting: by how much the loss on text that has nothing to do with the task is above the base's "
-                f"{found.metric.figure(found.base)} nats a token; less is better."
+                f"Forgetting: by how much the loss on {where} is above the base's {base} nats a token; "
+                "less is better."
             )
         elif found.metric is not EXACT_MATCH:
-            yield f"Loss on {NAMES.get(found.data, found.data)}: nats a token; less is better."
+            yield f"Loss on {where}: nats a token; less is better."
 
 
 def _costs(comparison: Comparison) -> Iterator[str]:
@@ -192,20 +178,5 @@ def _sweeps(comparison: Comparison) -> Iterator[str]:
         for point in contestant.sweep:
             if point.failure is not None:
                 yield f"{contestant.label} failed at learning rate {point.learning_rate:g}: {point.failure}"
-        if edge := _edge(contestant):
-            yield (
-                f"{contestant.label}: the chosen learning rate is the {edge} of its sweep, so a better one may lie "
-                "beyond. A larger --sweep would tell."
-            )
-
-
-def _edge(contestant: Contestant) -> str | None:
-    rates = sorted(point.learning_rate for point in contestant.sweep)
-    if len(rates) < 3 or contestant.learning_rate not in (rates[0], rates[-1]):
-        return None
-    return "lowest" if contestant.learning_rate == rates[0] else "highest"
-
-
-def listed(parts: Sequence[str]) -> str:
-    """As in `a, b and c`."""
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+        if said := edge_of_sweep(contestant.label, contestant.sweep, contestant.learning_rate):
+            yield said

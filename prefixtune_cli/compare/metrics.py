@@ -181,7 +181,7 @@ LOSS = Metric(
     "loss", "loss", "nats", places=3, axis="loss (nats a token, less is better)",
     difference="nats", said="nats a token of loss", said_of_difference="nats a token",
 )  # fmt: skip
-LOSS_ON_TEXT = replace(LOSS, name="loss on other text")
+LOSS_ON_TEXT = replace(LOSS, name="loss on unrelated text")
 FORGOTTEN = replace(LOSS, name="forgetting", said="nats a token more loss than the base")
 
 # Of a Contestant.

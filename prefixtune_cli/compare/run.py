@@ -43,8 +43,8 @@ from prefixtune_cli.compare.costs import (
     with_costs,
 )
 from prefixtune_cli.compare.folder import RESULTS, claimed, mark
-from prefixtune_cli.compare.legend import NAMES
 from prefixtune_cli.compare.rows import VALIDATION, Rows, draw_rows
+from prefixtune_cli.compare.wording import data_name, edge_of_sweep
 from prefixtune_cli.compare.workers import Ended, Work, Workers, told_to_stop
 from prefixtune_cli.errors import Interrupted, PtpError
 from prefixtune_cli.evaluate.answer_cache import check_room
@@ -183,11 +183,8 @@ class _Cells:
             self._points[entry.label] = points if len(points) > 1 else []
             best = min(points, key=_merit)
             self._rates[entry.label] = best.learning_rate
-            if len(points) > 1 and best.loss is not None and best in (points[0], points[-1]):
-                self._reporter.notice(
-                    f"{entry.label}: its best learning rate, {best.learning_rate:g}, is at the edge of its sweep. "
-                    f"--sweep {self._settings.sweep + 2} looks further."
-                )
+            if edge := edge_of_sweep(entry.label, points, best.learning_rate):
+                self._reporter.notice(edge)
 
     def repeat(self) -> None:
         """Train the other seeds at the chosen rates."""
@@ -350,7 +347,7 @@ class _Cells:
         if self._judged_base is not None:
             unmatched = why_unmatched(self._judged_base, self._sheet).items()
             found += [
-                why if name == TEST else f"Of {NAMES[name]}: {why}" for name, why in unmatched
+                why if name == TEST else f"Of {data_name(name)}: {why}" for name, why in unmatched
             ]
         if len({c.steps for one in contestants for c in one.cells if c.steps is not None}) > 1:
             found.append("The contestants took different numbers of steps, as the grid asks for.")

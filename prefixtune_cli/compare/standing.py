@@ -109,20 +109,26 @@ class Standings:
     untested: str | None = None
 
     @property
-    def _differences(self) -> list[Difference]:
+    def base_beside(self) -> float | None:
+        """The base's figure where it can stand beside the contestants'; forgetting is counted from it."""
+        return None if self.metric is FORGOTTEN else self.base
+
+    @property
+    def tested(self) -> list[Difference]:
+        """The differences that have a p value."""
         return [
             s.difference for s in self.each if s.difference and s.difference.p_value is not None
         ]
 
     @property
     def seeds_tested(self) -> bool:
-        """Whether every test is over seeds, and so says something of other seeds."""
-        return bool(found := self._differences) and all(d.seeds > 1 for d in found)
+        """Whether every test is over several seeds, and so says something of other seeds."""
+        return bool(self.tested) and all(d.seeds > 1 for d in self.tested)
 
     @property
     def rows_tested(self) -> bool:
-        """Whether every test is over rows, and so says something of other rows."""
-        return bool(found := self._differences) and all(d.rows > 1 for d in found)
+        """Whether every test is over several rows, and so says something of other rows."""
+        return bool(self.tested) and all(d.rows > 1 for d in self.tested)
 
 
 def is_level(one: float | None, other: float | None) -> bool:
@@ -131,7 +137,12 @@ def is_level(one: float | None, other: float | None) -> bool:
 
 
 def standings(comparison: Comparison) -> list[Standings]:
-    """Every data set on which some contestant has a result: TEST first, OOD and FORGETTING last."""
+    """Every data set on which some contestant has a result: TEST first, OOD and FORGETTING last.
+
+    A comparison of costs alone has none.
+    """
+    if comparison.kind == "speed":
+        return []
     found = dict.fromkeys(
         name for c in comparison.contestants for cell in c.cells for name in cell.results
     )
@@ -165,6 +176,8 @@ def standings_on(comparison: Comparison, data: str) -> Standings:
         if i and (found := _difference(contestants[0], c, data, metric, tested=not untested))
     }
     adjusted = _holm_adjusted(differences)
+    if adjusted and untested is None and all(d.p_value is None for d in adjusted.values()):
+        untested = "there is one figure of each"
     each = [replace(s, difference=adjusted.get(i)) for i, s in enumerate(each)]
     return Standings(data, metric, metric.median(base), each, untested)
 

@@ -1,4 +1,4 @@
-"""The tables of the report, as text; the first cell of a row names the row."""
+"""The tables of the report, as text. The first cell of a row is the row's name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from prefixtune_cli.compare.comparison import OOD, TEST, Cell, Comparison, Contestant, Point, Result
 from prefixtune_cli.compare.legend import legend
 from prefixtune_cli.compare.metrics import EXACT_MATCH, LOSS
-from prefixtune_cli.compare.table import Entry, laid_out
+from prefixtune_cli.compare.table import Entry, entries
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Text:
     """A table's cell.
 
     Attributes:
-        kind: `number` and `best` stand at the right, `best` in bold; `path` has a fixed width; `reason` is long.
+        kind: `number` and `best` are aligned to the right, and `best` is bold; `path` is monospaced; `reason` is long.
     """
 
     text: str
@@ -33,19 +33,19 @@ class Table:
 
     @property
     def numbers(self) -> set[int]:
-        """The columns whose figures stand at the right."""
+        """The indices of the columns that are aligned to the right."""
         columns = range(len(self.head))
         return {i for i in columns if any(row[i].kind in ("number", "best") for row in self.rows)}
 
 
 def result(comparison: Comparison) -> Table:
     """The table of the comparison, as in table.md."""
-    head, rows = laid_out(comparison, _figure)
-    said = {*comparison.notices, f"Command: {comparison.command}"}  # they have a place of their own
+    head, rows = entries(comparison)
+    said = {*comparison.notices, f"Command: {comparison.command}"}  # the page has them elsewhere
     return Table(
         "Quality and cost",
         head,
-        [[Text(row[0].text), *row[1:]] for row in rows],
+        [[Text(row[0].text), *map(_figure, row[1:])] for row in rows],
         [line for line in legend(comparison, bold=True) if line not in said],
     )
 
@@ -55,7 +55,7 @@ def _figure(entry: Entry) -> Text:
 
 
 def sweep(comparison: Comparison) -> Table | None:
-    """Every learning rate that was tried; None where there was no choice."""
+    """Every learning rate that was tried; None where only one was."""
     rows = [
         [
             Text(contestant.label),
@@ -82,7 +82,8 @@ def _state(contestant: Contestant, point: Point) -> Text:
 
 def runs(comparison: Comparison) -> Table | None:
     """Every cell with its run directory, or why it failed; None where nothing was trained."""
-    judged = [name for name in (TEST, OOD) if name in _judged_on(comparison)]
+    every = {name for c in comparison.contestants for cell in c.cells for name in cell.results}
+    judged = [name for name in (TEST, OOD) if name in every]
     head = [f"{_title(name)} data" for name in judged]
     rows = [
         [
@@ -100,10 +101,6 @@ def runs(comparison: Comparison) -> Table | None:
     return Table("Every run, with its directory", columns, rows) if rows else None
 
 
-def _judged_on(comparison: Comparison) -> set[str]:
-    return {name for c in comparison.contestants for cell in c.cells for name in cell.results}
-
-
 def _outcome(cell: Cell) -> Text:
     return Text("finished") if cell.failure is None else Text(f"failed: {cell.failure}", "reason")
 
@@ -116,7 +113,7 @@ def _result(found: Result | None) -> str:
 
 
 def protocol(comparison: Comparison) -> Table:
-    """What was held equal, and the base model."""
+    """The base model, and the settings that all contestants shared."""
     model = {f"base model {key}": value for key, value in _flat(comparison.model)}
     found = {**model, **dict(_flat(comparison.protocol))}
     rows = [[Text(key.replace("_", " ")), Text(_said(value))] for key, value in found.items()]

@@ -143,7 +143,7 @@ def test_one_learning_rate_is_no_sweep_and_answers_too_long_to_match_are_told(
     why = [line for line in legend(told) if "No exact match" in line]
     assert len(why) == 2
     assert why[0].startswith("No exact match: more than one answer in twenty has more tokens than")
-    assert why[1] == f"Of the OOD data: {why[0]}"
+    assert why[1] == f"Of the out-of-distribution data: {why[0]}"
 
 
 def written(out: Path) -> dict[str, int]:

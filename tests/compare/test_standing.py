@@ -128,6 +128,7 @@ def test_a_single_figure_of_each_is_a_difference_without_a_test() -> None:
         among(of("a", {0: Result([2.0], [1])}), of("b", {0: Result([1.5], [1])})), TEST
     )
     assert found.each[1].difference == Difference(-0.5)
+    assert found.untested == "there is one figure of each"
     assert not found.seeds_tested
     assert not found.rows_tested
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from prefixtune_cli.compare.comparison import TEST, Cell, Comparison, Contestant, Result
+from prefixtune_cli.compare.legend import legend
 from prefixtune_cli.report.verdict import verdict
 from tests.compare.made import FAILURE, comparison, contestant, in_groups
 
@@ -51,7 +52,7 @@ def test_a_first_contestant_that_wins_is_named_as_the_best() -> None:
         said[0]
         .details[0]
         .startswith(
-            "other is 66.7 points worse than mine: more than noise (95 % interval of the difference −"
+            "other is 66.7 points worse than mine; this is more than noise (95 % interval of the difference −"
         )
     )
 
@@ -59,7 +60,9 @@ def test_a_first_contestant_that_wins_is_named_as_the_best() -> None:
 def test_a_difference_within_the_noise_is_called_so() -> None:
     said = verdict(of({"mine": [0.5, 0.6, 0.4], "other": [0.6, 0.4, 0.525]}))[0]
     assert "is behind it by 0.8 points; this may be noise" in said.lead
-    assert "better than mine: not more than noise" in said.details[0]
+    assert (
+        "better than mine; this may be noise (95 % interval of the difference −" in said.details[0]
+    )
 
 
 def test_a_lead_within_the_noise_is_called_so() -> None:
@@ -118,9 +121,42 @@ def test_runs_on_other_rows_are_not_tested() -> None:
     said = verdict(replace(found, data={TEST: {"same_rows": False}}))[0]
     assert "this was not tested" in said.lead
     assert said.details == (
-        ["other is 40.0 points better than mine (not tested).",
-         "Differences on the test data were not tested: not every run was judged on the same rows."]
+        ["other is 40.0 points better than mine; this was not tested.",
+         "Differences on the test data are not tested: not every run was judged on the same rows."]
     )  # fmt: skip
+
+
+def test_single_figures_are_not_tested_and_legend_and_verdict_say_so_alike() -> None:
+    found = of({"mine": [0.5], "other": [0.9]}, rows=1)
+    said = verdict(found)[0]
+    assert "this was not tested" in said.lead
+    assert said.details[-1] == (
+        "Differences on the test data are not tested: there is one figure of each."
+    )
+    assert "Differences from mine are not tested: there is one figure of each." in legend(found)
+    best = verdict(of({"mine": [0.9], "other": [0.4]}, rows=1))[0]
+    assert best.lead.endswith("Whether its lead is more than noise was not tested.")
+
+
+def test_what_the_tests_do_not_cover_is_said_alike_in_legend_and_verdict() -> None:
+    one_seed = of({"mine": [0.5], "other": [0.9]})
+    of_losses = of({"mine": [0.5, 0.5, 0.5], "other": [0.5, 0.5, 0.5]})
+    bare = [
+        replace(
+            c,
+            cells=[
+                replace(cell, results={TEST: Result([i + cell.seed**i], [1])}) for cell in c.cells
+            ],
+        )
+        for i, c in enumerate(of_losses.contestants)
+    ]
+    for found, limit in (
+        (one_seed, "not every difference is tested over several seeds: with other seeds it may turn out otherwise."),
+        (replace(of_losses, contestants=bare), "differences are tested over seeds alone, not over rows."),
+    ):  # fmt: skip
+        assert verdict(found)[0].details[-1] == f"On the test data {limit}"
+        (line,) = (line for line in legend(found) if line.startswith("Differences from mine"))
+        assert line.endswith(f" {limit.capitalize()}")
 
 
 def test_forgetting_is_told_as_loss_above_the_bases() -> None:
