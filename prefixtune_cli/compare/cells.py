@@ -1,18 +1,20 @@
-"""One cell of a comparison, where it is computed: trained, judged and read back, on a base that its process keeps.
+"""One cell of a comparison: it is trained, it answers the test rows, and its results are read from its files.
 
-Everything that goes in and out can be pickled, so that a cell may run in a process of its own.
+The first two may run in another process, which keeps the base for its next cell: arguments and results can be pickled.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefixtune_cli.compare.comparison import FORGETTING, Result
-from prefixtune_cli.compare.workers import Ended
+from prefixtune_cli.compare.finished_run import result_of
+from prefixtune_cli.compare.wording import reason
+from prefixtune_cli.compare.workers import Failure
 from prefixtune_cli.data.load import load_rows
 from prefixtune_cli.errors import Interrupted, PtpError
 from prefixtune_cli.evaluate.run import evaluate
@@ -33,18 +35,27 @@ BASES = SharedBase()  # this process's
 
 @dataclass(frozen=True)
 class Sheet:
-    """What a finished run is judged on: data set → file of rows; `text` is for forgetting, in windows of `window`."""
+    """What every finished run is judged on.
+
+    Attributes:
+        data: data set → file of rows.
+        text: what forgetting is measured on; None measures none.
+        window: tokens of a stretch of `text`.
+        rows: as many rows of each data set are scored.
+        cache: the folder of answers that were generated before.
+        base: whether the base is judged as well.
+    """
 
     data: Mapping[str, Path]
     text: str | None
     window: int | None
     rows: int
     cache: Path
-    base: bool  # the base is judged as well
+    base: bool
 
 
-def train_cell(recipe: Recipe, *, reporter: Reporter | None = None) -> Ended:
-    """Train one cell, or go on with it; what is finished with the same recipe and data is left as it is.
+def train_cell(recipe: Recipe, *, reporter: Reporter | None = None) -> Failure:
+    """Train one cell, or go on with it; a cell that is done stays as it is.
 
     Raises:
         Interrupted: a signal came; what was done is kept.
@@ -53,7 +64,7 @@ def train_cell(recipe: Recipe, *, reporter: Reporter | None = None) -> Ended:
     try:
         anew = run_dir.recipe.exists() and not _is_of(run_dir, recipe)
         if run_dir.finished and not anew:
-            return Ended()
+            return None
         train(
             recipe,
             resume=False if anew else "auto",
@@ -65,18 +76,24 @@ def train_cell(recipe: Recipe, *, reporter: Reporter | None = None) -> Ended:
     except Interrupted:
         raise
     except Exception as error:
-        return Ended(_said(error))
-    return Ended()
+        return reason(error)
+    return None
 
 
 def is_done(recipe: Recipe) -> bool:
-    """Whether the cell is finished already, with this recipe and this data."""
+    """Whether the cell is finished, with this recipe, this base and this data."""
     run_dir = RunDir(recipe.folder)
     return run_dir.finished and _is_of(run_dir, recipe)
 
 
-def judge_cell(run: str, sheet: Sheet, *, reporter: Reporter | None = None) -> Ended:
-    """Have a finished run answer the test rows, and the base where the sheet says so; eval/ of the run gets it all."""
+def judge_cell(run: str, sheet: Sheet, *, reporter: Reporter | None = None) -> Failure:
+    """Have a finished run answer the test rows, and the base where the sheet says so.
+
+    The results are written to the run's eval/.
+
+    Raises:
+        Interrupted: a signal came.
+    """
     settings = Settings(
         who=(point(run),),
         base=sheet.base,
@@ -97,30 +114,29 @@ def judge_cell(run: str, sheet: Sheet, *, reporter: Reporter | None = None) -> E
     except Interrupted:
         raise
     except Exception as error:
-        return Ended(_said(error))
-    failures = [f"{name}: {why}" for name, why in found.failures.items()]
-    return Ended("; ".join(failures) or None)
+        return reason(error)
+    return "; ".join(f"{name}: {why}" for name, why in found.failures.items()) or None
 
 
 def _benches(sheet: Sheet) -> dict[str, str]:
-    """Data set → the name of its result."""
+    """Data set → the name of its file in eval/."""
     found = {name: f"data-{file.stem}" for name, file in sheet.data.items()}
     return {**found, FORGETTING: FORGETTING} if sheet.text else found
 
 
 def results_of(run: str, sheet: Sheet, who: str) -> dict[str, Result]:
-    """What `judge_cell` has written, by data set, of `who`: the adapter or the base."""
-    return {name: _result(found["items"], who) for name, found in _judged(run, sheet).items()}
+    """What `judge_cell` has found of `who`, which is the adapter or the base, by data set."""
+    return {name: result_of(found["items"], who) for name, found in _judged(run, sheet).items()}
 
 
 def why_unmatched(run: str, sheet: Sheet) -> dict[str, str]:
-    """Data set → why no answer was matched there; without those in which answers were."""
+    """Data set → why no answer was matched there; data sets with matched answers are left out."""
     judged = _judged(run, sheet).items()
     return {name: why for name, found in judged if (why := found.get("why_no_exact_match"))}
 
 
 def _judged(run: str, sheet: Sheet) -> dict[str, Any]:
-    """What `judge_cell` has written, by data set."""
+    """The files that `judge_cell` has written, by data set."""
     files = {name: RunDir(run).eval_result(bench) for name, bench in _benches(sheet).items()}
     return {
         name: json.loads(file.read_text(encoding="utf-8"))
@@ -129,17 +145,8 @@ def _judged(run: str, sheet: Sheet) -> dict[str, Any]:
     }
 
 
-def _result(items: Sequence[Mapping[str, Any]], who: str) -> Result:
-    right = [bool(item["right"][who]) for item in items if "right" in item]
-    return Result(
-        nats=[item["nats"][who] for item in items],
-        tokens=[item["tokens"] for item in items],
-        right=right or None,
-    )
-
-
 def _is_of(run_dir: RunDir, recipe: Recipe) -> bool:
-    """Whether the run in the folder has this recipe, this base and this data, wherever their files lie."""
+    """Whether the run has this recipe, this base and this data; the paths of the files do not matter."""
     try:
         saved = resolve(str(run_dir.recipe))
         about: Any = json.loads(run_dir.environment.read_text(encoding="utf-8"))
@@ -157,7 +164,3 @@ def _is_of(run_dir: RunDir, recipe: Recipe) -> bool:
         and about["data"].get(name, {}).get("sha256") == load_rows(source, recipe.data).fingerprint
         for name, source in sources.items()
     )
-
-
-def _said(error: Exception) -> str:
-    return str(error) if isinstance(error, PtpError) else f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""One finished run, as its files tell it. Needs no torch."""
+"""A run directory that `ptp train` has written, read for a comparison. It needs no torch."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ BASE, ADAPTER = "base", "adapter"
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What `ptp eval` has written of a run: one file of its eval/.
+    """What `ptp eval` has found of a run on one data set: one file of its eval/.
 
     Attributes:
         source, sha256: of the data or text.
-        origins: where each row that was evaluated comes from.
-        results: of the run under ADAPTER and, where it took part, of the base under BASE.
+        origins: where each evaluated row comes from.
+        results: the run's under ADAPTER and, where the base was evaluated as well, the base's under BASE.
     """
 
     source: str
@@ -36,7 +36,7 @@ class Evaluated:
 
     @property
     def rows(self) -> tuple[object, ...]:
-        """What has to be the same for two runs to be compared row by row."""
+        """Two runs can be compared row by row where this is the same."""
         own = self.results[ADAPTER]
         return self.sha256, tuple(self.origins), tuple(own.tokens), own.right is None
 
@@ -46,9 +46,9 @@ class FinishedRun:
     """A run directory that has been read.
 
     Attributes:
-        given: its folder, as it was typed.
-        environment, summary: as written; the summary is empty where the run has not finished.
-        answers: the held-out rows' references with both models' answers; empty where answers are long.
+        given: its folder, as the user typed it.
+        environment, summary: the run's files; the summary is empty where the run has not finished.
+        answers: of each held-out row, the reference and both models' answers; empty where answers are long.
         metrics: the rows of metrics.jsonl.
         evaluated: data set → what `ptp eval` found.
     """
@@ -71,29 +71,29 @@ class FinishedRun:
 
     @property
     def fingerprints(self) -> Mapping[str, Mapping[str, Any]]:
-        """source, rows and sha256 of `train` and, where they are another source, of `eval`."""
+        """source, rows and sha256 of `train`, and of `eval` where the held-out rows have a source of their own."""
         found: Mapping[str, Mapping[str, Any]] = self.environment["data"]
         return found
 
     @property
     def batch(self) -> int:
-        """Examples an optimizer step; where auto_batch halved the one factor it doubled the other."""
+        """Examples of an optimizer step. auto_batch keeps their number: it halves one factor and doubles the other."""
         train = self.recipe.train
         processes = int(self.environment.get("processes", 1))
         return train.batch_size * train.gradient_accumulation * processes
 
     def held_out(self, who: str) -> Result:
-        """On its held-out rows: the loss is kept as their mean alone, right and wrong row by row."""
+        """The result of `who` on the held-out rows. A run keeps the mean of their losses alone, so that is one row."""
         pattern = self.recipe.evaluate.answer_pattern
         right = [exactly_matches(row[who], row["answer"], pattern) for row in self.answers]
         return Result([float(self.summary[who]["loss"])], [1], right or None)
 
 
 def open_run(given: str) -> FinishedRun:
-    """Read a run directory, finished or not; its adapter/ stands for it.
+    """Read a run directory, finished or not; `given` may also be its adapter/.
 
     Raises:
-        RunDirError: it is none, or a file of it cannot be read.
+        RunDirError: there is no run, or one of its files cannot be read.
     """
     run_dir = run_of(Path(given).expanduser())
     if run_dir is None:
@@ -144,7 +144,7 @@ def _answers(run_dir: RunDir) -> list[dict[str, str]]:
 
 
 def _data_set(bench: str) -> str | None:
-    """The name of a data set whose rows an eval file keeps: own data, and the text of forgetting."""
+    """The data set of an eval file; None for benchmarks, whose files keep no rows."""
     if bench == FORGETTING:
         return FORGETTING
     if not bench.startswith("data-"):
@@ -154,30 +154,34 @@ def _data_set(bench: str) -> str | None:
 
 
 def _evaluated(run_dir: RunDir, found: Mapping[str, Any]) -> Evaluated | None:
-    """One eval file, where this run is among its subjects."""
+    """The content of an eval file; None where this run is not among its subjects."""
     about = found.get("text") or found["data"]
     own = _subject(run_dir, found["subjects"])
     if own is None:
         return None
-    items = found["items"]
     names = {ADAPTER: own}
     if any(subject["name"] == BASE for subject in found["subjects"]):
         names[BASE] = BASE
-    tokens = [int(item["tokens"]) for item in items]
+    return Evaluated(
+        about["source"],
+        about["sha256"],
+        [item["origin"] for item in found["items"]],
+        {who: result_of(found["items"], name) for who, name in names.items()},
+    )
+
+
+def result_of(items: Sequence[Mapping[str, Any]], who: str) -> Result:
+    """The result of one model, from the rows of an eval file."""
     has_answers = bool(items) and all("right" in item for item in items)
-    results = {
-        who: Result(
-            [float(item["nats"][name]) for item in items],
-            tokens,
-            [bool(item["right"][name]) for item in items] if has_answers else None,
-        )
-        for who, name in names.items()
-    }
-    return Evaluated(about["source"], about["sha256"], [item["origin"] for item in items], results)
+    return Result(
+        nats=[float(item["nats"][who]) for item in items],
+        tokens=[int(item["tokens"]) for item in items],
+        right=[bool(item["right"][who]) for item in items] if has_answers else None,
+    )
 
 
 def _subject(run_dir: RunDir, subjects: Sequence[Mapping[str, Any]]) -> str | None:
-    """Under which name the run's adapter was evaluated; the folder may have been moved since."""
+    """The name under which the run's adapter was evaluated; the folder may have been moved since."""
     adapters: dict[str, Path] = {
         s["name"]: Path(s["folder"]) for s in subjects if s["folder"] is not None
     }

@@ -1,14 +1,15 @@
-"""The rows of a comparison: drawn once, written down, and the same for every method.
+"""The rows of a comparison: they are drawn once, written to files, and the same for every method.
 
-The test rows are the recipe's held-out data. The validation rows, by which learning rates are chosen, are taken out of
-the training data, so that no choice sees the test rows. Few-shot takes K of the rest a class, others for each seed.
+The test rows are the recipe's held-out data. The validation rows, which choose the learning rates, are taken out of the
+training data, so that no choice sees the test rows. Few-shot takes K of the other rows of each class, drawn anew for
+each seed.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from prefixtune_cli.compare.comparison import OOD, TEST
+from prefixtune_cli.compare.folder import mark
 from prefixtune_cli.data.conversation import Conversation
 from prefixtune_cli.data.format import as_written
 from prefixtune_cli.data.load import LoadedData, load_rows
@@ -33,9 +35,9 @@ class Rows:
     """The files of a comparison.
 
     Attributes:
-        train: by seed; one file for all seeds unless few-shot.
-        validation, test, ood: files; ood may be missing.
-        about: by data set: source, rows, sha256.
+        train: the training file of each seed; without few-shot all seeds share one.
+        validation, test, ood: the other files; None where there is no data of another distribution.
+        about: data set → source, rows, sha256.
         notices: what a reader of the figures should know.
     """
 
@@ -55,21 +57,21 @@ def draw_rows(
     few_shot: int | None,
     ood: str | None,
     reporter: Reporter,
-    begin: Callable[[], object] | None = None,
 ) -> Rows:
-    """Draw the rows and write them to `folder`, as JSONL in the layout that they were recognised to have.
+    """Draw the rows and write them to data/ of a comparison's folder, as JSONL in the format that they were read in.
+
+    Nothing is written before all data is read; then the folder is marked as a comparison's.
 
     Args:
-        recipe: its data section; train.seed draws the validation rows, and the test rows where there is no data.eval.
-        folder: for the files.
+        recipe: its train.seed draws the validation rows, and the test rows where there is no data.eval.
+        folder: the comparison's.
         seeds: of the cells.
-        few_shot: training examples a class; None takes all rows.
-        ood: data of another distribution, in the same forms.
+        few_shot: training examples of each class; None takes all rows.
+        ood: data of another distribution, in the same formats.
         reporter: hears what was found.
-        begin: is called when all data is read, and before the first file is written.
 
     Raises:
-        DataError: data is missing, wrong or too little, or few-shot has no classes.
+        DataError: data is missing, wrong or too little, or few-shot finds no classes.
     """
     section, seed = recipe.data, recipe.train.seed
     if section.train is None:
@@ -90,15 +92,14 @@ def draw_rows(
     if few_shot is not None:
         drawn = {s: _few_shot(rows, few_shot, s, notices) for s in seeds}
     other = None if ood is None else _other(ood, recipe)
-    if begin is not None:
-        begin()
+    mark(folder)
     files: dict[str, Path] = {}
     about: dict[str, dict[str, Any]] = {}
 
     def write(name: str, chosen: LoadedData, source: str) -> Path:
         text = "".join(json_line(as_written(row, chosen.format)) for row in chosen.dataset)
         digest = hashlib.sha256(text.encode()).hexdigest()
-        file = folder / f"{name}.jsonl"
+        file = folder / "data" / f"{name}.jsonl"
         if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
             write_atomically(file, text)
         about[name] = {"source": source, "rows": len(chosen), "sha256": digest}
@@ -131,7 +132,7 @@ def _counted(drawn: Mapping[int, LoadedData]) -> str:
 
 
 def _other(source: str, recipe: Recipe) -> LoadedData:
-    """Out-of-distribution rows: in columns named as the recipe's, or as their own format has them."""
+    """Out-of-distribution rows: their columns have the names that the recipe maps, or those of their own format."""
     try:
         return load_rows(source, recipe.data)
     except DataError:
@@ -141,7 +142,7 @@ def _other(source: str, recipe: Recipe) -> LoadedData:
 
 
 def _few_shot(rows: LoadedData, count: int, seed: int, notices: list[str]) -> LoadedData:
-    """`count` rows of each class at random; a class is an answer that comes back."""
+    """`count` random rows of each class; rows of one class have the same answer."""
     by_class: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows.dataset):
         by_class[_answer(row, rows.row_origin, i)].append(i)

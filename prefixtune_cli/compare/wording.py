@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from prefixtune_cli.compare.comparison import FORGETTING, OOD, TEST, Point
 from prefixtune_cli.compare.metrics import Metric
 from prefixtune_cli.compare.standing import LEVEL, Difference, Standings
+from prefixtune_cli.errors import PtpError
 
 BEST, LARGER = "*", "†"  # the marks of the best figure and of a difference that is more than noise
 MORE_THAN_NOISE = "more than noise"
@@ -30,6 +31,11 @@ def data_name(data: str) -> str:
 def listed(parts: Sequence[str]) -> str:
     """As in `a, b and c`."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def reason(error: Exception) -> str:
+    """Why something failed."""
+    return str(error) if isinstance(error, PtpError) else f"{type(error).__name__}: {error}"
 
 
 def noise(difference: Difference) -> str:

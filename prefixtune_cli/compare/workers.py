@@ -1,7 +1,7 @@
-"""Processes that compute cells side by side; a cell that takes its process with it does not end the others.
+"""Processes that compute cells side by side. If a cell takes its process down, the other cells go on.
 
-A worker is told which GPU is its own, keeps one base for all of its cells, and ends when the command does. This module
-imports no library, so that a worker can prepare itself before its work imports them.
+A worker has a GPU of its own, keeps one base for all of its cells, and ends with the command. This module imports no
+library, so that a worker can prepare itself before its work imports them.
 """
 
 from __future__ import annotations
@@ -15,33 +15,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from prefixtune_cli.errors import Interrupted, Preempted
 
-SECONDS_TO_SAVE = 60  # what a worker gets to end after the command
+SECONDS_TO_SAVE = 60  # for a worker to save its work when the command ends
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ATTEMPTS = 2  # a pool that breaks does not say which of its cells broke it
 
-
-@dataclass(frozen=True)
-class Ended:
-    """How a piece of work ended: a failure in words, or none."""
-
-    failure: str | None = None
-
-
-Work = tuple[Callable[..., Ended], tuple[Any, ...]]
+Failure = str | None  # why a piece of work failed; None where it did not
 
 
 class Workers:
-    """Runs work in `count` processes, or in this one where that is 1.
+    """Does work in `count` processes, or in this process if that is 1.
+
+    As a context manager it ends its processes: after their work, or at once where an error leaves the block.
 
     Args:
-        count: processes.
-        gpus: the numbers of the GPUs that they take, each its own; empty on the CPU.
-        begin: what a process calls first.
+        count: the number of processes.
+        gpus: the numbers of their GPUs, one for each process; empty on the CPU.
+        begin: each process calls it first.
     """
 
     def __init__(
@@ -52,65 +45,75 @@ class Workers:
         self._begin = begin
         self._pool: ProcessPoolExecutor | None = None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._pool is not None and error is None:
+            self._pool.shutdown()
+        elif self._pool is not None:
+            _stop(self._pool)
+        self._pool = None
+
     def run(
-        self, work: Sequence[Work], ended: Callable[[int, Ended], None], **here: Any
-    ) -> list[Ended]:
-        """Do all of it, in any order; what each gave, in the order of `work`.
+        self, work: Callable[..., Failure], arguments: Sequence[tuple[Any, ...]], **here: Any
+    ) -> Iterator[tuple[int, Failure]]:
+        """Do the work once for each of the arguments.
 
         Args:
-            work: functions of a module, with their arguments.
-            ended: is told of each as it ends.
-            **here: further arguments where the work is done in this process.
+            work: a function of a module.
+            arguments: they can be pickled.
+            **here: further arguments, which `work` gets only in this process.
+
+        Yields:
+            the index of the arguments whose work has ended, in any order, and its failure.
 
         Raises:
-            Interrupted: Ctrl-C or SIGTERM, after what was under way was saved.
+            Interrupted: a signal has reached a worker.
         """
-        results: dict[int, Ended] = {}
         if self.count == 1:
-            for i, (function, arguments) in enumerate(work):
-                results[i] = function(*arguments, **here)
-                ended(i, results[i])
-            return list(results.values())
-        attempts = dict.fromkeys(range(len(work)), 0)
-        while left := [i for i in range(len(work)) if i not in results]:
-            try:
-                self._once(work, left, attempts, results, ended)
-            except (Interrupted, KeyboardInterrupt):
-                self._end()
-                raise
-        return [results[i] for i in range(len(work))]
+            for i, given in enumerate(arguments):
+                yield i, work(*given, **here)
+            return
+        left = dict(enumerate(arguments))
+        attempts = dict.fromkeys(left, 0)
+        while left:
+            yield from self._attempt(work, left, attempts)
 
-    def _once(
+    def _attempt(
         self,
-        work: Sequence[Work],
-        left: Sequence[int],
+        work: Callable[..., Failure],
+        left: dict[int, tuple[Any, ...]],
         attempts: dict[int, int],
-        results: dict[int, Ended],
-        ended: Callable[[int, Ended], None],
-    ) -> None:
-        """All that is left, or until the pool breaks; then each alone, so that the culprit is known."""
+    ) -> Iterator[tuple[int, Failure]]:
+        """Do all that is left, or the work before the pool breaks.
+
+        Whatever ran in a pool that broke runs alone the next time, so that the culprit is known.
+        """
         suspects = [i for i in left if attempts[i]]
-        todo = suspects[:1] or left
-        futures: dict[Future[Ended], int] = {}
+        todo = suspects[:1] or list(left)
+        futures: dict[Future[Failure], int] = {}
         try:
             pool = self._started()
             for i in todo:
-                futures[pool.submit(_unless_stopped, *work[i])] = i
+                futures[pool.submit(_unless_stopped, work, left[i])] = i
             while futures:
                 for future in wait(futures, return_when=FIRST_COMPLETED).done:
-                    results[futures[future]] = future.result()
-                    ended(futures[future], results[futures.pop(future)])
+                    failure, i = future.result(), futures.pop(future)
+                    del left[i]
+                    yield i, failure
         except BrokenProcessPool:
             self._pool = None
-            begun = [i for i in todo if i not in results][: self.count]  # they are begun in turn
-            for i in begun:
+            running = [i for i in todo if i in left][: self.count]  # a pool begins work in order
+            for i in running:
                 attempts[i] += 1
                 if attempts[i] >= ATTEMPTS:
-                    results[i] = Ended(
+                    del left[i]
+                    yield (
+                        i,
                         "Its process was killed, as the kernel does where the machine's memory runs out. "
-                        "Try --workers 1, or a smaller --batch-size."
+                        "Try --workers 1, or a smaller --batch-size.",
                     )
-                    ended(i, results[i])
 
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
@@ -118,7 +121,7 @@ class Workers:
             gpus = context.Queue()
             for gpu in self._gpus:
                 gpus.put(gpu)
-            # Read by torch when it is imported, which is before a process runs anything of ours.
+            # torch reads it when it is imported, which is before a process calls anything of ours.
             os.environ.setdefault(
                 "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.count))
             )
@@ -130,66 +133,58 @@ class Workers:
             )
         return self._pool
 
-    def _end(self) -> None:
-        """Have the workers save what they do, and end; who takes too long is killed."""
-        if self._pool is None:
-            return
-        children = multiprocessing.active_children()
-        for child in children:
-            with contextlib.suppress(ProcessLookupError, TypeError):
-                os.kill(child.pid or 0, signal.SIGTERM)
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        deadline = time.monotonic() + SECONDS_TO_SAVE
-        for child in children:
-            child.join(max(0.1, deadline - time.monotonic()))
-            if child.is_alive():
-                child.kill()
-        self._pool = None
 
-    def close(self) -> None:
-        """End the workers, whose work is done."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+def _stop(pool: ProcessPoolExecutor) -> None:
+    """Have the workers save their work and end; kill those that take too long."""
+    children = multiprocessing.active_children()
+    for child in children:
+        with contextlib.suppress(ProcessLookupError, TypeError):
+            os.kill(child.pid or 0, signal.SIGTERM)
+    pool.shutdown(wait=False, cancel_futures=True)
+    deadline = time.monotonic() + SECONDS_TO_SAVE
+    for child in children:
+        child.join(max(0.1, deadline - time.monotonic()))
+        if child.is_alive():
+            child.kill()
 
 
 @contextlib.contextmanager
 def told_to_stop() -> Iterator[None]:
-    """Within the block a signal ends the command, after what was done is kept."""
+    """Within the block a signal ends the command; what is finished by then is kept.
+
+    Raises:
+        Interrupted: a signal came. `Preempted` is one of its kinds.
+    """
 
     def stop(number: int, frame: object) -> None:
         raise (Interrupted if number == signal.SIGINT else Preempted)("")
 
     try:
         before = {n: signal.signal(n, stop) for n in SIGNALS}
-    except ValueError:  # not the main thread
+    except ValueError:  # only the main thread may set handlers
         before = {}
     try:
         yield
     except (Interrupted, KeyboardInterrupt) as stopped:
-        raise _stopped(stopped) from None
+        kind = Preempted if isinstance(stopped, Preempted) else Interrupted
+        raise kind(
+            "Stopped. Finished cells and checkpoints are kept: the same command goes on where this one stopped."
+        ) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _stopped(by: BaseException) -> Interrupted:
-    kind = Preempted if isinstance(by, Preempted) else Interrupted
-    return kind(
-        "Stopped. Finished cells and checkpoints are kept: the same command goes on where this one stopped."
-    )
+_signals: list[int] = []  # the signals that this worker has received
 
 
-_signals: list[int] = []  # that came to this worker
-
-
-def _unless_stopped(function: Callable[..., Ended], arguments: Sequence[Any]) -> Ended:
+def _unless_stopped(work: Callable[..., Failure], arguments: Sequence[Any]) -> Failure:
     if _signals:
         raise Preempted("")
     try:
-        return function(*arguments)
+        return work(*arguments)
     except Interrupted:
-        _signals.append(signal.SIGTERM)  # what is queued already is not begun
+        _signals.append(signal.SIGTERM)  # the pool may have queued more work, which must not begin
         raise
 
 
@@ -197,8 +192,8 @@ def _start(parent: int, gpus: Any, begin: Callable[[], object] | None) -> None:
     """A worker's first act."""
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
-    os.setsid()  # Ctrl-C reaches the whole group of the command, which passes on one signal, once
-    # Between two cells there is nothing to save; a process that dies here would take its neighbours with it.
+    os.setsid()  # Ctrl-C reaches the command's whole process group; the command passes on one signal
+    # Between two cells there is nothing to save, and a process that dies would break the whole pool.
     signal.signal(signal.SIGTERM, lambda number, _: _signals.append(number))
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     if begin is not None:
@@ -206,6 +201,7 @@ def _start(parent: int, gpus: Any, begin: Callable[[], object] | None) -> None:
 
 
 def _end_with(parent: int) -> None:
+    """End this worker once its parent process has ended."""
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)

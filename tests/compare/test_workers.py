@@ -2,50 +2,63 @@
 
 import os
 import signal
+import time
 
 import pytest
 
-from prefixtune_cli.compare.workers import Ended, Workers
+from prefixtune_cli.compare.workers import Workers
 
 
-def square(number: int) -> Ended:
-    return Ended(str(number * number))
+def square(number: int) -> str:
+    return str(number * number)
 
 
-def die(number: int) -> Ended:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return Ended()
+def die(number: int) -> str | None:
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return square(number)
 
 
-def own_gpu() -> Ended:
-    return Ended(os.environ["CUDA_VISIBLE_DEVICES"])
+def own_gpu() -> str:
+    return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
-def test_results_come_in_the_order_of_the_work_whatever_ends_first() -> None:
-    told: list[int] = []
-    workers = Workers(2)
-    ended = workers.run([(square, (i,)) for i in range(6)], lambda i, _: told.append(i))
-    workers.close()
-    assert [e.failure for e in ended] == ["0", "1", "4", "9", "16", "25"]
-    assert sorted(told) == list(range(6))
+def sleep(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def test_each_result_comes_with_the_index_of_its_work_whatever_ends_first() -> None:
+    with Workers(2) as workers:
+        ended = list(workers.run(square, [(i,) for i in range(6)]))
+    assert sorted(ended) == [(i, str(i * i)) for i in range(6)]
 
 
 def test_a_process_that_is_killed_fails_its_own_work_and_no_other() -> None:
-    workers = Workers(2)
-    work = [(square, (2,)), (die, (1,)), (square, (3,)), (square, (4,))]
-    ended = workers.run(work, lambda *_: None)
-    workers.close()
-    assert [e.failure for e in (ended[0], ended[2], ended[3])] == ["4", "9", "16"]
-    assert "was killed" in (ended[1].failure or "")
+    with Workers(2) as workers:
+        ended = dict(workers.run(die, [(2,), (1,), (3,), (4,)]))
+    assert [ended[i] for i in (0, 2, 3)] == ["4", "9", "16"]
+    assert "was killed" in (ended[1] or "")
+
+
+def fail_once_the_first_has_ended() -> None:
+    with Workers(2) as workers:
+        next(workers.run(sleep, [(0,), *[(5,)] * 20]))
+        raise KeyError
+
+
+def test_an_error_in_the_block_ends_the_processes_before_all_is_done() -> None:
+    before = time.monotonic()
+    with pytest.raises(KeyError):
+        fail_once_the_first_has_ended()
+    assert time.monotonic() - before < 25  # of the 50 that all of the work takes
 
 
 def test_each_process_sees_a_gpu_of_its_own() -> None:
-    workers = Workers(2, ["3", "5"])
-    ended = workers.run([(own_gpu, ())] * 8, lambda *_: None)
-    workers.close()
-    assert {e.failure for e in ended} <= {"3", "5"}
+    with Workers(2, ["3", "5"]) as workers:
+        ended = dict(workers.run(own_gpu, [()] * 8))
+    assert {*ended.values()} <= {"3", "5"}
 
 
 def test_one_worker_is_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "here")
-    assert Workers(1).run([(own_gpu, ())], lambda *_: None)[0].failure == "here"
+    assert list(Workers(1).run(own_gpu, [()])) == [(0, "here")]

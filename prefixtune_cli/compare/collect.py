@@ -1,0 +1,116 @@
+"""From the run directories of a comparison's cells to what the comparison found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prefixtune_cli import model as models
+from prefixtune_cli.compare.cells import Sheet, results_of, why_unmatched
+from prefixtune_cli.compare.comparison import FORGETTING, OOD, TEST, Cell, Comparison, Contestant
+from prefixtune_cli.compare.contest import Entry, Settings
+from prefixtune_cli.compare.rows import VALIDATION, Rows
+from prefixtune_cli.compare.stages import Stages, summary
+from prefixtune_cli.compare.wording import data_name
+from prefixtune_cli.evaluate.matching import match_rule
+from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.train.environment import describe_environment
+
+
+def collect(
+    settings: Settings,
+    contest: Sequence[Entry],
+    rows: Rows,
+    folder: Path,
+    stages: Stages,
+    sheet: Sheet,
+) -> Comparison:
+    """What the stages found, once all of them have ended."""
+    recipe, judged = contest[0].recipe, stages.judged_base
+    contestants = [_contestant(entry, stages, sheet) for entry in contest]
+    notices = list(rows.notices)
+    if pattern := recipe.evaluate.answer_pattern:
+        notices.append(f"An answer is right where {match_rule(pattern)}.")
+    if judged is not None:
+        for name, why in why_unmatched(judged, sheet).items():
+            notices.append(why if name == TEST else f"Of {data_name(name)}: {why}")
+    cells = [cell for one in contestants for cell in one.cells]
+    steps = {cell.steps for cell in cells if cell.steps is not None}
+    if len(steps) > 1:
+        notices.append("The contestants took different numbers of steps, as the grid asks for.")
+    if settings.few_shot is not None and settings.sweep > 1:
+        labelled = rows.about[VALIDATION]["rows"]
+        notices.append(f"The learning rates were chosen on {labelled} labelled rows beside those.")
+    return Comparison(
+        name=folder.name,
+        kind="trained",
+        command=settings.command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        model={
+            **recipe.model.model_dump(include={"name", "revision", "bits"}),
+            "parameters": models.skeleton(recipe.model).num_parameters(),
+        },
+        data=_data(rows, judged, sheet),
+        protocol={
+            "seeds": [recipe.train.seed + i for i in range(settings.seeds)],
+            "steps": min(steps) if len(steps) == 1 else None,
+            "batch": recipe.train.batch_size * recipe.train.gradient_accumulation,
+            "schedule": recipe.train.schedule,
+            "sweep": settings.sweep,
+            "sweep_chosen_on": VALIDATION,
+            "few_shot": settings.few_shot,
+        },
+        environment=describe_environment({}, 1),
+        base={} if judged is None else results_of(judged, sheet, "base"),
+        contestants=contestants,
+        notices=notices,
+    )
+
+
+def _data(rows: Rows, judged: str | None, sheet: Sheet) -> dict[str, dict[str, Any]]:
+    """The data sets, with `evaluated` where not all of their rows were, and the text of forgetting."""
+    about = {name: dict(found) for name, found in rows.about.items()}
+    for name in (TEST, OOD):
+        if name in about and about[name]["rows"] > sheet.rows:
+            about[name]["evaluated"] = sheet.rows
+    if judged is not None and sheet.text is not None:
+        file = RunDir(judged).eval_result(FORGETTING)
+        if file.exists():
+            text = json.loads(file.read_text(encoding="utf-8"))["text"]
+            kept = {name: text[name] for name in ("source", "sha256")}
+            about[FORGETTING] = {"rows": text["evaluated"], **kept}
+    return about
+
+
+def _contestant(entry: Entry, stages: Stages, sheet: Sheet) -> Contestant:
+    cells = [
+        _cell(seed, run, stages.failures.get(run), sheet) for seed, run in stages.chosen(entry)
+    ]
+    whole = next((summary(cell.run) for cell in cells if cell.failure is None), {})
+    return Contestant(
+        label=entry.label,
+        method=entry.method,
+        settings=entry.settings,
+        learning_rate=stages.rates[entry.label],
+        trainable_parameters=whole.get("trainable_parameters"),
+        adapter_bytes=whole.get("adapter_bytes"),
+        cells=cells,
+        sweep=stages.sweeps[entry.label],
+    )
+
+
+def _cell(seed: int, run: str, failure: str | None, sheet: Sheet) -> Cell:
+    run_dir = RunDir(run)
+    if not run_dir.finished:
+        return Cell(seed, run, failure=failure)
+    return Cell(
+        seed=seed,
+        run=run,
+        steps=summary(run)["steps"],
+        failure=failure,
+        results=results_of(run, sheet, "adapter"),
+        losses=[(row["step"], row["loss"]) for row in run_dir.read_metrics() if "loss" in row],
+    )
