@@ -169,7 +169,8 @@ def _settings(given: arguments.Given) -> Settings:
     """What was typed, as a contest takes it."""
     from dataclasses import fields
 
-    from prefixtune_cli.compare.contest import Settings, Typed, parse_grids, split
+    from prefixtune_cli.compare.contest import Settings
+    from prefixtune_cli.compare.grids import parse_grids, split
 
     asked = {one.name: given[one.name] for one in fields(Settings) if one.name in given}
     if "methods" in given:
@@ -179,7 +180,8 @@ def _settings(given: arguments.Given) -> Settings:
         grids["adapter.feature_map"] = list(arguments.names([given["feature_maps"]]))
     grids.update(parse_grids(given.get("grid", ()), speed=bool(given.get("speed"))))
     return Settings(
-        typed=Typed(given.get("recipe"), given.get("set", ()), given.settings),
+        sets=given.get("set", ()),
+        flags=given.settings,
         grids=grids,
         command=_command(),
         **asked,

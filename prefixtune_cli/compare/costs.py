@@ -16,8 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefixtune_cli import model as models
 from prefixtune_cli.compare.comparison import Comparison, Contestant, Group
-from prefixtune_cli.compare.contest import OF_A_COST, Entry, Settings, entries, spelled
+from prefixtune_cli.compare.contest import Entry, Settings, entries, spelled
 from prefixtune_cli.compare.folder import claimed
+from prefixtune_cli.compare.grids import OF_A_COST
 from prefixtune_cli.compare.metrics import COSTS, Cost
 from prefixtune_cli.compare.speed import (
     BASE,

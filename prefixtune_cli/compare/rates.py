@@ -1,4 +1,4 @@
-"""`ptp train --find-learning-rate`: short runs at a few rates before the long one, on one loaded base."""
+"""`ptp train --find-learning-rate`: short runs at a few learning rates before the long run, all on one loaded base."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 
 from prefixtune_cli import model as models
-from prefixtune_cli.compare.contest import NEVER, Entry
+from prefixtune_cli.compare.contest import NEVER, learning_rates
 from prefixtune_cli.errors import TrainingError
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import Recipe
@@ -17,41 +17,43 @@ from prefixtune_cli.shared_base import SharedBase
 from prefixtune_cli.tokenizer import check_base
 from prefixtune_cli.train import train
 
-RATES = 5  # a factor of √10 apart, the recipe's own in the middle
+RATES = 5  # each √10 times the one before; the recipe's own is in the middle
 STEPS = 30
-LAST = 10  # of those, whose loss is compared
+LAST = 10  # the mean loss of so many last steps is compared
 
 
 def find_learning_rate(recipe: Recipe, bases: SharedBase, reporter: Reporter) -> Recipe:
-    """The recipe with the best of a few rates around its own, or around its method's default.
+    """The recipe with the best of a few learning rates around its own, or around its method's default.
 
-    Each is tried in a short run with a whole schedule. What decides is the training loss of its last steps: their rows
-    are new to it, and the held-out rows have no part in the choice.
+    Each rate is tried in a short run with a whole schedule. The training loss of the last steps decides: their rows are
+    new to the run, and the held-out rows have no part in the choice.
 
     Args:
         recipe: of a run of one process.
-        bases: lends the base, to all of these runs and the one after them.
+        bases: lends the base to all of these runs and to the one after them.
         reporter: hears each rate with its loss.
 
     Raises:
-        PtpError: what `train` raises; a rate at which the loss is no number is out of the question, but no error.
+        PtpError: whatever `train` raises. A rate at which the loss is not a number is not chosen, and is no error.
+        TrainingError: the loss is not a number at any of the rates.
     """
     check_base(recipe.model)
     recipe = models.with_learning_rate(recipe)
-    rates = Entry("", {}, recipe).learning_rates(RATES)
+    rates = learning_rates(recipe, RATES)
     losses = {}
     with TemporaryDirectory(prefix="ptp-rates-") as folder:
         for done, rate in enumerate(rates):
             reporter.progress("learning rates", done, len(rates), {})
             losses[rate] = _loss(recipe, rate, Path(folder) / f"{rate:g}", bases)
-            said = f"{losses[rate]:.4f}" if math.isfinite(losses[rate]) else "no number"
+            said = f"{losses[rate]:.4f}" if math.isfinite(losses[rate]) else "not a number"
             reporter.notice(f"learning rate {rate:g}: training loss {said} after {STEPS} steps")
     reporter.progress("learning rates", len(rates), len(rates), {})
     best = min(rates, key=losses.__getitem__)
     if not math.isfinite(losses[best]):
+        tried = ", ".join(f"{rate:g}" for rate in rates)
         raise TrainingError(
-            f"The loss is no number at any of the rates {', '.join(f'{r:g}' for r in rates)}. Begin with a lower one: "
-            f"--find-learning-rate --learning-rate {rates[0] / 10:g}"
+            f"The loss is not a number at any of the rates {tried}. Begin with a lower one: --find-learning-rate "
+            f"--learning-rate {rates[0] / 10:g}"
         )
     edge = (
         " It is the last of them: the best may lie beyond." if best in (rates[0], rates[-1]) else ""
@@ -67,7 +69,7 @@ def _at(recipe: Recipe, rate: float) -> Recipe:
 
 
 def _loss(recipe: Recipe, rate: float, out: Path, bases: SharedBase) -> float:
-    """The mean training loss of the last steps of a short run; infinite where it is no number."""
+    """The mean training loss of the last steps of a short run; infinite where it is not a number."""
     steps = min(STEPS, recipe.train.max_steps or STEPS)
     at_rate = _at(recipe, rate)
     short = {

@@ -14,7 +14,7 @@ from typing import Any
 
 from prefixtune_cli.compare.cells import Sheet, is_done, judge_cell, train_cell
 from prefixtune_cli.compare.comparison import Point
-from prefixtune_cli.compare.contest import Entry
+from prefixtune_cli.compare.contest import Entry, learning_rates
 from prefixtune_cli.compare.rows import Rows
 from prefixtune_cli.compare.wording import edge_of_sweep
 from prefixtune_cli.compare.workers import Failure, Workers
@@ -54,7 +54,7 @@ class Stages:
 
     def sweep(self, count: int) -> None:
         """Train each contestant with `count` learning rates on the first seed; the validation rows choose one."""
-        rates = {entry.label: entry.learning_rates(count) for entry in self._contest}
+        rates = {e.label: learning_rates(e.recipe, count) for e in self._contest}
         first = self._seeds[0]
         self._train(
             "sweep" if count > 1 else "first seed",

@@ -1,7 +1,6 @@
 """The contestants and their recipes."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,10 @@ from prefixtune_cli.compare.contest import (
     DEFAULT_METHODS,
     Entry,
     Settings,
-    Typed,
     entries,
-    parse_grids,
-    split,
+    learning_rates,
 )
+from prefixtune_cli.compare.grids import parse_grids, split
 from prefixtune_cli.errors import RecipeError, UsageError
 
 
@@ -25,7 +23,7 @@ def contest(
     sets: tuple[str, ...] = (),
     **flags: Any,
 ) -> list[Entry]:
-    return entries(Settings(Typed("quickstart", sets, flags), methods, grids or {}))
+    return entries(Settings("quickstart", sets, flags, methods, grids or {}))
 
 
 def test_all_methods_share_everything_but_their_own_settings_and_rate() -> None:
@@ -42,15 +40,15 @@ def test_all_methods_share_everything_but_their_own_settings_and_rate() -> None:
 
 def test_the_sweep_has_as_many_rates_for_everyone_around_its_own() -> None:
     for one in contest():
-        entry = replace(one, recipe=one.recipe.with_learning_rate(192))
-        own = entry.recipe.train.learning_rate
-        assert entry.learning_rates(1) == [own]
-        low, middle, high = entry.learning_rates(3)
+        recipe = one.recipe.with_learning_rate(192)
+        own = recipe.train.learning_rate
+        assert learning_rates(recipe, 1) == [own]
+        low, middle, high = learning_rates(recipe, 3)
         assert middle == own
         assert math.isclose(high / own, 10**0.5, rel_tol=0.02)
         assert math.isclose(own / low, 10**0.5, rel_tol=0.02)
-        assert len(set(entry.learning_rates(4))) == 4
-        assert own in entry.learning_rates(4)
+        assert len(set(learning_rates(recipe, 4))) == 4
+        assert own in learning_rates(recipe, 4)
 
 
 def test_a_grid_makes_contestants_of_the_methods_that_have_the_setting() -> None:
@@ -180,9 +178,9 @@ def test_what_no_cost_depends_on_is_refused_with_what_to_type(key: str) -> None:
 def test_a_rate_that_a_recipe_has_for_its_own_method_is_no_other_ones(tmp_path: Path) -> None:
     file = tmp_path / "tuned.yaml"
     file.write_text("adapter: {method: lora}\ntrain: {learning_rate: 0.02}\n", encoding="utf-8")
-    found = entries(Settings(Typed(str(file)), ("lora", "full")))
+    found = entries(Settings(str(file), methods=("lora", "full")))
     assert [entry.recipe.train.learning_rate for entry in found] == [0.02, None]
-    typed = entries(Settings(Typed(str(file), ("train.learning_rate=0.5",)), ("lora", "full")))
+    typed = entries(Settings(str(file), ("train.learning_rate=0.5",), methods=("lora", "full")))
     assert [entry.recipe.train.learning_rate for entry in typed] == [0.5, 0.5]
 
 
@@ -212,4 +210,4 @@ def test_method_is_not_taken_where_methods_is_meant() -> None:
 @pytest.mark.parametrize("name", ["seeds", "sweep", "few_shot", "workers", "rounds", "adapters"])
 def test_a_number_below_one_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} must be 1 or more, got 0"):
-        entries(Settings(Typed("quickstart"), **{name: 0}))
+        entries(Settings("quickstart", **{name: 0}))

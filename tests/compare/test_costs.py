@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import LlamaConfig, PreTrainedModel
 
 from prefixtune_cli.compare.comparison import Comparison
-from prefixtune_cli.compare.contest import Settings, Typed
+from prefixtune_cli.compare.contest import Settings
 from prefixtune_cli.compare.costs import compare_costs
 from prefixtune_cli.compare.metrics import Measured
 from prefixtune_cli.errors import RecipeError, UsageError
@@ -73,7 +73,7 @@ def costs(model: str, out: Path, heard: Silent | None = None, **how: Any) -> Com
     flags = {"model": {"name": model, "device": "cpu", "bits": 32}, "train": {"batch_size": 2}}
     grids = how.pop("grids", {})
     given = {"methods": ("lora",), "rounds": 1, "out": str(out), **how}
-    return compare_costs(Settings(Typed(flags=flags), grids=grids, **given), heard)[0]
+    return compare_costs(Settings(flags=flags, grids=grids, **given), heard)[0]
 
 
 def caches(found: Comparison) -> dict[str, int | None]:

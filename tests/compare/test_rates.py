@@ -61,7 +61,7 @@ def test_where_no_rate_gives_a_number_there_is_an_error(
 
     monkeypatch.setattr(rates, "train", diverges)
     with pytest.raises(
-        TrainingError, match=r"no number at any of the rates .*--learning-rate 0\.0003"
+        TrainingError, match=r"not a number at any of the rates .*--learning-rate 0\.0003"
     ):
         rates.find_learning_rate(recipe, SharedBase(), Heard())
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from prefixtune_cli.compare import cells
 from prefixtune_cli.compare.cells import BASES, is_done
 from prefixtune_cli.compare.comparison import FORGETTING, OOD, TEST, Comparison
-from prefixtune_cli.compare.contest import Settings, Typed
+from prefixtune_cli.compare.contest import Settings
 from prefixtune_cli.compare.legend import legend
 from prefixtune_cli.compare.run import compare
 from prefixtune_cli.errors import UsageError
@@ -47,7 +47,7 @@ def settings(base: Path, data: Path, out: Path, **changes: Any) -> Settings:
         "evaluate": {"max_rows": 8, "max_new_tokens": 8},
     }
     how = {"seeds": 2, "sweep": 2, "speed": False, "workers": 1, "methods": ("lora", "full")}
-    return Settings(**{"typed": Typed(None, (), flags), "out": str(out), **how, **changes})
+    return Settings(**{"flags": flags, "out": str(out), **how, **changes})
 
 
 def found(made: Settings) -> Comparison:
@@ -123,7 +123,7 @@ def test_a_precision_that_is_slow_here_is_told_though_the_cells_are_silent(
     made = settings(
         random_base, data, tmp_path / "out", methods=("lora",), seeds=1, sweep=1, workers=2
     )
-    made.typed.flags["model"]["bits"] = 16
+    made.flags["model"]["bits"] = 16
     compare(made, reporter=heard)
     assert [n for n in heard.notices if "--bits 32 is several times as fast" in n]
 
@@ -135,7 +135,7 @@ def test_one_learning_rate_is_no_sweep_and_answers_too_long_to_match_are_told(
     made = settings(
         random_base, data, tmp_path / "out", methods=("lora",), seeds=1, sweep=1, ood=str(data)
     )
-    made.typed.flags["evaluate"]["max_new_tokens"] = 1
+    made.flags["evaluate"]["max_new_tokens"] = 1
     told, _ = compare(made, reporter=heard)
     stages = {task for task in heard.tasks if task.startswith("cells")}
     assert stages == {"cells (first seed)", "cells (seeds)", "cells (test)"}
@@ -159,8 +159,7 @@ def test_what_is_finished_is_not_done_again_unless_its_recipe_or_data_has_change
     again = found(made)
     assert written(out) == before
     assert [c.cells for c in again.contestants] == [c.cells for c in first.contestants]
-    changed = Typed(None, ("adapter.r=4",), made.typed.flags)
-    found(settings(random_base, data, out, sweep=1, methods=made.methods, typed=changed))
+    found(settings(random_base, data, out, sweep=1, methods=made.methods, sets=("adapter.r=4",)))
     after = written(out)
     assert {f for f in before if before[f] != after[f]} == {f for f in before if "/lora/" in f}
     data.write_text(data.read_text().replace("say", "tell"), encoding="utf-8")
