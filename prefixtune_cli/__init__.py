@@ -9,6 +9,7 @@ below: each imports only what stands before it in this list, and tests/test_laye
     run_dir         a run's folder: the names in it, files written beside themselves and renamed
     progress        how work tells where it stands: `Reporter`
     sampling        how an answer's tokens are chosen
+    smoothing       curves of losses for pictures
 2. What was meant
     recipe/         every setting with its default, in schema.py; recipes, flags and `--set` become one; foreign names
     run_list        the runs below a folder

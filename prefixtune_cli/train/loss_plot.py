@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefixtune_cli.run_dir import RunDir, write_atomically
+from prefixtune_cli.smoothing import smoothed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +56,8 @@ def loss_figure(
         label="training",
     )
     if not few:
-        axes.plot(steps, _smoothed(losses), color="tab:blue", label="training, smoothed")
+        smooth = smoothed(losses, max(1, len(losses) // 50))
+        axes.plot(steps, smooth, color="tab:blue", label="training, smoothed")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="s", label="held-out")
     if base is not None:
@@ -65,10 +67,3 @@ def loss_figure(
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
-
-
-def _smoothed(losses: Sequence[float]) -> list[float]:
-    """The moving mean over a fiftieth of the run to each side."""
-    reach = max(1, len(losses) // 50)
-    windows = (losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses)))
-    return [sum(window) / len(window) for window in windows]

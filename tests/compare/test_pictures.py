@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from prefixtune_cli.compare.axes import front
 from prefixtune_cli.compare.comparison import OOD, TEST, Cell, Comparison, Result
-from prefixtune_cli.compare.pictures import FILES, _count_in_thousands, _curve, draw, pictures
+from prefixtune_cli.compare.pictures import FILES, _curve, draw, pictures
+from prefixtune_cli.compare.plots import _count_in_thousands
 
 from .made import comparison, contestant
 
