@@ -40,13 +40,14 @@ def find_learning_rate(recipe: Recipe, bases: SharedBase, reporter: Reporter) ->
     check_base(recipe.model)
     recipe = models.with_learning_rate(recipe)
     rates = learning_rates(recipe, RATES)
+    steps = min(STEPS, recipe.train.max_steps or STEPS)
     losses = {}
     with TemporaryDirectory(prefix="ptp-rates-") as folder:
         for done, rate in enumerate(rates):
             reporter.progress("learning rates", done, len(rates), {})
-            losses[rate] = _loss(recipe, rate, Path(folder) / f"{rate:g}", bases)
+            losses[rate] = _loss(_at(recipe, rate), steps, Path(folder) / f"{rate:g}", bases)
             said = f"{losses[rate]:.4f}" if math.isfinite(losses[rate]) else "not a number"
-            reporter.notice(f"learning rate {rate:g}: training loss {said} after {STEPS} steps")
+            reporter.notice(f"learning rate {rate:g}: training loss {said} after {steps} steps")
     reporter.progress("learning rates", len(rates), len(rates), {})
     best = min(rates, key=losses.__getitem__)
     if not math.isfinite(losses[best]):
@@ -55,9 +56,8 @@ def find_learning_rate(recipe: Recipe, bases: SharedBase, reporter: Reporter) ->
             f"The loss is not a number at any of the rates {tried}. Begin with a lower one: --find-learning-rate "
             f"--learning-rate {rates[0] / 10:g}"
         )
-    edge = (
-        " It is the last of them: the best may lie beyond." if best in (rates[0], rates[-1]) else ""
-    )
+    end = {rates[0]: "lowest", rates[-1]: "highest"}.get(best)
+    edge = f" It is the {end} of them, so a better one may lie beyond." if end else ""
     reporter.notice(f"Training with --learning-rate {best:g}.{edge}")
     return _at(recipe, best)
 
@@ -68,10 +68,8 @@ def _at(recipe: Recipe, rate: float) -> Recipe:
     )
 
 
-def _loss(recipe: Recipe, rate: float, out: Path, bases: SharedBase) -> float:
+def _loss(recipe: Recipe, steps: int, out: Path, bases: SharedBase) -> float:
     """The mean training loss of the last steps of a short run; infinite where it is not a number."""
-    steps = min(STEPS, recipe.train.max_steps or STEPS)
-    at_rate = _at(recipe, rate)
     short = {
         "max_steps": steps,
         "log_steps": 1,
@@ -81,10 +79,10 @@ def _loss(recipe: Recipe, rate: float, out: Path, bases: SharedBase) -> float:
         "track": "none",
     }
     judged = {"max_rows": 1, "max_new_tokens": 1}
-    run = at_rate.model_copy(
+    run = recipe.model_copy(
         update={
-            "train": at_rate.train.model_copy(update=short),
-            "evaluate": at_rate.evaluate.model_copy(update=judged),
+            "train": recipe.train.model_copy(update=short),
+            "evaluate": recipe.evaluate.model_copy(update=judged),
             "out": str(out),
         }
     )

@@ -77,58 +77,64 @@ def draw_rows(
     if section.train is None:
         raise DataError("data.train is missing. Type --data FILE, or --recipe quickstart.")
     rows = load_rows(section.train, section)
-    notices: list[str] = []
     for notice in rows.notices:
         reporter.notice(notice)
     if section.eval is not None:
-        test = load_rows(section.eval, section)
-        test_source = section.eval
+        test, test_source = load_rows(section.eval, section), section.eval
     else:
         rows, test = rows.split(section.held_out_share, seed)
         test_source = f"{section.train} (held out)"
     share = min(VALIDATION_SHARE, recipe.evaluate.max_rows / len(rows))
     rows, validation = rows.split(share, seed + 1)
-    drawn = {s: rows for s in seeds}
+    notices: list[str] = []
+    names, drawn = dict.fromkeys(seeds, TRAIN), {TRAIN: rows}
     if few_shot is not None:
-        drawn = {s: _few_shot(rows, few_shot, s, notices) for s in seeds}
+        classes = _classes(rows, few_shot)
+        if short := sum(len(found) < few_shot for found in classes.values()):
+            notices = [f"{short} of {len(classes)} classes have fewer than {few_shot} rows."]
+        names = {s: f"{TRAIN}-{few_shot}-shot-seed-{s}" for s in seeds}
+        drawn = {names[s]: _few_of_each(rows, classes, few_shot, s) for s in seeds}
     other = None if ood is None else _other(ood, recipe)
     mark(folder)
-    files: dict[str, Path] = {}
-    about: dict[str, dict[str, Any]] = {}
-
-    def write(name: str, chosen: LoadedData, source: str) -> Path:
-        text = "".join(json_line(as_written(row, chosen.format)) for row in chosen.dataset)
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        file = folder / "data" / f"{name}.jsonl"
-        if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-            write_atomically(file, text)
-        about[name] = {"source": source, "rows": len(chosen), "sha256": digest}
-        files[name] = file
-        return file
-
-    if few_shot is None:
-        whole = write(TRAIN, rows, section.train)
-        train = {s: whole for s in seeds}
-    else:
-        names = {s: f"{TRAIN}-{few_shot}-shot-seed-{s}" for s in seeds}
-        train = {s: write(names[s], drawn[s], section.train) for s in seeds}
-        each = [about.pop(name) for name in names.values()]
-        about[TRAIN] = {**each[0], "sha256": [one["sha256"] for one in each]}
-    write(VALIDATION, validation, section.train)
-    write(TEST, test, test_source)
+    data = folder / "data"
+    each = [_write(data, name, part, section.train) for name, part in drawn.items()]
+    hashes = {"sha256": [about["sha256"] for about in each]}
+    about = {
+        TRAIN: each[0] if few_shot is None else {**each[0], **hashes},
+        VALIDATION: _write(data, VALIDATION, validation, section.train),
+        TEST: _write(data, TEST, test, test_source),
+    }
     if ood is not None and other is not None:
-        write(OOD, other, ood)
-    for notice in dict.fromkeys(notices):
+        about[OOD] = _write(data, OOD, other, ood)
+    for notice in notices:
         reporter.notice(notice)
+    counts = sorted({len(part) for part in drawn.values()})
+    shown = "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     reporter.notice(
-        f"Rows: {_counted(drawn)} to train on, {len(validation)} to choose learning rates by, {len(test)} to test on."
+        f"Rows: {shown} to train on, {len(validation)} to choose learning rates by, {len(test)} to test on."
     )
-    return Rows(train, files[VALIDATION], files[TEST], files.get(OOD), about, tuple(notices))
+    return Rows(
+        train={s: _file(data, names[s]) for s in seeds},
+        validation=_file(data, VALIDATION),
+        test=_file(data, TEST),
+        ood=None if other is None else _file(data, OOD),
+        about=about,
+        notices=notices,
+    )
 
 
-def _counted(drawn: Mapping[int, LoadedData]) -> str:
-    counts = sorted({len(rows) for rows in drawn.values()})
-    return "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.jsonl"
+
+
+def _write(folder: Path, name: str, rows: LoadedData, source: str) -> dict[str, Any]:
+    """Write the rows, unless the file has them already; what `Rows.about` says of them."""
+    text = "".join(json_line(as_written(row, rows.format)) for row in rows.dataset)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    file = _file(folder, name)
+    if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+        write_atomically(file, text)
+    return {"source": source, "rows": len(rows), "sha256": digest}
 
 
 def _other(source: str, recipe: Recipe) -> LoadedData:
@@ -141,21 +147,29 @@ def _other(source: str, recipe: Recipe) -> LoadedData:
         return load_rows(source, recipe.data.model_copy(update={"map": {}, "format": "auto"}))
 
 
-def _few_shot(rows: LoadedData, count: int, seed: int, notices: list[str]) -> LoadedData:
-    """`count` random rows of each class; rows of one class have the same answer."""
-    by_class: dict[str, list[int]] = defaultdict(list)
+def _classes(rows: LoadedData, count: int) -> dict[str, list[int]]:
+    """Answer → the indices of its rows; rows of one class have the same answer.
+
+    Raises:
+        DataError: a row has no answer, or most answers are different, so that they are no classes.
+    """
+    found: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows.dataset):
-        by_class[_answer(row, rows.row_origin, i)].append(i)
-    if 2 * len(by_class) > len(rows):
+        found[_answer(row, rows.row_origin, i)].append(i)
+    if 2 * len(found) > len(rows):
         raise DataError(
-            f"--few-shot {count} draws rows a class, but the {len(rows)} training rows have {len(by_class)} different "
+            f"--few-shot {count} draws rows a class, but the {len(rows)} training rows have {len(found)} different "
             "answers: they are no classes. Leave --few-shot out."
         )
-    short = sum(len(found) < count for found in by_class.values())
-    if short:
-        notices.append(f"{short} of {len(by_class)} classes have fewer than {count} rows.")
+    return found
+
+
+def _few_of_each(
+    rows: LoadedData, classes: Mapping[str, Sequence[int]], count: int, seed: int
+) -> LoadedData:
+    """`count` random rows of each class."""
     rng = np.random.default_rng(seed)
-    chosen = [i for name in sorted(by_class) for i in rng.permutation(by_class[name])[:count]]
+    chosen = [i for name in sorted(classes) for i in rng.permutation(classes[name])[:count]]
     return rows.select(sorted(map(int, chosen)))
 
 

@@ -48,7 +48,10 @@ def test_the_best_of_five_rates_is_found_on_one_loaded_base(
     assert [text.split(":")[0] for text in tried] == [
         f"learning rate {rate}" for rate in ("1e-07", "3.2e-07", "1e-06", "3.2e-06", "1e-05")
     ]
-    assert chosen.startswith("Training with --learning-rate 1e-05. It is the last of them")
+    assert all(text.endswith("after 12 steps") for text in tried)
+    assert chosen == (
+        "Training with --learning-rate 1e-05. It is the highest of them, so a better one may lie beyond."
+    )
     assert found == low.model_copy(update={"train": found.train})
     assert not (tmp_path / "run").exists()
 
