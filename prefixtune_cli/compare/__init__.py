@@ -1,4 +1,18 @@
-"""`ptp compare`: methods against each other, fairly: same rows, same steps, each at its best learning rate.
+"""`ptp compare`: methods compared fairly, on the same rows, with the same number of steps, each at its best rate.
 
-`comparison` holds what was found; reading finished runs, the statistics, the table and the report need no torch.
+A comparison is made in one of three ways, and is a `comparison.Comparison` in each of them:
+
+    run             methods are trained: contest (who takes part; grids has what was typed), rows, stages (workers and
+                    cells do the work), collect, and then the costs
+    runs            finished runs are read: finished_run, fairness
+    costs           costs alone are measured, in speed/
+    rates           no comparison: `ptp train --find-learning-rate`
+
+The rest tells what was found, and needs no torch:
+
+    metrics         what is measured, with units and digits
+    standing        who is better, and whether by more than noise
+    wording         the words that the legend and the verdict share
+    table, legend   what the command prints; `report` makes a page of it
+    axes, pictures, plots
 """

@@ -1,7 +1,7 @@
-"""What a comparison found: results.json, from which table, pictures and report are made. Needs no torch.
+"""What a comparison found: the content of results.json, from which table, pictures and report are made.
 
-A comparison has contestants (a method with its settings), a contestant has cells (one run a seed), a cell has results
-(one a data set). A cell that failed has no results and says why.
+A comparison has contestants, which are methods with their settings. A contestant has cells, one run for each seed. A
+cell has results, one for each data set; a cell that failed has none and says why. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ TEST, OOD, FORGETTING = "test", "ood", "forgetting"
 class Result:
     """What one model did on one data set.
 
+    The rows are the same, in the same order, for every model of a comparison. A run that kept no losses of its rows
+    has their mean in `nats`, as one row of one token; `right` has all rows even then.
+
     Attributes:
-        nats: summed cross-entropy of each row's predicted tokens.
-        tokens: predicted tokens of each row; the same for every model.
-        right: whether each row's answer is right; None where answers are long, or there are none. The rows are those
-            of `nats`, in the same order, for every model of a comparison. Runs that kept no losses of their rows have
-            their mean alone, as one row of one token, beside all rows of `right`.
+        nats: the cross-entropy of each row, summed over its predicted tokens.
+        tokens: the number of predicted tokens of each row.
+        right: whether each row's answer is right; None where answers are long, or there are none.
     """
 
     nats: Sequence[float]
@@ -69,7 +70,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Point:
-    """One learning rate of a sweep, on the validation rows; without figures where it failed, and `failure` says why."""
+    """One learning rate of a sweep, with its figures on the validation rows, or with `failure`, which says why not."""
 
     learning_rate: float
     loss: float | None
@@ -83,12 +84,12 @@ class Contestant:
     """A method with its settings.
 
     Attributes:
-        label: tells it from the others, as in `lora` or `prefix-tuning-plus elu`.
+        label: its name, as in `lora` or `prefix-tuning-plus elu`; no other contestant has it.
         method: adapter.method of its recipes.
         settings: the recipe keys in which it differs from its method's defaults, as in {"adapter.feature_map": "elu"}.
-        learning_rate: the one that its cells were trained with.
+        learning_rate: its cells were trained with it.
         trainable_parameters, adapter_bytes: of one cell; None where none finished.
-        sweep: the learning rates among which it was chosen; empty where there was no choice.
+        sweep: the learning rates that were tried; empty where there was one alone.
     """
 
     label: str
@@ -102,7 +103,7 @@ class Contestant:
     cost: Cost | None = None
 
     def results(self, data: str = TEST) -> list[Result]:
-        """Those of the cells that have one on `data`, in the order of the seeds."""
+        """The results on `data` of the cells that have one, in the order of the seeds."""
         return [cell.results[data] for cell in self.cells if data in cell.results]
 
     @property
@@ -112,11 +113,11 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Group:
-    """Contestants whose costs were measured beside each other: on one base, at one shape.
+    """Contestants whose costs were measured beside each other, on one base and at one shape.
 
     Attributes:
         base: label of its base, as in `base max_length=128`.
-        base_cost: what the ratios of its contestants are to; None where it was not measured.
+        base_cost: the ratios of the contestants' costs are to it; None where it was not measured.
         contestants: their labels.
     """
 
@@ -131,19 +132,19 @@ class Comparison:
 
     Attributes:
         name: of its folder under compare/.
-        kind: `trained` by the command, read from finished `runs`, or `speed` alone.
-        command: what the user typed.
+        kind: the command `trained` the cells, or read finished `runs`, or measured `speed` alone.
+        command: as the user typed it.
         created: UTC, ISO 8601.
-        model: name, revision, bits of the base, parameters where known.
-        data: by data set (`train`, `validation`, TEST, OOD, FORGETTING, or another's name): source, rows, sha256, and
-            `same_rows`, false where the contestants were judged on different ones, so that they cannot be paired.
-        protocol: what was held equal: steps, batch, seeds, sweep, few_shot, schedule.
+        model: name, revision and bits of the base, and its parameters where known.
+        data: data set (`train`, `validation`, TEST, OOD, FORGETTING, or another name) → source, rows, sha256, and
+            `same_rows`: false where the contestants were judged on different rows, which cannot be paired.
+        protocol: what all contestants shared: steps, batch, seeds, sweep, few_shot, schedule.
         environment: versions and hardware.
         base: the base's results by data set; empty where it was not judged.
-        contestants: the first is the one that the others are compared with.
-        base_cost: what the base costs; None where `groups` tell it.
-        unmeasured: label → why it has no cost; a group's base stands for all of the group.
-        groups: where costs were measured on several bases or at several shapes; the contestants stand in their order.
+        contestants: the others are compared with the first.
+        base_cost: what the base costs; None where `groups` have the costs of several bases.
+        unmeasured: label → why it has no cost; the label of a group's base stands for the whole group.
+        groups: where costs were measured on several bases or at several shapes; contestants are in the groups' order.
         notices: what a reader has to know, such as differences that --anyway passed over.
     """
 
@@ -164,11 +165,11 @@ class Comparison:
 
     @property
     def measured_together(self) -> Sequence[Group]:
-        """The groups; where there are none, the one of all contestants."""
+        """The groups; without any, one group of all contestants."""
         return self.groups or [Group(BASE, self.base_cost, [c.label for c in self.contestants])]
 
     def lora_of(self, group: Group) -> Contestant | None:
-        """The first LoRA of the group, which ratios are to; None where there is none."""
+        """The group's first LoRA, to which ratios are taken; None where it has none."""
         members = (c for c in self.contestants if c.label in group.contestants)
         return next((c for c in members if c.method == "lora"), None)
 
@@ -186,5 +187,5 @@ class Comparison:
 
     @classmethod
     def read(cls, file: Path) -> Comparison:
-        """That of a results.json."""
+        """Read a results.json."""
         return cls.from_json(json.loads(file.read_text(encoding="utf-8")))

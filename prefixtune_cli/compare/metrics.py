@@ -1,6 +1,6 @@
-"""What is measured, and how it is told: a metric is one record, which table, legend, pictures and report read.
+"""What is measured, and how it is shown: table, legend, pictures and report read one record for each metric.
 
-A new cost is a field of `Cost`, a record below it, and its measurement in `speed.turn`. Needs no torch.
+A new cost needs a field of `Cost`, a record below, and its measurement in `speed.turn`. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure that was taken several times."""
+    """A figure that was measured several times."""
 
     median: float
     low: float
@@ -34,17 +34,17 @@ class Cost:
 
     Attributes:
         training_tokens_per_second: forward, backward and optimizer step.
-        decode_tokens_per_second: of all `prompts` that are answered at once, token by token.
-        time_to_first_token_seconds: at `prompts` prompts of `prompt_tokens` each.
+        decode_tokens_per_second: of all `prompts` together, which are answered at once.
+        time_to_first_token_seconds: with `prompts` prompts of `prompt_tokens` each.
         peak_memory_gib: of a training step: the GPU allocator's, or the process's on a CPU.
         kv_cache_bytes: of one sequence of `prompt_tokens`.
-        adapters: of the contestant's kind, active at once.
-        training_over_lora, decode_over_lora, first_token_over_lora: the same over LoRA's speed, where it takes part.
-        training_ratio, decode_ratio, first_token_ratio: this contestant's speed over the base's (forward and
-            backward for training), by the median of the rounds' ratios; above 1 is faster. None where the base was
-            not measured beside it.
-        interleaved: taken in one process in turns with the others; else as the runs logged it, which other work on
-            the machine may have disturbed.
+        adapters: how many adapters of the contestant's kind are active at once.
+        training_ratio, decode_ratio, first_token_ratio: the contestant's speed over the base's, round by round; above
+            1 is faster. The base's training is a forward and a backward pass. None where the base was not measured
+            beside the contestant.
+        training_over_lora, decode_over_lora, first_token_over_lora: the same over LoRA's speed.
+        interleaved: measured in turns with the others in one process; else the runs logged it, and other work on the
+            machine may have disturbed it.
     """
 
     training_tokens_per_second: Measured | None = None
@@ -66,19 +66,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a model or of a contestant, and how it is told.
+    """A figure of a model or of a contestant, and how it is shown.
 
     Attributes:
-        key: of a `Result`, a `Contestant` or a `Cost`, and so in results.json.
-        name, unit: the head of its column; a fraction is told in %.
+        key: the field of a `Result`, a `Contestant` or a `Cost`, and so the key in results.json.
+        name, unit: the head of its column; a fraction is shown in %.
         up: whether more is better.
-        size: of the unit, in what is kept.
-        digits: significant ones in a column of costs; 0 shows all.
+        size: one unit, in the unit of the field.
+        digits: significant digits in a column of costs; 0 shows all.
         places: digits after the point elsewhere.
         axis: its name in a picture.
-        ratio: as in `training`_ratio and `training`_over_lora, its ratios to the base's and LoRA's; empty without any.
+        ratio: the first part of its ratios' fields, as in `training`_ratio and `training`_over_lora; empty without any.
         answering: its name in the legend, where it is measured by answering prompts.
-        best: what the verdict says of who is best, as in `trains fastest`; empty where it says nothing.
+        best: how the verdict ends a sentence about who is best, as in `trains fastest`; empty where it has none.
         difference: the unit of a difference.
         said, said_of_difference: what follows a figure, and a difference, in a sentence.
     """
@@ -104,11 +104,12 @@ class Metric:
 
     @property
     def over_base(self) -> str:
-        """The key of how many times as good a contestant is as the base."""
+        """The field of `Cost` with the ratios to the base."""
         return f"{self.ratio}_ratio"
 
     @property
     def over_lora(self) -> str:
+        """The field of `Cost` with the ratios to LoRA."""
         return f"{self.ratio}_over_lora"
 
     def of(self, whose: Result | Contestant | Cost | None) -> Measured | float | None:
@@ -118,7 +119,7 @@ class Metric:
         return found
 
     def median(self, whose: Result | Contestant | Cost | None) -> float | None:
-        """Its figure, or the median where it was taken several times."""
+        """Its figure, or the median where it was measured several times."""
         found = self.of(whose)
         return found.median if isinstance(found, Measured) else found
 
@@ -140,18 +141,18 @@ class Metric:
         return f"{self.figure(value)} {self.unit}".rstrip()
 
     def written(self, value: float, deviation: float | None = None, *, signed: bool = False) -> str:
-        """The same of figures in the unit."""
+        """`figure` of a value that is in the unit already."""
         sign = "+" if signed else ""
         around = "" if deviation is None else f" ± {self.written(deviation)}"
         return f"{value:{sign},.{self.places}f}{around}"
 
     def cell(self, whose: Contestant | Cost | None) -> str:
-        """A cell of its column of costs."""
+        """A cell of its column in the table."""
         return shown(self.of(whose), self.size, self.digits)
 
 
 def shown(figure: Measured | float | None, size: float = 1.0, digits: int = 3) -> str:
-    """`5,200 (4,940–5,460)`: the median, and the range where there is one; empty without a figure."""
+    """`5,200 (4,940–5,460)`: the median with its range, or a single figure; empty without any."""
     if figure is None:
         return ""
     if not isinstance(figure, Measured):
@@ -163,7 +164,7 @@ def shown(figure: Measured | float | None, size: float = 1.0, digits: int = 3) -
 
 
 def _significant(value: float, digits: int) -> str:
-    """To so many significant digits, never fewer than stand before the point: 0.0983, 49.2, 6,013."""
+    """With so many significant digits, but all that are before the point: 0.0983, 49.2, 6,013."""
     if not digits:
         return f"{value:g}"
     if value == 0 or abs(value) < 1e-4:
@@ -192,7 +193,7 @@ PARAMETERS = Metric(
 ON_DISK = Metric("adapter_bytes", "adapter on disk", "MB", size=1e6)
 LEARNING_RATE = Metric("learning_rate", "learning rate", digits=0)
 
-# Of a Cost; one that has ratios is kept as a median with its range.
+# Of a Cost. A metric that has ratios is kept as a median with its range.
 TRAINING = Metric(
     "training_tokens_per_second", "training", "tokens/s", up=True,
     axis="training speed (tokens/s)", ratio="training", best="fastest",

@@ -1,21 +1,22 @@
 """Who is better, and whether by more than noise.
 
-Every contestant is compared with the first, row by row. Where both were trained with the same S seeds and judged on the
-same I rows, the differences d[s, i] make a crossed design, in which seeds and rows are both drawn at random (Clark
-1973, The Language-as-Fixed-Effect Fallacy; Baayen, Davidson & Bates 2008). With v_s the variance of the seeds' means,
-v_i that of the rows' means and v_r that of the residuals, the variance of the mean difference is
+Every contestant is compared with the first one, row by row. If both were trained with the same S seeds and judged on
+the same I rows, then the differences d[s, i] form a crossed design: seeds and rows are both drawn at random (Clark
+1973, The Language-as-Fixed-Effect Fallacy; Baayen, Davidson & Bates 2008). Let v_s be the variance of the seeds' means,
+v_i that of the rows' means, and v_r that of the residuals. The variance of the mean difference is
 
     v_s / S + v_i / I - v_r / (S I),
 
-but no less than v_s / S or v_i / I, which it is where the estimate of the other effect would be negative. Its degrees
-of freedom are Satterthwaite's (1946), and the test is Student's. With one seed rows alone are tested, with one row
-seeds alone: the table says so. The p values of a data set are adjusted for their number (Holm 1979).
+but at least v_s / S and at least v_i / I: it takes such a value where the estimated variance of the other effect would
+be negative. The degrees of freedom are Satterthwaite's (1946), and the test is Student's t. With one seed the test is
+over rows alone, with one row over seeds alone, and the table says so. The p values of a data set are adjusted for their
+number (Holm 1979).
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,8 +34,8 @@ from prefixtune_cli.compare.metrics import EXACT_MATCH, FORGOTTEN, LOSS, LOSS_ON
 
 Floats = NDArray[np.float64]
 
-LEVEL = 0.05  # of a test; the intervals are 95 % ones
-DIGITS = 3  # that are shown: a tenth of a per cent, or a thousandth of a nat
+LEVEL = 0.05  # of a test; intervals hold 1 - LEVEL
+DIGITS = 3  # after the point: a tenth of a per cent, or a thousandth of a nat, is shown
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class Difference:
     """A contestant's figure less the first one's.
 
     Attributes:
-        value: the mean difference, of the seeds that both have.
-        low, high: its 95 % interval, for itself alone; None where nothing could be tested.
+        value: the mean difference over the seeds that both have.
+        low, high: its 95 % interval, without an adjustment; None where nothing could be tested.
         p_value: of no difference, adjusted for the number of contestants (Holm); None where nothing could be tested.
-        degrees_of_freedom: of Student's t; None where nothing varied, and a sign test took its place.
-        seeds, rows: over so many of each; 1 is not tested over.
+        degrees_of_freedom: of Student's t; None where nothing varied, so that a sign test was made instead.
+        seeds, rows: how many of each the test is over; over one there is no test.
     """
 
     value: float
@@ -59,7 +60,7 @@ class Difference:
 
     @property
     def is_none(self) -> bool:
-        """Whether it is zero as it is shown."""
+        """Whether it is shown as zero."""
         return is_level(self.value, 0.0)
 
     @property
@@ -75,10 +76,10 @@ class Standing:
         contestant: its label.
         mean: over its seeds; None where none finished.
         deviation: the standard deviation over its seeds (divided by n - 1); None with one seed.
-        seeds: how many have a result.
-        failed: how many have none, as their cell failed.
-        best: no other mean is better, as means are shown.
-        difference: from the first contestant; None for that one, and where no seed has both.
+        seeds: how many of its seeds have a result.
+        failed: how many of its cells failed.
+        best: no other mean is better, with the digits that are shown.
+        difference: from the first contestant; None for the first one itself, and where they have no seed in common.
     """
 
     contestant: str
@@ -95,11 +96,11 @@ class Standings:
     """All contestants on one data set, in their order.
 
     Attributes:
-        data: TEST, OOD, FORGETTING or the name of another one.
+        data: TEST, OOD, FORGETTING or another name.
         metric: FORGOTTEN is the loss less the base's, on text that has nothing to do with the task.
         base: the base's figure; None where it was not judged.
-        each: a standing a contestant.
-        untested: why differences are given without a test; None where they are tested.
+        each: one for each contestant.
+        untested: why no difference was tested; None where some were.
     """
 
     data: str
@@ -132,7 +133,7 @@ class Standings:
 
 
 def is_level(one: float | None, other: float | None) -> bool:
-    """Whether there are two figures, and they do not differ by as much as is shown."""
+    """Whether there are two figures, and they are equal in the digits that are shown."""
     return one is not None and other is not None and round(abs(one - other), DIGITS) == 0
 
 
@@ -159,26 +160,27 @@ def standings_on(comparison: Comparison, data: str) -> Standings:
         data: a name of `Cell.results`.
 
     Returns:
-        By exact match where every result has it, else by loss, of which less is better.
+        standings by exact match where every result has it, else by loss.
     """
     contestants = comparison.contestants
     metric = _metric(comparison, data)
     base = comparison.base.get(data)
     origin = base.loss if base is not None and metric is FORGOTTEN else 0.0
     untested = _why_untested(comparison, data, metric)
+    differences = [
+        None if i == 0 else _difference(contestants[0], c, data, metric, tested=not untested)
+        for i, c in enumerate(contestants)
+    ]
+    known = [difference for difference in differences if difference is not None]
+    if known and untested is None and all(difference.p_value is None for difference in known):
+        untested = "there is one figure of each"
     each = [_standing(c, data, metric, origin) for c in contestants]
     better = max if metric.up else min
     best = better((s.mean for s in each if s.mean is not None), default=None)
-    each = [replace(s, best=is_level(s.mean, best)) for s in each]
-    differences = {
-        i: found
-        for i, c in enumerate(contestants)
-        if i and (found := _difference(contestants[0], c, data, metric, tested=not untested))
-    }
-    adjusted = _holm_adjusted(differences)
-    if adjusted and untested is None and all(d.p_value is None for d in adjusted.values()):
-        untested = "there is one figure of each"
-    each = [replace(s, difference=adjusted.get(i)) for i, s in enumerate(each)]
+    each = [
+        replace(s, best=is_level(s.mean, best), difference=difference)
+        for s, difference in zip(each, _holm_adjusted(differences), strict=True)
+    ]
     return Standings(data, metric, metric.median(base), each, untested)
 
 
@@ -201,7 +203,7 @@ def _standing(contestant: Contestant, data: str, metric: Metric, origin: float) 
 
 
 def _rows(result: Result, metric: Metric) -> Floats:
-    """Each row's part in the figure: their mean is the figure."""
+    """[rows], whose mean is the figure."""
     if metric is EXACT_MATCH:
         assert result.right is not None
         return np.array(result.right, dtype=float)
@@ -209,18 +211,17 @@ def _rows(result: Result, metric: Metric) -> Floats:
 
 
 def _why_untested(comparison: Comparison, data: str, metric: Metric) -> str | None:
-    """Why rows cannot be paired."""
-    if not comparison.data.get(data, {}).get("same_rows", True):
-        return "not every run was judged on the same rows"
+    """Why rows cannot be paired; None where they can."""
     found = [result for c in comparison.contestants for result in c.results(data)]
     shapes = {len(r.right or ()) if metric is EXACT_MATCH else tuple(r.tokens) for r in found}
-    return "not every run was judged on the same rows" if len(shapes) > 1 else None
+    same = comparison.data.get(data, {}).get("same_rows", True) and len(shapes) < 2
+    return None if same else "not every run was judged on the same rows"
 
 
 def _difference(
     first: Contestant, other: Contestant, data: str, metric: Metric, *, tested: bool
 ) -> Difference | None:
-    """Over the seeds that both have; without a test where rows cannot be paired."""
+    """The difference over the seeds that both have; None without any. With `tested` it has a test."""
     ours = {cell.seed: cell.results[data] for cell in first.cells if data in cell.results}
     theirs = {cell.seed: cell.results[data] for cell in other.cells if data in cell.results}
     seeds = [seed for seed in ours if seed in theirs]
@@ -238,10 +239,10 @@ def crossed_difference(found: Floats) -> Difference:
     """The mean of paired differences, tested over seeds and rows.
 
     Args:
-        found: [seeds, rows], each another contestant's value less the first one's.
+        found: [seeds, rows], a contestant's values less the first one's.
 
     Returns:
-        The difference with its own p value, not yet adjusted; without one where there is a single number.
+        the difference with its p value, not yet adjusted; a single number has none.
     """
     seeds, rows = found.shape
     mean = float(found.mean())
@@ -250,7 +251,7 @@ def crossed_difference(found: Floats) -> Difference:
     if np.ptp(found) < 1e-12:
         return _constant(mean, seeds, rows)
     error, freedom = _standard_error(found)
-    if error < 1e-12:  # the same in every seed or row, by their means
+    if error < 1e-12:  # the means of the seeds, or of the rows, are all the same
         return _constant(mean, seeds, rows)
     from scipy.special import stdtr, stdtrit
 
@@ -272,26 +273,28 @@ def _standard_error(found: Floats) -> tuple[float, float]:
     by_residual = float((residuals**2).sum()) / free / found.size
     both = by_seed + by_row - by_residual
     variance = max(both, by_seed, by_row)
-    if variance > both:  # one effect is estimated as none: the other one's is the whole error
+    if variance > both:  # one effect is estimated as zero, so that the other one is the whole error
         return variance**0.5, float((seeds if by_seed > by_row else rows) - 1)
     spread = by_seed**2 / (seeds - 1) + by_row**2 / (rows - 1) + by_residual**2 / free
     return variance**0.5, variance**2 / spread if spread else float(free)
 
 
 def _constant(mean: float, seeds: int, rows: int) -> Difference:
-    """Nothing varies, so that there is no standard error: the sign test over rows, or over seeds of a single row."""
+    """The sign test, over rows or, with a single row, over seeds: nothing varies, so there is no standard error."""
     p_value = 0.5 ** ((rows if rows > 1 else seeds) - 1) if abs(mean) > 1e-12 else 1.0
     return Difference(mean, mean, mean, p_value, None, seeds, rows)
 
 
-def _holm_adjusted(found: Mapping[int, Difference]) -> dict[int, Difference]:
-    """The p values, each times the number of hypotheses that are left when its turn comes, smallest first."""
-    adjusted = dict(found)
-    tested = sorted(
-        ((d.p_value, i) for i, d in found.items() if d.p_value is not None), key=lambda x: x[0]
-    )
+def _holm_adjusted(found: Sequence[Difference | None]) -> list[Difference | None]:
+    """The differences with adjusted p values.
+
+    From the smallest p value on, each is multiplied by the number of those that are not smaller, and is not below the
+    one before.
+    """
+    adjusted = list(found)
+    tested = [(d.p_value, i, d) for i, d in enumerate(found) if d and d.p_value is not None]
     reached = 0.0
-    for done, (p_value, i) in enumerate(tested):
+    for done, (p_value, i, difference) in enumerate(sorted(tested, key=lambda one: one[:2])):
         reached = max(reached, min(1.0, p_value * (len(tested) - done)))
-        adjusted[i] = replace(found[i], p_value=reached)
+        adjusted[i] = replace(difference, p_value=reached)
     return adjusted
