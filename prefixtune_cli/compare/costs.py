@@ -1,6 +1,6 @@
-"""What contestants cost, measured beside each other: on the base that they were trained on, or on random weights.
+"""What contestants cost, measured beside each other on one base: the one they were trained on, or random weights.
 
-Where a grid varies the base or the shape, those that share both are a group, and each group is measured by itself.
+If a grid varies the base or the shape, then contestants that share both are a group, and each group is measured alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from prefixtune_cli.compare.speed import (
     measure,
     random_base,
 )
-from prefixtune_cli.errors import Interrupted, PtpError
+from prefixtune_cli.compare.wording import reason
+from prefixtune_cli.errors import Interrupted
 from prefixtune_cli.optimizer import check_optimizer
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.schema import ModelSection, Recipe
@@ -36,18 +37,17 @@ from prefixtune_cli.train.environment import describe_environment
 
 ROUNDS = 5
 LONG_PROMPT = 2048
-Groups = Mapping[str, Sequence[Entry]]  # by the label of each group's base
+Groups = Mapping[str, Sequence[Entry]]  # label of the group's base → its contestants
 
 
 def compare_costs(settings: Settings, reporter: Reporter | None = None) -> tuple[Comparison, Path]:
-    """The costs alone, on bases of the models' shapes with random weights; no data is read.
+    """Measure costs alone, on bases of the models' shapes with random weights; no data is read.
 
     Returns:
-        what was found, and the comparison's folder.
+        what was found, and the comparison's folder. If one of several groups cannot be measured, it has the reason.
 
     Raises:
-        PtpError: see `errors`; what can be checked is checked before a base is built. Of several groups, one that
-            cannot be measured says why in what was found.
+        PtpError: see `errors`; what can be checked is checked before a base is built.
     """
     reporter = reporter or Silent()
     groups = _groups(entries(settings))
@@ -94,7 +94,7 @@ def compare_costs(settings: Settings, reporter: Reporter | None = None) -> tuple
 
 
 def _groups(contest: Sequence[Entry]) -> Groups:
-    """Those that share base and shape; a single group's base needs no settings to tell it by."""
+    """Contestants that share base and shape; the base's label has the settings in which the groups differ."""
     groups: dict[str, list[Entry]] = {}
     for entry in contest:
         apart = [spelled(key, value) for key, value in entry.settings.items() if key in OF_A_COST]
@@ -105,12 +105,12 @@ def _groups(contest: Sequence[Entry]) -> Groups:
 def _measured(
     groups: Groups, shapes: Mapping[str, Shape], reporter: Reporter
 ) -> dict[str, Speeds | str]:
-    """Each group's speeds, or why there are none, by the label of its base.
+    """Label of the group's base → the group's speeds, or why there are none.
 
-    The groups of one base come after each other, so that it is built once and gone before the next one is built.
+    The groups of one base come one after another: each base is built once, and is gone before the next is built.
 
     Raises:
-        PtpError: see `measure` and `random_base`; there is no other group that could go on.
+        PtpError: a single group cannot be measured; see `measure` and `random_base`.
     """
     found: dict[str, Speeds | str] = {}
     sections = list(dict.fromkeys(group[0].recipe.model for group in groups.values()))
@@ -131,8 +131,7 @@ def _measured(
             except Exception as error:  # whatever one group runs into, the others go on
                 if len(groups) == 1:
                     raise
-                known = isinstance(error, PtpError)
-                found[label] = said = str(error) if known else f"{type(error).__name__}: {error}"
+                found[label] = said = reason(error)
                 reporter.warning(f"{label} cannot be measured. {said}")
     return found
 
@@ -152,16 +151,16 @@ def most_virtual_tokens(contest: Sequence[Entry]) -> int:
 
 
 def room_of(configs: Sequence[PreTrainedConfig], contest: Sequence[Entry]) -> int:
-    """The tokens of a row that every base has positions for, beside the contestants' virtual ones."""
+    """The longest row, in tokens, that every base has positions for beside the contestants' virtual tokens."""
     texts = [config.get_text_config(decoder=True) for config in configs]
     positions = [getattr(text, "max_position_embeddings", None) or LONG_PROMPT for text in texts]
     return min(positions) - most_virtual_tokens(contest)
 
 
 def shape_of(recipe: Recipe, settings: Settings, room: int) -> Shape:
-    """As much as the recipe's training step computes, and a prompt as long as the bases take, up to LONG_PROMPT.
+    """A training step of the recipe's size, and a prompt as long as the bases take, but no longer than LONG_PROMPT.
 
-    A length that the grid asks for stands in labels, so it is taken as it is, and `measure` says if it is too long.
+    A length from a grid is in the labels, so it is not shortened; `measure` refuses it if it is too long.
     """
     plain, length = Shape(), recipe.data.max_length
     return Shape(
@@ -177,12 +176,12 @@ def shape_of(recipe: Recipe, settings: Settings, room: int) -> Shape:
 
 
 def with_costs(found: Comparison, groups: Groups, speeds: Mapping[str, Speeds | str]) -> Comparison:
-    """The comparison with what its contestants cost; who could not be measured is told.
+    """The comparison with what its contestants cost, or why they could not be measured.
 
     Args:
-        found: its contestants stand in the order of the groups.
-        groups: of all contestants, by the label of each group's base.
-        speeds: by the same label; text is why the whole group could not be measured.
+        found: its contestants are in the order of the groups.
+        groups: all contestants.
+        speeds: label of the group's base → its speeds, or why the whole group could not be measured.
     """
     costs: dict[str, Cost] = {}
     unmeasured: dict[str, str] = {}
@@ -212,7 +211,7 @@ def with_costs(found: Comparison, groups: Groups, speeds: Mapping[str, Speeds | 
 
 
 def _over(cost: Cost, label: str, lora: str | None, speeds: Speeds) -> Cost:
-    """The cost with its ratios to LoRA's, round by round."""
+    """The cost with its ratios to LoRA's, which are taken round by round; without LoRA it has none."""
     if lora is None:
         return cost
     over_lora: dict[str, Any] = {
@@ -234,7 +233,7 @@ def _protocol(shape: Shape) -> dict[str, object]:
 
 
 def _model(sections: Sequence[ModelSection], sizes: Mapping[ModelSection, int]) -> dict[str, Any]:
-    """The bases' names, and what else is the same for all of them."""
+    """The names of the bases, and whatever else all of them share."""
     about = [
         {
             **section.model_dump(include={"name", "revision", "bits"}),
@@ -247,5 +246,5 @@ def _model(sections: Sequence[ModelSection], sizes: Mapping[ModelSection, int]) 
 
 
 def _alike(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What is the same in all of them."""
+    """The keys that have the same value in all of them."""
     return {key: value for key, value in each[0].items() if all(e[key] == value for e in each)}

@@ -73,7 +73,7 @@ def base(random_base: Path) -> PreTrainedModel:
 def speeds(random_base: Path) -> Speeds:
     """All four methods on a base from the configuration."""
     section = ModelSection(name=str(random_base), device="cpu")
-    return measure(section, METHODS, SHAPE, base=None, reporter=Silent())
+    return measure(section, METHODS, SHAPE, base=build_random_base(section), reporter=Silent())
 
 
 def prompt(tokens: int = 24) -> torch.Tensor:
@@ -235,7 +235,7 @@ def test_the_cache_is_told_for_one_of_the_sequences_that_are_decoded_at_once(
 ) -> None:
     section = ModelSection(name=str(random_base), device="cpu")
     shape = replace(SHAPE, rounds=1, prompts=3)
-    found = measure(section, METHODS[:1], shape, base=None, reporter=Silent())
+    found = measure(section, METHODS[:1], shape, base=build_random_base(section), reporter=Silent())
     assert found.base.prompts == 3
     assert found.base.kv_cache_bytes == speeds.base.kv_cache_bytes
 
@@ -426,7 +426,7 @@ def test_an_unknown_optimizer_is_named(base: PreTrainedModel) -> None:
 def test_a_4_bit_base_needs_no_checkpoint_and_full_is_marked(random_base: Path) -> None:
     section = ModelSection(name=str(random_base), bits=4, device="cpu")
     shape = replace(SHAPE, rounds=1, cast_adapters=True)
-    found = measure(section, METHODS, shape, base=None, reporter=Silent())
+    found = measure(section, METHODS, shape, base=build_random_base(section), reporter=Silent())
     failed = {label: told for label, told in found.contestants.items() if isinstance(told, str)}
     assert failed == {"full": "Quantized weights have no gradient: method full cannot train them."}
     assert found.base.kv_cache_bytes == 24 * BYTES_A_TOKEN
@@ -492,7 +492,7 @@ def test_the_peak_is_that_of_the_block() -> None:
 @pytest.mark.gpu
 def test_a_gpu_is_measured_with_its_allocators_peak(random_base: Path) -> None:
     section = ModelSection(name=str(random_base), device="cuda")
-    found = measure(section, METHODS, SHAPE, base=None, reporter=Silent())
+    found = measure(section, METHODS, SHAPE, base=build_random_base(section), reporter=Silent())
     assert not any(isinstance(cost, str) for cost in found.contestants.values())
     assert found.base.kv_cache_bytes == 24 * BYTES_A_TOKEN
     peaks = {label: rounds[PEAK_MEMORY] for label, rounds in found.rounds.items()}

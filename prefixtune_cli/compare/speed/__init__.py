@@ -1,6 +1,6 @@
 """The costs of methods, measured beside each other: the benchmark of `ptp compare --speed`.
 
-Speed depends on shapes and not on values, so a base with random weights will do, and no data is read.
+Speed depends on shapes and not on values, so the base may have random weights, and no data is read.
 """
 
 from prefixtune_cli.compare.speed.measure import BASE, Speeds, measure

@@ -1,7 +1,7 @@
 """The first token of an answer to a long prompt, and the tokens after it, by direct calls of the model.
 
-`generate` would do the same passes; but what it does between them in Python takes as long, for a small model, as the
-model itself, and drowns what methods differ in.
+`generate` makes the same passes. But between them it does work in Python that, with a small model, takes as long as
+the model itself, and this hides the differences between methods.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 
 class Answer:
-    """The answers to some prompts, chosen greedily; nothing is sampled, and nothing ends them early.
+    """The answers to some prompts, by greedy decoding; no token ends them early.
 
-    peft puts virtual tokens before a prompt in `forward` and `generate` alone, each time anew, so they are put there
-    here: Prefix-Tuning's into the cache, those of prompt tuning and its kin before the embedded prompt. Adapters of
-    other kinds stand within the base, which is called without peft's own pass around it.
+    peft puts virtual tokens before a prompt only in its own `forward` and `generate`, and again in every call. So this
+    class puts them there: Prefix-Tuning's into the cache, and those of prompt tuning and similar methods before the
+    embedded prompt. All other adapters are modules within the base, which is called without peft's pass around it.
 
     Args:
         model: the base, or the base with an adapter, in evaluation mode.
@@ -37,9 +37,8 @@ class Answer:
         accepted = inspect.signature(self.base.forward).parameters
         self.last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self.cache: Any = None
-        self.logits = self.token = torch.empty(
-            0
-        )  # of the last tokens, [prompts, vocabulary] and [prompts, 1]
+        # Of the last tokens: [prompts, vocabulary] and [prompts, 1].
+        self.logits = self.token = torch.empty(0)
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -49,7 +48,7 @@ class Answer:
 
     @torch.no_grad()
     def go_on(self, count: int) -> None:
-        """Compute and choose `count` more tokens of each answer, one pass each."""
+        """Compute and choose `count` more tokens of each answer, one in each pass."""
         for _ in range(count):
             self._next(input_ids=self.token)
 
@@ -74,9 +73,9 @@ class Answer:
 
 
 def cache_bytes(cache: Any) -> int:
-    """The bytes of all tensors of a cache, of whatever class: keys and values, and a recurrent layer's states.
+    """The bytes of all tensors of a cache of any class: keys and values, and the states of recurrent layers.
 
-    Counters are left out, such as a sliding window's, which some classes keep as tensors.
+    Tensors of one dimension are left out: some classes keep counters in them, such as that of a sliding window.
     """
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in _tensors(vars(cache))}
     return sum(tensors.values())

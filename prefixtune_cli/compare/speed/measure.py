@@ -1,8 +1,8 @@
-"""Rounds in which every contestant, and the base by itself, takes its turn in one process on one copy of the base.
+"""Costs are measured in rounds: each contestant, and the base alone, has a turn on one copy of the base.
 
-What disturbs a machine for a while then disturbs all of them alike, and a ratio within a round is free of it. The order
-is rotated from round to round, so that nobody always comes after the same one. Ratios are taken round by round; what is
-given is their median and range.
+If something else slows the machine for a while, it slows all of a round alike, and ratios within the round stay right.
+So ratios are taken round by round, and their median and range are given. The order of the turns rotates from round to
+round, so that no contestant always follows the same one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from prefixtune_cli import model as models
 from prefixtune_cli.compare.metrics import COSTS, ON_DISK, PARAMETERS, Cost, Measured, Metric
-from prefixtune_cli.compare.speed.random_base import random_base
 from prefixtune_cli.compare.speed.turn import Figures, Shape, take_turn
 from prefixtune_cli.errors import Interrupted, PtpError, ResourceError, UsageError
 from prefixtune_cli.progress import Reporter
@@ -33,15 +32,15 @@ class Speeds:
     """What was measured.
 
     Attributes:
-        base: the base's costs. Its training speed is a yardstick: forward and backward through the frozen base, down
-            to the embeddings' output, without anything that is trained. A method can be faster: one that trains the
-            top layers alone, or PT+, which needs no gradient of the first layer's queries, keys and values.
-        contestants: by label, in the order given: the costs, or why there are none.
-        rounds: by label, BASE among them, and by metric (COSTS, PARAMETERS, ON_DISK): one value a round, in the same
-            rounds for all; none where some round has none. Who failed is not among them.
-        order: of each round, the labels as they took their turns.
-        parameters: trained ones by label; for BASE, all that it has.
-        adapter_bytes: of the adapter as saved, by label.
+        base: the base's costs. Its training step is a forward pass through the frozen base, and a backward pass down
+            to the output of the embeddings; nothing is trained. A method can be faster than that: if it trains the top
+            layers alone, or PT+, which needs no gradient of the first layer's queries, keys and values.
+        contestants: label → the costs, or why there are none; in the order given.
+        rounds: label → metric (of COSTS, PARAMETERS, ON_DISK) → one value for each round, or no values where a round
+            has none. BASE is among the labels; contestants that failed are not.
+        order: the labels of each round in the order of their turns.
+        parameters: label → trained parameters; for BASE, all of its parameters.
+        adapter_bytes: label → bytes of the adapter as saved.
     """
 
     base: Cost
@@ -52,11 +51,11 @@ class Speeds:
     adapter_bytes: Mapping[str, int]
 
     def ratio(self, label: str, other: str, metric: Metric) -> Measured | None:
-        """How many times as fast `label` is as `other`, round by round; None where one of them failed.
+        """How many times as fast `label` is as `other`, by the rounds; None where one of them failed.
 
         Args:
             label, other: contestants, or BASE.
-            metric: one with a `ratio`.
+            metric: it has a `ratio`.
         """
         return _ratio(metric, self.rounds.get(label, {}), self.rounds.get(other, {}))
 
@@ -66,29 +65,27 @@ def measure(
     contestants: Sequence[tuple[str, AdapterSection]],
     shape: Shape,
     *,
-    base: PreTrainedModel | None,
+    base: PreTrainedModel,
     reporter: Reporter,
 ) -> Speeds:
     """Measure the costs of the contestants and of the base beside them.
 
-    One round goes before those that count: memory is taken, kernels are chosen and files are read in it. A contestant
-    that fails is left out from then on, and says why; the others go on.
+    The first round is not counted: in it memory is taken, kernels are chosen and files are read. If a contestant fails,
+    it is left out of the later rounds, and the others go on.
 
     Args:
-        model: the recipe's; `bits` decides about autocast, and what a random base is built in.
+        model: the recipe's model; with 32 bits there is no autocast.
         contestants: label and adapter of each; labels differ, and none is BASE.
         shape: how much is computed.
-        base: a model without adapters, which is as it was afterwards; None builds one with random weights.
-        reporter: is told of every turn.
+        base: a model without adapters; afterwards it is as it was.
+        reporter: hears of every turn.
 
     Raises:
         UsageError: a sequence is longer than the base's positions.
-        ModelError: there is no such base.
-        ResourceError: the base by itself does not fit the memory.
+        ResourceError: the memory does not suffice for the base alone.
     """
     assert len({BASE, *dict(contestants)}) == len(contestants) + 1
     turns: list[tuple[str, AdapterSection | None]] = [(BASE, None), *contestants]
-    base = random_base(model) if base is None else base
     _check_positions(base, contestants, shape)
     figures: dict[str, list[Figures]] = {label: [] for label, _ in turns}
     failures: dict[str, str] = {}
@@ -105,8 +102,9 @@ def measure(
                     continue
                 order[-1].append(label)
                 try:
-                    found = take_turn(base, adapter, shape, autocast=model.bits != 32)
-                    figures[label].append(found)
+                    figures[label].append(
+                        take_turn(base, adapter, shape, autocast=model.bits != 32)
+                    )
                 except Interrupted:
                     raise
                 except Exception as error:  # whatever one method runs into, the others go on
@@ -118,7 +116,7 @@ def measure(
                     if label == BASE:
                         raise
                 if label in failures:
-                    gc.collect()  # its traceback holds nothing any longer
+                    gc.collect()  # the error's traceback no longer holds tensors
                     clear_device_cache()
                     reporter.warning(f"{label} cannot be measured. {failures[label]}")
     reporter.progress("measuring", total, total, {})
@@ -138,10 +136,10 @@ def measure(
 
 @contextlib.contextmanager
 def _as_it_was(base: PreTrainedModel) -> Iterator[None]:
-    """The base's mode, what of it is trainable, and the random numbers of others.
+    """Restore the base's mode, its trainable parameters and the state of the random numbers after the block.
 
-    The garbage collector passes over all that is there already: looking through it would take a second each time, now
-    and then in the middle of a measurement.
+    Within the block the garbage collector skips what existed before it: to look through that takes a second each time,
+    and may happen in the middle of a measurement.
     """
     training = base.training
     trainable = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
@@ -174,7 +172,7 @@ def _check_positions(
 
 
 def _virtual_tokens(adapter: AdapterSection) -> int:
-    with contextlib.suppress(PtpError):  # which its turn will tell
+    with contextlib.suppress(PtpError):  # its turn raises the same error
         return int(getattr(models.peft_config(adapter), "num_virtual_tokens", None) or 0)
     return 0
 
@@ -192,7 +190,7 @@ def _why_not(error: Exception, shape: Shape) -> str:
 
 
 def _rounds(turns: Sequence[Figures]) -> dict[Metric, list[float]]:
-    """The values of each metric; none where some turn has none."""
+    """Metric → the values of all turns, or no values where a turn has none."""
     found = {metric: [turn[metric] for turn in turns] for metric in turns[0]}
     return {
         m: [v for v in values if v is not None] if None not in values else []
@@ -215,7 +213,7 @@ def _cost(label: str, rounds: Mapping[str, Mapping[Metric, list[float]]], shape:
 
 
 def _over_rounds(metric: Metric, values: Sequence[float]) -> Measured | float | None:
-    """The median; with its range where ratios are taken of it, and as it is where it never varies."""
+    """The median, with the range if the metric has ratios; where the value never varies, the value as it is."""
     if not values:
         return None
     found = Measured.of(values)

@@ -1,10 +1,10 @@
-"""The most memory that a piece of work has in use, on a GPU or on a CPU.
+"""The peak memory of a piece of work, on a GPU or on a CPU.
 
-On a GPU it is the allocator's own record. On a CPU PyTorch keeps none, so the kernel is asked: Linux records the most
-resident memory of a process (VmHWM in /proc/self/status) and starts that record over when 5 is written to
-/proc/self/clear_refs. That is the whole process, interpreter and libraries included; and what an earlier piece of work
-has freed counts as long as the C library keeps it, which is why it is told to give back what it can. Other systems have
-no such record that can be started over, and nothing is measured there.
+On a GPU PyTorch's allocator records it. On a CPU PyTorch keeps no record, so the kernel is asked: Linux records the
+peak resident memory of a process (VmHWM in /proc/self/status), and resets it when 5 is written to
+/proc/self/clear_refs. This counts the whole process, with the interpreter and the libraries. It also counts memory that
+earlier work has freed and the C library has kept, so the library is told to return what it can. Other systems have no
+record that can be reset, and nothing is measured there.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ _PROCESS = Path("/proc/self")
 
 @dataclass
 class Peak:
-    """The most bytes in use, once the work is done; None where that cannot be measured."""
+    """The peak in bytes, once the work is done; None where it cannot be measured."""
 
     nbytes: int | None = None
 
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Within the block the record of the most memory is the block's own; what is held already counts.
+    """Measure the peak memory within the block; memory that is in use before the block counts as well.
 
     Args:
         device: where the work computes.
 
-    Returns:
-        what is filled in when the block ends without an error.
+    Yields:
+        the peak, which is filled in when the block ends without an error.
     """
     peak = Peak()
     gc.collect()
@@ -47,18 +47,19 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         torch.cuda.synchronize(device)
         peak.nbytes = torch.cuda.max_memory_allocated(device)
         return
-    started_over = _start_over()
+    was_reset = _reset()
     yield peak
-    if started_over:
+    if was_reset:
         peak.nbytes = _kibibytes(_PROCESS / "status", "VmHWM")
 
 
 def available_bytes() -> int | None:
-    """What this machine's main memory has left for new processes; None where the system does not say."""
+    """The bytes of main memory that are free for new processes; None where the system does not say."""
     return _kibibytes(Path("/proc/meminfo"), "MemAvailable")
 
 
-def _start_over() -> bool:
+def _reset() -> bool:
+    """Start the kernel's record over; whether that was possible."""
     with contextlib.suppress(OSError, AttributeError):  # musl and others have no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
     try:

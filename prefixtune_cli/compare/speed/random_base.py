@@ -19,17 +19,17 @@ from prefixtune_cli.tokenizer import cannot_load
 
 
 def random_base(section: ModelSection) -> PreTrainedModel:
-    """The base in the precision asked for, with weights as its own initialisation draws them, on this process's device.
+    """The base in the recipe's precision, with the weights of its own initialisation, on this process's device.
 
-    Nothing is downloaded for a folder, and for the models of `ptp models`. Weights of 4 and 8 bits are drawn in
-    bfloat16 in main memory, saved to a temporary folder, and loaded from it as any checkpoint is; that takes two bytes
-    a parameter of memory and of disk for the time.
+    Nothing is downloaded for a folder, nor for the models of `ptp models`. Weights of 4 and 8 bits are drawn in
+    bfloat16 in main memory, saved to a temporary folder, and loaded from it like any checkpoint. Meanwhile that takes
+    two bytes of memory and of disk for each parameter.
 
     Args:
         section: the recipe's model.
 
     Raises:
-        ModelError: the model is not known, or it is quantized by its checkpoint, which is needed then.
+        ModelError: the model is not known, or its checkpoint is quantized, so that a configuration is not enough.
         ResourceError: it does not fit into the memory.
     """
     config = config_of(section)
@@ -41,7 +41,7 @@ def random_base(section: ModelSection) -> PreTrainedModel:
             there = section.model_copy(update={"name": folder, "revision": None})
             return models.load_base(there)
     except RuntimeError as error:
-        if not should_reduce_batch_size(error):  # which knows the errors of every allocator
+        if not should_reduce_batch_size(error):  # true of every allocator's error
             raise
         raise ResourceError(
             f"{section.name} does not fit into the memory at {section.bits} bits. Try --bits 4, or a smaller model."
@@ -49,10 +49,10 @@ def random_base(section: ModelSection) -> PreTrainedModel:
 
 
 def config_of(section: ModelSection) -> PreTrainedConfig:
-    """The configuration that `random_base` builds from; what can be refused is refused before anything is built.
+    """The configuration that `random_base` builds from; whatever can be refused is refused here.
 
     Raises:
-        ModelError: the model is not known, or it is quantized by its checkpoint.
+        ModelError: the model is not known, or its checkpoint is quantized.
     """
     check_device(section.device)
     config = base_config(section)

@@ -1,8 +1,8 @@
 """One training step, in PyTorch alone.
 
-It does what TRL's trainer does in a step: forward under autocast, a loss without the logits of all tokens at once,
-backward, clipping and the optimizer. What the trainer does around that (batches from data, logging, callbacks) is the
-same for every method and would only hide their differences.
+It computes what TRL's trainer computes in a step: the forward pass under autocast, a loss without the logits of all
+tokens at once, the backward pass, clipping and the optimizer. Around that, the trainer makes batches, logs and calls
+callbacks; this is the same for every method and would only hide their differences.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from prefixtune_cli.optimizer import optimizer_factory
 
-HEAD_TOKENS = 1024  # projected to the vocabulary at a time
+HEAD_TOKENS = 1024  # tokens whose logits are computed at a time
 MAX_GRAD_NORM = 1.0  # the recipe's default
 
 
 class TrainingStep:
     """A training step that can be taken any number of times, on the same random rows.
 
-    The learning rate is 0: the optimizer does all of its work, and no weight changes. Where the model has no trained
-    weights, which is the base by itself, a step is the forward pass and the backward pass down to the embeddings'
-    output: all of the gradient that can flow through a frozen base. A method whose lowest trained weight stands higher
-    needs less of it, as where PT+ in the first layer has no use for a gradient of that layer's queries.
+    The learning rate is 0: the optimizer does all of its work, and no weight changes. The base alone has no trained
+    weights; its step is the forward pass, and the backward pass down to the output of the embeddings. That is the whole
+    gradient that can flow through a frozen base. A method can need less: PT+ in the first layer needs no gradient of
+    that layer's queries, for example.
 
     Args:
         model: the base, or the base with an adapter.
@@ -72,7 +72,7 @@ class TrainingStep:
 
     @contextlib.contextmanager
     def ready(self, *, checkpointing: bool) -> Iterator[None]:
-        """Within the block the model is in training mode, and steps can be taken; gradients are dropped after it."""
+        """Within the block the model is in training mode and steps can be taken; after it there are no gradients."""
         self.model.train()
         if checkpointing:
             self.base.gradient_checkpointing_enable(
@@ -98,10 +98,10 @@ class TrainingStep:
 def _loss_by_chunks(
     self: PreTrainedModel, *args: Any, labels: Tensor, **kwargs: Any
 ) -> CausalLMOutput:
-    """The loss of a causal language model, whose logits exist for HEAD_TOKENS tokens at a time.
+    """The loss of a causal language model, with the logits of HEAD_TOKENS tokens at a time.
 
-    They are computed once more in the backward pass, as the trainer's fused head does. At large vocabularies the
-    logits would otherwise be most of the memory, whatever the method.
+    The logits are computed again in the backward pass, as the trainer's fused head does. With a large vocabulary they
+    would otherwise take most of the memory, whatever the method.
     """
     hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1].flatten(0, 1)
     targets = labels[:, 1:].flatten()

@@ -1,4 +1,4 @@
-"""One contestant's turn in a round: its adapter is attached, everything is measured once, and it is taken off again."""
+"""One contestant's turn in a round: its adapter is attached, each cost is measured once, and the adapter is removed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from prefixtune_cli.compare.speed.training import TrainingStep
 from prefixtune_cli.errors import ModelError, ResourceError
 from prefixtune_cli.recipe.schema import AdapterSection, PrefixTuningPlus, TrainSection
 
-# What method full takes a weight: itself, its gradient and AdamW's two moments, in float32.
+# Bytes of method full for each weight: the weight, its gradient and AdamW's two moments, in float32.
 BYTES_OF_FULL = 16
 
 
@@ -40,12 +40,12 @@ class Shape:
     """How much is computed.
 
     Attributes:
-        rounds: measured ones; one more goes before them and is not counted.
-        batch_size, length: rows of a training step, and tokens of each.
-        prompt_tokens: of the prompt whose first token is waited for, and after which tokens are decoded.
-        prompts: answered at once.
-        adapters: of a contestant's kind, active and trained at once.
-        new_tokens: decoded tokens of an answer.
+        rounds: rounds that count; one more goes before them.
+        batch_size, length: rows of a training step, and tokens of each row.
+        prompt_tokens: tokens of a prompt.
+        prompts: prompts that are answered at once.
+        adapters: adapters of a contestant's kind that are active and trained at once.
+        new_tokens: tokens of an answer that are decoded.
         gradient_checkpointing: recompute activations in the backward pass.
         optimizer: a name that transformers' TrainingArguments takes.
         seconds: a step, a prompt or an answer is repeated until it has taken this long; the mean is one measurement.
@@ -71,24 +71,24 @@ Figures = Mapping[Metric, float | None]  # of one turn; None where it cannot be 
 def take_turn(
     base: PreTrainedModel, adapter: AdapterSection | None, shape: Shape, *, autocast: bool
 ) -> Figures:
-    """Measure one contestant once; the base is as it was afterwards, also where this fails.
+    """Measure one contestant once. Afterwards the base is as it was, even if this fails.
 
-    An adapter has small random numbers added to it, so that it does something, and is kept in float32, as in training
-    and in `ptp generate`, unless the shape says otherwise. `full` is trained in float32 and answers in the base's own
-    precision, as its weights would be loaded again.
+    Small random numbers are added to an adapter, so that it has an effect. It is in float32, as in training and in `ptp
+    generate`, unless the shape says otherwise. `full` is trained in float32 and answers in the base's own precision, in
+    which its weights would be loaded.
 
     Args:
         base: frozen, in evaluation mode.
-        adapter: None for the base by itself.
+        adapter: None for the base alone.
         shape: how much is computed.
         autocast: train in bfloat16.
 
     Returns:
-        COSTS, PARAMETERS, and ON_DISK as adapters are saved, in float32; of `full`, all weights.
+        the values of COSTS, PARAMETERS and ON_DISK, which is the size in float32; `full` saves all weights.
 
     Raises:
         ModelError: the adapter does not fit the base.
-        ResourceError: what is to be trained does not fit the memory.
+        ResourceError: the memory does not suffice to train in float32.
     """
     full = adapter is not None and adapter.method == "full"
     if adapter is not None and adapter.method == "prefix-tuning" and shape.gradient_checkpointing:
@@ -123,11 +123,11 @@ def take_turn(
 def attached(
     base: PreTrainedModel, adapter: AdapterSection | None, count: int = 1
 ) -> Iterator[PeftModel | PreTrainedModel]:
-    """Within the block the base has random adapters; afterwards it has none, and nothing of it is trainable.
+    """Within the block the base has random adapters; afterwards it has none, and none of its weights is trainable.
 
     Args:
         base: without adapters.
-        adapter: None for the base by itself.
+        adapter: None for the base alone.
         count: adapters of this kind, all of them active and trainable.
 
     Raises:
@@ -159,7 +159,7 @@ def attached(
 
 
 def _strip(base: PreTrainedModel) -> None:
-    """Take off the layers of an adapter that could not be attached whole."""
+    """Remove the layers of an adapter that was attached in part before an error."""
     for name, module in list(base.named_modules()):
         if isinstance(module, BaseTunerLayer) and not name.endswith("base_layer"):
             base.set_submodule(name, module.get_base_layer())
@@ -168,10 +168,10 @@ def _strip(base: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def in_float32(trained: list[nn.Parameter]) -> Iterator[None]:
-    """Within the block these weights are in float32, and in their own precision afterwards, without a loss.
+    """Within the block these weights are in float32; afterwards they have their own precision and value again.
 
     Raises:
-        ResourceError: main memory does not suffice to train them, so that the system would end the process.
+        ResourceError: main memory does not suffice to train them, and the system would kill the process.
     """
     needed = sum(p.numel() * (BYTES_OF_FULL - p.itemsize) for p in trained)
     available = available_bytes() if trained[0].device.type == "cpu" else None
@@ -224,13 +224,13 @@ def seconds_each(
     place: torch.device,
     before: Callable[[], object] | None = None,
 ) -> float:
-    """Mean wall-clock seconds of `work`, which is done again until it has taken `at_least` seconds together.
+    """The mean wall-clock seconds of `work`, which is repeated until all of it has taken `at_least` seconds.
 
     Args:
-        work: is done at least once.
+        work: it is done at least once.
         at_least: seconds.
         place: the device on which it computes; a GPU is waited for.
-        before: is done before each time, and is not counted.
+        before: it is done before each repetition, and its time is not counted.
     """
     elapsed, count = 0.0, 0
     while not count or elapsed < at_least:
@@ -246,7 +246,7 @@ def seconds_each(
 
 
 def _wait_for(place: torch.device) -> None:
-    """Until the GPU has done what it was told."""
+    """Wait until the GPU has done all of its work."""
     if place.type == "cuda":
         torch.cuda.synchronize(place)
 
