@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from prefixtune_cli.compare.comparison import Comparison
     from prefixtune_cli.compare.contest import Settings
 
-# Of `ptp train`: what a comparison decides itself.
+# Flags of `ptp train` that `ptp compare` does not have, as it decides them itself.
 WITHOUT = (
     "method", "feature_map", "resume", "overwrite", "nodes", "node_rank", "rendezvous", "parallel",
     "keep", "save_steps", "save_minutes", "track", "auto_batch", "find_learning_rate",
@@ -115,17 +115,17 @@ def _refuse(names: list[str], where: str) -> None:
 
 
 def _of_runs(runs: list[str], anyway: bool, out: str | None) -> tuple[Comparison, Path]:
-    """Finished runs: nothing heavy is imported."""
+    """Compare finished runs, without a heavy import."""
     from dataclasses import replace
     from pathlib import Path
 
     from prefixtune_cli.compare.folder import check_folder
     from prefixtune_cli.compare.runs import read_runs
 
-    found = read_runs(runs, anyway=anyway)
+    found = read_runs(runs, anyway=anyway, command=_command())
     folder = Path(out) if out else Path("compare") / found.name
     check_folder(folder)
-    return replace(found, name=folder.name, command=_command()), folder
+    return replace(found, name=folder.name), folder
 
 
 def _speed(given: arguments.Given) -> tuple[Comparison, Path]:
@@ -166,7 +166,7 @@ def _trained(given: arguments.Given) -> tuple[Comparison, Path]:
 
 
 def _settings(given: arguments.Given) -> Settings:
-    """What was typed, as a contest takes it."""
+    """What was typed, as a record."""
     from dataclasses import fields
 
     from prefixtune_cli.compare.contest import Settings
@@ -209,7 +209,7 @@ def _print(found: Comparison, *, markdown: bool, as_json: bool) -> None:
 
 
 def _write(found: Comparison, folder: Path) -> None:
-    """What is made of the results; drawing takes longer than all the rest where runs are finished."""
+    """Write the files; with finished runs, the pictures take longer than all the rest, so this comes last."""
     from prefixtune_cli.cli import console
     from prefixtune_cli.report import publish
 

@@ -1,4 +1,4 @@
-"""What can stand on an axis of a picture: a metric of each contestant; and the Pareto front."""
+"""The axes of the pictures, each with a metric of every contestant, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Axis:
     """A metric of each contestant, in its unit.
 
     Attributes:
-        name: with the unit.
-        values: by contestant, one a seed; contestants without any are absent.
-        base: the base's value.
+        name: the metric's, with the unit.
+        values: contestant → one value for each seed; contestants without any are absent.
+        base: the base's value; None where it has none.
     """
 
     metric: Metric
@@ -29,7 +29,7 @@ class Axis:
     base: float | None = None
 
     def said(self, label: str) -> str:
-        """The mean, and the standard deviation where there are several."""
+        """A contestant's mean, with the standard deviation where there are several values."""
         values = self.values[label]
         return self._said(statistics.mean(values), spread(values))
 
@@ -42,7 +42,7 @@ class Axis:
 
 
 def quality(comparison: Comparison, data: str = TEST) -> Axis:
-    """Right answers in per cent where every result has answers, else the loss."""
+    """Right answers in per cent if every result has answers, else the loss."""
     found = standings_on(comparison, data)
     metric = found.metric
     values = {
@@ -56,21 +56,21 @@ def quality(comparison: Comparison, data: str = TEST) -> Axis:
 
 
 def cost(comparison: Comparison, metric: Metric) -> Axis:
-    """By its median where it was taken several times."""
+    """A cost, or its median where it was measured several times."""
     values = {c.label: metric.median(c) for c in comparison.contestants}
     known = {label: [metric.in_unit(value)] for label, value in values.items() if value}
     return Axis(metric, metric.axis, known)
 
 
 def front(points: Mapping[str, tuple[float, float]], *, right: bool, up: bool) -> list[str]:
-    """The Pareto front: those that no other one beats in one thing without being beaten by it in the other.
+    """The Pareto front: the points for which no other point is better in x or y without being worse in the other.
 
     Args:
-        points: (x, y) by label.
+        points: label → (x, y).
         right, up: whether more of x and of y is better.
 
     Returns:
-        their labels, by x from left to right.
+        the labels on the front, from left to right.
     """
     gains = {
         label: (x if right else -x, y if up else -y) for label, (x, y) in sorted(points.items())

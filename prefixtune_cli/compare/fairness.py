@@ -1,4 +1,4 @@
-"""What makes runs comparable: which of them are one contestant, and what differs beside method and seed."""
+"""Whether runs can be compared: which of them are one contestant, and what differs beside method and seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prefixtune_cli.compare.finished_run import FinishedRun
 from prefixtune_cli.pointed import base_key
 from prefixtune_cli.run_dir import RunDir
 
-# How a run is carried out and written down, and what tells it from others: none of it makes another contestant.
+# Settings that do not make another contestant: how a run is carried out and recorded, and its seed.
 CIRCUMSTANCES = {
     "model.device", "train.seed", "train.log_steps", "train.eval_steps", "train.save_steps",
     "train.save_minutes", "train.keep_checkpoints", "train.track", "train.gpus",
@@ -22,7 +22,7 @@ CIRCUMSTANCES = {
 
 
 def settings(run: FinishedRun) -> dict[str, Any]:
-    """Its recipe as {dotted key: value}: data by content, the base by its full name, and no circumstances."""
+    """The recipe as {dotted key: value}, with hashes of the data, the base's full name, and no CIRCUMSTANCES."""
     recipe = run.recipe
     found = {
         f"{section}.{key}": value
@@ -41,15 +41,15 @@ def settings(run: FinishedRun) -> dict[str, Any]:
 
 
 def identity(run: FinishedRun) -> str:
-    """What all seeds of a contestant have in common."""
+    """A text that is the same for all runs of a contestant."""
     return json.dumps(settings(run), sort_keys=True)
 
 
 def labels(runs: Sequence[FinishedRun]) -> list[str]:
-    """A name for each: its method and, as in `lora r=8`, the settings in which it differs from others of its method.
+    """A name for each contestant: its method, and the settings in which it differs from others of its method.
 
     Args:
-        runs: one a contestant.
+        runs: one of each contestant.
     """
     flat = [settings(run) for run in runs]
     found = []
@@ -72,7 +72,7 @@ def _spelled(run: FinishedRun, key: str, value: Any) -> str:
 
 
 def differences(runs: Sequence[FinishedRun]) -> list[str]:
-    """A sentence about each thing that would make a comparison unfair: what differs, and what is missing or twice."""
+    """A sentence about each thing that makes a comparison unfair: a difference, an unfinished or a repeated run."""
     found = [
         f"{run.given} has not finished. {RunDir(run.given).how_to_go_on}"
         for run in runs
@@ -96,7 +96,7 @@ def differences(runs: Sequence[FinishedRun]) -> list[str]:
 
 
 def twins(runs: Sequence[FinishedRun]) -> Iterator[tuple[FinishedRun, FinishedRun]]:
-    """Each run that is an earlier one once more."""
+    """Each run that repeats an earlier one, with the earlier one."""
     first: dict[Hashable, FinishedRun] = {}
     for run in runs:
         earlier = first.setdefault((identity(run), run.seed), run)
@@ -105,7 +105,7 @@ def twins(runs: Sequence[FinishedRun]) -> Iterator[tuple[FinishedRun, FinishedRu
 
 
 def base(run: FinishedRun) -> Hashable:
-    """What has to be the same for one base."""
+    """Runs with the same base have the same of this."""
     model = run.recipe.model
     return base_key(model), model.bits
 
@@ -122,7 +122,7 @@ def _shown_data(run: FinishedRun) -> str:
 
 
 def _of_reading(runs: Sequence[FinishedRun]) -> Iterator[Aspect]:
-    """How their data was read: of its settings, those that differ."""
+    """How the data was read: the settings in which the runs differ."""
     found = {run.given: _reading(run) for run in runs}
     apart = sorted(
         key
@@ -146,14 +146,14 @@ def _reading(run: FinishedRun) -> dict[str, Any]:
 
 
 def held_out_rows(run: FinishedRun) -> Hashable:
-    """Where they were split off, the seed chose them."""
+    """Runs with the same held-out rows have the same of this. If rows were split off, the seed chose them."""
     held_out = run.fingerprints.get("eval")
     split = None if held_out else (run.recipe.data.held_out_share, run.seed)
     return held_out["sha256"] if held_out else None, split, run.summary["held_out_rows"]
 
 
 def same_held_out_rows(runs: Sequence[FinishedRun]) -> bool:
-    """Whether all were judged on the same rows; where answers are matched in some, those tell no others."""
+    """Whether all runs were judged on the same rows, and those that matched answers on the same answers."""
     known = {_references(run) for run in runs if run.answers}
     return len({held_out_rows(run) for run in runs}) == 1 and len(known) <= 1
 
@@ -163,7 +163,7 @@ def _references(run: FinishedRun) -> tuple[str, ...]:
 
 
 def _of_answers(runs: Sequence[FinishedRun]) -> Iterator[Aspect]:
-    """What the answers were matched with, where the held-out rows are the same ones."""
+    """The answers that were to be matched, where the held-out rows are the same."""
     if len({held_out_rows(run) for run in runs}) == 1:
         yield "answers to match", _references, _shown_answers
 

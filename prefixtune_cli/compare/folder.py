@@ -1,4 +1,4 @@
-"""A comparison's folder: what is in it, and which folders are taken for one. Needs no torch."""
+"""A comparison's folder: the files in it, and how other folders are kept from being overwritten. It needs no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MARK = ".comparison"
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UsageError where the folder holds something that no comparison has made."""
+    """Raise UsageError where the folder has files that no comparison has written."""
     if not os.path.exists(folder) or (folder / _MARK).exists():
         return
     if not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()):
@@ -27,7 +27,7 @@ def check_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Within the block no other command writes there.
+    """Within the block no other command writes to the folder.
 
     Raises:
         UsageError: see `check_folder`.
@@ -40,5 +40,5 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def mark(folder: Path) -> None:
-    """Make it a comparison's folder."""
+    """Mark the folder as a comparison's."""
     write_atomically(folder / _MARK, "")

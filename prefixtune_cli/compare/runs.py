@@ -1,14 +1,13 @@
-"""`ptp compare runs/a runs/b …`: from finished runs to a comparison. Needs no torch.
+"""`ptp compare runs/a runs/b …`: from finished runs to a comparison. It needs no torch.
 
-Runs that differ by their seed alone are one contestant. What differs beside the method, its settings and the seed
-would make the comparison unfair: it is refused, all of it at once, unless the user wants it anyway.
+Runs that differ in their seed alone are one contestant. Other differences than the method, its settings and the seed
+make a comparison unfair. They are refused, all of them in one error, unless --anyway is typed.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,18 +31,19 @@ from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
 
 
-def read_runs(runs: Sequence[str], *, anyway: bool = False) -> Comparison:
+def read_runs(runs: Sequence[str], *, anyway: bool = False, command: str = "") -> Comparison:
     """Read finished runs.
 
     Args:
-        runs: run directories; the first one's contestant is what the others are compared with.
-        anyway: compare runs whose data, base or budget differs, too; the differences become notices, a run that has
-            not finished becomes a failed cell, and rows that are not the same are not tested.
+        runs: run directories; the contestant of the first is the one that the others are compared with.
+        anyway: compare runs even if their data, base or budget differs. Then the differences become notices, a run
+            that has not finished becomes a failed cell, and different rows are not tested.
+        command: as typed, for the record.
 
     Raises:
-        UsageError: fewer than two runs, or one given twice.
-        RunDirError: a folder that is no run or cannot be read, a run that has not finished, or runs that cannot be
-            compared fairly; all that is wrong is said at once.
+        UsageError: there are fewer than two runs, or one is given twice.
+        RunDirError: a folder is no run or cannot be read, a run has not finished, or the runs cannot be compared
+            fairly. One error says all that is wrong.
     """
     _check_given(runs)
     opened: list[FinishedRun] = []
@@ -59,7 +59,7 @@ def read_runs(runs: Sequence[str], *, anyway: bool = False) -> Comparison:
     finished = [run for run in opened if run.finished]
     if not finished:
         raise RunDirError(_refusal(differences, []))
-    return _compared(opened, finished, differences, anyway=anyway)
+    return _compared(opened, finished, differences, command)
 
 
 def _check_given(runs: Sequence[str]) -> None:
@@ -81,7 +81,7 @@ def _check_given(runs: Sequence[str]) -> None:
 
 
 def _refusal(wrong: Sequence[str], differences: Sequence[str]) -> str:
-    """What cannot be read, and what --anyway would pass over."""
+    """The text of an error: `wrong` cannot be passed over, `differences` can with --anyway."""
     lines = [*wrong, *differences]
     said = (
         lines[0]
@@ -95,8 +95,7 @@ def _compared(
     opened: Sequence[FinishedRun],
     finished: Sequence[FinishedRun],
     differences: Sequence[str],
-    *,
-    anyway: bool,
+    command: str,
 ) -> Comparison:
     twins = {run.given for run, _ in fairness.twins(opened)}
     groups: dict[str, list[FinishedRun]] = {}
@@ -113,11 +112,10 @@ def _compared(
     base = {name: found[BASE] for name, found in of_base.items() if BASE in found and same_base}
     if same_base and same_rows:
         base = {TEST: first.held_out(BASE), **base}
-    typed = ["ptp", "compare", *(run.given for run in opened), *(["--anyway"] if anyway else [])]
     return Comparison(
         name=_name(opened),
         kind="runs",
-        command=shlex.join(typed),
+        command=command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model={
             "name": model.name,
@@ -147,7 +145,7 @@ def _compared(
 
 
 def _contestant(label: str, group: Sequence[FinishedRun], common: Sequence[str]) -> Contestant:
-    """One contestant's runs, in the order of their seeds."""
+    """A contestant, whose cells are the group's runs in the order of their seeds."""
     recipe = group[0].recipe
     finished = [run for run in group if run.finished]
     about = finished[0].summary if finished else {}
@@ -190,7 +188,7 @@ def _cell(run: FinishedRun, common: Sequence[str]) -> Cell:
 
 
 def _cost(finished: Sequence[FinishedRun]) -> Cost | None:
-    """As logged; a run's first line of several has the warm-up in it."""
+    """The costs that the runs logged. Of several lines of a run the first is left out, as it includes the warm-up."""
     speeds: list[float] = []
     for run in finished:
         logged = [float(r["tokens_per_second"]) for r in run.metrics if "tokens_per_second" in r]
@@ -207,7 +205,7 @@ def _cost(finished: Sequence[FinishedRun]) -> Cost | None:
 
 
 def _in_common(finished: Sequence[FinishedRun]) -> tuple[list[str], list[str]]:
-    """The data sets on which `ptp eval` has judged every run, and a sentence about each that is left out."""
+    """The data sets on which `ptp eval` has judged every run, and a sentence about each other one."""
     names = sorted({name for run in finished for name in run.evaluated})
     common, left_out = [], []
     for name in names:
@@ -243,7 +241,7 @@ def _data(
 
 
 def _protocol(finished: Sequence[FinishedRun]) -> dict[str, Any]:
-    """What was held equal; None where it was not."""
+    """What all runs share; None where they differ."""
 
     def equal(values: Sequence[Any]) -> Any:
         return values[0] if all(value == values[0] for value in values) else None
@@ -259,7 +257,7 @@ def _protocol(finished: Sequence[FinishedRun]) -> dict[str, Any]:
 
 
 def _of_matching(finished: Sequence[FinishedRun]) -> list[str]:
-    """By which pattern answers were matched, and why some were not matched at all."""
+    """The pattern by which answers were matched, and why answers were not matched."""
     patterns = [run.recipe.evaluate.answer_pattern for run in finished]
     rules = [rule_sentence(pattern) for pattern in patterns if pattern]
     reasons = [str(why) for run in finished if (why := run.summary.get("why_no_exact_match"))]
@@ -267,7 +265,7 @@ def _of_matching(finished: Sequence[FinishedRun]) -> list[str]:
 
 
 def _of_other_machines(finished: Sequence[FinishedRun]) -> list[str]:
-    """What is fair to the quality, but not to the costs."""
+    """Differences that do not affect the quality, but may affect the costs."""
     found = []
     machines = {
         json.dumps([r.environment.get("gpus"), r.environment.get("cpu_count")]) for r in finished

@@ -1,7 +1,7 @@
-"""report.html: a comparison as one page that needs nothing else: no network, no other file, no script.
+"""report.html: a comparison as one page, which needs no network, no other file and no script.
 
-The page is template.html.jinja, filled with tables of text and with the pictures as data URIs. Jinja escapes
-everything that comes from the user: labels, paths, commands, reasons of failure.
+The page is template.html.jinja with tables of text, and with the pictures as data URIs. Jinja escapes everything that
+comes from the user: labels, paths, commands, reasons of failure.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ FILE = "report.html"
 
 
 def publish(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write all that a comparison is told by: results.json, table.md, the pictures and report.html.
+    """Write all files of a comparison: results.json, table.md, the pictures and report.html.
 
     Args:
+        comparison: what was found.
         folder: compare/<name>/; it is made.
 
+    Returns:
+        the files.
+
     Raises:
-        UsageError: the folder holds something else.
+        UsageError: the folder has files that no comparison has written.
     """
     with claimed(folder):
         mark(folder)
@@ -41,11 +45,11 @@ def write(comparison: Comparison, folder: Path) -> Path:
     """Write the report of a comparison.
 
     Args:
-        folder: compare/<name>/, with the pictures that `compare.pictures.draw` has drawn; what is not there is left
-            out.
+        comparison: what was found.
+        folder: compare/<name>/, with the pictures that `compare.pictures.draw` has drawn; missing ones are left out.
 
     Returns:
-        the file that was written, `folder`/report.html.
+        the file, `folder`/report.html.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
