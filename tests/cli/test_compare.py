@@ -35,7 +35,9 @@ def test_finished_runs_are_one_table_and_a_folder(ptp: Ptp, tmp_path: Path) -> N
     assert "75.0" in lines[3]
     written = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"results.json", "table.md", "quality.png", "report.html"} <= written
-    assert Comparison.read(tmp_path / "out/results.json").kind == "runs"
+    found = Comparison.read(tmp_path / "out/results.json")
+    assert found.kind == "runs"
+    assert found.command.startswith(f"ptp compare {runs[0]} {runs[1]} --out")
 
 
 def test_json_is_all_that_stands_on_stdout(ptp: Ptp, tmp_path: Path) -> None:
