@@ -1,7 +1,8 @@
 """Processes that compute cells side by side. If a cell takes its process down, the other cells go on.
 
-A worker has a GPU of its own, keeps one base for all of its cells, and ends with the command. This module imports no
-library, so that a worker can prepare itself before its work imports them.
+A worker has a GPU of its own, keeps one base for all of its cells, and ends with the command. Each worker is a pool of
+one process: a pool of several breaks as a whole when one of its processes dies. This module imports no library, so that
+a worker can prepare itself before its work imports them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -21,7 +23,10 @@ from prefixtune_cli.errors import Interrupted, Preempted
 
 SECONDS_TO_SAVE = 60  # for a worker to save its work when the command ends
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-ATTEMPTS = 2  # a pool that breaks does not say which of its cells broke it
+KILLED = (
+    "Its process was killed, as the kernel does where the machine's memory runs out. Try --workers 1, or a smaller "
+    "--batch-size."
+)
 
 Failure = str | None  # why a piece of work failed; None where it did not
 
@@ -43,22 +48,27 @@ class Workers:
         self.count = count
         self._gpus = gpus
         self._begin = begin
-        self._pool: ProcessPoolExecutor | None = None
+        self._pools: dict[int, ProcessPoolExecutor] = {}  # of one process each, by its number
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if self._pool is not None and error is None:
-            self._pool.shutdown()
-        elif self._pool is not None:
-            _stop(self._pool)
-        self._pool = None
+        children = multiprocessing.active_children() if error and self._pools else []
+        for child in children:
+            child.terminate()
+        for pool in self._pools.values():
+            pool.shutdown(wait=error is None)
+        deadline = time.monotonic() + SECONDS_TO_SAVE
+        for child in children:
+            child.join(max(0.1, deadline - time.monotonic()))
+            child.kill()
+        self._pools = {}
 
     def run(
         self, work: Callable[..., Failure], arguments: Sequence[tuple[Any, ...]], **here: Any
     ) -> Iterator[tuple[int, Failure]]:
-        """Do the work once for each of the arguments.
+        """Do the work once for each of the arguments. If it takes its process down, it is tried once more.
 
         Args:
             work: a function of a module.
@@ -75,77 +85,48 @@ class Workers:
             for i, given in enumerate(arguments):
                 yield i, work(*given, **here)
             return
-        left = dict(enumerate(arguments))
-        attempts = dict.fromkeys(left, 0)
-        while left:
-            yield from self._attempt(work, left, attempts)
+        left = deque(range(len(arguments)))
+        idle = list(range(self.count))
+        busy: dict[Future[Failure], tuple[int, int]] = {}  # → index of the arguments, process
+        killed: set[int] = set()
+        while left or busy:
+            while left and idle:
+                i, process = left.popleft(), idle.pop()
+                busy[self._submit(process, work, arguments[i])] = (i, process)
+            for future in wait(busy, return_when=FIRST_COMPLETED).done:
+                i, process = busy.pop(future)
+                idle.append(process)
+                try:
+                    yield i, future.result()
+                except BrokenProcessPool:
+                    del self._pools[process]
+                    if i in killed:
+                        yield i, KILLED
+                    else:
+                        killed.add(i)
+                        left.append(i)
 
-    def _attempt(
-        self,
-        work: Callable[..., Failure],
-        left: dict[int, tuple[Any, ...]],
-        attempts: dict[int, int],
-    ) -> Iterator[tuple[int, Failure]]:
-        """Do all that is left, or the work before the pool breaks.
-
-        Whatever ran in a pool that broke runs alone the next time, so that the culprit is known.
-        """
-        suspects = [i for i in left if attempts[i]]
-        todo = suspects[:1] or list(left)
-        futures: dict[Future[Failure], int] = {}
+    def _submit(
+        self, process: int, work: Callable[..., Failure], given: tuple[Any, ...]
+    ) -> Future[Failure]:
         try:
-            pool = self._started()
-            for i in todo:
-                futures[pool.submit(_unless_stopped, work, left[i])] = i
-            while futures:
-                for future in wait(futures, return_when=FIRST_COMPLETED).done:
-                    failure, i = future.result(), futures.pop(future)
-                    del left[i]
-                    yield i, failure
-        except BrokenProcessPool:
-            self._pool = None
-            running = [i for i in todo if i in left][: self.count]  # a pool begins work in order
-            for i in running:
-                attempts[i] += 1
-                if attempts[i] >= ATTEMPTS:
-                    del left[i]
-                    yield (
-                        i,
-                        "Its process was killed, as the kernel does where the machine's memory runs out. "
-                        "Try --workers 1, or a smaller --batch-size.",
-                    )
+            return self._pool(process).submit(work, *given)
+        except BrokenProcessPool:  # the process was killed while it was idle
+            del self._pools[process]
+            return self._pool(process).submit(work, *given)
 
-    def _started(self) -> ProcessPoolExecutor:
-        if self._pool is None:
-            context = multiprocessing.get_context("spawn")
-            gpus = context.Queue()
-            for gpu in self._gpus:
-                gpus.put(gpu)
+    def _pool(self, process: int) -> ProcessPoolExecutor:
+        if process not in self._pools:
             # torch reads it when it is imported, which is before a process calls anything of ours.
-            os.environ.setdefault(
-                "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.count))
-            )
-            self._pool = ProcessPoolExecutor(
-                self.count,
-                mp_context=context,
+            threads = max(1, (os.cpu_count() or 1) // self.count)
+            os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+            self._pools[process] = ProcessPoolExecutor(
+                1,
+                mp_context=multiprocessing.get_context("spawn"),
                 initializer=_start,
-                initargs=(os.getpid(), gpus if self._gpus else None, self._begin),
+                initargs=(os.getpid(), self._gpus[process] if self._gpus else None, self._begin),
             )
-        return self._pool
-
-
-def _stop(pool: ProcessPoolExecutor) -> None:
-    """Have the workers save their work and end; kill those that take too long."""
-    children = multiprocessing.active_children()
-    for child in children:
-        with contextlib.suppress(ProcessLookupError, TypeError):
-            os.kill(child.pid or 0, signal.SIGTERM)
-    pool.shutdown(wait=False, cancel_futures=True)
-    deadline = time.monotonic() + SECONDS_TO_SAVE
-    for child in children:
-        child.join(max(0.1, deadline - time.monotonic()))
-        if child.is_alive():
-            child.kill()
+        return self._pools[process]
 
 
 @contextlib.contextmanager
@@ -175,26 +156,11 @@ def told_to_stop() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-_signals: list[int] = []  # the signals that this worker has received
-
-
-def _unless_stopped(work: Callable[..., Failure], arguments: Sequence[Any]) -> Failure:
-    if _signals:
-        raise Preempted("")
-    try:
-        return work(*arguments)
-    except Interrupted:
-        _signals.append(signal.SIGTERM)  # the pool may have queued more work, which must not begin
-        raise
-
-
-def _start(parent: int, gpus: Any, begin: Callable[[], object] | None) -> None:
+def _start(parent: int, gpu: str | None, begin: Callable[[], object] | None) -> None:
     """A worker's first act."""
-    if gpus is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     os.setsid()  # Ctrl-C reaches the command's whole process group; the command passes on one signal
-    # Between two cells there is nothing to save, and a process that dies would break the whole pool.
-    signal.signal(signal.SIGTERM, lambda number, _: _signals.append(number))
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     if begin is not None:
         begin()
