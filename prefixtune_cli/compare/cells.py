@@ -6,13 +6,10 @@ The first two may run in another process, which keeps the base for its next cell
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prefixtune_cli.compare.comparison import FORGETTING, Result
-from prefixtune_cli.compare.finished_run import result_of
 from prefixtune_cli.compare.wording import reason
 from prefixtune_cli.compare.workers import Failure
 from prefixtune_cli.data.load import load_rows
@@ -31,27 +28,6 @@ from prefixtune_cli.train.checks import told_in_words
 from prefixtune_cli.train.stop import StopRequest
 
 BASES = SharedBase()  # this process's
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """What every finished run is judged on.
-
-    Attributes:
-        data: data set → file of rows.
-        text: what forgetting is measured on; None measures none.
-        window: tokens of a stretch of `text`.
-        rows: as many rows of each data set are scored.
-        cache: the folder of answers that were generated before.
-        base: whether the base is judged as well.
-    """
-
-    data: Mapping[str, Path]
-    text: str | None
-    window: int | None
-    rows: int
-    cache: Path
-    base: bool
 
 
 def train_cell(recipe: Recipe, *, reporter: Reporter | None = None) -> Failure:
@@ -86,31 +62,20 @@ def is_done(recipe: Recipe) -> bool:
     return run_dir.finished and _is_of(run_dir, recipe)
 
 
-def judge_cell(run: str, sheet: Sheet, *, reporter: Reporter | None = None) -> Failure:
-    """Have a finished run answer the test rows, and the base where the sheet says so.
-
-    The results are written to the run's eval/.
+def judge_cell(run: str, settings: Settings, *, reporter: Reporter | None = None) -> Failure:
+    """Have a finished run answer the test rows of the settings; the results are written to its eval/.
 
     Raises:
         Interrupted: a signal came.
     """
-    settings = Settings(
-        who=(point(run),),
-        base=sheet.base,
-        data=tuple(map(str, sheet.data.values())),
-        benches=(FORGETTING,) if sheet.text else (),
-        text=sheet.text,
-        window=sheet.window,
-        limit=sheet.rows,
-        cache=sheet.cache,
-    )
     run_dir = RunDir(run)
     stop = StopRequest(run_dir)
-    for bench in _benches(sheet).values():
-        run_dir.eval_result(bench).unlink(missing_ok=True)
+    for file in _results(run, settings).values():
+        file.unlink(missing_ok=True)
     try:
         with stop.listening(), told_in_words(run_dir, stop):
-            found = evaluate(settings, reporter or Silent(), bases=BASES)
+            of_run = replace(settings, who=(point(run),))
+            found = evaluate(of_run, reporter or Silent(), bases=BASES)
     except Interrupted:
         raise
     except Exception as error:
@@ -118,31 +83,20 @@ def judge_cell(run: str, sheet: Sheet, *, reporter: Reporter | None = None) -> F
     return "; ".join(f"{name}: {why}" for name, why in found.failures.items()) or None
 
 
-def _benches(sheet: Sheet) -> dict[str, str]:
-    """Data set → the name of its file in eval/."""
-    found = {name: f"data-{file.stem}" for name, file in sheet.data.items()}
-    return {**found, FORGETTING: FORGETTING} if sheet.text else found
-
-
-def results_of(run: str, sheet: Sheet, who: str) -> dict[str, Result]:
-    """What `judge_cell` has found of `who`, which is the adapter or the base, by data set."""
-    return {name: result_of(found["items"], who) for name, found in _judged(run, sheet).items()}
-
-
-def why_unmatched(run: str, sheet: Sheet) -> dict[str, str]:
-    """Data set → why no answer was matched there; data sets with matched answers are left out."""
-    judged = _judged(run, sheet).items()
-    return {name: why for name, found in judged if (why := found.get("why_no_exact_match"))}
-
-
-def _judged(run: str, sheet: Sheet) -> dict[str, Any]:
-    """The files that `judge_cell` has written, by data set."""
-    files = {name: RunDir(run).eval_result(bench) for name, bench in _benches(sheet).items()}
+def judged(run: str, settings: Settings) -> dict[str, Any]:
+    """Data set → what `judge_cell` has written of it."""
     return {
         name: json.loads(file.read_text(encoding="utf-8"))
-        for name, file in files.items()
+        for name, file in _results(run, settings).items()
         if file.exists()
     }
+
+
+def _results(run: str, settings: Settings) -> dict[str, Path]:
+    """Data set → its file in eval/; the files of rows are named by their data sets."""
+    stems = {Path(file).stem: f"data-{Path(file).stem}" for file in settings.data}
+    benches = {**stems, **{bench: bench for bench in settings.benches}}
+    return {name: RunDir(run).eval_result(bench) for name, bench in benches.items()}
 
 
 def _is_of(run_dir: RunDir, recipe: Recipe) -> bool:

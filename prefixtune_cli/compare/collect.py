@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from prefixtune_cli import model as models
-from prefixtune_cli.compare.cells import Sheet, results_of, why_unmatched
+from prefixtune_cli.compare.cells import judged
 from prefixtune_cli.compare.comparison import FORGETTING, OOD, TEST, Cell, Comparison, Contestant
 from prefixtune_cli.compare.contest import Entry, Settings
+from prefixtune_cli.compare.finished_run import ADAPTER, BASE, result_of
 from prefixtune_cli.compare.rows import VALIDATION, Rows
 from prefixtune_cli.compare.stages import Stages, summary
 from prefixtune_cli.compare.wording import data_name
 from prefixtune_cli.evaluate.matching import match_rule
+from prefixtune_cli.evaluate.settings import Settings as EvalSettings
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.environment import describe_environment
 
@@ -26,16 +27,17 @@ def collect(
     rows: Rows,
     folder: Path,
     stages: Stages,
-    sheet: Sheet,
+    judging: EvalSettings,
 ) -> Comparison:
-    """What the stages found, once all of them have ended."""
-    recipe, judged = contest[0].recipe, stages.judged_base
-    contestants = [_contestant(entry, stages, sheet) for entry in contest]
+    """What the stages found, once all of them have ended; the runs were judged by the settings `judging`."""
+    recipe = contest[0].recipe
+    contestants = [_contestant(entry, stages, judging) for entry in contest]
+    of_base = {} if stages.judged_base is None else judged(stages.judged_base, judging)
     notices = list(rows.notices)
     if pattern := recipe.evaluate.answer_pattern:
         notices.append(f"An answer is right where {match_rule(pattern)}.")
-    if judged is not None:
-        for name, why in why_unmatched(judged, sheet).items():
+    for name, found in of_base.items():
+        if why := found.get("why_no_exact_match"):
             notices.append(why if name == TEST else f"Of {data_name(name)}: {why}")
     cells = [cell for one in contestants for cell in one.cells]
     steps = {cell.steps for cell in cells if cell.steps is not None}
@@ -53,7 +55,7 @@ def collect(
             **recipe.model.model_dump(include={"name", "revision", "bits"}),
             "parameters": models.skeleton(recipe.model).num_parameters(),
         },
-        data=_data(rows, judged, sheet),
+        data=_data(rows, recipe.evaluate.max_rows, of_base.get(FORGETTING)),
         protocol={
             "seeds": [recipe.train.seed + i for i in range(settings.seeds)],
             "steps": min(steps) if len(steps) == 1 else None,
@@ -64,30 +66,28 @@ def collect(
             "few_shot": settings.few_shot,
         },
         environment=describe_environment({}, 1),
-        base={} if judged is None else results_of(judged, sheet, "base"),
+        base={name: result_of(found["items"], BASE) for name, found in of_base.items()},
         contestants=contestants,
         notices=notices,
     )
 
 
-def _data(rows: Rows, judged: str | None, sheet: Sheet) -> dict[str, dict[str, Any]]:
-    """The data sets, with `evaluated` where not all of their rows were, and the text of forgetting."""
+def _data(rows: Rows, most: int, forgetting: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The data sets, with `evaluated` where at most `most` of their rows were, and the text of forgetting."""
     about = {name: dict(found) for name, found in rows.about.items()}
     for name in (TEST, OOD):
-        if name in about and about[name]["rows"] > sheet.rows:
-            about[name]["evaluated"] = sheet.rows
-    if judged is not None and sheet.text is not None:
-        file = RunDir(judged).eval_result(FORGETTING)
-        if file.exists():
-            text = json.loads(file.read_text(encoding="utf-8"))["text"]
-            kept = {name: text[name] for name in ("source", "sha256")}
-            about[FORGETTING] = {"rows": text["evaluated"], **kept}
+        if name in about and about[name]["rows"] > most:
+            about[name]["evaluated"] = most
+    if forgetting is not None:
+        text = forgetting["text"]
+        kept = {name: text[name] for name in ("source", "sha256")}
+        about[FORGETTING] = {"rows": text["evaluated"], **kept}
     return about
 
 
-def _contestant(entry: Entry, stages: Stages, sheet: Sheet) -> Contestant:
+def _contestant(entry: Entry, stages: Stages, judging: EvalSettings) -> Contestant:
     cells = [
-        _cell(seed, run, stages.failures.get(run), sheet) for seed, run in stages.chosen(entry)
+        _cell(seed, run, stages.failures.get(run), judging) for seed, run in stages.chosen(entry)
     ]
     whole = next((summary(cell.run) for cell in cells if cell.failure is None), {})
     return Contestant(
@@ -102,15 +102,16 @@ def _contestant(entry: Entry, stages: Stages, sheet: Sheet) -> Contestant:
     )
 
 
-def _cell(seed: int, run: str, failure: str | None, sheet: Sheet) -> Cell:
+def _cell(seed: int, run: str, failure: str | None, judging: EvalSettings) -> Cell:
     run_dir = RunDir(run)
     if not run_dir.finished:
         return Cell(seed, run, failure=failure)
+    items = {name: found["items"] for name, found in judged(run, judging).items()}
     return Cell(
         seed=seed,
         run=run,
         steps=summary(run)["steps"],
         failure=failure,
-        results=results_of(run, sheet, "adapter"),
+        results={name: result_of(rows, ADAPTER) for name, rows in items.items()},
         losses=[(row["step"], row["loss"]) for row in run_dir.read_metrics() if "loss" in row],
     )

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from prefixtune_cli import model as models
-from prefixtune_cli.compare.cells import BASES, Sheet
+from prefixtune_cli.compare.cells import BASES
 from prefixtune_cli.compare.collect import collect
-from prefixtune_cli.compare.comparison import BASE, OOD, TEST, Comparison
+from prefixtune_cli.compare.comparison import BASE, FORGETTING, Comparison
 from prefixtune_cli.compare.contest import Entry, Settings, entries
 from prefixtune_cli.compare.costs import (
     costs_of,
@@ -30,6 +30,7 @@ from prefixtune_cli.errors import Interrupted, PtpError
 from prefixtune_cli.evaluate.answer_cache import check_room
 from prefixtune_cli.evaluate.evaluations import WINDOW
 from prefixtune_cli.evaluate.forgetting import prepare as prepare_text
+from prefixtune_cli.evaluate.settings import Settings as EvalSettings
 from prefixtune_cli.parallel.devices import device, processes_here, show_only, slow_precision
 from prefixtune_cli.parallel.processes import check_environment
 from prefixtune_cli.progress import Reporter, Silent
@@ -89,15 +90,16 @@ def _compared(
     rows = draw_rows(
         recipe, folder, seeds, few_shot=settings.few_shot, ood=settings.ood, reporter=reporter
     )
-    sheet = Sheet(
-        data={TEST: rows.test} if rows.ood is None else {TEST: rows.test, OOD: rows.ood},
+    judging = EvalSettings(
+        who=(),
+        data=tuple(str(file) for file in (rows.test, rows.ood) if file is not None),
+        benches=(FORGETTING,) if settings.text else (),
         text=settings.text,
         window=window,
-        rows=recipe.evaluate.max_rows,
+        limit=recipe.evaluate.max_rows,
         cache=folder / "answers",
-        base=False,
     )
-    check_room(sheet.cache, 0)
+    check_room(folder / "answers", 0)
     if (slow := slow_precision(recipe.model.bits, recipe.model.device)) is not None:
         reporter.notice(slow)
     count, gpus = _processes(settings, recipe)
@@ -105,8 +107,8 @@ def _compared(
         stages = Stages(contest, seeds, rows, folder, workers, reporter)
         stages.sweep(settings.sweep)
         stages.repeat()
-        stages.judge(sheet)
-    found = collect(settings, contest, rows, folder, stages, sheet)
+        stages.judge(judging)
+    found = collect(settings, contest, rows, folder, stages, judging)
     write_json(folder / RESULTS, found.to_json())
     if settings.speed:
         found = _with_costs(found, contest, settings, reporter)

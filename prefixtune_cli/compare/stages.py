@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prefixtune_cli.compare.cells import Sheet, is_done, judge_cell, train_cell
+from prefixtune_cli.compare.cells import is_done, judge_cell, train_cell
 from prefixtune_cli.compare.comparison import Point
 from prefixtune_cli.compare.contest import Entry, learning_rates
 from prefixtune_cli.compare.rows import Rows
 from prefixtune_cli.compare.wording import edge_of_sweep
 from prefixtune_cli.compare.workers import Failure, Workers
+from prefixtune_cli.evaluate.settings import Settings as EvalSettings
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.run_dir import RunDir
 
@@ -74,15 +75,15 @@ class Stages:
         cells = [(e, seed, self.rates[e.label]) for e in self._contest for seed in others]
         self._train("seeds", cells)
 
-    def judge(self, sheet: Sheet) -> None:
-        """Have the chosen runs answer the test rows, and the base beside the first of them."""
+    def judge(self, settings: EvalSettings) -> None:
+        """Have the chosen runs answer the test rows of the settings, and the base beside the first of them."""
         named = {
             run: f"{entry.label}, seed {seed}"
             for entry in self._contest
             for seed, run in self.chosen(entry)
             if run not in self.failures
         }
-        arguments = [(run, replace(sheet, base=i == 0)) for i, run in enumerate(named)]
+        arguments = [(run, replace(settings, base=i == 0)) for i, run in enumerate(named)]
         self._do("test", judge_cell, arguments, named)
         self.judged_base = next(iter(named), None)
 
