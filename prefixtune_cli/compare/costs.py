@@ -19,13 +19,14 @@ from prefixtune_cli.compare.comparison import Comparison, Contestant, Group
 from prefixtune_cli.compare.contest import Entry, Settings, entries, spelled
 from prefixtune_cli.compare.folder import claimed
 from prefixtune_cli.compare.grids import OF_A_COST
-from prefixtune_cli.compare.metrics import COSTS, Cost
+from prefixtune_cli.compare.metrics import Cost
 from prefixtune_cli.compare.speed import (
     BASE,
     Shape,
     Speeds,
     config_of,
     measure,
+    most_virtual_tokens,
     random_base,
 )
 from prefixtune_cli.compare.wording import reason
@@ -36,7 +37,11 @@ from prefixtune_cli.recipe.schema import ModelSection, Recipe
 from prefixtune_cli.train.environment import describe_environment
 
 ROUNDS = 5
-LONG_PROMPT = 2048
+LONG_PROMPT = 2048  # tokens
+# What results.json keeps of a shape.
+PROTOCOL = (
+    "rounds", "batch_size", "length", "prompt_tokens", "prompts", "adapters", "new_tokens"
+)  # fmt: skip
 Groups = Mapping[str, Sequence[Entry]]  # label of the group's base → its contestants
 
 
@@ -85,7 +90,7 @@ def compare_costs(settings: Settings, reporter: Reporter | None = None) -> tuple
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=_model([recipe.model for recipe in recipes.values()], sizes),
         data={},
-        protocol=_alike([_protocol(shape) for shape in shapes.values()]),
+        protocol=_alike([{key: vars(shape)[key] for key in PROTOCOL} for shape in shapes.values()]),
         environment=describe_environment({}, 1),
         base={},
         contestants=contestants,
@@ -144,17 +149,11 @@ def costs_of(
     return measure(contest[0].recipe.model, adapters, shape, base=base, reporter=reporter)
 
 
-def most_virtual_tokens(contest: Sequence[Entry]) -> int:
-    """The most tokens that a contestant puts before a row."""
-    configs = [models.peft_config(entry.recipe.adapter) for entry in contest]
-    return max(int(getattr(config, "num_virtual_tokens", None) or 0) for config in configs)
-
-
 def room_of(configs: Sequence[PreTrainedConfig], contest: Sequence[Entry]) -> int:
     """The longest row, in tokens, that every base has positions for beside the contestants' virtual tokens."""
     texts = [config.get_text_config(decoder=True) for config in configs]
     positions = [getattr(text, "max_position_embeddings", None) or LONG_PROMPT for text in texts]
-    return min(positions) - most_virtual_tokens(contest)
+    return min(positions) - most_virtual_tokens(entry.recipe.adapter for entry in contest)
 
 
 def shape_of(recipe: Recipe, settings: Settings, room: int) -> Shape:
@@ -183,53 +182,25 @@ def with_costs(found: Comparison, groups: Groups, speeds: Mapping[str, Speeds | 
         groups: all contestants.
         speeds: label of the group's base → its speeds, or why the whole group could not be measured.
     """
-    costs: dict[str, Cost] = {}
-    unmeasured: dict[str, str] = {}
+    each: dict[str, Cost | str] = {}
     measured: list[Group] = []
     for label, group in groups.items():
-        each = speeds[label]
-        base = None
-        if isinstance(each, str):
-            unmeasured[label] = each
+        found_here = speeds[label]
+        if isinstance(found_here, str):
+            each[label], base = found_here, None
         else:
-            lora = next((entry.label for entry in group if entry.method == "lora"), None)
-            base = _over(each.base, BASE, lora, each)
-            for name, cost in each.contestants.items():
-                if isinstance(cost, str):
-                    unmeasured[name] = cost
-                else:
-                    costs[name] = _over(cost, name, lora, each)
+            each |= found_here.contestants
+            base = found_here.base
         measured.append(Group(label, base, [entry.label for entry in group]))
+    costs = {label: cost for label, cost in each.items() if isinstance(cost, Cost)}
     alone = len(measured) == 1
     return replace(
         found,
         contestants=[replace(one, cost=costs.get(one.label)) for one in found.contestants],
         base_cost=measured[0].base_cost if alone else None,
-        unmeasured=unmeasured,
+        unmeasured={label: why for label, why in each.items() if isinstance(why, str)},
         groups=() if alone else measured,
     )
-
-
-def _over(cost: Cost, label: str, lora: str | None, speeds: Speeds) -> Cost:
-    """The cost with its ratios to LoRA's, which are taken round by round; without LoRA it has none."""
-    if lora is None:
-        return cost
-    over_lora: dict[str, Any] = {
-        m.over_lora: speeds.ratio(label, lora, m) for m in COSTS if m.ratio
-    }
-    return replace(cost, **over_lora)
-
-
-def _protocol(shape: Shape) -> dict[str, object]:
-    return {
-        "rounds": shape.rounds,
-        "batch_size": shape.batch_size,
-        "length": shape.length,
-        "prompt_tokens": shape.prompt_tokens,
-        "prompts": shape.prompts,
-        "adapters": shape.adapters,
-        "new_tokens": shape.new_tokens,
-    }
 
 
 def _model(sections: Sequence[ModelSection], sizes: Mapping[ModelSection, int]) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from prefixtune_cli.compare.comparison import BASE, FORGETTING, Comparison
 from prefixtune_cli.compare.contest import Entry, Settings, entries
 from prefixtune_cli.compare.costs import (
     costs_of,
-    most_virtual_tokens,
     room_of,
     shape_of,
     with_costs,
 )
 from prefixtune_cli.compare.folder import RESULTS, claimed
 from prefixtune_cli.compare.rows import draw_rows
+from prefixtune_cli.compare.speed import most_virtual_tokens
 from prefixtune_cli.compare.stages import Stages
 from prefixtune_cli.compare.workers import Workers, told_to_stop
 from prefixtune_cli.errors import Interrupted, PtpError
@@ -122,7 +122,9 @@ def _window(contest: Sequence[Entry], text: str) -> int:
     tokenizer = load_tokenizer(recipe.model)
     config = load_config(recipe.model).get_text_config()
     most = getattr(config, "max_position_embeddings", None) or WINDOW
-    room = min(most, int(tokenizer.model_max_length)) - most_virtual_tokens(contest)
+    room = min(most, int(tokenizer.model_max_length)) - most_virtual_tokens(
+        entry.recipe.adapter for entry in contest
+    )
     window = min(WINDOW, room)
     prepare_text(text, tokenizer, window, recipe.evaluate.max_rows)
     return window

@@ -17,7 +17,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from prefixtune_cli.compare.metrics import DECODE, FIRST_TOKEN, PEAK_MEMORY, TRAINING
+from prefixtune_cli.compare.metrics import (
+    DECODE,
+    FIRST_TOKEN,
+    PEAK_MEMORY,
+    TRAINING,
+    Cost,
+    Measured,
+)
 from prefixtune_cli.compare.speed import (
     BASE,
     Shape,
@@ -109,16 +116,15 @@ def test_ratios_are_taken_round_by_round(speeds: Speeds) -> None:
     slower = [a / b for a, b in zip(lora[FIRST_TOKEN], base[FIRST_TOKEN], strict=True)]
     assert cost.first_token_ratio is not None
     assert cost.first_token_ratio.high == pytest.approx(1 / min(slower))
-    assert speeds.ratio("lora", BASE, FIRST_TOKEN) == cost.first_token_ratio
     assert speeds.base.training_ratio is None
 
 
-def test_any_two_can_be_compared(speeds: Speeds) -> None:
-    ours = speeds.ratio("prefix-tuning-plus", "lora", DECODE)
-    theirs = speeds.ratio("lora", "prefix-tuning-plus", DECODE)
-    assert ours is not None and theirs is not None
-    assert ours.low == pytest.approx(1 / theirs.high)
-    assert speeds.ratio("lora", "nobody", DECODE) is None
+def test_ratios_to_lora_are_taken_round_by_round(speeds: Speeds) -> None:
+    lora, base = speeds.contestants["lora"], speeds.base
+    assert isinstance(lora, Cost)
+    assert lora.decode_over_lora == Measured(1.0, 1.0, 1.0)
+    assert lora.decode_ratio is not None and base.decode_over_lora is not None
+    assert base.decode_over_lora.low == pytest.approx(1 / lora.decode_ratio.high)
 
 
 def test_the_rounds_interleave_and_the_order_rotates(speeds: Speeds) -> None:
@@ -425,7 +431,7 @@ def test_an_unknown_optimizer_is_named(base: PreTrainedModel) -> None:
 
 def test_a_4_bit_base_needs_no_checkpoint_and_full_is_marked(random_base: Path) -> None:
     section = ModelSection(name=str(random_base), bits=4, device="cpu")
-    shape = replace(SHAPE, rounds=1, cast_adapters=True)
+    shape = replace(SHAPE, rounds=1)
     found = measure(section, METHODS, shape, base=build_random_base(section), reporter=Silent())
     failed = {label: told for label, told in found.contestants.items() if isinstance(told, str)}
     assert failed == {"full": "Quantized weights have no gradient: method full cannot train them."}

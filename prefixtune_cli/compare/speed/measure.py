@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,15 +49,6 @@ class Speeds:
     order: Sequence[Sequence[str]]
     parameters: Mapping[str, int]
     adapter_bytes: Mapping[str, int]
-
-    def ratio(self, label: str, other: str, metric: Metric) -> Measured | None:
-        """How many times as fast `label` is as `other`, by the rounds; None where one of them failed.
-
-        Args:
-            label, other: contestants, or BASE.
-            metric: it has a `ratio`.
-        """
-        return _ratio(metric, self.rounds.get(label, {}), self.rounds.get(other, {}))
 
 
 def measure(
@@ -122,7 +113,8 @@ def measure(
     reporter.progress("measuring", total, total, {})
     counted = {label: them[1:] for label, them in figures.items() if label not in failures}
     rounds = {label: _rounds(them) for label, them in counted.items()}
-    costs = {label: _cost(label, rounds, shape) for label in rounds}
+    lora = next((label for label, adapter in contestants if adapter.method == "lora"), None)
+    costs = {label: _cost(label, lora, rounds, shape) for label in rounds}
     return Speeds(
         costs[BASE],
         {label: costs.get(label) or failures[label] for label, _ in contestants},
@@ -161,7 +153,7 @@ def _check_positions(
     base: PreTrainedModel, contestants: Sequence[tuple[str, AdapterSection]], shape: Shape
 ) -> None:
     most = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    virtual = max((_virtual_tokens(adapter) for _, adapter in contestants), default=0)
+    virtual = most_virtual_tokens(adapter for _, adapter in contestants)
     longest = max(shape.length, shape.prompt_tokens + shape.new_tokens) + virtual
     if isinstance(most, int) and longest > most:
         raise UsageError(
@@ -171,10 +163,10 @@ def _check_positions(
         )
 
 
-def _virtual_tokens(adapter: AdapterSection) -> int:
-    with contextlib.suppress(PtpError):  # its turn raises the same error
-        return int(getattr(models.peft_config(adapter), "num_virtual_tokens", None) or 0)
-    return 0
+def most_virtual_tokens(adapters: Iterable[AdapterSection]) -> int:
+    """The most tokens that one of the adapters puts before a row."""
+    configs = [models.peft_config(adapter) for adapter in adapters]
+    return max((getattr(one, "num_virtual_tokens", None) or 0 for one in configs), default=0)
 
 
 def _why_not(error: Exception, shape: Shape) -> str:
@@ -198,11 +190,17 @@ def _rounds(turns: Sequence[Figures]) -> dict[Metric, list[float]]:
     }
 
 
-def _cost(label: str, rounds: Mapping[str, Mapping[Metric, list[float]]], shape: Shape) -> Cost:
-    ours, base = rounds[label], rounds[BASE]
+def _cost(
+    label: str, lora: str | None, rounds: Mapping[str, Mapping[Metric, list[float]]], shape: Shape
+) -> Cost:
+    """The costs, with their ratios to the base's and to those of the first LoRA."""
+    ours = rounds[label]
     figures: dict[str, Any] = {m.key: _over_rounds(m, ours[m]) for m in COSTS}
-    if label != BASE:
-        figures |= {m.over_base: _ratio(m, ours, base) for m in COSTS if m.ratio}
+    for metric in (m for m in COSTS if m.ratio):
+        if label != BASE:
+            figures[metric.over_base] = _ratio(metric, ours, rounds[BASE])
+        if lora is not None:
+            figures[metric.over_lora] = _ratio(metric, ours, rounds.get(lora, {}))
     return Cost(
         **figures,
         prompt_tokens=shape.prompt_tokens,
@@ -225,6 +223,7 @@ def _over_rounds(metric: Metric, values: Sequence[float]) -> Measured | float | 
 def _ratio(
     metric: Metric, ours: Mapping[Metric, list[float]], theirs: Mapping[Metric, list[float]]
 ) -> Measured | None:
+    """How many times as fast one is as the other, by the rounds; None where one of them failed."""
     mine, others = ours.get(metric), theirs.get(metric)
     if not mine or not others:
         return None

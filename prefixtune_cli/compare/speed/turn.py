@@ -49,7 +49,6 @@ class Shape:
         gradient_checkpointing: recompute activations in the backward pass.
         optimizer: a name that transformers' TrainingArguments takes.
         seconds: a step, a prompt or an answer is repeated until it has taken this long; the mean is one measurement.
-        cast_adapters: answer with adapters in the base's precision, as servers do, instead of in float32.
     """
 
     rounds: int = 5
@@ -62,7 +61,6 @@ class Shape:
     gradient_checkpointing: bool = False
     optimizer: str = TrainSection().optimizer
     seconds: float = 0.3
-    cast_adapters: bool = False
 
 
 Figures = Mapping[Metric, float | None]  # of one turn; None where it cannot be measured
@@ -74,8 +72,8 @@ def take_turn(
     """Measure one contestant once. Afterwards the base is as it was, even if this fails.
 
     Small random numbers are added to an adapter, so that it has an effect. It is in float32, as in training and in `ptp
-    generate`, unless the shape says otherwise. `full` is trained in float32 and answers in the base's own precision, in
-    which its weights would be loaded.
+    generate`. `full` is trained in float32 and answers in the base's own precision, in which its weights would be
+    loaded.
 
     Args:
         base: frozen, in evaluation mode.
@@ -104,9 +102,6 @@ def take_turn(
             fold_basis(model)
         size = 4 * sum(p.numel() for p in trained) if full else _adapter_bytes(model)
         model.requires_grad_(False)
-        if shape.cast_adapters and not full:
-            for parameter in trained:
-                parameter.data = parameter.data.to(base.dtype)
         first_token_seconds, decode_seconds, cached = _answer(model, base, shape)
         return {
             TRAINING: shape.batch_size * shape.length / step_seconds,
