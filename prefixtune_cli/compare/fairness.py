@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +83,12 @@ def differences(runs: Sequence[FinishedRun]) -> list[str]:
         for run, other in twins(runs)
     ]
     finished = [run for run in runs if run.finished]
-    for what, key, shown in (*ASPECTS, *_of_reading(finished), *_of_answers(finished)):
-        groups: dict[Hashable, list[FinishedRun]] = {}
-        for run in finished:
-            groups.setdefault(key(run), []).append(run)
+    for what, of_runs in _aspects(finished):
+        groups: dict[Hashable, tuple[str, list[str]]] = {}
+        for run, (key, shown) in zip(finished, of_runs, strict=True):
+            groups.setdefault(key, (shown, []))[1].append(run.given)
         if len(groups) > 1:
-            each = [
-                f"{shown(g[0])} in {', '.join(run.given for run in g)}" for g in groups.values()
-            ]
+            each = [f"{shown} in {', '.join(given)}" for shown, given in groups.values()]
             found.append(f"The runs have different {what}: {'; '.join(each)}.")
     return found
 
@@ -110,31 +108,38 @@ def base(run: FinishedRun) -> Hashable:
     return base_key(model), model.bits
 
 
+def _aspects(runs: Sequence[FinishedRun]) -> Iterator[tuple[str, list[tuple[Hashable, str]]]]:
+    """What has to be the same: its name, and for each run a key and how a sentence shows it."""
+    yield "bases", [(base(run), _shown_base(run)) for run in runs]
+    trained_on = [run.fingerprints["train"] for run in runs]
+    yield "training data", [(data["sha256"], _shown_data(data)) for data in trained_on]
+    budgets = [(run.summary["steps"], run.batch) for run in runs]
+    yield "budgets", [(budget, "{} steps of {} examples".format(*budget)) for budget in budgets]
+    yield "held-out rows", [(held_out_rows(run), _shown_held_out_rows(run)) for run in runs]
+    yield "ways to read their data", [(shown, shown) for shown in _shown_reading(runs)]
+    if len({held_out_rows(run) for run in runs}) == 1:
+        yield "answers to match", [(_references(run), _shown_answers(run)) for run in runs]
+
+
 def _shown_base(run: FinishedRun) -> str:
     model = run.recipe.model
     revision = f" at {model.revision}" if model.revision else ""
     return f"{model.name}{revision} with {model.bits} bits"
 
 
-def _shown_data(run: FinishedRun) -> str:
-    train = run.fingerprints["train"]
-    return f"{train['source']} (sha256 {train['sha256'][:8]}…)"
+def _shown_data(data: Mapping[str, Any]) -> str:
+    return f"{data['source']} (sha256 {data['sha256'][:8]}…)"
 
 
-def _of_reading(runs: Sequence[FinishedRun]) -> Iterator[Aspect]:
-    """How the data was read: the settings in which the runs differ."""
-    found = {run.given: _reading(run) for run in runs}
+def _shown_reading(runs: Sequence[FinishedRun]) -> list[str]:
+    """How each run read its data: the settings in which the runs differ."""
+    found = [_reading(run) for run in runs]
     apart = sorted(
         key
-        for key in {key for settings in found.values() for key in settings}
-        if len({json.dumps(settings.get(key)) for settings in found.values()}) > 1
+        for key in {key for settings in found for key in settings}
+        if len({json.dumps(settings.get(key)) for settings in found}) > 1
     )
-
-    def shown(run: FinishedRun) -> str:
-        own = found[run.given]
-        return ", ".join(spelled(f"data.{key}", own.get(key)) for key in apart)
-
-    yield "ways to read their data", shown, shown
+    return [", ".join(spelled(f"data.{key}", own.get(key)) for key in apart) for own in found]
 
 
 def _reading(run: FinishedRun) -> dict[str, Any]:
@@ -152,6 +157,13 @@ def held_out_rows(run: FinishedRun) -> Hashable:
     return held_out["sha256"] if held_out else None, split, run.summary["held_out_rows"]
 
 
+def _shown_held_out_rows(run: FinishedRun) -> str:
+    rows = run.summary["held_out_rows"]
+    if held_out := run.fingerprints.get("eval"):
+        return f"{rows} of {_shown_data(held_out)}"
+    return f"{rows} that were split off by seed {run.seed} (give runs the same --eval-data)"
+
+
 def same_held_out_rows(runs: Sequence[FinishedRun]) -> bool:
     """Whether all runs were judged on the same rows, and those that matched answers on the same answers."""
     known = {_references(run) for run in runs if run.answers}
@@ -162,35 +174,9 @@ def _references(run: FinishedRun) -> tuple[str, ...]:
     return tuple(row["answer"] for row in run.answers)
 
 
-def _of_answers(runs: Sequence[FinishedRun]) -> Iterator[Aspect]:
-    """The answers that were to be matched, where the held-out rows are the same."""
-    if len({held_out_rows(run) for run in runs}) == 1:
-        yield "answers to match", _references, _shown_answers
-
-
 def _shown_answers(run: FinishedRun) -> str:
     most = f"with evaluate.max_new_tokens {run.recipe.evaluate.max_new_tokens}"
     if not run.answers:
         return f"none {most}"
     digest = hashlib.sha256(json.dumps(_references(run)).encode()).hexdigest()
     return f"{len(run.answers)} {most} (sha256 {digest[:8]}…)"
-
-
-def _shown_held_out_rows(run: FinishedRun) -> str:
-    rows = run.summary["held_out_rows"]
-    if held_out := run.fingerprints.get("eval"):
-        return f"{rows} of {held_out['source']} (sha256 {held_out['sha256'][:8]}…)"
-    return f"{rows} that were split off by seed {run.seed} (give runs the same --eval-data)"
-
-
-Aspect = tuple[str, Callable[[FinishedRun], Hashable], Callable[[FinishedRun], str]]
-ASPECTS: Sequence[Aspect] = (
-    ("bases", base, _shown_base),
-    ("training data", lambda run: run.fingerprints["train"]["sha256"], _shown_data),
-    (
-        "budgets",
-        lambda run: (run.summary["steps"], run.batch),
-        lambda run: f"{run.summary['steps']} steps of {run.batch} examples",
-    ),
-    ("held-out rows", held_out_rows, _shown_held_out_rows),
-)

@@ -5,20 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from prefixtune_cli.compare import wording
 from prefixtune_cli.compare.comparison import Comparison
 from prefixtune_cli.compare.metrics import COSTS, EXACT_MATCH, FORGOTTEN, KV_CACHE
-from prefixtune_cli.compare.standing import LEVEL, Standings, standings
-from prefixtune_cli.compare.wording import (
-    BEST,
-    INTERVAL,
-    LARGER,
-    MORE_THAN_NOISE,
-    data_name,
-    edge_of_sweep,
-    limit,
-    listed,
-    untested,
-)
+from prefixtune_cli.compare.standing import Standings, standings
 
 
 def legend(comparison: Comparison, *, bold: bool = False) -> list[str]:
@@ -31,7 +21,7 @@ def legend(comparison: Comparison, *, bold: bool = False) -> list[str]:
     every = standings(comparison)
     return [
         *_failures(comparison),
-        *_figures(every, "bold" if bold else BEST),
+        *_figures(every, "bold" if bold else wording.BEST),
         *_tests(comparison, every),
         *_losses(every),
         *_costs(comparison),
@@ -67,7 +57,7 @@ def _tests(comparison: Comparison, every: list[Standings]) -> Iterator[str]:
     alike: dict[str, list[str]] = {}
     for found in every:
         if any(s.difference for s in found.each):
-            alike.setdefault(_how(found), []).append(data_name(found.data))
+            alike.setdefault(wording.how_tested(found), []).append(wording.data_name(found.data))
     for how, names in alike.items():
         on = f" on {', '.join(names)}" if len(alike) > 1 else ""
         yield f"Differences from {comparison.contestants[0].label}{on} {how}"
@@ -79,24 +69,9 @@ def _tests(comparison: Comparison, every: list[Standings]) -> Iterator[str]:
         )
 
 
-def _how(found: Standings) -> str:
-    if said := untested(found):
-        return said
-    if found.seeds_tested and found.rows_tested:
-        pairs = "seed and row, both taken as random (crossed effects, Satterthwaite's degrees of freedom)"
-    else:
-        pairs = "row" if found.rows_tested else "seed"
-    rule = (
-        f"are paired by {pairs}, with {INTERVAL}s; {LARGER}: {MORE_THAN_NOISE}, p < {LEVEL} by the t test after "
-        "Holm's adjustment for the number of differences."
-    )
-    left_open = limit(found)
-    return f"{rule} {left_open[0].upper()}{left_open[1:]}" if left_open else rule
-
-
 def _losses(every: list[Standings]) -> Iterator[str]:
     for found in every:
-        where = data_name(found.data)
+        where = wording.data_name(found.data)
         if found.metric is FORGOTTEN and found.base is not None:
             base = found.metric.figure(found.base)
             yield (
@@ -125,7 +100,7 @@ def _costs(comparison: Comparison) -> Iterator[str]:
         alone = prompts == 1
         names = [m.answering for m in COSTS if m.answering and (alone or m is not KV_CACHE)]
         many = "one sequence" if alone else f"{prompts} sequences at once, each"
-        yield f"{listed(names)}: {many} with a prompt of {length:,} tokens."
+        yield f"{wording.listed(names)}: {many} with a prompt of {length:,} tokens."
     if (adapters := max((cost.adapters for cost in costs), default=1)) > 1:
         yield f"Of each method {adapters} adapters are active at once, and trained together."
     if comparison.kind == "speed" and any(cost.training_ratio for cost in costs):
@@ -178,5 +153,7 @@ def _sweeps(comparison: Comparison) -> Iterator[str]:
         for point in contestant.sweep:
             if point.failure is not None:
                 yield f"{contestant.label} failed at learning rate {point.learning_rate:g}: {point.failure}"
-        if said := edge_of_sweep(contestant.label, contestant.sweep, contestant.learning_rate):
+        if said := wording.edge_of_sweep(
+            contestant.label, contestant.sweep, contestant.learning_rate
+        ):
             yield said

@@ -69,25 +69,22 @@ def _check_given(runs: Sequence[str]) -> None:
             f"A comparison takes at least two runs, and {given} was given. "
             "Type: ptp compare runs/NAME runs/OTHER"
         )
-    found = [run_of(Path(run).expanduser()) for run in runs]
-    folders = [
-        (run.path if run else Path(given)).resolve() for run, given in zip(found, runs, strict=True)
-    ]
-    twice = sorted(
-        {run for run, folder in zip(runs, folders, strict=True) if folders.count(folder) > 1}
-    )
+    given_as: dict[Path, list[str]] = {}
+    for run in runs:
+        found = run_of(Path(run).expanduser())
+        folder = (found.path if found else Path(run)).resolve()
+        given_as.setdefault(folder, []).append(run)
+    twice = {run for given in given_as.values() if len(given) > 1 for run in given}
     if twice:
-        raise UsageError(f"A run is given twice: {', '.join(twice)}. Give each once.")
+        raise UsageError(f"A run is given twice: {', '.join(sorted(twice))}. Give each once.")
 
 
 def _refusal(wrong: Sequence[str], differences: Sequence[str]) -> str:
     """The text of an error: `wrong` cannot be passed over, `differences` can with --anyway."""
     lines = [*wrong, *differences]
-    said = (
-        lines[0]
-        if len(lines) == 1
-        else "\n".join(["These runs cannot be compared:", *(f"  - {line}" for line in lines)])
-    )
+    if len(lines) > 1:
+        lines = ["These runs cannot be compared:", *(f"  - {line}" for line in lines)]
+    said = "\n".join(lines)
     return said if wrong else f"{said}\nTo compare them all the same, type --anyway."
 
 
@@ -107,7 +104,6 @@ def _compared(
     same_base = len({fairness.base(run) for run in finished}) == 1
     same_rows = fairness.same_held_out_rows(finished)
     first = finished[0]
-    model = first.recipe.model
     of_base = {name: first.evaluated[name].results for name in common}
     base = {name: found[BASE] for name, found in of_base.items() if BASE in found and same_base}
     if same_base and same_rows:
@@ -118,9 +114,7 @@ def _compared(
         command=command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model={
-            "name": model.name,
-            "revision": model.revision,
-            "bits": model.bits,
+            **first.recipe.model.model_dump(include={"name", "revision", "bits"}),
             "parameters": _parameters_of_the_base(first),
         },
         data=_data(first, common, same_rows=same_rows),
@@ -191,14 +185,10 @@ def _cost(finished: Sequence[FinishedRun]) -> Cost | None:
     """The costs that the runs logged. Of several lines of a run the first is left out, as it includes the warm-up."""
     speeds: list[float] = []
     for run in finished:
-        logged = [float(r["tokens_per_second"]) for r in run.metrics if "tokens_per_second" in r]
-        speeds += logged[1:] or logged
-    peaks = [
-        float(r["peak_memory_gib"])
-        for run in finished
-        for r in run.metrics
-        if "peak_memory_gib" in r
-    ]
+        of_run = [float(r["tokens_per_second"]) for r in run.metrics if "tokens_per_second" in r]
+        speeds += of_run[1:] or of_run
+    logged = [row for run in finished for row in run.metrics]
+    peaks = [float(row["peak_memory_gib"]) for row in logged if "peak_memory_gib" in row]
     if not speeds and not peaks:
         return None
     return Cost(Measured.of(speeds) if speeds else None, peak_memory_gib=max(peaks, default=None))

@@ -65,16 +65,29 @@ def untested(found: Standings) -> str | None:
     return None if found.untested is None else f"are not tested: {found.untested}."
 
 
+def how_tested(found: Standings) -> str:
+    """What follows `Differences`: how they were tested, what the mark means, and what the tests do not cover."""
+    if said := untested(found):
+        return said
+    if found.seeds_tested and found.rows_tested:
+        pairs = "seed and row, both taken as random (crossed effects, Satterthwaite's degrees of freedom)"
+    else:
+        pairs = "row" if found.rows_tested else "seed"
+    rule = (
+        f"are paired by {pairs}, with {INTERVAL}s; {LARGER}: {MORE_THAN_NOISE}, p < {LEVEL} by the t test after "
+        "Holm's adjustment for the number of differences."
+    )
+    not_covered = limit(found)
+    return f"{rule} {not_covered[0].upper()}{not_covered[1:]}" if not_covered else rule
+
+
 def limit(found: Standings) -> str | None:
     """What the tests do not cover; None where they cover seeds and rows, or where there are none."""
-    if not (found.seeds_tested or found.rows_tested):
-        return None
-    if not found.seeds_tested:
-        return (
-            "not every difference is tested over several seeds: with other seeds it may turn out "
-            "otherwise."
-        )
-    return None if found.rows_tested else "differences are tested over seeds alone, not over rows."
+    if found.rows_tested and not found.seeds_tested:
+        return "not every difference is tested over several seeds: with other seeds it may turn out otherwise."
+    if found.seeds_tested and not found.rows_tested:
+        return "differences are tested over seeds alone, not over rows."
+    return None
 
 
 def edge_of_sweep(label: str, sweep: Sequence[Point], chosen: float | None) -> str | None:

@@ -8,18 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from prefixtune_cli.compare import wording
 from prefixtune_cli.compare.comparison import Comparison
 from prefixtune_cli.compare.metrics import COSTS, PARAMETERS, Metric
 from prefixtune_cli.compare.standing import Difference, Standing, Standings, standings
-from prefixtune_cli.compare.wording import (
-    MORE_THAN_NOISE,
-    data_name,
-    interval,
-    limit,
-    listed,
-    noise,
-    untested,
-)
 
 
 @dataclass(frozen=True)
@@ -44,10 +36,10 @@ def verdict(comparison: Comparison) -> list[Said]:
 def _of_data(found: Standings) -> Said:
     first, *rivals = found.each
     details = [_against_first(found, first, s, s.difference) for s in rivals if s.difference]
-    where = data_name(found.data)
-    if said := untested(found):
+    where = wording.data_name(found.data)
+    if said := wording.untested(found):
         details.append(f"Differences on {where} {said}")
-    elif said := limit(found):
+    elif said := wording.limit(found):
         details.append(f"On {where} {said}")
     return Said(_opening(found), details)
 
@@ -60,11 +52,11 @@ def _opening(found: Standings) -> str:
     figure = f"{_mean(found.metric, best)} ({seeds})"
     if (base := found.base_beside) is not None:
         figure += f"; the base alone has {_amount(found.metric, base)}"
-    where, first = data_name(found.data), found.each[0]
+    where, first = wording.data_name(found.data), found.each[0]
     if len(known) == 1:
         return f"On {where}, {best.contestant} has {figure}. There is nothing to compare it with."
     if equals:
-        names = listed([s.contestant for s in (best, *equals)])
+        names = wording.listed([s.contestant for s in (best, *equals)])
         return f"On {where}, {names} share the best mean: {figure}."
     said = f"On {where}, {best.contestant} has the best mean: {figure}."
     if best is first:
@@ -78,18 +70,18 @@ def _lead_over(found: Standings) -> str:
     """Whether the lead of the first contestant, which has the best mean, is more than noise."""
     rivals = [s for s in found.each[1:] if s.difference is not None]
     if found.untested is not None or not rivals:
-        return f"Whether its lead is {MORE_THAN_NOISE} was not tested."
+        return f"Whether its lead is {wording.MORE_THAN_NOISE} was not tested."
     doubtful = [s.contestant for s in rivals if s.difference and not s.difference.larger_than_noise]
     if not doubtful:
-        return f"Its lead is {MORE_THAN_NOISE}."
-    return f"Its lead over {listed(doubtful)} may be noise."
+        return f"Its lead is {wording.MORE_THAN_NOISE}."
+    return f"Its lead over {wording.listed(doubtful)} may be noise."
 
 
 def _behind(found: Standings, first: Standing, difference: Difference) -> str:
     mean = f"{first.contestant} ({_mean(found.metric, first)})"
     if (difference.value > 0) != found.metric.up:
         return f"On the seeds that both finished, {mean} is not behind it."
-    return f"{mean} is behind it by {_gap(found.metric, difference)}; {noise(difference)}."
+    return f"{mean} is behind it by {_gap(found.metric, difference)}; {wording.noise(difference)}."
 
 
 def _against_first(
@@ -99,7 +91,7 @@ def _against_first(
         return f"{rival.contestant} is level with {first.contestant}."
     better = (difference.value > 0) == found.metric.up
     how = f"{_gap(found.metric, difference)} {'better' if better else 'worse'} than"
-    sure = f"{noise(difference)}{interval(found.metric, difference)}"
+    sure = f"{wording.noise(difference)}{wording.interval(found.metric, difference)}"
     return f"{rival.contestant} is {how} {first.contestant}; {sure}."
 
 
@@ -118,7 +110,7 @@ def _of_cost(comparison: Comparison) -> list[Said]:
 def _cheapest(metric: Metric, figures: Mapping[str, float], first: str) -> str:
     best = (max if metric.up else min)(figures.values())
     who = [label for label, figure in figures.items() if round(figure) == round(best)]
-    lead = f"{listed(who)} {'trains' if len(who) == 1 else 'alike train'} {metric.best}"
+    lead = f"{wording.listed(who)} {'trains' if len(who) == 1 else 'alike train'} {metric.best}"
     beside = first in figures and first not in who
     its = f" ({first}: {metric.with_unit(figures[first])})" if beside else ""
     return f"{lead}: {metric.with_unit(best)}{its}."
@@ -128,7 +120,7 @@ def _of_failures(comparison: Comparison) -> list[Said]:
     failed = [(c.label, len(c.failures)) for c in comparison.contestants if c.failures]
     if not failed:
         return []
-    cells = listed([f"{count} of {label}" for label, count in failed])
+    cells = wording.listed([f"{count} of {label}" for label, count in failed])
     return [
         Said(
             f"Some runs failed, and the figures are without them: {cells}. The reasons are under Runs."

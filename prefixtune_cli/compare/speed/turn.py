@@ -15,16 +15,7 @@ from transformers import PreTrainedModel
 
 from prefixtune_cli import model as models
 from prefixtune_cli.adapter import fold_basis, identity_basis
-from prefixtune_cli.compare.metrics import (
-    DECODE,
-    FIRST_TOKEN,
-    KV_CACHE,
-    ON_DISK,
-    PARAMETERS,
-    PEAK_MEMORY,
-    TRAINING,
-    Metric,
-)
+from prefixtune_cli.compare import metrics
 from prefixtune_cli.compare.speed.inference import Answer, cache_bytes
 from prefixtune_cli.compare.speed.peak_memory import available_bytes, peak_memory
 from prefixtune_cli.compare.speed.training import TrainingStep
@@ -63,7 +54,7 @@ class Shape:
     seconds: float = 0.3
 
 
-Figures = Mapping[Metric, float | None]  # of one turn; None where it cannot be measured
+Figures = Mapping[metrics.Metric, float | None]  # of one turn; None where it cannot be measured
 
 
 def take_turn(
@@ -104,13 +95,13 @@ def take_turn(
         model.requires_grad_(False)
         first_token_seconds, decode_seconds, cached = _answer(model, base, shape)
         return {
-            TRAINING: shape.batch_size * shape.length / step_seconds,
-            PEAK_MEMORY: None if peak_bytes is None else peak_bytes / 2**30,
-            DECODE: shape.prompts / decode_seconds,
-            FIRST_TOKEN: first_token_seconds,
-            KV_CACHE: cached,
-            PARAMETERS: sum(p.numel() for p in trained),
-            ON_DISK: size,
+            metrics.TRAINING: shape.batch_size * shape.length / step_seconds,
+            metrics.PEAK_MEMORY: None if peak_bytes is None else peak_bytes / 2**30,
+            metrics.DECODE: shape.prompts / decode_seconds,
+            metrics.FIRST_TOKEN: first_token_seconds,
+            metrics.KV_CACHE: cached,
+            metrics.PARAMETERS: sum(p.numel() for p in trained),
+            metrics.ON_DISK: size,
         }
 
 
