@@ -50,24 +50,18 @@ def parse_grids(given: Iterable[str], *, speed: bool = False) -> dict[str, list[
             raise UsageError(
                 f"--grid takes section.key=value,value, as in adapter.layers=all,last:8, got {text!r}"
             )
-        _check_can_vary(key, speed=speed)
-        if key in grids:
-            raise UsageError(f"--grid {key} is given twice. Give all of its values at once.")
-        grids[key] = [read.parse_value(part, f"--grid {key}") for part in split(values)]
-    return grids
-
-
-def _check_can_vary(key: str, *, speed: bool) -> None:
-    if speed:
-        if not key.startswith("adapter.") and key not in OF_A_COST:
+        if speed and not key.startswith("adapter.") and key not in OF_A_COST:
             raise UsageError(
                 f"--speed takes no --grid {key}: what is measured does not depend on it. Type a setting of the "
                 f"adapter, such as adapter.r, or one of {', '.join(OF_A_COST)}."
             )
-        return
-    for taken in (key, key.partition(".")[0]):
-        if taken in NO_GRID:
-            raise UsageError(f"--grid {key} makes no fair comparison: {NO_GRID[taken]}.")
+        fixed = NO_GRID.get(key) or NO_GRID.get(key.partition(".")[0])
+        if fixed and not speed:
+            raise UsageError(f"--grid {key} makes no fair comparison: {fixed}.")
+        if key in grids:
+            raise UsageError(f"--grid {key} is given twice. Give all of its values at once.")
+        grids[key] = [read.parse_value(part, f"--grid {key}") for part in split(values)]
+    return grids
 
 
 def split(text: str) -> list[str]:

@@ -12,12 +12,7 @@ from prefixtune_cli.compare.standing import Standings, standings
 
 
 def legend(comparison: Comparison, *, bold: bool = False) -> list[str]:
-    """The lines of the legend, with one or two sentences each.
-
-    Args:
-        comparison: what was found.
-        bold: the table shows the best figures in bold, without a star.
-    """
+    """The lines of the legend; with `bold`, the table shows the best figures in bold and not with a star."""
     every = standings(comparison)
     return [
         *_failures(comparison),

@@ -60,15 +60,7 @@ class Picture:
 
 
 def draw(comparison: Comparison, folder: Path) -> list[Path]:
-    """Draw the pictures into PNG files, and delete those of an earlier time that are no longer drawn.
-
-    Args:
-        comparison: what was found.
-        folder: compare/<name>/.
-
-    Returns:
-        the files, in the order of the report.
-    """
+    """Draw the pictures into PNG files of the folder, and delete earlier ones that are no longer drawn."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     import matplotlib
     from matplotlib.figure import Figure

@@ -153,15 +153,7 @@ def standings(comparison: Comparison) -> list[Standings]:
 
 
 def standings_on(comparison: Comparison, data: str) -> Standings:
-    """How the contestants stand on one data set.
-
-    Args:
-        comparison: what was found.
-        data: a name of `Cell.results`.
-
-    Returns:
-        standings by exact match where every result has it, else by loss.
-    """
+    """How the contestants stand on one data set: by exact match if every result has it, else by loss."""
     contestants = comparison.contestants
     metric = _metric(comparison, data)
     base = comparison.base.get(data)

@@ -21,14 +21,7 @@ FILE = "report.html"
 
 
 def publish(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write all files of a comparison: results.json, table.md, the pictures and report.html.
-
-    Args:
-        comparison: what was found.
-        folder: compare/<name>/; it is made.
-
-    Returns:
-        the files.
+    """Write all files of a comparison to `folder`: results.json, table.md, the pictures and report.html.
 
     Raises:
         UsageError: the folder has files that no comparison has written.
@@ -42,15 +35,7 @@ def publish(comparison: Comparison, folder: Path) -> list[Path]:
 
 
 def write(comparison: Comparison, folder: Path) -> Path:
-    """Write the report of a comparison.
-
-    Args:
-        comparison: what was found.
-        folder: compare/<name>/, with the pictures that `compare.pictures.draw` has drawn; missing ones are left out.
-
-    Returns:
-        the file, `folder`/report.html.
-    """
+    """Write `folder`/report.html, with those pictures that `compare.pictures.draw` has drawn into the folder."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
