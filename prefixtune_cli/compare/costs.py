@@ -185,12 +185,13 @@ def with_costs(found: Comparison, groups: Groups, speeds: Mapping[str, Speeds | 
     each: dict[str, Cost | str] = {}
     measured: list[Group] = []
     for label, group in groups.items():
-        found_here = speeds[label]
-        if isinstance(found_here, str):
-            each[label], base = found_here, None
+        of_group = speeds[label]
+        base: Cost | None = None
+        if isinstance(of_group, str):
+            each[label] = of_group
         else:
-            each |= found_here.contestants
-            base = found_here.base
+            each |= of_group.contestants
+            base = of_group.base
         measured.append(Group(label, base, [entry.label for entry in group]))
     costs = {label: cost for label, cost in each.items() if isinstance(cost, Cost)}
     alone = len(measured) == 1

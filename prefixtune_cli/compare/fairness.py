@@ -114,7 +114,7 @@ def _aspects(runs: Sequence[FinishedRun]) -> Iterator[tuple[str, list[tuple[Hash
     trained_on = [run.fingerprints["train"] for run in runs]
     yield "training data", [(data["sha256"], _shown_data(data)) for data in trained_on]
     budgets = [(run.summary["steps"], run.batch) for run in runs]
-    yield "budgets", [(budget, "{} steps of {} examples".format(*budget)) for budget in budgets]
+    yield "budgets", [((s, batch), f"{s} steps of {batch} examples") for s, batch in budgets]
     yield "held-out rows", [(held_out_rows(run), _shown_held_out_rows(run)) for run in runs]
     yield "ways to read their data", [(shown, shown) for shown in _shown_reading(runs)]
     if len({held_out_rows(run) for run in runs}) == 1:

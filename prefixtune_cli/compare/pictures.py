@@ -151,6 +151,6 @@ def _curve(contestant: Contestant) -> list[tuple[int, float, float, float]]:
             logged = [(step, loss) for step, loss in cell.losses if math.isfinite(loss)]
             losses = smoothed([loss for _, loss in logged], len(logged) // 50)
             runs.append(dict(zip((step for step, _ in logged), losses, strict=True)))
-    steps = set.intersection(*map(set, runs)) if runs else set()
+    steps = set.intersection(*(set(run) for run in runs)) if runs else set()
     at = [(step, [run[step] for run in runs]) for step in sorted(steps)]
     return [(step, statistics.mean(losses), min(losses), max(losses)) for step, losses in at]

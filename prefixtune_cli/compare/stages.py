@@ -96,7 +96,8 @@ class Stages:
 
     def _train(self, stage: str, cells: Sequence[tuple[Entry, int, float]]) -> None:
         """Train those of the cells (contestant, seed, learning rate) that are not done."""
-        arguments, named = [], {}
+        arguments: list[tuple[Any, ...]] = []
+        named: dict[str, str] = {}
         anew = 0
         for entry, seed, rate in cells:
             run = self._run(entry, seed, rate)

@@ -13,8 +13,11 @@ from prefixtune_cli.compare.metrics import Metric
 from prefixtune_cli.compare.standing import LEVEL, Difference, Standings
 from prefixtune_cli.errors import PtpError
 
-BEST, LARGER = "*", "†"  # the marks of the best figure and of a difference that is more than noise
-MORE_THAN_NOISE = "more than noise"
+BEST, LARGER = (
+    "*",
+    "†",
+)  # the marks of the best figure and of a difference that is larger than noise
+LARGER_THAN_NOISE = "larger than noise"
 INTERVAL = f"{100 * (1 - LEVEL):.0f} % interval"
 DATA_NAMES: Mapping[str, str] = {
     TEST: "the test data",
@@ -39,10 +42,10 @@ def reason(error: Exception) -> str:
 
 
 def noise(difference: Difference) -> str:
-    """Whether the difference is more than noise."""
+    """Whether the difference is larger than noise."""
     if difference.p_value is None:
         return "this was not tested"
-    return f"this is {MORE_THAN_NOISE}" if difference.larger_than_noise else "this may be noise"
+    return f"this is {LARGER_THAN_NOISE}" if difference.larger_than_noise else "this may be noise"
 
 
 def interval(metric: Metric, difference: Difference) -> str:
@@ -74,7 +77,7 @@ def how_tested(found: Standings) -> str:
     else:
         pairs = "row" if found.rows_tested else "seed"
     rule = (
-        f"are paired by {pairs}, with {INTERVAL}s; {LARGER}: {MORE_THAN_NOISE}, p < {LEVEL} by the t test after "
+        f"are paired by {pairs}, with {INTERVAL}s; {LARGER}: {LARGER_THAN_NOISE}, p < {LEVEL} by the t test after "
         "Holm's adjustment for the number of differences."
     )
     not_covered = limit(found)

@@ -1,4 +1,4 @@
-"""The verdict of a comparison in sentences: who is best, by how much, and whether that is more than noise.
+"""The verdict of a comparison in sentences: who is best, by how much, and whether that is larger than noise.
 
 The others are compared with the first contestant. Where it is not the best, the first sentence says so.
 """
@@ -67,13 +67,13 @@ def _opening(found: Standings) -> str:
 
 
 def _lead_over(found: Standings) -> str:
-    """Whether the lead of the first contestant, which has the best mean, is more than noise."""
+    """Whether the lead of the first contestant, which has the best mean, is larger than noise."""
     rivals = [s for s in found.each[1:] if s.difference is not None]
     if found.untested is not None or not rivals:
-        return f"Whether its lead is {wording.MORE_THAN_NOISE} was not tested."
+        return f"Whether its lead is {wording.LARGER_THAN_NOISE} was not tested."
     doubtful = [s.contestant for s in rivals if s.difference and not s.difference.larger_than_noise]
     if not doubtful:
-        return f"Its lead is {wording.MORE_THAN_NOISE}."
+        return f"Its lead is {wording.LARGER_THAN_NOISE}."
     return f"Its lead over {wording.listed(doubtful)} may be noise."
 
 

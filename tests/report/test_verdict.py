@@ -39,20 +39,20 @@ def test_the_first_sentence_says_that_the_first_contestant_loses() -> None:
     assert first.startswith("On the test data, full has the best mean: 93.3 ± 1.4 % right answers")
     assert "prefix-tuning-plus (70.0 ± 0.0 % right answers) is behind it by 23.3 points" in first
     assert "; the base alone has 15.0 % right answers. " in first
-    assert first.endswith("; this is more than noise.")
+    assert first.endswith("; this is larger than noise.")
 
 
 def test_a_first_contestant_that_wins_is_named_as_the_best() -> None:
     said = verdict(of({"mine": [0.9, 0.85, 0.9], "other": [0.2, 0.25, 0.2]}))
     assert said[0].lead == (
         "On the test data, mine has the best mean: 88.3 ± 2.9 % right answers (mean of 3 seeds). "
-        "Its lead is more than noise."
+        "Its lead is larger than noise."
     )
     assert (
         said[0]
         .details[0]
         .startswith(
-            "other is 66.7 points worse than mine; this is more than noise (95 % interval of the difference −"
+            "other is 66.7 points worse than mine; this is larger than noise (95 % interval of the difference −"
         )
     )
 
@@ -135,7 +135,7 @@ def test_single_figures_are_not_tested_and_legend_and_verdict_say_so_alike() -> 
     )
     assert "Differences from mine are not tested: there is one figure of each." in legend(found)
     best = verdict(of({"mine": [0.9], "other": [0.4]}, rows=1))[0]
-    assert best.lead.endswith("Whether its lead is more than noise was not tested.")
+    assert best.lead.endswith("Whether its lead is larger than noise was not tested.")
 
 
 def test_what_the_tests_do_not_cover_is_said_alike_in_legend_and_verdict() -> None:
