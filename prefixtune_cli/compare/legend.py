@@ -51,7 +51,7 @@ def _tests(comparison: Comparison, every: list[Standings]) -> Iterator[str]:
     """How differences were tested; data sets that were tested alike share a line."""
     alike: dict[str, list[str]] = {}
     for found in every:
-        if any(s.difference for s in found.each):
+        if len(found.each) > 1 and (found.untested or any(s.difference for s in found.each)):
             alike.setdefault(wording.how_tested(found), []).append(wording.data_name(found.data))
     for how, names in alike.items():
         on = f" on {', '.join(names)}" if len(alike) > 1 else ""
