@@ -7,7 +7,7 @@ where an earlier one stopped.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from prefixtune_cli.compare.wording import edge_of_sweep
 from prefixtune_cli.compare.workers import Failure, Workers
 from prefixtune_cli.evaluate.settings import Settings as EvalSettings
 from prefixtune_cli.progress import Reporter
+from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
 
 
@@ -83,9 +84,12 @@ class Stages:
             for seed, run in self.chosen(entry)
             if run not in self.failures
         }
-        arguments = [(run, replace(settings, base=i == 0)) for i, run in enumerate(named)]
-        self._do("test", judge_cell, arguments, named)
         self.judged_base = next(iter(named), None)
+        jobs = {
+            run: (name, (run, replace(settings, base=run == self.judged_base)))
+            for run, name in named.items()
+        }
+        self._do("test", judge_cell, jobs)
 
     def chosen(self, entry: Entry) -> list[tuple[int, str]]:
         """The seeds, and the run directories of the cells at the chosen rate."""
@@ -96,41 +100,39 @@ class Stages:
 
     def _train(self, stage: str, cells: Sequence[tuple[Entry, int, float]]) -> None:
         """Train those of the cells (contestant, seed, learning rate) that are not done."""
-        arguments: list[tuple[Any, ...]] = []
-        named: dict[str, str] = {}
+        jobs: dict[str, tuple[str, tuple[Recipe]]] = {}
         anew = 0
         for entry, seed, rate in cells:
             run = self._run(entry, seed, rate)
             data = {"train": str(self._rows.train[seed]), "eval": str(self._rows.validation)}
             recipe = entry.cell(seed, rate, run, data)
             if not is_done(recipe):
-                arguments.append((recipe,))
-                named[run] = f"{entry.label}, seed {seed}, lr {rate:g}"
+                jobs[run] = (f"{entry.label}, seed {seed}, lr {rate:g}", (recipe,))
                 anew += RunDir(run).finished
-        if len(named) < len(cells):
-            done = len(cells) - len(named)
+        if len(jobs) < len(cells):
+            done = len(cells) - len(jobs)
             self._reporter.notice(f"{done} of {len(cells)} cells are finished already.")
         if anew:
             self._reporter.warning(
                 f"{anew} finished cells have another recipe, base or data, and are trained anew."
             )
-        self._do(stage, train_cell, arguments, named)
+        self._do(stage, train_cell, jobs)
 
     def _do(
         self,
         stage: str,
         work: Callable[..., Failure],
-        arguments: Sequence[tuple[Any, ...]],
-        named: dict[str, str],
+        jobs: Mapping[str, tuple[str, tuple[Any, ...]]],
     ) -> None:
-        """Do the work of a stage; `named` has a run directory for each of the arguments, and what it is called."""
-        runs, task = list(named), f"cells ({stage})"
+        """Do the work of a stage; the jobs are run directory → name of the cell, arguments of the work."""
+        runs, task = list(jobs), f"cells ({stage})"
+        arguments = [given for _, given in jobs.values()]
         self._reporter.progress(task, 0, len(runs), {})
         ended = self._workers.run(work, arguments, reporter=self._reporter)
         for done, (i, failure) in enumerate(ended, 1):
             if failure is not None:
                 self.failures[runs[i]] = failure
-                self._reporter.warning(f"{named[runs[i]]} failed: {failure}")
+                self._reporter.warning(f"{jobs[runs[i]][0]} failed: {failure}")
             self._reporter.progress(task, done, len(runs), {})
 
     def _point(self, entry: Entry, rate: float) -> Point:

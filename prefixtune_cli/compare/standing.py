@@ -59,11 +59,6 @@ class Difference:
     rows: int = 1
 
     @property
-    def is_none(self) -> bool:
-        """Whether it is shown as zero."""
-        return is_level(self.value, 0.0)
-
-    @property
     def larger_than_noise(self) -> bool:
         return self.p_value is not None and self.p_value < LEVEL
 

@@ -60,14 +60,10 @@ def markdown(comparison: Comparison) -> str:
     head, rows = entries(comparison)
     cells = [[f"**{e.text}**" if e.best else e.text for e in row] for row in rows]
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *cells]
-    table = "".join(f"| {' | '.join(map(_escaped, line))} |\n" for line in lines)
+    escaped = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in escaped)
     said = "".join(f"- {line}\n" for line in legend(comparison, bold=True))
     return f"{table}\n{said}"
-
-
-def _escaped(cell: str) -> str:
-    """A `|` in a cell would end the cell."""
-    return cell.replace("|", r"\|")
 
 
 def entries(comparison: Comparison) -> tuple[list[str], list[list[Entry]]]:

@@ -9,7 +9,7 @@ from typing import Any
 from prefixtune_cli.compare.comparison import OOD, TEST, Cell, Comparison, Contestant, Point, Result
 from prefixtune_cli.compare.legend import legend
 from prefixtune_cli.compare.metrics import EXACT_MATCH, LOSS
-from prefixtune_cli.compare.table import Entry, entries
+from prefixtune_cli.compare.table import entries
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,12 @@ def result(comparison: Comparison) -> Table:
     return Table(
         "Quality and cost",
         head,
-        [[Text(row[0].text), *map(_figure, row[1:])] for row in rows],
+        [
+            [Text(name.text), *(Text(e.text or "–", "best" if e.best else "number") for e in row)]
+            for name, *row in rows
+        ],
         [line for line in legend(comparison, bold=True) if line not in said],
     )
-
-
-def _figure(entry: Entry) -> Text:
-    return Text(entry.text or "–", "best" if entry.best else "number")
 
 
 def sweep(comparison: Comparison) -> Table | None:

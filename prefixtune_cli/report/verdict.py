@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from prefixtune_cli.compare import wording
 from prefixtune_cli.compare.comparison import Comparison
 from prefixtune_cli.compare.metrics import COSTS, PARAMETERS, Metric
-from prefixtune_cli.compare.standing import Difference, Standing, Standings, standings
+from prefixtune_cli.compare.standing import (
+    Difference,
+    Standing,
+    Standings,
+    is_level,
+    standings,
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def _behind(found: Standings, first: Standing, difference: Difference) -> str:
 def _against_first(
     found: Standings, first: Standing, rival: Standing, difference: Difference
 ) -> str:
-    if difference.is_none:
+    if is_level(difference.value, 0.0):
         return f"{rival.contestant} is level with {first.contestant}."
     better = (difference.value > 0) == found.metric.up
     how = f"{_gap(found.metric, difference)} {'better' if better else 'worse'} than"

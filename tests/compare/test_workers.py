@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,13 @@ def die(number: int) -> str | None:
     if number == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return square(number)
+
+
+def die_once(marker: Path) -> str:
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "done"
 
 
 def own_gpu() -> str:
@@ -38,6 +46,12 @@ def test_a_process_that_is_killed_fails_its_own_work_and_no_other() -> None:
         ended = dict(workers.run(die, [(2,), (1,), (3,), (4,)]))
     assert [ended[i] for i in (0, 2, 3)] == ["4", "9", "16"]
     assert "was killed" in (ended[1] or "")
+
+
+def test_work_whose_process_was_killed_is_tried_once_more(tmp_path: Path) -> None:
+    with Workers(2) as workers:
+        ended = dict(workers.run(die_once, [(tmp_path / "marker",)]))
+    assert ended == {0: "done"}
 
 
 def fail_once_the_first_has_ended() -> None:
