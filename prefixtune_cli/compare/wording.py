@@ -13,10 +13,8 @@ from prefixtune_cli.compare.metrics import Metric
 from prefixtune_cli.compare.standing import LEVEL, Difference, Standings
 from prefixtune_cli.errors import PtpError
 
-BEST, LARGER = (
-    "*",
-    "†",
-)  # the marks of the best figure and of a difference that is larger than noise
+# The marks of the best figure, and of a difference that is larger than noise.
+BEST, LARGER = "*", "†"
 LARGER_THAN_NOISE = "larger than noise"
 INTERVAL = f"{100 * (1 - LEVEL):.0f} % interval"
 DATA_NAMES: Mapping[str, str] = {

@@ -57,18 +57,21 @@ class Workers:
         children = multiprocessing.active_children() if error and self._pools else []
         for child in children:
             child.terminate()
-        for pool in self._pools.values():
-            pool.shutdown(wait=error is None)
+        self._end_pools(wait=error is None)
         deadline = time.monotonic() + SECONDS_TO_SAVE
         for child in children:
             child.join(max(0.1, deadline - time.monotonic()))
             child.kill()
+
+    def _end_pools(self, *, wait: bool = True) -> None:
+        for pool in self._pools.values():
+            pool.shutdown(wait)
         self._pools = {}
 
     def run(
         self, work: Callable[..., Failure], arguments: Sequence[tuple[Any, ...]], **here: Any
     ) -> Iterator[tuple[int, Failure]]:
-        """Do the work once for each of the arguments. If it takes its process down, it is tried once more.
+        """Do the work once for each of the arguments. If it takes its process down, it is tried once more, alone.
 
         Args:
             work: a function of a module.
@@ -88,7 +91,7 @@ class Workers:
         left = deque(range(len(arguments)))
         idle = list(range(self.count))
         busy: dict[Future[Failure], tuple[int, int]] = {}  # → index of the arguments, process
-        killed: set[int] = set()
+        killed: list[int] = []
         while left or busy:
             while left and idle:
                 i, process = left.popleft(), idle.pop()
@@ -100,11 +103,15 @@ class Workers:
                     yield i, future.result()
                 except BrokenProcessPool:
                     del self._pools[process]
-                    if i in killed:
-                        yield i, KILLED
-                    else:
-                        killed.add(i)
-                        left.append(i)
+                    killed.append(i)
+        if killed:
+            self._end_pools()  # so that the memory of the others is free
+        for i in killed:
+            try:
+                yield i, self._submit(0, work, arguments[i]).result()
+            except BrokenProcessPool:
+                del self._pools[0]
+                yield i, KILLED
 
     def _submit(
         self, process: int, work: Callable[..., Failure], given: tuple[Any, ...]
