@@ -15,7 +15,7 @@ from prefixtune_cli.compare.finished_run import ADAPTER, BASE, result_of
 from prefixtune_cli.compare.rows import VALIDATION, Rows
 from prefixtune_cli.compare.stages import Stages, summary
 from prefixtune_cli.compare.wording import data_name
-from prefixtune_cli.evaluate.matching import match_rule
+from prefixtune_cli.evaluate.matching import rule_sentence
 from prefixtune_cli.evaluate.settings import Settings as EvalSettings
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.environment import describe_environment
@@ -35,7 +35,7 @@ def collect(
     of_base = {} if stages.judged_base is None else judged(stages.judged_base, judging)
     notices = list(rows.notices)
     if pattern := recipe.evaluate.answer_pattern:
-        notices.append(f"An answer is right where {match_rule(pattern)}.")
+        notices.append(rule_sentence(pattern))
     for name, found in of_base.items():
         if why := found.get("why_no_exact_match"):
             notices.append(why if name == TEST else f"Of {data_name(name)}: {why}")

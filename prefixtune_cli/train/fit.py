@@ -155,9 +155,8 @@ def _run(trainer: SafeTrainer, checkpoint: Path | None, job: Job) -> int:
         raise stop.stopped(end.number, f"at step {step} of {steps}; {saved}") from None
     if trainer.processes.leads:
         draw_loss(job.run_dir)
-    if number := trainer.processes.agree(stop.number)[
-        0
-    ]:  # it came in the last step, or in its save
+    # A signal may have come in the last step, or while it was saved.
+    if number := trainer.processes.agree(stop.number)[0]:
         raise stop.stopped(number, "after the last step; the weights are saved")
     return int(trainer.state.global_step)
 
