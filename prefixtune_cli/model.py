@@ -121,13 +121,18 @@ def with_learning_rate(recipe: Recipe) -> Recipe:
     return recipe.with_learning_rate(hidden_size(recipe.model))
 
 
-def skeleton(section: ModelSection) -> PreTrainedModel:
+def skeleton(section: ModelSection, config: PreTrainedConfig | None = None) -> PreTrainedModel:
     """The base without its weights, on the meta device.
+
+    Args:
+        section: the recipe's model.
+        config: the base's configuration, where it is known already.
 
     Raises:
         ModelError: the model cannot be found, or transformers does not know it.
     """
-    config = load_config(section)
+    if config is None:
+        config = load_config(section)
     try:
         with torch.device("meta"):
             built = AutoModelForCausalLM.from_config(

@@ -45,10 +45,8 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
         raise AdapterError(_does_not_fit(base, folder, config, error)) from error
     for name, weight in kept.items():  # peft has overwritten them with the copies
         weights[name].copy_(weight)
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        stored = set(file.keys())
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if missing := sorted(expected - stored):
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    if missing := sorted(expected - stored_shapes(folder).keys()):
         raise AdapterError(
             f"The adapter in {folder} does not fit the base {base.name_or_path}: it has no weights for "
             f"{len(missing)} of {len(expected)} places, the first is {missing[0]}. Its base was "
@@ -68,23 +66,18 @@ def check_fits(section: ModelSection, folder: str | Path) -> None:
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
-    fresh = copy.deepcopy(config)
-    if config.is_prompt_learning:  # with its own numbers it would fit any base
-        fresh.num_layers = fresh.token_dim = fresh.num_attention_heads = None
-    with torch.device("meta"):
-        base = skeleton(section)
-        own = {name: tuple(weight.shape) for name, weight in base.state_dict().items()}
-        try:
-            model = PeftModel(base, fresh)
-            expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-        except (NotImplementedError, RuntimeError) as error:
-            if "meta" in str(error).lower():  # the method reads weights: `load_adapter` checks it
-                return
-            raise AdapterError(_does_not_fit(base, folder, config, error)) from error
-        except (UnsupportedModelError, ValueError) as error:
-            raise AdapterError(_does_not_fit(base, folder, config, error)) from error
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    base = skeleton(section)
+    own = {name: tuple(weight.shape) for name, weight in base.state_dict().items()}
+    try:
+        model = adapted_skeleton(base, config)
+        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" in str(error).lower():  # the method reads weights: `load_adapter` checks it
+            return
+        raise AdapterError(_does_not_fit(base, folder, config, error)) from error
+    except (UnsupportedModelError, ValueError) as error:
+        raise AdapterError(_does_not_fit(base, folder, config, error)) from error
+    stored = stored_shapes(folder)
     shapes = {key: tuple(weight.shape) for key, weight in expected.items()}
     copies = copies_of_base(stored, shapes, own)
     shapes |= {key: own[name] for key, name in copies.items()}
@@ -92,6 +85,23 @@ def check_fits(section: ModelSection, folder: str | Path) -> None:
         if (there := stored.get(key)) != (here := shapes.get(key)):
             said = f"size mismatch for {key}: {there or 'nothing'} in the adapter, {here or 'nothing'} for this base."
             raise AdapterError(_does_not_fit(base, folder, config, RuntimeError(said)))
+
+
+def adapted_skeleton(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """The base without its weights, with an adapter without values.
+
+    Args:
+        base: see `skeleton`.
+        config: a saved adapter's, which stays as it is.
+
+    Raises:
+        whatever peft raises where the adapter does not fit, or its method looks at the base's weights.
+    """
+    fresh = copy.deepcopy(config)
+    if fresh.is_prompt_learning:  # with the saved shapes it would fit any base
+        fresh.num_layers = fresh.token_dim = fresh.num_attention_heads = None
+    with torch.device("meta"):
+        return PeftModel(base, fresh)
 
 
 def read_adapter_config(folder: Path) -> PeftConfig:
@@ -106,6 +116,12 @@ def read_adapter_config(folder: Path) -> PeftConfig:
             return PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise AdapterError(f"The adapter in {folder} cannot be read: {error}") from error
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of an adapter's tensors by their keys; no tensor is read."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
 def copies_of_base(
@@ -176,9 +192,7 @@ def _does_not_fit(base: PreTrainedModel, folder: Path, config: PeftConfig, error
         places = {name.rpartition(".")[2] for name in modules}
         # M whole, and M_up of a low rank: both are [heads, _, d_value].
         matrix = re.compile(rf".*\.({'|'.join(places)})\.prefix_tuning_plus_memory\.(M|M_up)")
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            names = [key for key in file.keys() if matrix.fullmatch(key)]  # noqa: SIM118
-            shapes = [file.get_slice(name).get_shape() for name in names]
+        shapes = [shape for key, shape in stored_shapes(folder).items() if matrix.fullmatch(key)]
         heads, _, width = shapes[0]
         said = (
             f"it was trained for {len(shapes)} layers with {heads} heads of width {width}, and this base has "

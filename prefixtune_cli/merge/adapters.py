@@ -17,10 +17,10 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefixtune_cli import model as models
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
 from prefixtune_cli.adapter.arithmetic import differing_setting
 from prefixtune_cli.errors import AdapterError
@@ -34,18 +34,12 @@ from prefixtune_cli.merge.folder import (
 from prefixtune_cli.merge.methods import DENSITY, METHODS, PRUNING, checked_weights
 from prefixtune_cli.merge.rule import INITIALISATION, without_a_sum
 from prefixtune_cli.merge.source import Source, read_source
-from prefixtune_cli.model import drop_model_card
-from prefixtune_cli.pointed import WEIGHTS, base_key
+from prefixtune_cli.pointed import base_key
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
 from prefixtune_cli.recipe.schema import ModelSection
-from prefixtune_cli.saved_adapter import check_fits, copies_of_base
-from prefixtune_cli.tokenizer import (
-    carries_tokenizer,
-    check_base,
-    load_config,
-    load_tokenizer,
-)
+from prefixtune_cli.saved_adapter import check_fits, copies_of_base, stored_shapes
+from prefixtune_cli.tokenizer import carries_tokenizer, check_base, load_tokenizer
 
 MERGED = "default"  # peft writes the adapter of this name into the folder itself
 
@@ -116,7 +110,7 @@ def _write_merged(
             f"{method} is taken of each layer's update BA, and brought back to A and B by an SVD."
         )
     reporter.notice(f"Merging {len(sources)} adapters on the skeleton of {section.name}.")
-    model = _with_adapters(skeleton(section), sources)
+    model = _with_adapters(_skeleton(section), sources)
     names = _names(sources)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -131,7 +125,7 @@ def _write_merged(
     merged.base_model_name_or_path, merged.revision = resolve_alias(section.name), section.revision
     with written_whole(out) as part:
         model.save_pretrained(str(part), selected_adapters=[MERGED], save_embedding_layers=False)
-        drop_model_card(part)
+        models.drop_model_card(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(part))
         return write_record(
@@ -221,24 +215,21 @@ def _check_mergeable(source: Source) -> None:
         )
 
 
-def skeleton(section: ModelSection) -> PreTrainedModel:
-    """The base without its weights: each is one number that stands for all, and takes no memory.
+def _skeleton(section: ModelSection) -> PreTrainedModel:
+    """The base without its weights, on the CPU: one float32 number stands for all of a weight, and takes no memory.
 
-    The number is a float32, so that adapters are computed in that whatever the base's dtype.
+    Adapters are computed in float32 with it, whatever the base's dtype.
 
     Raises:
-        ModelError: the base's configuration cannot be found.
+        ModelError: see `model.skeleton`.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            load_config(section), trust_remote_code=section.trust_remote_code
-        )
-    for module in model.modules():
+    base = models.skeleton(section)
+    for module in base.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             hollow = torch.zeros((), dtype=torch.float32).expand(weight.shape)
             module.register_parameter(name, nn.Parameter(hollow, requires_grad=False))
-    model.config.name_or_path = model.name_or_path = resolve_alias(section.name)
-    return cast(PreTrainedModel, model)
+    base.config.name_or_path = base.name_or_path = resolve_alias(section.name)
+    return base
 
 
 def _names(sources: Sequence[Source]) -> list[str]:
@@ -265,8 +256,7 @@ def _with_adapters(base: PreTrainedModel, sources: Sequence[Source]) -> PeftMode
 
 def _make_room(base: PreTrainedModel, source: Source) -> None:
     """Give the skeleton memory for what peft reads into it: weights of the base of which the adapter has copies."""
-    with safe_open(source.folder / WEIGHTS, framework="pt") as file:
-        copies = copies_of_base(file.keys(), (), base.state_dict())
+    copies = copies_of_base(stored_shapes(source.folder), (), base.state_dict())
     for name in copies.values():
         module, _, parameter = name.rpartition(".")
         owner = base.get_submodule(module)

@@ -6,18 +6,17 @@ import copy
 import dataclasses
 from dataclasses import dataclass, field
 
-import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefixtune_cli.adapter import AttentionShape, UnsupportedModelError, attention_modules
-from prefixtune_cli.errors import ModelError
+from prefixtune_cli.model import skeleton
 from prefixtune_cli.plan.base import base_config
 from prefixtune_cli.quantization import stored_settings
 from prefixtune_cli.recipe.schema import ModelSection
-from prefixtune_cli.tokenizer import cannot_load
+from prefixtune_cli.saved_adapter import adapted_skeleton
 
 # What the configurations of mixtures call the experts that a token uses, and all of them.
 _ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
@@ -80,13 +79,7 @@ def without_weights(section: ModelSection, adapter: PeftConfig) -> Base:
         ModelError: the base's configuration cannot be found or read.
     """
     config = base_config(section)
-    with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=section.trust_remote_code
-            )
-        except (ValueError, ImportError) as error:
-            raise ModelError(cannot_load("model", section, error)) from error
+    model = skeleton(section, config)
     try:
         attention = attention_modules(model)
     except UnsupportedModelError:
@@ -98,14 +91,11 @@ def without_weights(section: ModelSection, adapter: PeftConfig) -> Base:
 
 
 def _adapted(base: Base, model: PreTrainedModel, config: PeftConfig) -> Base:
-    fresh = copy.deepcopy(config)
-    if fresh.is_prompt_learning:  # by its own account it would fit any base
-        fresh.num_layers = fresh.token_dim = fresh.num_attention_heads = None
-    if hasattr(fresh, "init_lora_weights"):
-        fresh.init_lora_weights = True  # others compute with the base's weights
+    if hasattr(config, "init_lora_weights"):  # others compute with the base's weights
+        config = copy.copy(config)
+        config.init_lora_weights = True
     try:
-        with torch.device("meta"):
-            adapted = PeftModel(model, fresh)
+        adapted = adapted_skeleton(model, config)
         state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         return dataclasses.replace(base, misfit=str(error).strip().splitlines()[0])
