@@ -23,7 +23,7 @@ from prefixtune_cli.errors import ModelError
 from prefixtune_cli.evaluate.subjects import assemble, hash_of_base
 from prefixtune_cli.merge.into_base import merge_into_base
 from prefixtune_cli.plan.base import base_config
-from prefixtune_cli.pointed import choose
+from prefixtune_cli.pointed import choose, point
 from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.gguf_header import GgufHeader, is_gguf, read_header
 from prefixtune_cli.recipe.load import resolve
@@ -134,7 +134,7 @@ def test_a_lora_is_folded_into_a_plain_folder(file: Path, tmp_path: Path) -> Non
             if parameter.requires_grad:
                 parameter.normal_(std=0.1)
     model.save_pretrained(tmp_path / "lora")
-    merge_into_base(str(tmp_path / "lora"), out=tmp_path / "merged", reporter=Silent())
+    merge_into_base(point(tmp_path / "lora"), out=tmp_path / "merged", reporter=Silent())
     folded = models.load_base(ModelSection(name=str(tmp_path / "merged"), bits=32))
     torch.testing.assert_close(logits(folded), logits(model), atol=0.05, rtol=0.05)
     assert load_tokenizer(ModelSection(name=str(tmp_path / "merged"))).chat_template

@@ -31,8 +31,9 @@ from prefixtune_cli.errors import (
     RunDirError,
     UsageError,
 )
-from prefixtune_cli.merge.adapters import merge
-from prefixtune_cli.merge.into_base import merge_into_base
+from prefixtune_cli.merge import adapters as of_several
+from prefixtune_cli.merge import into_base as of_one
+from prefixtune_cli.merge.folder import Merged
 from prefixtune_cli.merge_info import saved
 from prefixtune_cli.merge_info.base import without_weights
 from prefixtune_cli.merge_info.integrity import integrity
@@ -42,6 +43,14 @@ from prefixtune_cli.recipe.schema import ModelSection
 from prefixtune_cli.saved_adapter import check_fits, load_adapter
 
 TOKENS = torch.arange(5, 25).view(2, 10)
+
+
+def merge(adapters: list[str], **options) -> Merged:
+    return of_several.merge([point(adapter) for adapter in adapters], **options)
+
+
+def merge_into_base(adapter: str, **options) -> Merged:
+    return of_one.merge_into_base(point(adapter), **options)
 
 
 def base_model(folder: Path) -> torch.nn.Module:

@@ -164,13 +164,13 @@ def test_a_merged_adapter_carries_the_template_of_its_sources(
     other = with_tokenizer(bare, random_base, tmp_path / "c", TYPED)
     new = with_tokenizer(bare, random_base, tmp_path / "d", TRAINED, "<new>")
     heard, section = Listener(), ModelSection(name=str(random_base))
-    merge([str(one), str(two)], out=tmp_path / "m", reporter=heard)
+    merge([point(one), point(two)], out=tmp_path / "m", reporter=heard)
     assert load_tokenizer(section, tmp_path / "m").chat_template == TRAINED
     assert not heard.warnings
-    merge([str(one), str(other)], out=tmp_path / "n", reporter=heard)
+    merge([point(one), point(other)], out=tmp_path / "n", reporter=heard)
     assert "another chat template" in heard.warnings[0]
     with pytest.raises(AdapterError, match="differ in their tokenizers: 2,048 tokens"):
-        merge([str(one), str(new)], out=tmp_path / "o", reporter=heard)
+        merge([point(one), point(new)], out=tmp_path / "o", reporter=heard)
 
 
 # Tokens that the base lacks

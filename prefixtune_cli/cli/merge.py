@@ -101,9 +101,8 @@ def merge(
     from prefixtune_cli.merge.methods import checked_weights
 
     if not into_base:
-        checked_weights(adapters, method or "linear", given, density)
+        checked_weights(len(adapters), method or "linear", given, density)
     who = lookup.several(adapters, model, None)
-    adapters = [one.given for one in who]
     check_out(Path(out), who, overwrite=overwrite)
     console.quiet_libraries()
     from prefixtune_cli.merge.adapters import merge as merge_several
@@ -111,14 +110,11 @@ def merge(
 
     with reporter() as shown:
         if into_base:
-            found = merge_into_base(
-                adapters[0], out=out, model=model, overwrite=overwrite, reporter=shown
-            )
+            found = merge_into_base(who[0], out=out, overwrite=overwrite, reporter=shown)
         else:
             found = merge_several(
-                adapters,
+                who,
                 out=out,
-                model=model,
                 method=method or "linear",
                 weights=given,
                 density=density,

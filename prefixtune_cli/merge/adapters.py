@@ -24,17 +24,10 @@ from prefixtune_cli import model as models
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
 from prefixtune_cli.adapter.arithmetic import differing_setting
 from prefixtune_cli.errors import AdapterError
-from prefixtune_cli.merge.folder import (
-    Merged,
-    claimed,
-    weights_bytes,
-    write_record,
-    written_whole,
-)
+from prefixtune_cli.merge.folder import Merged, claimed, weights_bytes, write_record, written_whole
 from prefixtune_cli.merge.methods import DENSITY, METHODS, PRUNING, checked_weights
-from prefixtune_cli.merge.rule import INITIALISATION, without_a_sum
-from prefixtune_cli.merge.source import Source, read_source
-from prefixtune_cli.pointed import base_key
+from prefixtune_cli.merge.source import Source, check_mergeable, read_source
+from prefixtune_cli.pointed import Pointed, base_key
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
 from prefixtune_cli.recipe.schema import ModelSection
@@ -45,10 +38,9 @@ MERGED = "default"  # peft writes the adapter of this name into the folder itsel
 
 
 def merge(
-    adapters: Sequence[str],
+    adapters: Sequence[Pointed],
     *,
     out: str | Path,
-    model: str | None = None,
     method: str = "linear",
     weights: Sequence[float] | None = None,
     density: float | None = None,
@@ -59,9 +51,8 @@ def merge(
     """Write one adapter made of several.
 
     Args:
-        adapters: run directories or adapter folders, of one base and one method.
+        adapters: of one base and one method.
         out: the adapter folder to write.
-        model: the base, where it is not the one that the adapters name, or has moved.
         method: one of METHODS.
         weights: one an adapter; None is 1/n each for linear and dare, and 1 each for task-arithmetic, which adds, and
             ties, which averages by itself.
@@ -72,13 +63,13 @@ def merge(
 
     Raises:
         UsageError: the settings do not fit one another or the number of adapters.
-        RunDirError: `out` is taken, or a run has no adapter.
+        RunDirError: `out` is taken.
         AdapterError: the adapters do not fit each other or their base, or their method cannot be merged.
         ModelError: the base's configuration cannot be found.
     """
     out = Path(out)
-    scales = checked_weights(adapters, method, weights, density)
-    sources = [read_source(given, model) for given in adapters]
+    scales = checked_weights(len(adapters), method, weights, density)
+    sources = [read_source(found) for found in adapters]
     with claimed(out, sources, overwrite=overwrite):
         _check_fit_each_other(sources)
         section = sources[0].base
@@ -147,7 +138,7 @@ def _check_fit_each_other(sources: Sequence[Source]) -> None:
             "An adapter is given twice. Give each once, and its weight with --weights."
         )
     for source in sources:
-        _check_mergeable(source)
+        check_mergeable(source)
     for other in others:
         if first.method != other.method:
             raise AdapterError(_differ(first, other, "method", first.method, other.method))
@@ -187,32 +178,6 @@ def _differ(first: Source, other: Source, what: str, mine: object, theirs: objec
         f"{first.given} and {other.given} cannot be merged, as they differ in {what}: {mine} in the first, and "
         f"{theirs} in the second."
     )
-
-
-def _check_mergeable(source: Source) -> None:
-    beside = without_a_sum(source.config)
-    if beside is None and source.method == "prefix-tuning":
-        raise AdapterError(
-            f"{source.given} cannot be merged: its method is prefix-tuning, whose prefixes share one softmax with the "
-            "input and with each other, so no prefix acts as the sum of several. Adapters of prefix-tuning-plus and "
-            "lora can be merged."
-        )
-    if beside is None:
-        raise AdapterError(
-            f"{source.given} cannot be merged: its method is {source.method}, and ptp merges adapters of "
-            "prefix-tuning-plus and lora."
-        )
-    for key, value in beside.items():
-        if key == INITIALISATION:
-            raise AdapterError(
-                f"{source.given} cannot be merged: its initialisation, {key} {value!r}, has changed the base's "
-                "weights. Save it as a plain LoRA first (peft: save_pretrained with "
-                "path_initial_model_for_weight_conversion)."
-            )
-        raise AdapterError(
-            f"{source.given} cannot be merged: with {key} {value!r} it has more than "
-            f"{'A and B' if source.method == 'lora' else 'its memories'}, which has no sum."
-        )
 
 
 def _skeleton(section: ModelSection) -> PreTrainedModel:

@@ -109,7 +109,10 @@ def write_record(folder: Path, sources: Sequence[Source], **settings: Any) -> di
         "base": sources[0].base.name,
         "revision": sources[0].base.revision,
         **settings,
-        "sources": [source.to_json() for source in sources],
+        "sources": [
+            {"folder": str(one.folder), "method": one.method, "sha256": one.sha256}
+            for one in sources
+        ],
         "versions": {name: metadata.version(name) for name in _PACKAGES},
     }
     write_json(folder / RECORD, record)

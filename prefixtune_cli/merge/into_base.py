@@ -15,14 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prefixtune_cli.errors import AdapterError, ModelError, ResourceError
 from prefixtune_cli.gguf_base import load_model
-from prefixtune_cli.merge.folder import (
-    Merged,
-    claimed,
-    weights_bytes,
-    write_record,
-    written_whole,
-)
+from prefixtune_cli.merge.folder import Merged, claimed, weights_bytes, write_record, written_whole
 from prefixtune_cli.merge.source import Source, read_source
+from prefixtune_cli.pointed import Pointed
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.quantization import stored_settings
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
@@ -33,32 +28,26 @@ from prefixtune_cli.tokenizer import cannot_load, check_base, load_config, load_
 
 
 def merge_into_base(
-    adapter: str,
-    *,
-    out: str | Path,
-    model: str | None = None,
-    overwrite: bool = False,
-    reporter: Reporter,
+    adapter: Pointed, *, out: str | Path, overwrite: bool = False, reporter: Reporter
 ) -> Merged:
     """Write the base with an adapter folded into its weights, in the base's own dtype, and the tokenizer.
 
     A base in a GGUF file becomes a plain folder, in bfloat16, or in float32 where the run computed in that.
 
     Args:
-        adapter: a run directory or an adapter folder, of LoRA or any other method of peft whose layers can merge.
+        adapter: of LoRA, or any other method of peft whose layers can merge.
         out: the model folder to write.
-        model: the base, where it is not the one that the adapter names, or has moved.
         overwrite: replace what an earlier merge wrote.
         reporter: hears what is done.
 
     Raises:
-        RunDirError: `out` is taken, or the run has no adapter.
+        RunDirError: `out` is taken.
         AdapterError: the adapter cannot be folded, or does not fit the base.
         ModelError: the base cannot be found or read, or its weights are quantized.
         ResourceError: the memory or the disk does not suffice.
     """
     out = Path(out)
-    source = read_source(adapter, model)
+    source = read_source(adapter)
     with claimed(out, [source], overwrite=overwrite):
         record = _write_folded(source, out, reporter)
     following = f'ptp generate --model {shlex.quote(str(out))} --prompt "…"'

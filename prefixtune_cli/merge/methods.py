@@ -19,17 +19,18 @@ DENSITY = 0.2  # what TIES keeps by default (Yadav et al. 2023)
 
 
 def checked_weights(
-    adapters: Sequence[str],
-    method: str,
-    weights: Sequence[float] | None,
-    density: float | None,
+    adapters: int, method: str, weights: Sequence[float] | None, density: float | None
 ) -> list[float]:
-    """A weight for each adapter; raises UsageError where settings do not fit one another or the adapters."""
+    """A weight for each of so many adapters.
+
+    Raises:
+        UsageError: the settings do not fit one another, or the number of adapters.
+    """
     if method not in METHODS:
         raise UsageError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
-    if len(adapters) < 2:
+    if adapters < 2:
         raise UsageError(
-            f"A merge needs two adapters or more, got {len(adapters)}. To fold one into its base: "
+            f"A merge needs two adapters or more, got {adapters}. To fold one into its base: "
             "ptp merge ADAPTER --into-base --out FOLDER"
         )
     if density is not None and method not in PRUNING:
@@ -37,11 +38,11 @@ def checked_weights(
     if density is not None and not 0 < density <= 1:
         raise UsageError(f"--density must lie above 0 and up to 1, got {density}.")
     if weights is None:
-        each = 1 / len(adapters) if method in ("linear", "dare") else 1.0
-        return [each] * len(adapters)
-    if len(weights) != len(adapters):
+        each = 1 / adapters if method in ("linear", "dare") else 1.0
+        return [each] * adapters
+    if len(weights) != adapters:
         raise UsageError(
-            f"--weights must name one number for each of the {len(adapters)} adapters, got {len(weights)}."
+            f"--weights must name one number for each of the {adapters} adapters, got {len(weights)}."
         )
     if not all(map(math.isfinite, weights)):
         raise UsageError(f"--weights must be finite numbers, got {', '.join(map(str, weights))}.")

@@ -1,4 +1,7 @@
-"""What is merged: a run or an adapter folder, read without any weight."""
+"""An adapter that is merged, read without its weights, and whether its method and settings have a sum.
+
+`ptp merge` refuses what `ptp merge-info` says cannot be merged: both ask here.
+"""
 
 from __future__ import annotations
 
@@ -7,37 +10,100 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 
+from prefixtune_cli.adapter import PrefixTuningPlusConfig
 from prefixtune_cli.errors import AdapterError
-from prefixtune_cli.pointed import WEIGHTS, Pointed, point
+from prefixtune_cli.pointed import WEIGHTS, Pointed
 from prefixtune_cli.saved_adapter import read_adapter_config
+
+INITIALISATION = "init_lora_weights"
+_BESIDE_A_AND_B = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+)
+_KIND_INITIALISATIONS = ("gaussian", "eva", "orthogonal")  # others change the base's weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source(Pointed):
-    """An adapter that is merged, with peft's configuration of it."""
+    """An adapter with peft's configuration of it."""
 
     folder: Path
+    method: str
     config: PeftConfig
 
-    def to_json(self) -> dict[str, Any]:
+    @property
+    def sha256(self) -> str:
+        """The hash of the file of weights."""
         with open(self.folder / WEIGHTS, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"folder": str(self.folder), "method": self.method, "sha256": digest}
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_source(given: str, model: str | None = None) -> Source:
-    """Find an adapter and read its settings; raises what `point` does, and AdapterError for a whole model.
+def read_source(found: Pointed) -> Source:
+    """Read the configuration of an adapter that was pointed at.
 
-    Args:
-        given: a run, what lies in it, or an adapter folder.
-        model: its base, where that is not the one that it names.
+    Raises:
+        AdapterError: it is a whole model, or its configuration cannot be read.
     """
-    found = point(given, None if model is None else {"name": model})
     if found.whole or found.folder is None:
         raise AdapterError(
-            f"{given} is a run of method full: it holds a whole model and no adapter, so there is nothing to merge. "
-            "Give runs of prefix-tuning-plus or lora."
+            f"{found.given} is a run of method full: it holds a whole model and no adapter, so there is nothing to "
+            "merge. Give runs of prefix-tuning-plus or lora."
         )
     return Source(**vars(found), config=read_adapter_config(found.folder))
+
+
+def without_a_sum(config: PeftConfig) -> dict[str, Any] | None:
+    """The settings, with their values, by which an adapter has more than A and B, or than its memories.
+
+    One is `init_lora_weights`, where it has changed the base's weights.
+
+    Returns:
+        empty where the adapter can be merged; None where no adapter of its method can.
+    """
+    if isinstance(config, PrefixTuningPlusConfig):
+        found: dict[str, Any] = {"modules_to_save": config.modules_to_save}
+    elif type(config) is LoraConfig:
+        drawn = config.init_lora_weights
+        changes_base = isinstance(drawn, str) and drawn not in _KIND_INITIALISATIONS
+        found = {
+            INITIALISATION: drawn if changes_base else None,
+            **{key: getattr(config, key, None) for key in _BESIDE_A_AND_B},
+            "bias": None if config.bias == "none" else config.bias,
+        }
+    else:
+        return None
+    return {key: value for key, value in found.items() if value}
+
+
+def check_mergeable(source: Source) -> None:
+    """Raise AdapterError where an adapter has no sum with others; see `without_a_sum`."""
+    beside = without_a_sum(source.config)
+    if beside is None and source.method == "prefix-tuning":
+        raise AdapterError(
+            f"{source.given} cannot be merged: its method is prefix-tuning, whose prefixes share one softmax with the "
+            "input and with each other, so no prefix acts as the sum of several. Adapters of prefix-tuning-plus and "
+            "lora can be merged."
+        )
+    if beside is None:
+        raise AdapterError(
+            f"{source.given} cannot be merged: its method is {source.method}, and ptp merges adapters of "
+            "prefix-tuning-plus and lora."
+        )
+    for key, value in beside.items():
+        if key == INITIALISATION:
+            raise AdapterError(
+                f"{source.given} cannot be merged: its initialisation, {key} {value!r}, has changed the base's "
+                "weights. Save it as a plain LoRA first (peft: save_pretrained with "
+                "path_initial_model_for_weight_conversion)."
+            )
+        raise AdapterError(
+            f"{source.given} cannot be merged: with {key} {value!r} it has more than "
+            f"{'A and B' if source.method == 'lora' else 'its memories'}, which has no sum."
+        )

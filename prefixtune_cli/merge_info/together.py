@@ -20,7 +20,7 @@ from torch import Tensor
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
 from prefixtune_cli.adapter.arithmetic import differing_setting
 from prefixtune_cli.adapter.feature_map import MAPS
-from prefixtune_cli.merge.rule import INITIALISATION, without_a_sum
+from prefixtune_cli.merge.source import INITIALISATION, without_a_sum
 from prefixtune_cli.merge_info.facts import Facts
 from prefixtune_cli.merge_info.saved import LORA
 from prefixtune_cli.merge_info.trained import Trained, memory_parts
