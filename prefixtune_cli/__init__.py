@@ -25,7 +25,7 @@ below: each imports only what stands before it in this list, and tests/test_laye
     optimizer       the names of optimizers
     peft_methods    the methods of PEFT that can be trained here
     model           the base, with fresh adapters attached
-    saved_adapter   an adapter folder on its base, if it fits
+    adapter_folder  an adapter folder on its base, if it fits
     shared_base     one base for many runs
     agreement       whether a model generates what it computes
     answer_file     the file that `ptp generate` writes

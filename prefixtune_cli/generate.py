@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from prefixtune_cli import model as models
+from prefixtune_cli.adapter_folder import check_fits, load_adapter
 from prefixtune_cli.agreement import any_prompt, check_generation
 from prefixtune_cli.answer_file import AnswerFile
 from prefixtune_cli.data.conversation import Conversation
@@ -32,7 +33,6 @@ from prefixtune_cli.pointed import Pointed
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import ModelSection
 from prefixtune_cli.sampling import Sampling
-from prefixtune_cli.saved_adapter import check_fits, load_adapter
 from prefixtune_cli.tokenizer import check_base, check_ids, load_tokenizer
 
 SECONDS_BETWEEN_LOOKS = 1.0  # at a batch that is being answered

@@ -39,7 +39,7 @@ BESIDE = {
     "pointed": {"recipe", "run_list"},
     "tokenizer": {"gguf_base"},
     "model": {"tokenizer", "gguf_base", "quantization", "peft_methods"},
-    "saved_adapter": {"model", "peft_methods"},
+    "adapter_folder": {"model", "peft_methods"},
     "shared_base": {"model"},
     "agreement": {"model"},  # with its adapter, and without
     "evaluate": {"generate"},  # the answers to match

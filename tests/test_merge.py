@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prefixtune_cli import model as models
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
+from prefixtune_cli.adapter_folder import check_fits, load_adapter
 from prefixtune_cli.errors import (
     AdapterError,
     ModelError,
@@ -34,13 +35,11 @@ from prefixtune_cli.errors import (
 from prefixtune_cli.merge import adapters as of_several
 from prefixtune_cli.merge import into_base as of_one
 from prefixtune_cli.merge.folder import Merged
-from prefixtune_cli.merge_info import saved
 from prefixtune_cli.merge_info.base import without_weights
-from prefixtune_cli.merge_info.integrity import integrity
+from prefixtune_cli.merge_info.saved_adapter import integrity, read
 from prefixtune_cli.pointed import point
 from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.schema import ModelSection
-from prefixtune_cli.saved_adapter import check_fits, load_adapter
 
 TOKENS = torch.arange(5, 25).view(2, 10)
 
@@ -401,7 +400,7 @@ def test_an_adapter_at_the_embedding_or_the_head_fits_is_sound_folds_and_comes_o
     torch.testing.assert_close(logits(loaded), expected)
     models.detach(loaded)
     assert torch.equal(logits(loaded.get_base_model()), logits(base_model(folder)))
-    found = saved.read(point(adapter))
+    found = read(point(adapter))
     assert not integrity(found, without_weights(section, found.config))
     if where == "tokens":  # trained in both, though the base has one weight for both
         with pytest.raises(AdapterError, match="two kinds of changes at lm_head"):

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from prefixtune_cli import model as models
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
+from prefixtune_cli.adapter_folder import check_fits, load_adapter, read_adapter_config
 from prefixtune_cli.errors import AdapterError, ModelError, ResourceError
 from prefixtune_cli.recipe.schema import Lora, ModelSection, PrefixTuningPlus
-from prefixtune_cli.saved_adapter import check_fits, load_adapter, read_adapter_config
 from prefixtune_cli.tokenizer import load_tokenizer
 
 

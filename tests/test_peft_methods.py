@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 
 from prefixtune_cli import model as models
 from prefixtune_cli import peft_methods
+from prefixtune_cli.adapter_folder import check_fits, load_adapter
 from prefixtune_cli.errors import AdapterError, ModelError, RecipeError
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.scorer import Scorer
@@ -20,7 +21,6 @@ from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import IN_FRONT, IN_THE_CACHE, ModelSection
 from prefixtune_cli.sampling import Sampling
-from prefixtune_cli.saved_adapter import check_fits, load_adapter
 
 # Without these settings, a method does not fit a base of width 64.
 SMALL: dict[str, dict[str, Any]] = {

@@ -11,12 +11,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from prefixtune_cli import model as models
+from prefixtune_cli.adapter_folder import load_adapter
 from prefixtune_cli.errors import ModelError
 from prefixtune_cli.generate import answer_streamed, conversation, load_speaker
 from prefixtune_cli.pointed import choose
 from prefixtune_cli.recipe.schema import Lora, ModelSection, PrefixTuningPlus
 from prefixtune_cli.sampling import Sampling
-from prefixtune_cli.saved_adapter import load_adapter
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

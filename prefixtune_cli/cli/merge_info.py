@@ -12,9 +12,8 @@ from prefixtune_cli.cli import lookup, options
 from prefixtune_cli.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
-    from prefixtune_cli.merge_info.facts import Facts
-    from prefixtune_cli.merge_info.on_data import OnData
-    from prefixtune_cli.pointed import Pointed
+    from prefixtune_cli.merge_info.bias_on_data import OnData
+    from prefixtune_cli.merge_info.one_adapter import Facts
 
 BASE, QUERIES, RESULTS = "The base", "On real queries", "Results"
 
@@ -92,8 +91,8 @@ def merge_info(
     check_sources(data)
     console.quiet_libraries()
     from prefixtune_cli.lock import locked
-    from prefixtune_cli.merge_info.facts import gather
-    from prefixtune_cli.merge_info.together import pairs
+    from prefixtune_cli.merge_info.one_adapter import gather
+    from prefixtune_cli.merge_info.pairs import pairs
 
     facts = [gather(one, typed_base=named) for one in who]
     found = pairs(facts)
@@ -105,7 +104,7 @@ def merge_info(
                 opened.enter_context(locked(one.adapter.run.path, shared=True))
         written = _drawn(facts, folders)
         if data is not None:
-            measured = _on_data(who, data, rows, Path(out or folders[0]))
+            measured = _on_data(facts, data, rows, Path(out or folders[0]))
             written += measured.written
     if as_json:
         console.print_json(
@@ -127,17 +126,18 @@ def merge_info(
         raise typer.Exit(1)
 
 
-def _on_data(who: list[Pointed], data: str, rows: int, out: Path) -> OnData:
+def _on_data(facts: list[Facts], data: str, rows: int, out: Path) -> OnData:
     from prefixtune_cli.cli.reporter import reporter
-    from prefixtune_cli.merge_info.on_data import analyse
+    from prefixtune_cli.merge_info.bias_on_data import analyse
 
+    who = [one.adapter for one in facts]
     with reporter() as shown:
         return analyse(who, data, rows=rows, out=out, reporter=shown)
 
 
 def _folders(facts: list[Facts], out: str | None) -> list[Path]:
     """Where each adapter's pictures go: below --out each has a folder of its own where there are several."""
-    from prefixtune_cli.merge_info.together import distinct_names
+    from prefixtune_cli.merge_info.pairs import distinct_names
 
     names = distinct_names(facts)
     if out is not None:
@@ -149,7 +149,7 @@ def _folders(facts: list[Facts], out: str | None) -> list[Path]:
 
 
 def _drawn(facts: list[Facts], folders: list[Path]) -> list[Path]:
-    from prefixtune_cli.merge_info.heat_map import draw_heat_map
+    from prefixtune_cli.merge_info.plots import draw_heat_map
 
     written = []
     for one, folder in zip(facts, folders, strict=True):

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from prefixtune_cli.cli import console
 
 if TYPE_CHECKING:
-    from prefixtune_cli.merge_info.facts import Facts
-    from prefixtune_cli.merge_info.learned import Cell, Learned
-    from prefixtune_cli.merge_info.together import Likeness, Pair
+    from prefixtune_cli.merge_info.matrices import Cell, Statistics
+    from prefixtune_cli.merge_info.one_adapter import Facts
+    from prefixtune_cli.merge_info.pairs import Likeness, Pair
 
 SHOWN_FINDINGS = 8
 SHOWN_SPARE = 12
@@ -20,7 +20,7 @@ NONE = "-"
 
 def print_facts(facts: Sequence[Facts]) -> None:
     """What is known of each adapter, one a column; of a single one, what it has learned as well."""
-    from prefixtune_cli.merge_info.together import distinct_names
+    from prefixtune_cli.merge_info.pairs import distinct_names
 
     columns = [_rows(one) for one in facts]
     rows = []
@@ -59,7 +59,7 @@ def print_pairs(pairs: Sequence[Pair]) -> None:
             rows.append(_likeness_row("all", pair.whole))
             console.print_table(["layer", "cosine", "sign conflict", "norm, second/first"], rows)
     if any(pair.prediction for pair in pairs):
-        from prefixtune_cli.merge_info.together import RULE
+        from prefixtune_cli.merge_info.pairs import RULE
 
         console.notice(RULE)
 
@@ -73,7 +73,7 @@ def print_tables(tables: Sequence[tuple[str, list[str], list[list[str]]]]) -> No
 
 def _rows(facts: Facts) -> list[dict[str, str]]:
     """Label → what is told, in groups: every adapter has as many, and some are empty."""
-    saved, base, section = facts.adapter, facts.base, facts.section
+    saved, base, section = facts.adapter, facts.base, facts.adapter.model
     named = NONE if section is None else section.name
     if section is not None and section.revision:
         named += f" at {section.revision}"
@@ -180,7 +180,7 @@ def _print_findings(facts: Facts) -> None:
         console.error(f"{facts.adapter.name}: and {left} more; --json has them all.")
 
 
-def _print_learned(facts: Facts, found: Learned) -> None:
+def _print_learned(facts: Facts, found: Statistics) -> None:
     by_head = bool(facts.heads)
     console.say(
         f"\nWhat it has learned: {'M' if by_head else 'ΔW = B·A·scale'} by layer", style="bold"
@@ -204,7 +204,7 @@ def _print_learned(facts: Facts, found: Learned) -> None:
     )
 
 
-def _head_table(found: Learned) -> tuple[list[str], list[list[str]]]:
+def _head_table(found: Statistics) -> tuple[list[str], list[list[str]]]:
     sites = len(found.columns) > 1
     columns = [
         "layer",
@@ -235,7 +235,7 @@ def _head_table(found: Learned) -> tuple[list[str], list[list[str]]]:
     return [columns[0], *(["site"] if sites else []), *columns[1:]], rows
 
 
-def _module_table(found: Learned) -> tuple[list[str], list[list[str]]]:
+def _module_table(found: Statistics) -> tuple[list[str], list[list[str]]]:
     rows = []
     for layer, share in found.by_layer.items():
         cells = {cell.column: cell for cell in found.cells if cell.layer == layer}
@@ -253,7 +253,7 @@ def _size(cell: Cell) -> float:
     return cell.norm if isfinite(cell.norm) else 0.0
 
 
-def _share(found: Learned, cells: Sequence[Cell]) -> float:
+def _share(found: Statistics, cells: Sequence[Cell]) -> float:
     whole = sum(_size(cell) ** 2 for cell in found.cells)
     return sum(_size(cell) ** 2 for cell in cells) / whole if whole else 0.0
 

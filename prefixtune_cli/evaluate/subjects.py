@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixtune_cli import model as models
+from prefixtune_cli.adapter_folder import check_fits, load_adapter
 from prefixtune_cli.agreement import any_prompt, check_generation
 from prefixtune_cli.errors import UsageError
 from prefixtune_cli.evaluate.outcome import BASE
@@ -26,7 +27,6 @@ from prefixtune_cli.pointed import Pointed, base_key
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
 from prefixtune_cli.recipe.schema import ModelSection, Recipe
 from prefixtune_cli.run_dir import RunDir
-from prefixtune_cli.saved_adapter import check_fits, load_adapter
 from prefixtune_cli.shared_base import SharedBase
 from prefixtune_cli.tokenizer import check_base, load_config, load_tokenizer
 

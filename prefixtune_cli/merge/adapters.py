@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefixtune_cli import model as models
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
 from prefixtune_cli.adapter.arithmetic import differing_setting
+from prefixtune_cli.adapter_folder import check_fits, copies_of_base, stored_shapes
 from prefixtune_cli.errors import AdapterError
 from prefixtune_cli.merge.folder import Merged, claimed, weights_bytes, write_record, written_whole
 from prefixtune_cli.merge.methods import DENSITY, METHODS, PRUNING, checked_weights
@@ -31,7 +32,6 @@ from prefixtune_cli.pointed import Pointed, base_key
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
 from prefixtune_cli.recipe.schema import ModelSection
-from prefixtune_cli.saved_adapter import check_fits, copies_of_base, stored_shapes
 from prefixtune_cli.tokenizer import carries_tokenizer, check_base, load_tokenizer
 
 MERGED = "default"  # peft writes the adapter of this name into the folder itself

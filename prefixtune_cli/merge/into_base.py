@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from prefixtune_cli.adapter_folder import check_fits, load_adapter
 from prefixtune_cli.errors import AdapterError, ModelError, ResourceError
 from prefixtune_cli.gguf_base import load_model
 from prefixtune_cli.merge.folder import Merged, claimed, weights_bytes, write_record, written_whole
@@ -23,7 +24,6 @@ from prefixtune_cli.quantization import stored_settings
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
 from prefixtune_cli.recipe.gguf_header import is_gguf
 from prefixtune_cli.recipe.schema import ModelSection
-from prefixtune_cli.saved_adapter import check_fits, load_adapter
 from prefixtune_cli.tokenizer import cannot_load, check_base, load_config, load_tokenizer
 
 

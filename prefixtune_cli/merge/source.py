@@ -13,9 +13,9 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
+from prefixtune_cli.adapter_folder import read_adapter_config
 from prefixtune_cli.errors import AdapterError
 from prefixtune_cli.pointed import WEIGHTS, Pointed
-from prefixtune_cli.saved_adapter import read_adapter_config
 
 INITIALISATION = "init_lora_weights"
 _BESIDE_A_AND_B = (

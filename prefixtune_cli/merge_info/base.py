@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peft import PeftConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,11 +11,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefixtune_cli.adapter import AttentionShape, UnsupportedModelError, attention_modules
+from prefixtune_cli.adapter_folder import adapted_skeleton
 from prefixtune_cli.model import skeleton
 from prefixtune_cli.plan.base import base_config
 from prefixtune_cli.quantization import stored_settings
 from prefixtune_cli.recipe.schema import ModelSection
-from prefixtune_cli.saved_adapter import adapted_skeleton
 
 # What the configurations of mixtures call the experts that a token uses, and all of them.
 _ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
@@ -85,34 +84,33 @@ def without_weights(section: ModelSection, adapter: PeftConfig) -> Base:
     except UnsupportedModelError:
         attention = {}
     names = frozenset(model.state_dict())
-    counts = model.num_parameters(), _used(model, config)
-    found = Base(*counts, _width(section, config), attention, names)
-    return _adapted(found, model, adapter)
+    counts = model.num_parameters(), _parameters_per_token(model, config)
+    base = Base(*counts, _bytes_per_parameter(section, config), attention, names)
+    try:
+        expected, layers = _adapted(model, adapter)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return replace(base, misfit=str(error).strip().splitlines()[0])
+    return replace(base, expected=expected, layers=layers)
 
 
-def _adapted(base: Base, model: PreTrainedModel, config: PeftConfig) -> Base:
+def _adapted(
+    base: PreTrainedModel, config: PeftConfig
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[type[BaseTunerLayer], str]]]:
+    """`expected` and `layers` of `Base`; peft changes `base` in place."""
     if hasattr(config, "init_lora_weights"):  # others compute with the base's weights
         config = copy.copy(config)
         config.init_lora_weights = True
-    try:
-        adapted = adapted_skeleton(model, config)
-        state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return dataclasses.replace(base, misfit=str(error).strip().splitlines()[0])
+    adapted = adapted_skeleton(base, config)
+    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     layers = {
-        name.removeprefix("base_model.model."): (
-            type(module),
-            type(module.get_base_layer()).__name__,
-        )
-        for name, module in adapted.named_modules()
-        if isinstance(module, BaseTunerLayer)
+        name.removeprefix("base_model.model."): (type(layer), type(layer.get_base_layer()).__name__)
+        for name, layer in adapted.named_modules()
+        if isinstance(layer, BaseTunerLayer)
     }
-    return dataclasses.replace(
-        base, expected={key: tuple(value.shape) for key, value in state.items()}, layers=layers
-    )
+    return {key: tuple(value.shape) for key, value in state.items()}, layers
 
 
-def _used(model: PreTrainedModel, config: PreTrainedConfig) -> int:
+def _parameters_per_token(model: PreTrainedModel, config: PreTrainedConfig) -> int:
     """The parameters that a token is multiplied with; a table is only looked up in, unless it is the head as well."""
     model.tie_weights()
     head = model.get_output_embeddings()
@@ -136,7 +134,7 @@ def _first(config: object, names: tuple[str, ...]) -> int | None:
     return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
-def _width(section: ModelSection, config: PreTrainedConfig) -> float:
+def _bytes_per_parameter(section: ModelSection, config: PreTrainedConfig) -> float:
     """Bytes a weight; the scales of quantized ones left out."""
     if stored_settings(config) is not None:
         return 0.5 if "4bit" in str(stored_settings(config)).replace("_", "") else 1

@@ -12,6 +12,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from prefixtune_cli.adapter import FeedForwardMemoryLayer, MemoryLayer, attention_modules
+from prefixtune_cli.merge_info.matrices import effective_rank
 
+FIRST = (1, 5, 10)  # eigenvalues, whose share of all is told
 FIRST_BUCKET = 16  # positions; each further bucket ends at four times the last one's end
 
 
@@ -90,15 +93,47 @@ class Sums:
         bias, output = (sum(pair[i] for pair in chosen) for i in (0, 1))
         return math.sqrt(bias / output) if output else math.nan
 
+    def to_json(self) -> dict[str, Any]:
+        shares = self.eigenvalues()
+        return {
+            "layer": self.layer,
+            "site": self.site,
+            "eigenvalues": shares,
+            "effective_rank": effective_rank(shares),
+            "share_of_first": {str(count): sum(shares[:count]) for count in FIRST},
+            "ratio": self.ratio(),
+            "by_position": [
+                {"from": bucket_range(n)[0], "to": bucket_range(n)[1], "ratio": self.ratio(n)}
+                for n in sorted(self.squares)
+            ],
+        }
 
-def effective_rank(shares: Sequence[float]) -> float:
-    """exp of the entropy of the shares (Roy and Vetterli 2007): n where n are equal and the rest zero."""
-    return math.exp(-sum(p * math.log(p) for p in shares if p > 0)) if shares else 0.0
+
+@dataclass(frozen=True)
+class Biases:
+    """What one adapter adds.
+
+    Attributes:
+        layers: by layer and site, in the order of the layers, attention first.
+    """
+
+    name: str
+    method: str
+    folder: Path
+    layers: list[Sums]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "method": self.method,
+            "folder": str(self.folder),
+            "layers": [sums.to_json() for sums in self.layers],
+        }
 
 
-def share_of_first(shares: Sequence[float], count: int) -> float:
-    """What the largest `count` make up of the whole."""
-    return sum(shares[:count])
+def buckets(adapters: Sequence[Biases]) -> list[int]:
+    """The numbers of all buckets that the adapters' sequences reach into."""
+    return sorted({n for biases in adapters for sums in biases.layers for n in sums.squares})
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What an adapter costs while it is not folded into the base: for each token, beside the base's own cost.
+"""What an adapter costs for each token, beside the base's own cost, and whether it can be folded into the base instead.
 
 Legend: H query heads (blocks at the FFN), d_q width of a query, d_φ features, d_v width of a head's output, r rank.
 FLOPs count a multiplication and an addition as two, as is usual; attention over the context is left out on both sides.
@@ -6,13 +6,16 @@ FLOPs count a multiplication and an addition as two, as is usual; attention over
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
 
+from prefixtune_cli.adapter.layer import WHY_NOT_MERGED
 from prefixtune_cli.merge_info.base import Base
-from prefixtune_cli.merge_info.saved import LORA, PREFIX_TUNING_PLUS, SavedAdapter
-from prefixtune_cli.merge_info.trained import dense_memory, memory_parts, trained
+from prefixtune_cli.merge_info.matrices import ATTENTION, TrainedMatrix, memory_parts, site
+from prefixtune_cli.merge_info.saved_adapter import LORA, PREFIX_TUNING_PLUS, SavedAdapter
 
 
 @dataclass(frozen=True)
@@ -44,51 +47,51 @@ class Costs:
         return _percent(self.bytes_read, self.base_bytes_read)
 
 
-def costs(adapter: SavedAdapter, base: Base | None) -> Costs:
-    """Count what the adapter costs; `base` is None where it is unknown."""
+def costs(adapter: SavedAdapter, matrices: Mapping[str, TrainedMatrix], base: Base | None) -> Costs:
+    """Count what the adapter costs.
+
+    Args:
+        adapter: of any method.
+        matrices: its trained ones.
+        base: None where it is unknown.
+    """
     of_base = (None, None) if base is None else (base.flops_per_token, round(base.bytes_per_token))
-    stored = sum(_bytes(tensor) for tensor in adapter.tensors.values())
-    if adapter.method == PREFIX_TUNING_PLUS:
-        parts = memory_parts(adapter.tensors)
-        flops = [
-            _memory_flops(memory, _query_heads(place, adapter, base))
-            for place, memory in parts.items()
-        ]
-        total = None if None in flops else sum(count for count in flops if count is not None)
-        return Costs(total, stored, 0, 0, *of_base)
     if adapter.config.is_prompt_learning:
         return _virtual_tokens(adapter, base, of_base)
-    if adapter.method == LORA:
-        products = [matrix for matrix in trained(adapter).values() if matrix.right is not None]
-        flops_of = sum(2 * m.left.shape[2] * (m.shape[1] + m.shape[2]) for m in products)
-        return Costs(flops_of, stored, 0, 0, *of_base)
-    return Costs(None, stored, 0, 0, *of_base)
+    flops: int | None = None
+    if adapter.method == PREFIX_TUNING_PLUS:
+        flops = _memory_flops(adapter, matrices, base)
+    elif adapter.method == LORA:
+        products = [matrix for matrix in matrices.values() if matrix.right is not None]
+        flops = sum(2 * m.left.shape[2] * (m.shape[1] + m.shape[2]) for m in products)
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in adapter.tensors.values())
+    return Costs(flops, stored, 0, 0, *of_base)
 
 
-def _memory_flops(memory: dict[str, Tensor], heads: int | None) -> int | None:
-    """H·(2·d_φ·d_v + the map's): 2·d_φ·d_q of a trained map, and one operation a feature of any."""
-    found = dense_memory(memory)
-    if found is None or heads is None:
-        return None
-    left, right = found
-    d_phi = left.shape[1]
-    read = left[0].numel() + (0 if right is None else right[0].numel())
-    trained_map = memory["W_phi"][0].numel() if "W_phi" in memory else 0
-    return heads * (2 * read + 2 * trained_map + d_phi)
+def _memory_flops(
+    adapter: SavedAdapter, matrices: Mapping[str, TrainedMatrix], base: Base | None
+) -> int | None:
+    """H·(2·d_φ·d_v + the map's) of each module: 2·d_φ·d_q of a trained map, and one operation a feature of any."""
+    total = 0
+    for place, parts in memory_parts(adapter.tensors).items():
+        matrix = matrices.get(place)
+        heads = None if matrix is None else _query_heads(place, matrix, adapter, base)
+        if matrix is None or heads is None:
+            return None
+        read = sum(part[0].numel() for part in (matrix.left, matrix.right) if part is not None)
+        trained_map = parts["W_phi"][0].numel() if "W_phi" in parts else 0
+        total += heads * (2 * read + 2 * trained_map + matrix.shape[1])
+    return total
 
 
-def _query_heads(place: str, adapter: SavedAdapter, base: Base | None) -> int | None:
+def _query_heads(
+    place: str, matrix: TrainedMatrix, adapter: SavedAdapter, base: Base | None
+) -> int | None:
     """The heads that read M: those of M itself, or where they share it, the base's."""
-    found = dense_memory(memory_parts(adapter.tensors)[place])
-    if found is None:
-        return None
     if base is not None and place in base.attention:
         return base.attention[place].heads
-    shared = (
-        getattr(adapter.config, "share_heads", "query") == "kv"
-        and "att" in place.rpartition(".")[2].lower()
-    )
-    return None if shared else found[0].shape[0]
+    shared = getattr(adapter.config, "share_heads", "query") == "kv"
+    return None if shared and site(place) == ATTENTION else matrix.shape[0]
 
 
 def _virtual_tokens(
@@ -104,9 +107,65 @@ def _virtual_tokens(
     return Costs(flops, kv_cache, kv_cache, tokens, *of_base)
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def _percent(part: int | None, whole: int | None) -> float | None:
     return 100 * part / whole if part is not None and whole else None
+
+
+@dataclass(frozen=True)
+class Folding:
+    """Whether the base's weights can take the adapter in.
+
+    Attributes:
+        possible: None where that cannot be told without the base.
+        reason: in one or two lines.
+        modules: the names of the modules that it goes into, and how many there are of each.
+        kinds: their classes, likewise; empty where the base is unknown.
+    """
+
+    possible: bool | None
+    reason: tuple[str, ...]
+    modules: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+
+
+def folding(
+    adapter: SavedAdapter, matrices: Mapping[str, TrainedMatrix], base: Base | None
+) -> Folding:
+    """Tell whether the adapter can be folded into its base; the arguments are those of `costs`."""
+    if adapter.method == PREFIX_TUNING_PLUS:
+        why, _, _ = WHY_NOT_MERGED.partition(". ")
+        return Folding(
+            False,
+            (f"{why}.", "It stays beside the base; adapters of equal φ can be merged into one."),
+        )
+    if adapter.config.is_prompt_learning:
+        return Folding(
+            False,
+            (
+                "Its vectors are tokens of every sequence and lie in the KV cache: no weight of the base gives them.",
+            ),
+        )
+    if base is not None and base.expected is not None:
+        return _by_layers(base, adapter.method)
+    if adapter.method == LORA:
+        names = Counter(place.rpartition(".")[2] for place in matrices)
+        return Folding(True, ("W + B·A·scale is a matrix of W's shape.",), dict(names))
+    return Folding(
+        None, (f"Without its base, it cannot be told whether peft folds {adapter.method}.",)
+    )
+
+
+def _by_layers(base: Base, method: str) -> Folding:
+    if not base.layers:
+        return Folding(False, (f"peft has no merge for {method}.",))
+    fixed = {
+        kind.__name__ for kind, _ in base.layers.values() if kind.merge is BaseTunerLayer.merge
+    }
+    if fixed:
+        return Folding(False, (f"peft has no merge for its layers ({', '.join(sorted(fixed))}).",))
+    return Folding(
+        True,
+        ("peft writes it into the modules' own weights.",),
+        dict(Counter(name.rpartition(".")[2] for name in base.layers)),
+        dict(Counter(kind for _, kind in base.layers.values())),
+    )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from prefixtune_cli import model as models
+from prefixtune_cli.adapter_folder import load_adapter
 from prefixtune_cli.errors import AdapterError, RunDirError, UsageError
 from prefixtune_cli.evaluate.outcome import BASE
 from prefixtune_cli.evaluate.subjects import Cast, Subject, assemble
@@ -16,7 +17,6 @@ from prefixtune_cli.pointed import choose
 from prefixtune_cli.recipe.load import dump, resolve
 from prefixtune_cli.recipe.schema import Lora, ModelSection, PrefixTuning, PrefixTuningPlus
 from prefixtune_cli.run_dir import RunDir
-from prefixtune_cli.saved_adapter import load_adapter
 
 SECTIONS = {"plus": PrefixTuningPlus(), "lora": Lora(), "prefix": PrefixTuning()}
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
+from prefixtune_cli.merge_info.matrices import TrainedMatrix
 
 WEIGHTS = "adapter_model.safetensors"
 MEMORY = "base_model.model.model.layers.{}.{}.prefix_tuning_plus_memory.{}"
@@ -56,6 +57,11 @@ def lora(**settings: object) -> LoraConfig:
 
 def prefix(tokens: int = 3) -> PrefixTuningConfig:
     return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+
+
+def dense(matrix: TrainedMatrix) -> Tensor:
+    """[heads, rows, columns]."""
+    return matrix.left if matrix.right is None else matrix.left @ matrix.right
 
 
 def change(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:

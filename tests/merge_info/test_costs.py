@@ -11,7 +11,7 @@ from peft import AdaptionPromptConfig, IA3Config, LNTuningConfig
 from transformers import AutoModelForCausalLM
 
 from prefixtune_cli.merge_info.base import without_weights
-from prefixtune_cli.merge_info.facts import gather
+from prefixtune_cli.merge_info.one_adapter import gather
 from prefixtune_cli.pointed import point
 from prefixtune_cli.recipe.schema import ModelSection
 

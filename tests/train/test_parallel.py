@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from prefixtune_cli.adapter_folder import check_fits
 from prefixtune_cli.errors import UsageError
 from prefixtune_cli.run_dir import RunDir, step_of
-from prefixtune_cli.saved_adapter import check_fits
 from prefixtune_cli.train import train
 from tests.ports import free_port
 from tests.train.test_run import recipe

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from prefixtune_cli.adapter_folder import load_adapter
 from prefixtune_cli.errors import (
     ModelError,
     RecipeError,
@@ -27,7 +28,6 @@ from prefixtune_cli.evaluate.held_out import Score
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir, write_json
-from prefixtune_cli.saved_adapter import load_adapter
 from prefixtune_cli.tokenizer import load_tokenizer
 from prefixtune_cli.train import Summary, train
 from prefixtune_cli.train.checks import check_disk

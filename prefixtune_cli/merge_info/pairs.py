@@ -19,11 +19,10 @@ from torch import Tensor
 
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
 from prefixtune_cli.adapter.arithmetic import differing_setting
-from prefixtune_cli.adapter.feature_map import MAPS
 from prefixtune_cli.merge.source import INITIALISATION, without_a_sum
-from prefixtune_cli.merge_info.facts import Facts
-from prefixtune_cli.merge_info.saved import LORA
-from prefixtune_cli.merge_info.trained import Trained, memory_parts
+from prefixtune_cli.merge_info.matrices import TrainedMatrix, memory_parts
+from prefixtune_cli.merge_info.one_adapter import Facts
+from prefixtune_cli.merge_info.saved_adapter import LORA
 from prefixtune_cli.pointed import base_key
 
 NEAR_ORTHOGONAL, ALIKE, OPPOSED, CONFLICTING = 0.1, 0.5, -0.1, 0.6
@@ -39,7 +38,7 @@ _READS = ("feature_map", "normalize_query", "share_heads", "block_size")
 
 
 @dataclass(frozen=True)
-class Difference:
+class Mismatch:
     """What two adapters differ in.
 
     Attributes:
@@ -87,8 +86,8 @@ class Pair:
 
     first: str
     second: str
-    difference: Difference | None
-    bridged: tuple[Difference, ...] = ()
+    difference: Mismatch | None
+    bridged: tuple[Mismatch, ...] = ()
     incomparable: str = ""
     by_layer: tuple[Likeness, ...] = ()
     whole: Likeness | None = None
@@ -118,36 +117,37 @@ def distinct_names(adapters: Sequence[Facts]) -> list[str]:
 
 def _pair(first: tuple[str, Facts], second: tuple[str, Facts]) -> Pair:
     (a_name, a), (b_name, b) = first, second
-    found = list(differences(a, b))
-    stops = next((difference for difference in found if not difference.merged_by), None)
-    bridged = tuple(difference for difference in found if difference.merged_by)
+    found = list(mismatches(a, b))
+    stops = next((one for one in found if not one.merged_by), None)
+    bridged = tuple(one for one in found if one.merged_by)
     if incomparable := _incomparable(a, b):
         return Pair(a_name, b_name, stops, bridged, incomparable)
     by_layer, whole = likeness(a.matrices, b.matrices)
     return Pair(a_name, b_name, stops, bridged, "", by_layer, whole, predict(whole, by_layer))
 
 
-def differences(a: Facts, b: Facts) -> Iterator[Difference]:
+def mismatches(a: Facts, b: Facts) -> Iterator[Mismatch]:
     """What two adapters differ in, the most telling first."""
     one, other = _base_name(a), _base_name(b)
     if one is not None and other is not None:
         if one != other:
-            yield Difference("base", one, other)
+            yield Mismatch("base", one, other)
         if (mine := _revision(a)) != (theirs := _revision(b)):
-            yield Difference("revision of the base", mine, theirs)
+            yield Mismatch("revision of the base", mine, theirs)
     if (mine := a.adapter.method) != (theirs := b.adapter.method):
-        yield Difference("method", mine, theirs)
+        yield Mismatch("method", mine, theirs)
         return
     no_sum = without_a_sum(a.adapter.config) is None or without_a_sum(b.adapter.config) is None
     if no_sum or not a.matrices or not b.matrices:
-        yield Difference(f"adapters of {a.adapter.method} have no sum", "", "")
+        yield Mismatch(f"adapters of {a.adapter.method} have no sum", "", "")
         return
     yield from _different_settings(a, b)
     yield from _different_matrices(a, b)
     if a.layers != b.layers:
-        yield Difference("layers", _listed(a), _listed(b), "what is zero where one has none")
+        mine, theirs = (", ".join(map(str, facts.layers)) for facts in (a, b))
+        yield Mismatch("layers", mine, theirs, "what is zero where one has none")
     if moved := _other_feature_map(a, b):
-        yield Difference(
+        yield Mismatch(
             moved,
             "of one map",
             "of another",
@@ -155,59 +155,47 @@ def differences(a: Facts, b: Facts) -> Iterator[Difference]:
         )
 
 
-def _different_settings(a: Facts, b: Facts) -> Iterator[Difference]:
+def _different_settings(a: Facts, b: Facts) -> Iterator[Mismatch]:
     mine, theirs = a.adapter.config, b.adapter.config
     both = isinstance(mine, PrefixTuningPlusConfig) and isinstance(theirs, PrefixTuningPlusConfig)
     if both and (found := differing_setting(mine, theirs)):
         what, before, after = found
-        yield Difference(what, str(before), str(after))
+        yield Mismatch(what, str(before), str(after))
     for name in {**(without_a_sum(mine) or {}), **(without_a_sum(theirs) or {})}:
         before, after = getattr(mine, name), getattr(theirs, name)
         why = "has changed the base's weights" if name == INITIALISATION else "has no sum"
-        yield Difference(f"{name}, which {why}", str(before), str(after))
+        yield Mismatch(f"{name}, which {why}", str(before), str(after))
 
 
-def _different_matrices(a: Facts, b: Facts) -> Iterator[Difference]:
+def _different_matrices(a: Facts, b: Facts) -> Iterator[Mismatch]:
     lora, only = a.adapter.method == LORA, a.matrices.keys() ^ b.matrices.keys()
     if lora and only:
         place = min(only)
         there = ["adapted" if place in facts.matrices else "not adapted" for facts in (a, b)]
-        yield Difference(place, there[0], there[1], "what is zero where one has none")
+        yield Mismatch(place, there[0], there[1], "what is zero where one has none")
     for place in a.matrices:
         if place not in b.matrices:
             continue
         one, other = a.matrices[place], b.matrices[place]
         if one.shape != other.shape:
-            maps = (
-                "linear alone, with the two maps side by side"
-                if _has_a_trained_map(a) and _has_a_trained_map(b)
-                else ""
-            )
-            yield Difference(
-                f"shape of {place}", str(list(one.shape)), str(list(other.shape)), maps
-            )
+            both = a.adapter.trains_feature_map and b.adapter.trains_feature_map
+            maps = "linear alone, with the two maps side by side" if both else ""
+            yield Mismatch(f"shape of {place}", str(list(one.shape)), str(list(other.shape)), maps)
             return
         if lora and one.left.shape != other.left.shape:
             ranks = str(one.left.shape[2]), str(other.left.shape[2])
-            yield Difference(f"rank of {place}", ranks[0], ranks[1], "the sum of the ranks")
+            yield Mismatch(f"rank of {place}", ranks[0], ranks[1], "the sum of the ranks")
             return
 
 
-def _listed(facts: Facts) -> str:
-    return ", ".join(map(str, facts.layers))
-
-
-def _has_a_trained_map(facts: Facts) -> bool:
-    phi = MAPS.get(str(facts.settings.get("feature_map")))
-    return phi is not None and phi.is_trained
-
-
 def likeness(
-    a: Mapping[str, Trained], b: Mapping[str, Trained]
+    a: Mapping[str, TrainedMatrix], b: Mapping[str, TrainedMatrix]
 ) -> tuple[tuple[Likeness, ...], Likeness | None]:
     """Cosine, sign conflict and ratio of norms of the matrices that both have, by layer and of all together."""
     sums: dict[int | None, Tensor] = {}
-    for place in a.keys() & b.keys():
+    for place in [
+        place for place in a if place in b
+    ]:  # in a fixed order, as sums of floats depend on it
         if a[place].shape == b[place].shape and a[place].finite and b[place].finite:
             layer = a[place].layer
             sums[layer] = sums.get(layer, torch.zeros(5).double()) + _sums(a[place], b[place])
@@ -235,7 +223,7 @@ def _cancel(found: Likeness) -> bool:
     return found.cosine < OPPOSED or found.sign_conflict > CONFLICTING
 
 
-def _sums(a: Trained, b: Trained) -> Tensor:
+def _sums(a: TrainedMatrix, b: TrainedMatrix) -> Tensor:
     """[5]: Σab, Σa², Σb², and Σ min(|a|, |b|) where the signs differ and of all; some rows at a time."""
     total = torch.zeros(5, dtype=torch.float64)
     _, rows, columns = a.shape
@@ -254,7 +242,7 @@ def _sums(a: Trained, b: Trained) -> Tensor:
     return total
 
 
-def _rows(matrix: Trained, head: int, rows: slice) -> Tensor:
+def _rows(matrix: TrainedMatrix, head: int, rows: slice) -> Tensor:
     left = matrix.left[head, rows]
     return left if matrix.right is None else left @ matrix.right[head]
 
@@ -271,18 +259,18 @@ def _likeness(layer: int | None, sums: Tensor) -> Likeness:
 
 def _base_name(facts: Facts) -> str | None:
     """The base as a folder or a hub id, so that two ways of writing the same one are equal."""
-    section = facts.section
+    section = facts.adapter.model
     return None if section is None else base_key(section.model_copy(update={"revision": None}))
 
 
 def _revision(facts: Facts) -> str:
-    section = facts.section
+    section = facts.adapter.model
     return (section.revision if section else None) or "main"
 
 
 def _other_feature_map(a: Facts, b: Facts) -> str | None:
     """The first tensor of a trained map in which the two differ."""
-    if not (_has_a_trained_map(a) and _has_a_trained_map(b)):
+    if not (a.adapter.trains_feature_map and b.adapter.trains_feature_map):
         return None
     mine, theirs = memory_parts(a.adapter.tensors), memory_parts(b.adapter.tensors)
     for place in sorted(mine.keys() & theirs.keys()):
@@ -307,9 +295,6 @@ def _incomparable(a: Facts, b: Facts) -> str:
                 f"The feature maps are trained, and differ (first {moved}): M is comparable only where W_phi and b_phi "
                 "are equal."
             )
-    shared = [
-        p
-        for p in a.matrices.keys() & b.matrices.keys()
-        if a.matrices[p].shape == b.matrices[p].shape
-    ]
-    return "" if shared else "They have no matrix of equal place and shape."
+    both = a.matrices.keys() & b.matrices.keys()
+    alike = any(a.matrices[place].shape == b.matrices[place].shape for place in both)
+    return "" if alike else "They have no matrix of equal place and shape."

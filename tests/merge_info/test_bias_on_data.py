@@ -15,8 +15,9 @@ from prefixtune_cli.adapter import Memory, MemoryLayer, PrefixTuningPlusConfig
 from prefixtune_cli.data.load import load_rows
 from prefixtune_cli.data.tokenized_data import tokenize
 from prefixtune_cli.errors import AdapterError, DataError, UsageError
-from prefixtune_cli.merge_info.bias import bucket, bucket_range, effective_rank
-from prefixtune_cli.merge_info.on_data import OnData, analyse
+from prefixtune_cli.merge_info.bias import bucket, bucket_range
+from prefixtune_cli.merge_info.bias_on_data import OnData, analyse
+from prefixtune_cli.merge_info.saved_adapter import read
 from prefixtune_cli.pointed import point
 from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.schema import DataSection, ModelSection
@@ -65,7 +66,7 @@ def pt_plus(**options: object) -> PeftConfig:
 def run(
     adapters: list[Path], section: ModelSection, data: str, out: Path, rows: int = 99
 ) -> OnData:
-    who = [point(adapter, section.model_dump()) for adapter in adapters]
+    who = [read(point(adapter, section.model_dump())) for adapter in adapters]
     return analyse(who, data, rows=rows, out=out, reporter=Silent())
 
 
@@ -249,7 +250,7 @@ def test_adapters_without_such_a_bias_are_left_out_or_refused(section, texts, tm
 
     said: list[str] = []
     adapters = [lora, save(section, tmp_path / "a", pt_plus())]
-    who = [point(adapter, section.model_dump()) for adapter in adapters]
+    who = [read(point(adapter, section.model_dump())) for adapter in adapters]
     found = analyse(who, texts, rows=2, out=tmp_path / "out", reporter=Heard())
     assert [biases.name for biases in found.adapters] == ["a"]
     assert said[0].startswith("lora is left out of the analysis on data")
@@ -285,8 +286,3 @@ def test_buckets_are_four_times_as_far_each():
         (64, 255),
         (256, 1023),
     ]
-
-
-def test_the_effective_rank_counts_equal_directions():
-    assert effective_rank([0.25] * 4 + [0.0]) == pytest.approx(4)
-    assert effective_rank([]) == 0

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from prefixtune_cli.errors import AdapterError, RunDirError
-from prefixtune_cli.merge_info.facts import gather
-from prefixtune_cli.merge_info.saved import read
+from prefixtune_cli.merge_info.one_adapter import gather
+from prefixtune_cli.merge_info.saved_adapter import read
 from prefixtune_cli.pointed import point
 
 from .conftest import MEMORY, WEIGHTS, Make, change, lora, memory, prefix

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefixtune_cli.merge_info.facts import gather
-from prefixtune_cli.merge_info.together import (
+from prefixtune_cli.adapter_folder import load_adapter
+from prefixtune_cli.merge_info.matrices import TrainedMatrix
+from prefixtune_cli.merge_info.one_adapter import gather
+from prefixtune_cli.merge_info.pairs import (
     Likeness,
     Pair,
     distinct_names,
@@ -18,13 +20,11 @@ from prefixtune_cli.merge_info.together import (
     pairs,
     predict,
 )
-from prefixtune_cli.merge_info.trained import Trained
 from prefixtune_cli.model import load_base
 from prefixtune_cli.pointed import point
 from prefixtune_cli.recipe.schema import ModelSection
-from prefixtune_cli.saved_adapter import load_adapter
 
-from .conftest import MEMORY, Make, change, lora, memory, prefix
+from .conftest import MEMORY, Make, change, dense, lora, memory, prefix
 
 
 def compared(*folders: Path) -> Pair:
@@ -32,9 +32,9 @@ def compared(*folders: Path) -> Pair:
     return pair
 
 
-def matrices(*by_layer: Tensor) -> dict[str, Trained]:
+def matrices(*by_layer: Tensor) -> dict[str, TrainedMatrix]:
     return {
-        str(layer): Trained(layer, "attention", values[None])
+        str(layer): TrainedMatrix(layer, "attention", values[None])
         for layer, values in enumerate(by_layer)
     }
 
@@ -55,23 +55,22 @@ def test_cosine_and_sign_conflict_are_those_of_the_entries() -> None:
 
 def test_products_are_compared_as_if_they_were_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "prefixtune_cli.merge_info.together._ENTRIES_AT_ONCE", 20
+        "prefixtune_cli.merge_info.pairs._ENTRIES_AT_ONCE", 20
     )  # a few rows at a time
     torch.manual_seed(0)
     a, b = (
-        Trained(0, "q_proj", torch.randn(1, 9, rank), torch.randn(1, rank, 7)) for rank in (2, 3)
+        TrainedMatrix(0, "q_proj", torch.randn(1, 9, rank), torch.randn(1, rank, 7))
+        for rank in (2, 3)
     )
     _, products = likeness({"q": a}, {"q": b})
-    _, dense = likeness(
-        {"q": Trained(0, "q_proj", a.dense())}, {"q": Trained(0, "q_proj", b.dense())}
+    _, stored_dense = likeness(
+        {"q": TrainedMatrix(0, "q_proj", dense(a))}, {"q": TrainedMatrix(0, "q_proj", dense(b))}
     )
     assert products is not None
-    assert dense is not None
-    assert products.cosine == pytest.approx(dense.cosine, rel=1e-5)
-    assert products.sign_conflict == pytest.approx(dense.sign_conflict, rel=1e-5)
-    expected = torch.nn.functional.cosine_similarity(
-        a.dense().flatten(), b.dense().flatten(), dim=0
-    )
+    assert stored_dense is not None
+    assert products.cosine == pytest.approx(stored_dense.cosine, rel=1e-5)
+    assert products.sign_conflict == pytest.approx(stored_dense.sign_conflict, rel=1e-5)
+    expected = torch.nn.functional.cosine_similarity(dense(a).flatten(), dense(b).flatten(), dim=0)
     assert products.cosine == pytest.approx(expected.item(), rel=1e-4)
 
 

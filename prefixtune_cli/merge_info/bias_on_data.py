@@ -17,25 +17,26 @@ from peft import PrefixTuningConfig
 
 from prefixtune_cli import model as models
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
+from prefixtune_cli.adapter_folder import check_fits, load_adapter
 from prefixtune_cli.data.load import evenly_spread, load_rows
 from prefixtune_cli.data.tokenized_data import tokenize
 from prefixtune_cli.errors import ResourceError, UsageError
 from prefixtune_cli.merge_info.bias import (
+    FIRST,
+    Biases,
     Sums,
     bucket_range,
-    effective_rank,
+    buckets,
     observed,
-    share_of_first,
 )
-from prefixtune_cli.merge_info.bias_plots import draw_by_position, draw_spectra
-from prefixtune_cli.pointed import Pointed
+from prefixtune_cli.merge_info.matrices import effective_rank
+from prefixtune_cli.merge_info.plots import draw_by_position, draw_spectra
+from prefixtune_cli.merge_info.saved_adapter import SavedAdapter
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import DataSection, ModelSection
-from prefixtune_cli.saved_adapter import check_fits, load_adapter, read_adapter_config
 from prefixtune_cli.tokenizer import check_base, check_data, load_tokenizer
 
 Table = tuple[str, list[str], list[list[str]]]
-FIRST = (1, 5, 10)
 DEFINITIONS = {
     "bias": "prefix-tuning-plus: φ(q)ᵀM; prefix-tuning: attention's output with the prefix less its output "
     "without it, of the same queries, keys and values",
@@ -44,24 +45,6 @@ DEFINITIONS = {
     "effective_rank": "exp of the entropy of the spectrum",
     "ratio": "root mean square of the bias's norm over that of the output it is added to, all heads together",
 }
-
-
-@dataclass(frozen=True)
-class Biases:
-    """What one adapter adds, by layer and site."""
-
-    name: str
-    method: str
-    folder: Path
-    layers: list[Sums]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "method": self.method,
-            "folder": str(self.folder),
-            "layers": [_layer_json(sums) for sums in self.layers],
-        }
 
 
 @dataclass(frozen=True)
@@ -86,18 +69,13 @@ class OnData:
 
 
 def analyse(
-    who: Sequence[Pointed],
-    data: str,
-    *,
-    rows: int,
-    out: Path,
-    reporter: Reporter,
+    who: Sequence[SavedAdapter], data: str, *, rows: int, out: Path, reporter: Reporter
 ) -> OnData:
     """Run the base with each adapter over the data, and sum up what the adapter adds.
 
     Args:
-        who: runs or adapters, of the first one's base; Prefix-Tuning+ and Prefix-Tuning are analysed, others are left
-            out with a warning.
+        who: adapters of the first one's base. Those of Prefix-Tuning+ and Prefix-Tuning are analysed; the others are
+            left out with a warning.
         data: in any format of `ptp train`, read as the first run among the adapters reads its own.
         rows: how many of it, evenly spread.
         out: the folder for the pictures.
@@ -105,55 +83,50 @@ def analyse(
 
     Raises:
         UsageError: none of the adapters is of a method that has such a bias, or the first one names no base.
-        AdapterError: a folder holds no adapter, or one that does not fit the base.
+        AdapterError: an adapter does not fit the base.
         DataError: the data is missing or wrong.
         ModelError, ResourceError: the base cannot be loaded, or the pictures cannot be written.
     """
     model, names = who[0].base, _names(who)
     chosen = [
-        (name, one.folder, config)
+        (name, one)
         for name, one in zip(names, who, strict=True)
-        if one.folder is not None
-        and isinstance(
-            config := read_adapter_config(one.folder),
-            PrefixTuningPlusConfig | PrefixTuningConfig,
-        )
+        if isinstance(one.config, PrefixTuningPlusConfig | PrefixTuningConfig)
     ]
     if not chosen:
         raise UsageError(
             "--data shows the bias that Prefix-Tuning+ or Prefix-Tuning adds to attention, and no adapter given is of "
             f"these methods ({', '.join(names)}). Leave --data out."
         )
-    for name in set(names) - {name for name, _, _ in chosen}:
+    for name in sorted(set(names) - {name for name, _ in chosen}):
         reporter.warning(
             f"{name} is left out of the analysis on data: its method adds no such bias."
         )
     check_base(model)
-    for _, folder, _ in chosen:
-        check_fits(model, folder)
+    for _, one in chosen:
+        check_fits(model, one.folder)
     reading = next((one.reading for one in who if one.run is not None), DataSection())
     reading = reading.model_copy(update={"train_on": "all"})
-    examples, about = _examples(data, reading, rows, model, chosen[0][1], reporter)
+    examples, about = _examples(data, reading, rows, model, chosen[0][1].folder, reporter)
 
     if model.attention not in ("auto", "sdpa", "eager"):  # masks that cannot be cut, or no float32
         model = model.model_copy(update={"attention": "auto"})
     models.tell_loading(model, reporter)
     base = models.load_base(model).eval()
     found = []
-    for name, folder, config in chosen:
-        adapted = load_adapter(base, folder).eval()
-        prefix = config.num_virtual_tokens if isinstance(config, PrefixTuningConfig) else None
-        with observed(adapted, prefix) as layers:
+    for name, one in chosen:
+        adapted = load_adapter(base, one.folder).eval()
+        is_prefix = isinstance(one.config, PrefixTuningConfig)
+        with observed(adapted, one.config.num_virtual_tokens if is_prefix else None) as layers:
             for done, ids in enumerate(examples):
                 adapted(input_ids=torch.tensor([ids], device=base.device))
                 reporter.progress(f"biases of {name}", done + 1, len(examples), {})
         models.detach(adapted)
-        method = "prefix-tuning-plus" if prefix is None else "prefix-tuning"
-        found.append(Biases(name, method, folder, layers))
+        found.append(Biases(name, one.method, one.folder, layers))
     return OnData(about, found, _draw(found, out))
 
 
-def _names(who: Sequence[Pointed]) -> list[str]:
+def _names(who: Sequence[SavedAdapter]) -> list[str]:
     """The runs' or folders' names, or what was typed where those are the same."""
     names = [one.name for one in who]
     return names if len(set(names)) == len(names) else [one.given for one in who]
@@ -188,45 +161,22 @@ def _examples(
     return examples, about
 
 
-def _layer_json(sums: Sums) -> dict[str, Any]:
-    shares = sums.eigenvalues()
-    return {
-        "layer": sums.layer,
-        "site": sums.site,
-        "eigenvalues": shares,
-        "effective_rank": effective_rank(shares),
-        "share_of_first": {str(count): share_of_first(shares, count) for count in FIRST},
-        "ratio": sums.ratio(),
-        "by_position": [
-            {"from": bucket_range(n)[0], "to": bucket_range(n)[1], "ratio": sums.ratio(n)}
-            for n in sorted(sums.squares)
-        ],
-    }
-
-
 def _spectra(adapters: Sequence[Biases]) -> Table:
     rows = []
-    keys = sorted({(s.layer, s.site) for biases in adapters for s in biases.layers})
-    for layer, site in keys:
-        for biases in adapters:
-            for sums in biases.layers:
-                if (sums.layer, sums.site) == (layer, site):
-                    shares = sums.eigenvalues()
-                    firsts = [f"{100 * share_of_first(shares, n):.1f} %" for n in FIRST]
-                    rank = f"{effective_rank(shares):.1f} of {len(shares)}"
-                    rows.append([_place(sums), biases.name, *(_none(shares) or [rank, *firsts])])
+    layers = [(biases.name, sums) for biases in adapters for sums in biases.layers]
+    for name, sums in sorted(layers, key=lambda pair: (pair[1].layer, pair[1].site)):
+        shares = sums.eigenvalues()
+        told = ["does not vary", *("" for _ in FIRST)]
+        if shares:
+            firsts = [f"{100 * sum(shares[:n]):.1f} %" for n in FIRST]
+            told = [f"{effective_rank(shares):.1f} of {len(shares)}", *firsts]
+        rows.append([_place(sums), name, *told])
     heads = ["effective rank", "first eigenvalue", *(f"first {n}" for n in FIRST[1:])]
     return "Spectrum of the bias's covariance", ["layer", "adapter", *heads], rows
 
 
-def _none(shares: Sequence[float]) -> list[str]:
-    """What stands for a bias that does not vary."""
-    return [] if shares else ["does not vary", *("" for _ in FIRST)]
-
-
 def _sizes(adapters: Sequence[Biases]) -> Table:
-    numbers = sorted({n for biases in adapters for sums in biases.layers for n in sums.squares})
-    ranges = [f"{start}–{end}" for start, end in map(bucket_range, numbers)]
+    numbers = buckets(adapters)
     rows = [
         [
             _place(sums),
@@ -238,6 +188,7 @@ def _sizes(adapters: Sequence[Biases]) -> Table:
         for sums in biases.layers
     ]
     title = "Size of the bias in per cent of the output it is added to, by position"
+    ranges = [f"{start}–{end}" for start, end in map(bucket_range, numbers)]
     return title, ["layer", "adapter", "all", *ranges], rows
 
 
@@ -246,22 +197,10 @@ def _place(sums: Sums) -> str:
 
 
 def _draw(adapters: Sequence[Biases], out: Path) -> list[Path]:
-    spectra = {
-        biases.name: {(sums.layer, sums.site): sums.eigenvalues() for sums in biases.layers}
-        for biases in adapters
-    }
-    sizes = {
-        biases.name: {
-            (sums.layer, sums.site): {n: sums.ratio(n) for n in sums.squares}
-            for sums in biases.layers
-        }
-        for biases in adapters
-    }
-    numbers = sorted({n for layers in sizes.values() for by in layers.values() for n in by})
     written = [out / "bias-spectrum.png", out / "bias-by-position.png"]
     try:
-        draw_spectra(written[0], spectra)
-        draw_by_position(written[1], sizes, {n: bucket_range(n) for n in numbers})
+        draw_spectra(written[0], adapters)
+        draw_by_position(written[1], adapters)
     except OSError as error:
         raise ResourceError(
             f"The pictures cannot be written to {out} ({error}). Give another folder with --out."

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prefixtune_cli.adapter.feature_map import MAPS
 from prefixtune_cli.errors import ModelError
 from prefixtune_cli.merge_info.base import Base, without_weights
-from prefixtune_cli.merge_info.costs import Costs, costs
-from prefixtune_cli.merge_info.folding import Folding, folding
-from prefixtune_cli.merge_info.integrity import Finding, integrity, name_of
-from prefixtune_cli.merge_info.learned import Cell, Learned, learned
-from prefixtune_cli.merge_info.saved import (
+from prefixtune_cli.merge_info.costs import Costs, Folding, costs, folding
+from prefixtune_cli.merge_info.matrices import (
+    Statistics,
+    TrainedMatrix,
+    skipped,
+    statistics,
+    trained_matrices,
+)
+from prefixtune_cli.merge_info.saved_adapter import (
     LORA,
     PREFIX_TUNING,
     PREFIX_TUNING_PLUS,
+    Finding,
     SavedAdapter,
+    integrity,
+    name_of,
     read,
 )
-from prefixtune_cli.merge_info.trained import Trained, layers_of, skipped, trained
 from prefixtune_cli.pointed import Pointed
-from prefixtune_cli.recipe.schema import ModelSection
 
 # What of a method's configuration says what the adapter computes; a newer or older version may lack some.
 SETTINGS = {
@@ -50,7 +55,6 @@ class Facts:
     """Everything that `ptp merge-info` tells of one adapter.
 
     Attributes:
-        section: how the base is found; None where none is named.
         base: None where its configuration cannot be found, and `base_problem` says why.
         matrices: the trained matrices by module, for Prefix-Tuning+ and LoRA.
         settings: what of its configuration says what it computes.
@@ -59,20 +63,20 @@ class Facts:
     """
 
     adapter: SavedAdapter
-    section: ModelSection | None
     base: Base | None
     base_problem: str | None
-    matrices: dict[str, Trained]
+    matrices: dict[str, TrainedMatrix]
     settings: dict[str, Any]
     folding: Folding
     costs: Costs
-    learned: Learned | None
+    learned: Statistics | None
     notes: tuple[str, ...]
     findings: tuple[Finding, ...]
 
     @property
     def layers(self) -> list[int]:
-        return layers_of(self.matrices)
+        """The decoder layers that have a trained matrix."""
+        return sorted({m.layer for m in self.matrices.values() if m.layer is not None})
 
     @property
     def heads(self) -> dict[str, int]:
@@ -92,13 +96,13 @@ class Facts:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON types, with the spectra."""
-        saved, base = self.adapter, self.base
+        saved, base, section = self.adapter, self.base, self.adapter.model
         return {
             "name": saved.name,
             "folder": str(saved.folder),
             "run": None if saved.run is None else str(saved.run.path),
-            "base": None if self.section is None else self.section.name,
-            "revision": None if self.section is None else self.section.revision,
+            "base": None if section is None else section.name,
+            "revision": None if section is None else section.revision,
             "base_parameters": None if base is None else base.parameters,
             "base_parameters_per_token": None if base is None else base.parameters_per_token,
             "base_problem": self.base_problem,
@@ -119,7 +123,7 @@ class Facts:
                 "flops_percent": self.costs.flops_percent,
                 "bytes_read_percent": self.costs.bytes_read_percent,
             },
-            "learned": None if self.learned is None else _learned_json(self.learned),
+            "learned": None if self.learned is None else self.learned.to_json(),
             "notes": list(self.notes),
             "findings": [asdict(finding) for finding in self.findings],
         }
@@ -137,29 +141,27 @@ def gather(found: Pointed, *, typed_base: bool = False) -> Facts:
         ModelError: there is no such base.
     """
     adapter = read(found)
-    section = adapter.model
     base, problem = None, None
-    if section is None:
+    if adapter.model is None:
         problem = "The adapter names no base. Type --model NAME for what depends on it."
     else:
         try:
-            base = without_weights(section, adapter.config)
+            base = without_weights(adapter.model, adapter.config)
         except ModelError as error:
             if typed_base:
                 raise
             problem = str(error)
-    matrices = trained(adapter)
+    matrices = trained_matrices(adapter)
     return Facts(
         adapter=adapter,
-        section=section,
         base=base,
         base_problem=problem,
         matrices=matrices,
         settings=_settings(adapter),
-        folding=folding(adapter, base),
-        costs=costs(adapter, base),
-        learned=learned(matrices),
-        notes=_notes(adapter),
+        folding=folding(adapter, matrices, base),
+        costs=costs(adapter, matrices, base),
+        learned=statistics(matrices),
+        notes=_notes(adapter, matrices),
         findings=tuple(integrity(adapter, base)),
     )
 
@@ -174,46 +176,14 @@ def _settings(adapter: SavedAdapter) -> dict[str, Any]:
     }
 
 
-def _notes(adapter: SavedAdapter) -> tuple[str, ...]:
+def _notes(adapter: SavedAdapter, matrices: Mapping[str, TrainedMatrix]) -> tuple[str, ...]:
     notes = []
-    if (
-        adapter.method == PREFIX_TUNING_PLUS
-        and MAPS[str(getattr(adapter.config, "feature_map", None))].is_trained
-    ):
+    if adapter.trains_feature_map:
         notes.append(_FEATURE_MAP_SCALE)
     if getattr(adapter.config, "use_dora", False):
         notes.append(_DORA)
-    if left_out := skipped(adapter):
+    if left_out := skipped(adapter, matrices):
         notes.append(
             f"{len(left_out)} modules are left out, as their update is not B·A of one matrix: {left_out[0]}, …"
         )
     return tuple(notes)
-
-
-def _learned_json(found: Learned) -> dict[str, Any]:
-    return {
-        "cells": [
-            {**_cell_json(cell), "spectrum": [_short(value) for value in cell.spectrum]}
-            for cell in found.cells
-        ],
-        "share_of_squared_norm": [
-            {"layer": layer, "share": _short(share)} for layer, share in found.by_layer.items()
-        ],
-        "main_layers": list(found.main_layers),
-        "spare": [_cell_json(cell) for cell in found.spare],
-    }
-
-
-def _cell_json(cell: Cell) -> dict[str, Any]:
-    return {
-        "layer": cell.layer,
-        "column": cell.column,
-        "head": cell.head,
-        "norm": _short(cell.norm),
-        "effective_rank": _short(cell.effective_rank),
-    }
-
-
-def _short(value: float) -> float:
-    """Rounds to six digits, which is what float32 has."""
-    return float(f"{value:.6g}")
