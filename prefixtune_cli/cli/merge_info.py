@@ -136,7 +136,7 @@ def _on_data(facts: list[Facts], data: str, rows: int, out: Path) -> OnData:
 
 
 def _folders(facts: list[Facts], out: str | None) -> list[Path]:
-    """Where each adapter's pictures go: below --out each has a folder of its own where there are several."""
+    """The folder for each adapter's pictures; several adapters have one each below --out."""
     from prefixtune_cli.merge_info.pairs import distinct_names
 
     names = distinct_names(facts)

@@ -1,4 +1,4 @@
-"""How `ptp merge-info` tells what it found: tables and lines on stdout."""
+"""The tables and lines that `ptp merge-info` prints on stdout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NONE = "-"
 
 
 def print_facts(facts: Sequence[Facts]) -> None:
-    """What is known of each adapter, one a column; of a single one, what it has learned as well."""
+    """Print the facts of each adapter, one adapter a column; for a single one, also what it has learned."""
     from prefixtune_cli.merge_info.pairs import distinct_names
 
     columns = [_rows(one) for one in facts]
@@ -46,7 +46,7 @@ def print_facts(facts: Sequence[Facts]) -> None:
 
 
 def print_pairs(pairs: Sequence[Pair]) -> None:
-    """Of every two adapters: whether they can be merged, and how alike they are."""
+    """Print for every two adapters whether they can be merged, and how alike they are."""
     for pair in pairs:
         console.say(f"\n{pair.first} and {pair.second}", style="bold")
         for line in _verdict(pair):
@@ -65,14 +65,14 @@ def print_pairs(pairs: Sequence[Pair]) -> None:
 
 
 def print_tables(tables: Sequence[tuple[str, list[str], list[list[str]]]]) -> None:
-    """Tables with their titles."""
+    """Print tables with their titles."""
     for title, columns, rows in tables:
         console.say(f"\n{title}", style="bold")
         console.print_table(columns, rows)
 
 
 def _rows(facts: Facts) -> list[dict[str, str]]:
-    """Label → what is told, in groups: every adapter has as many, and some are empty."""
+    """Rows as label → text, in groups. Every adapter has the same groups; some may be empty."""
     saved, base, section = facts.adapter, facts.base, facts.adapter.model
     named = NONE if section is None else section.name
     if section is not None and section.revision:
@@ -107,7 +107,7 @@ def _rows(facts: Facts) -> list[dict[str, str]]:
 
 
 def _run_rows(facts: Facts) -> list[tuple[str, str]]:
-    """Of a run: its data, its recipe's main settings, and what came of it."""
+    """The run's data, the main settings of its recipe, and its result; empty without a run."""
     recipe, summary = facts.adapter.recipe, facts.adapter.summary
     if recipe is None:
         return []
@@ -293,7 +293,7 @@ def _spelled(value: Any) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """As in 0–3, 5."""
+    """The numbers as ranges, such as 0–3, 5."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

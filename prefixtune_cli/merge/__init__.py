@@ -1,1 +1,1 @@
-"""Merging: one adapter from several, and an adapter folded into its base. Imports nothing by itself."""
+"""Merging: one adapter from several, or one adapter folded into its base."""

@@ -1,10 +1,10 @@
-"""One adapter from several, computed on the base's skeleton, so that none of its weights are loaded.
+"""One adapter from several. `_skeleton` stands for the base, so none of its weights are loaded.
 
-Prefix-Tuning+ adapters are merged by `adapter/arithmetic.py`, LoRA adapters by peft. A LoRA's update is the product
-BA, and the sum of several is the product of their factors laid end to end (peft's `cat`): exact, at the sum of
-the ranks. peft's own `linear` averages the As and the Bs apart, which is not the average of the updates, and is
-not used. TIES and DARE are defined on the updates, so they are taken of BA, and the result is brought back to the
-sum of the ranks by its singular value decomposition (peft's `ties_svd` and `dare_linear_svd`).
+`adapter/arithmetic.py` merges Prefix-Tuning+ adapters, and peft merges LoRA adapters. The update of a LoRA is the
+product BA. peft's `cat` puts the factors of several side by side: their product is exactly the sum of the updates, and
+its rank is the sum of the ranks. peft's `linear` averages the As and the Bs separately, which does not give the average
+of the updates, so it is not used. TIES and DARE are defined on the updates: peft applies them to BA, and a singular
+value decomposition brings the result back to low rank (`ties_svd` and `dare_linear_svd`).
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ def merge(
     overwrite: bool = False,
     reporter: Reporter,
 ) -> Merged:
-    """Write one adapter made of several.
+    """Merge several adapters into one, and write it.
 
     Args:
-        adapters: of one base and one method.
+        adapters: two or more, of one base and one method.
         out: the adapter folder to write.
         method: one of METHODS.
-        weights: one an adapter; None is 1/n each for linear and dare, and 1 each for task-arithmetic, which adds, and
-            ties, which averages by itself.
+        weights: one for each adapter. None is 1/n each for linear and dare, and 1 each for task-arithmetic,
+            which adds, and for ties, which averages by itself.
         density: the fraction of entries that ties and dare keep; None is DENSITY.
-        seed: of what dare drops.
+        seed: decides which entries dare drops.
         overwrite: replace what an earlier merge wrote.
-        reporter: hears what is done.
+        reporter: is told what is done.
 
     Raises:
-        UsageError: the settings do not fit one another or the number of adapters.
+        UsageError: the settings contradict each other, or do not fit the number of adapters.
         RunDirError: `out` is taken.
         AdapterError: the adapters do not fit each other or their base, or their method cannot be merged.
         ModelError: the base's configuration cannot be found.
@@ -91,7 +91,7 @@ def _write_merged(
     seed: int,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Merge and write; what stands in the result's merge.json."""
+    """Merge the adapters and write the result; returns what its merge.json holds."""
     section, tokenizer = sources[0].base, _tokenizer(sources, reporter)
     is_lora = sources[0].method == "lora"
     combination = METHODS[method][is_lora]
@@ -131,7 +131,7 @@ def _write_merged(
 
 
 def _check_fit_each_other(sources: Sequence[Source]) -> None:
-    """Raise AdapterError with the first thing in which the adapters differ, or that keeps one from being merged."""
+    """Raise AdapterError where an adapter cannot be merged at all, or for the first difference between two."""
     first, *others = sources
     if len({source.folder.resolve() for source in sources}) < len(sources):
         raise AdapterError(
@@ -152,10 +152,10 @@ def _check_fit_each_other(sources: Sequence[Source]) -> None:
 
 
 def _tokenizer(sources: Sequence[Source], reporter: Reporter) -> PreTrainedTokenizerBase | None:
-    """The tokenizer and chat template that the merged adapter carries, as its sources do; None where none does.
+    """The tokenizer, with its chat template, that is saved with the merged adapter; None where no source has one.
 
     Raises:
-        AdapterError: the sources' tokenizers differ, so that one id means several tokens.
+        AdapterError: the sources' tokenizers differ, so one id would mean several tokens.
     """
     if not any(carries_tokenizer(source.folder) for source in sources):
         return None
@@ -181,9 +181,9 @@ def _differ(first: Source, other: Source, what: str, mine: object, theirs: objec
 
 
 def _skeleton(section: ModelSection) -> PreTrainedModel:
-    """The base without its weights, on the CPU: one float32 number stands for all of a weight, and takes no memory.
+    """The base without its weights, on the CPU: each weight is one number in every entry, and takes no memory.
 
-    Adapters are computed in float32 with it, whatever the base's dtype.
+    The number is a float32, so peft computes adapters in float32, whatever the base's dtype is.
 
     Raises:
         ModelError: see `model.skeleton`.
@@ -220,7 +220,7 @@ def _with_adapters(base: PreTrainedModel, sources: Sequence[Source]) -> PeftMode
 
 
 def _make_room(base: PreTrainedModel, source: Source) -> None:
-    """Give the skeleton memory for what peft reads into it: weights of the base of which the adapter has copies."""
+    """Allocate the weights of which the adapter has copies, as peft reads the copies into them."""
     copies = copies_of_base(stored_shapes(source.folder), (), base.state_dict())
     for name in copies.values():
         module, _, parameter = name.rpartition(".")
@@ -236,7 +236,7 @@ def _merge_loras(
     combination: str,
     density: float | None,
 ) -> None:
-    """Add the merged LoRA; peft has its scale as 1, which rank-stabilised scaling would change."""
+    """Add the merged LoRA. peft sets its scale to 1, which rank-stabilised scaling would change."""
     settings = cast(LoraConfig, model.peft_config[names[0]])
     settings.use_rslora, settings.init_lora_weights = False, True
     options: dict[str, Any] = {}

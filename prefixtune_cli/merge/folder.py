@@ -1,4 +1,4 @@
-"""The folder that a merge writes: whole or not at all, with `merge.json` about where it comes from."""
+"""The folder that a merge writes, whole or not at all, with `merge.json`, which tells how it was made."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ _PACKAGES = ("prefixtune-cli", "peft", "transformers", "torch")
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge wrote: the folder, what stands in its merge.json, and the bytes of its weights."""
+    """What a merge wrote.
+
+    Attributes:
+        record: the content of merge.json.
+        next_command: a command that uses the result.
+    """
 
     folder: Path
     record: dict[str, Any]
@@ -44,11 +49,10 @@ class Merged:
 
 @contextlib.contextmanager
 def claimed(out: Path, sources: Sequence[Pointed], *, overwrite: bool) -> Iterator[None]:
-    """Within the block no other command writes there.
+    """Within the block no other command writes to `out`.
 
     Raises:
-        RunDirError: it is a file, one of the sources, or holds something that is not to be overwritten; or another
-            command writes there already.
+        RunDirError: see `check_out`; or another command writes there already.
         ResourceError: it cannot be written to.
     """
     check_out(out, sources, overwrite=overwrite)
@@ -57,10 +61,15 @@ def claimed(out: Path, sources: Sequence[Pointed], *, overwrite: bool) -> Iterat
 
 
 def check_out(out: Path, sources: Sequence[Pointed], *, overwrite: bool) -> None:
-    """Refuse a folder that is taken; raises RunDirError, see `claimed`."""
+    """Refuse a folder that is taken.
+
+    Raises:
+        RunDirError: it is a file, or one of the sources; or it is not empty, and a merge has not written it or
+            `overwrite` is false.
+    """
     if Path.cwd().is_relative_to(out.resolve()):
         raise RunDirError(
-            f"--out {out} is where you are, and cannot be replaced. Give another name."
+            f"--out {out} is where you are, so it cannot be replaced. Give another name."
         )
     if os.path.isfile(out):
         raise RunDirError(f"--out {out} is a file. Give another name.")
@@ -83,7 +92,7 @@ def check_out(out: Path, sources: Sequence[Pointed], *, overwrite: bool) -> None
 
 @contextlib.contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into, which takes its place when the block ends without an error.
+    """A folder beside `out` to write into. It replaces `out` when the block ends without an error.
 
     Raises:
         ResourceError: the disk is full, or cannot be written to.
@@ -103,7 +112,7 @@ def written_whole(out: Path) -> Iterator[Path]:
 
 
 def write_record(folder: Path, sources: Sequence[Source], **settings: Any) -> dict[str, Any]:
-    """Write merge.json: the sources with the hashes of their weights, how they were merged, and by what versions."""
+    """Write merge.json: the sources with the hashes of their weights, the settings, and the libraries' versions."""
     record = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "base": sources[0].base.name,

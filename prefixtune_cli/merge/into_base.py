@@ -1,4 +1,4 @@
-"""An adapter folded into its base: a plain model, which needs neither peft nor ptp."""
+"""One adapter folded into its base. The result is a plain model, which needs neither peft nor ptp."""
 
 from __future__ import annotations
 
@@ -30,21 +30,22 @@ from prefixtune_cli.tokenizer import cannot_load, check_base, load_config, load_
 def merge_into_base(
     adapter: Pointed, *, out: str | Path, overwrite: bool = False, reporter: Reporter
 ) -> Merged:
-    """Write the base with an adapter folded into its weights, in the base's own dtype, and the tokenizer.
+    """Fold an adapter into the weights of its base, and write the model and its tokenizer.
 
-    A base in a GGUF file becomes a plain folder, in bfloat16, or in float32 where the run computed in that.
+    The model has the base's own dtype. A base in a GGUF file becomes a plain folder in bfloat16, or in float32 where
+    the run computed in float32.
 
     Args:
-        adapter: of LoRA, or any other method of peft whose layers can merge.
+        adapter: of LoRA, or of another method of peft whose layers can be merged.
         out: the model folder to write.
         overwrite: replace what an earlier merge wrote.
-        reporter: hears what is done.
+        reporter: is told what is done.
 
     Raises:
         RunDirError: `out` is taken.
         AdapterError: the adapter cannot be folded, or does not fit the base.
         ModelError: the base cannot be found or read, or its weights are quantized.
-        ResourceError: the memory or the disk does not suffice.
+        ResourceError: there is not enough memory or disk space.
     """
     out = Path(out)
     source = read_source(adapter)
@@ -55,7 +56,7 @@ def merge_into_base(
 
 
 def _write_folded(source: Source, out: Path, reporter: Reporter) -> dict[str, Any]:
-    """Check, fold and write; what stands in the result's merge.json."""
+    """Check and fold the adapter, and write the model; returns what its merge.json holds."""
     _check_foldable(source)
     section = source.base
     check_base(section)
@@ -85,12 +86,12 @@ def _check_foldable(source: Source) -> None:
         raise AdapterError(
             f"{source.given} cannot be folded into its base: its method is prefix-tuning-plus, where φ is not linear "
             "and the query depends on the token's position, so no weight matrix gives φ(q)ᵀM. Keep the adapter beside "
-            "the base; to hand both out together is what `ptp export` (planned) is for."
+            "the base; `ptp export` (planned) will hand out both together."
         )
     if source.config.is_prompt_learning:
         raise AdapterError(
             f"{source.given} cannot be folded into its base: its method is {source.method}, whose trained vectors "
-            "stand before the input, and no weight of the base takes part. Keep the adapter beside the base."
+            "stand before the input, so no weight of the base can hold them. Keep the adapter beside the base."
         )
 
 
@@ -101,7 +102,7 @@ def _folded(source: Source, reporter: Reporter) -> PreTrainedModel:
     tied = ends[1] is not None and ends[0].weight is ends[1].weight
     model = load_adapter(base, source.folder)
     if tied and (adapted := embeddings.intersection(getattr(model, "targeted_module_names", ()))):
-        # The adapter stands at one of two places that share a weight, or at each with a change of its own.
+        # The adapter changes one of two modules that share a weight, or each of them differently.
         ends[1].weight = nn.Parameter(ends[1].weight.detach().clone(), requires_grad=False)
         base.config.get_text_config().tie_word_embeddings = False
         reporter.notice(
@@ -124,7 +125,7 @@ def _folded(source: Source, reporter: Reporter) -> PreTrainedModel:
 
 
 def _load(section: ModelSection) -> PreTrainedModel:
-    """The base in its own dtype, in main memory."""
+    """Load the base in its own dtype into main memory."""
     name = resolve_alias(section.name)
     try:
         if is_gguf(name):

@@ -1,4 +1,4 @@
-"""How several adapters are merged, and which settings that takes. Needs no torch."""
+"""The ways to merge several adapters, and the check of their settings. This file needs no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from prefixtune_cli.errors import UsageError
 
-# Method → what it is to `add_weighted_adapter` of Prefix-Tuning+ and of LoRA.
+# Method → the names by which `add_weighted_adapter` of Prefix-Tuning+ and that of LoRA know it.
 METHODS = {
     "linear": ("linear", "cat"),
     "task-arithmetic": ("linear", "cat"),
@@ -21,10 +21,10 @@ DENSITY = 0.2  # what TIES keeps by default (Yadav et al. 2023)
 def checked_weights(
     adapters: int, method: str, weights: Sequence[float] | None, density: float | None
 ) -> list[float]:
-    """A weight for each of so many adapters.
+    """The weights of the adapters, whose number is `adapters`.
 
     Raises:
-        UsageError: the settings do not fit one another, or the number of adapters.
+        UsageError: the settings contradict each other, or do not fit the number of adapters.
     """
     if method not in METHODS:
         raise UsageError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")

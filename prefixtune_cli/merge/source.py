@@ -1,6 +1,6 @@
-"""An adapter that is merged, read without its weights, and whether its method and settings have a sum.
+"""An adapter to be merged, with its configuration, and the rule for which adapters can be added up.
 
-`ptp merge` refuses what `ptp merge-info` says cannot be merged: both ask here.
+`ptp merge` and `ptp merge-info` share the rule, so one refuses what the other says cannot be merged.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _BESIDE_A_AND_B = (
     "layer_replication",
     "alora_invocation_tokens",
 )
-_KIND_INITIALISATIONS = ("gaussian", "eva", "orthogonal")  # others change the base's weights
+_HARMLESS_INITIALISATIONS = ("gaussian", "eva", "orthogonal")  # that leave the base's weights alone
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source(Pointed):
-    """An adapter with peft's configuration of it."""
+    """An adapter that was pointed at, with its peft configuration."""
 
     folder: Path
     method: str
@@ -46,7 +46,7 @@ class Source(Pointed):
 
 
 def read_source(found: Pointed) -> Source:
-    """Read the configuration of an adapter that was pointed at.
+    """Read the configuration of an adapter; its weights are not read.
 
     Raises:
         AdapterError: it is a whole model, or its configuration cannot be read.
@@ -60,18 +60,19 @@ def read_source(found: Pointed) -> Source:
 
 
 def without_a_sum(config: PeftConfig) -> dict[str, Any] | None:
-    """The settings, with their values, by which an adapter has more than A and B, or than its memories.
+    """The settings because of which an adapter cannot be added to others.
 
-    One is `init_lora_weights`, where it has changed the base's weights.
+    With them it holds more than A and B, or more than its memories, or its initialisation has changed the base's
+    weights.
 
     Returns:
-        empty where the adapter can be merged; None where no adapter of its method can.
+        the settings with their values: empty where the adapter can be merged. None where its method cannot.
     """
     if isinstance(config, PrefixTuningPlusConfig):
         found: dict[str, Any] = {"modules_to_save": config.modules_to_save}
     elif type(config) is LoraConfig:
         drawn = config.init_lora_weights
-        changes_base = isinstance(drawn, str) and drawn not in _KIND_INITIALISATIONS
+        changes_base = isinstance(drawn, str) and drawn not in _HARMLESS_INITIALISATIONS
         found = {
             INITIALISATION: drawn if changes_base else None,
             **{key: getattr(config, key, None) for key in _BESIDE_A_AND_B},
@@ -83,7 +84,7 @@ def without_a_sum(config: PeftConfig) -> dict[str, Any] | None:
 
 
 def check_mergeable(source: Source) -> None:
-    """Raise AdapterError where an adapter has no sum with others; see `without_a_sum`."""
+    """Raise AdapterError where an adapter cannot be added to others; see `without_a_sum`."""
     beside = without_a_sum(source.config)
     if beside is None and source.method == "prefix-tuning":
         raise AdapterError(

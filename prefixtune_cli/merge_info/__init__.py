@@ -1,6 +1,6 @@
 """`ptp merge-info`: what an adapter is, what it costs and what it has learned, before it is deployed or merged.
 
-base            the base without its weights, and what the adapter would be on it
+base            the base without its weights
 saved_adapter   an adapter on the disk, and whether it is damaged
 matrices        its trained matrices: norms, spectra, effective ranks
 costs           what it costs for each token, and whether it can be folded into the base

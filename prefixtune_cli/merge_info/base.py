@@ -1,4 +1,4 @@
-"""The base of an adapter without its weights: counted, and adapted again, on the meta device."""
+"""An adapter's base, from its configuration alone: its size, its attention, and which adapter would fit it."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from prefixtune_cli.plan.base import base_config
 from prefixtune_cli.quantization import stored_settings
 from prefixtune_cli.recipe.schema import ModelSection
 
-# What the configurations of mixtures call the experts that a token uses, and all of them.
+# The names of two settings of mixtures of experts: how many experts a token uses, and how many there are.
 _ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
 class Base:
-    """What a configuration says of its model.
+    """A base without its weights, and the adapter that belongs on it.
 
     Attributes:
-        parameters: all of them.
-        parameters_per_token: those that a token is multiplied with: without tables that are looked up in, and of a
-            mixture's experts the share that is active.
-        bytes_per_parameter: in the precision that it is run in.
-        attention: the heads of each attention module that the adapter's hook reaches; empty where it reaches none.
-        names: of the base's own weights.
-        expected: the adapter's keys and shapes, by its configuration; None where it cannot be put on the base.
-        misfit: why it cannot.
+        parameters: their number.
+        parameters_per_token: the number of those that one token is multiplied with. Embeddings are only looked up,
+            and of the experts of a mixture only the active share counts.
+        bytes_per_parameter: in the precision that the base runs in.
+        attention: the heads of each attention module that Prefix-Tuning+ can adapt; empty where it can adapt none.
+        names: the names of the base's weights.
+        expected: the keys and shapes that the adapter should have; None where it cannot be put on the base.
+        misfit: why it cannot be put on the base.
         layers: the modules that the adapter changes: name → (the tuner's class, the module's class).
     """
 
@@ -49,17 +49,17 @@ class Base:
 
     @property
     def flops_per_token(self) -> int:
-        """FLOPs of a forward pass: a multiplication and an addition a weight, without attention over the context."""
+        """FLOPs of a forward pass: two for each weight, without attention over the context."""
         return 2 * self.parameters_per_token
 
     @property
     def bytes_per_token(self) -> float:
-        """Read from memory for one token of one sequence."""
+        """Bytes of weights that are read from memory for one token of one sequence."""
         return self.parameters_per_token * self.bytes_per_parameter
 
     @property
     def kv_cache_bytes_per_token(self) -> int:
-        """Keys and values in the precision of the activations, two bytes a number (four of a float32 base)."""
+        """Bytes of keys and values: two for each number, or four where the base is in float32."""
         width = 4 if self.bytes_per_parameter == 4 else 2
         return sum(
             shape.kv_heads * (shape.d_query + shape.d_value) * width
@@ -68,10 +68,10 @@ class Base:
 
 
 def without_weights(section: ModelSection, adapter: PeftConfig) -> Base:
-    """Build the base on the meta device, and the adapter on it.
+    """Build the base and the adapter on it without weights, and describe both.
 
     Args:
-        section: the base; no weights of it are needed, and for well-known models no network.
+        section: the base. Its weights need not be here; for well-known models no network is needed either.
         adapter: the adapter's configuration.
 
     Raises:
@@ -96,8 +96,10 @@ def without_weights(section: ModelSection, adapter: PeftConfig) -> Base:
 def _adapted(
     base: PreTrainedModel, config: PeftConfig
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[type[BaseTunerLayer], str]]]:
-    """`expected` and `layers` of `Base`; peft changes `base` in place."""
-    if hasattr(config, "init_lora_weights"):  # others compute with the base's weights
+    """`expected` and `layers` of `Base`. peft puts the adapter into `base` itself."""
+    if hasattr(
+        config, "init_lora_weights"
+    ):  # other initialisations compute with the base's weights
         config = copy.copy(config)
         config.init_lora_weights = True
     adapted = adapted_skeleton(base, config)
@@ -111,7 +113,7 @@ def _adapted(
 
 
 def _parameters_per_token(model: PreTrainedModel, config: PreTrainedConfig) -> int:
-    """The parameters that a token is multiplied with; a table is only looked up in, unless it is the head as well."""
+    """See `Base.parameters_per_token`; an embedding counts where it is the output layer as well."""
     model.tie_weights()
     head = model.get_output_embeddings()
     tables = {
@@ -135,7 +137,7 @@ def _first(config: object, names: tuple[str, ...]) -> int | None:
 
 
 def _bytes_per_parameter(section: ModelSection, config: PreTrainedConfig) -> float:
-    """Bytes a weight; the scales of quantized ones left out."""
+    """Bytes of one weight; the scales of quantized weights are left out."""
     if stored_settings(config) is not None:
         return 0.5 if "4bit" in str(stored_settings(config)).replace("_", "") else 1
     return section.bits / 8

@@ -1,9 +1,9 @@
-"""What an adapter adds to attention's output (or an FFN's) on real queries: a bias, streamed through.
+"""The bias that an adapter adds to the output of attention, or of an FFN, on real queries.
 
-Of Prefix-Tuning+ the bias is φ(q)ᵀM. Of Prefix-Tuning it is what attention gives with the prefix, less what the same
-queries, keys and values give without it: o' − o of one call, so that what lower layers changed does not enter. Both are
-computed in float32 from the model's own queries. Nothing is kept but sums: of a layer's biases the mean and the
-covariance of each head, in float64, and their squared norms.
+For Prefix-Tuning+ the bias is φ(q)ᵀM. For Prefix-Tuning it is the output of attention with the prefix, less the output
+without it, from the same queries, keys and values. Both outputs come from one call, so changes in lower layers do not
+count. Biases are computed in float32 from the model's own queries. Only sums are kept: for each layer, the mean and the
+covariance of each head's biases in float64, and their squared norms.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from transformers import AttentionInterface
 from prefixtune_cli.adapter import FeedForwardMemoryLayer, MemoryLayer, attention_modules
 from prefixtune_cli.merge_info.matrices import effective_rank
 
-FIRST = (1, 5, 10)  # eigenvalues, whose share of all is told
-FIRST_BUCKET = 16  # positions; each further bucket ends at four times the last one's end
+FIRST = (1, 5, 10)  # so many of the largest eigenvalues are reported as a share of all
+FIRST_BUCKET = 16  # positions; every next bucket ends four times as far
 
 
 def bucket(position: int) -> int:
@@ -38,21 +38,29 @@ def bucket_range(number: int) -> tuple[int, int]:
 
 @dataclass
 class Sums:
-    """The biases of one layer at one site, `attention` or `ffn`, summed up as they come."""
+    """The biases of one layer at one site, summed up sequence by sequence.
+
+    Attributes:
+        site: `attention` or `ffn`.
+        count: positions so far.
+        total: the sum of the biases, [heads, d].
+        outer: the sum of their outer products, [heads, d, d].
+        squares: bucket → the squared norms of the biases, and of the outputs that they are added to.
+    """
 
     layer: int
     site: str
     count: int = 0
-    total: Tensor | None = None  # [heads, d]
-    outer: Tensor | None = None  # [heads, d, d]
-    squares: dict[int, list[float]] = field(default_factory=dict)  # bucket → of bias, of output
+    total: Tensor | None = None
+    outer: Tensor | None = None
+    squares: dict[int, list[float]] = field(default_factory=dict)
 
     def add(self, bias: Tensor, output: Tensor) -> None:
         """Add one sequence.
 
         Args:
             bias: [positions, heads, d]
-            output: what it is added to, in the same shape.
+            output: what the bias is added to, in the same shape.
         """
         bias, output = bias.double(), output.double()
         total, outer = bias.sum(0), torch.einsum("shd,she->hde", bias, bias)
@@ -68,18 +76,21 @@ class Sums:
                 found[i] += value
 
     def covariance(self) -> Tensor:
-        """The covariance of each head, [heads, d, d] in float64."""
+        """The covariance of each head's biases, [heads, d, d] in float64."""
         assert self.total is not None
         assert self.outer is not None
         mean = self.total / self.count
         return self.outer / self.count - mean[:, :, None] * mean[:, None, :]
 
     def eigenvalues(self) -> list[float]:
-        """The heads' eigenvalues, descending, as shares of their sum, averaged over the heads that vary."""
+        """The eigenvalues of the covariance, the largest first, as shares of their sum, averaged over heads.
+
+        Heads whose bias does not vary are left out; the result is empty where none varies.
+        """
         found = torch.linalg.eigvalsh(self.covariance().cpu()).flip(-1).clamp(min=0)
         sums = found.sum(-1, keepdim=True)
         assert self.outer is not None
-        # What the subtraction of the mean leaves by rounding is no variance.
+        # Subtracting the mean leaves rounding errors, which are no variance.
         size = self.outer.diagonal(dim1=-2, dim2=-1).sum(-1).cpu() / self.count
         varies = sums[:, 0] > 1e-12 * size
         if not bool(varies.any()):
@@ -88,7 +99,7 @@ class Sums:
         return shares
 
     def ratio(self, number: int | None = None) -> float:
-        """The root mean square of the biases' norms over that of the outputs', in one bucket or everywhere."""
+        """The root mean square norm of the biases, divided by that of the outputs, in one bucket or in all."""
         chosen = self.squares.values() if number is None else [self.squares[number]]
         bias, output = (sum(pair[i] for pair in chosen) for i in (0, 1))
         return math.sqrt(bias / output) if output else math.nan
@@ -111,10 +122,10 @@ class Sums:
 
 @dataclass(frozen=True)
 class Biases:
-    """What one adapter adds.
+    """The biases of one adapter.
 
     Attributes:
-        layers: by layer and site, in the order of the layers, attention first.
+        layers: one entry for each layer and site, in the order of the layers, attention first.
     """
 
     name: str
@@ -132,20 +143,20 @@ class Biases:
 
 
 def buckets(adapters: Sequence[Biases]) -> list[int]:
-    """The numbers of all buckets that the adapters' sequences reach into."""
+    """The numbers of all buckets in which a bias was measured."""
     return sorted({n for biases in adapters for sums in biases.layers for n in sums.squares})
 
 
 @contextlib.contextmanager
 def observed(model: nn.Module, virtual_tokens: int | None = None) -> Iterator[list[Sums]]:
-    """Within the block every forward pass of one unpadded sequence is summed up.
+    """Within the block the biases of every forward pass are summed up. A pass must hold one sequence without padding.
 
     Args:
         model: the adapted model.
-        virtual_tokens: of a Prefix-Tuning adapter; None for Prefix-Tuning+.
+        virtual_tokens: their number in a Prefix-Tuning adapter; None for Prefix-Tuning+.
 
-    Returns:
-        A list that is filled: the sums of each adapted layer, in the order of the layers, attention first.
+    Yields:
+        A list. When the block ends it holds the sums of each adapted layer, as in `Biases.layers`.
     """
     found: dict[tuple[int, str], Sums] = {}
     filled: list[Sums] = []
@@ -168,6 +179,7 @@ def observed(model: nn.Module, virtual_tokens: int | None = None) -> Iterator[li
         filled.extend(found[key] for key in sorted(found))
 
 
+# Is called with a layer, a site, its bias and the output it is added to, both [1, positions, heads, d].
 Take = Callable[[int, str, Tensor, Tensor], None]
 
 
@@ -214,7 +226,7 @@ def _memories_observed(model: nn.Module, take: Take) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _prefixes_observed(layers: dict[int, int], virtual_tokens: int, take: Take) -> Iterator[None]:
-    """`layers` has the layer numbers by the attention modules' ids."""
+    """`layers` maps the ids of the attention modules to the numbers of their layers."""
 
     def of_attention(
         call: Callable[..., Any],
@@ -227,7 +239,7 @@ def _prefixes_observed(layers: dict[int, int], virtual_tokens: int, take: Take) 
         **kwargs: Any,
     ) -> Any:
         if id(module) in layers and key.shape[2] == query.shape[2] + virtual_tokens:
-            # A small difference of large numbers: in float32, so that the spectrum's tail is not rounding.
+            # The bias is a small difference of large numbers. In bfloat16 rounding would hide its small eigenvalues.
             q, k, v = query.float(), key.float(), value.float()
             seen = mask.float() if mask is not None and mask.is_floating_point() else mask
             whole, _ = call(module, q, k, v, seen, *args, **kwargs)
@@ -243,7 +255,7 @@ def _prefixes_observed(layers: dict[int, int], virtual_tokens: int, take: Take) 
 
 @contextlib.contextmanager
 def _attention_replaced(replacement: Callable[..., Any]) -> Iterator[None]:
-    """Within the block transformers' attention modules call `replacement(their function, module, query, …)`."""
+    """Within the block every attention module calls `replacement(its attention function, module, query, …)`."""
     original = AttentionInterface.get_interface
 
     def get_interface(self: AttentionInterface, implementation: str, default: Any) -> Any:

@@ -1,8 +1,9 @@
-"""The paper's analysis on real queries: how rich the bias is that an adapter adds to attention, and how large.
+"""The paper's analysis on real queries: how many directions the bias of an adapter has, and how large it is.
 
-The spectrum of the bias's covariance tells how many directions it uses: the slower its eigenvalues fall, the more the
-adapter can say (arXiv 2506.13674, where Prefix-Tuning's fall at once). Its size against attention's own output,
-by position, tells whether a long input drowns it, as it does a prefix that shares one softmax with it.
+The spectrum of the bias's covariance shows how many directions the bias uses. The more slowly its eigenvalues fall, the
+more an adapter can express; for Prefix-Tuning they fall at once (arXiv 2506.13674). The size of the bias, relative to
+attention's own output and by position, shows whether a long input drowns it. That happens to a prefix, which shares one
+softmax with the input.
 """
 
 from __future__ import annotations
@@ -49,7 +50,12 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class OnData:
-    """The analysis: what was measured on, each adapter's biases, and the pictures that were written."""
+    """The result of the analysis.
+
+    Attributes:
+        data: the rows that it was made on: their source and number, and their length in tokens.
+        written: the pictures.
+    """
 
     data: dict[str, Any]
     adapters: list[Biases]
@@ -64,25 +70,25 @@ class OnData:
 
     @property
     def tables(self) -> list[Table]:
-        """Title, columns and rows: the spectra, and the sizes by position."""
+        """Two tables, each as title, columns and rows: the spectra, and the sizes by position."""
         return [_spectra(self.adapters), _sizes(self.adapters)]
 
 
 def analyse(
     who: Sequence[SavedAdapter], data: str, *, rows: int, out: Path, reporter: Reporter
 ) -> OnData:
-    """Run the base with each adapter over the data, and sum up what the adapter adds.
+    """Run the base with each adapter on the data, and measure the biases that the adapter adds.
 
     Args:
         who: adapters of the first one's base. Those of Prefix-Tuning+ and Prefix-Tuning are analysed; the others are
             left out with a warning.
-        data: in any format of `ptp train`, read as the first run among the adapters reads its own.
-        rows: how many of it, evenly spread.
+        data: in any format of `ptp train`. It is read with the settings of the first run among the adapters.
+        rows: how many to use, evenly spread over the data.
         out: the folder for the pictures.
-        reporter: is told how far the work is.
+        reporter: is told what is done.
 
     Raises:
-        UsageError: none of the adapters is of a method that has such a bias, or the first one names no base.
+        UsageError: no adapter is of a method that has such a bias, or the first one names no base.
         AdapterError: an adapter does not fit the base.
         DataError: the data is missing or wrong.
         ModelError, ResourceError: the base cannot be loaded, or the pictures cannot be written.
@@ -109,7 +115,11 @@ def analyse(
     reading = reading.model_copy(update={"train_on": "all"})
     examples, about = _examples(data, reading, rows, model, chosen[0][1].folder, reporter)
 
-    if model.attention not in ("auto", "sdpa", "eager"):  # masks that cannot be cut, or no float32
+    if model.attention not in (
+        "auto",
+        "sdpa",
+        "eager",
+    ):  # others cannot cut their masks, or compute in float32
         model = model.model_copy(update={"attention": "auto"})
     models.tell_loading(model, reporter)
     base = models.load_base(model).eval()
@@ -127,7 +137,7 @@ def analyse(
 
 
 def _names(who: Sequence[SavedAdapter]) -> list[str]:
-    """The runs' or folders' names, or what was typed where those are the same."""
+    """The names of the runs or folders; where two are the same, what was typed for each."""
     names = [one.name for one in who]
     return names if len(set(names)) == len(names) else [one.given for one in who]
 
@@ -140,7 +150,7 @@ def _examples(
     adapter: Path,
     reporter: Reporter,
 ) -> tuple[list[list[int]], dict[str, Any]]:
-    """Token ids of the chosen rows, and what stands about them in the result."""
+    """The token ids of the chosen rows, and `data` of the result."""
     loaded = load_rows(data, section)
     total = len(loaded)
     if limit < total:

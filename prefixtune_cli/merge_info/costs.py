@@ -1,7 +1,7 @@
-"""What an adapter costs for each token, beside the base's own cost, and whether it can be folded into the base instead.
+"""What an adapter costs for each token, compared with its base, and whether it can be folded into the base instead.
 
-Legend: H query heads (blocks at the FFN), d_q width of a query, d_φ features, d_v width of a head's output, r rank.
-FLOPs count a multiplication and an addition as two, as is usual; attention over the context is left out on both sides.
+Legend: H query heads (FFN: blocks), d_q width of a query, d_φ features, d_v width of a head's output, r rank.
+A multiplication and an addition are two FLOPs, as usual. Attention over the context is left out on both sides.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from prefixtune_cli.merge_info.saved_adapter import LORA, PREFIX_TUNING_PLUS, Sa
 
 @dataclass(frozen=True)
 class Costs:
-    """What one token costs in a forward pass; None where it cannot be told for the method, or without the base.
+    """What one token costs in a forward pass; None where the method or a missing base leaves it unknown.
 
     Attributes:
-        flops: that the adapter adds.
-        bytes_read: of the adapter's weights, or of its part of the KV cache.
-        kv_cache_bytes: that it adds to each sequence.
-        kv_cache_tokens: as many tokens of a sequence take these bytes.
-        base_flops: 2 × the base's parameters that a token is multiplied with.
-        base_bytes_read: these parameters in the precision of the base.
+        flops: what the adapter adds.
+        bytes_read: bytes of the adapter's weights, or of its part of the KV cache.
+        kv_cache_bytes: what the adapter adds to the cache of each sequence.
+        kv_cache_tokens: how many tokens of a sequence take as many bytes.
+        base_flops: `Base.flops_per_token`.
+        base_bytes_read: `Base.bytes_per_token`.
     """
 
     flops: int | None
@@ -51,8 +51,8 @@ def costs(adapter: SavedAdapter, matrices: Mapping[str, TrainedMatrix], base: Ba
     """Count what the adapter costs.
 
     Args:
-        adapter: of any method.
-        matrices: its trained ones.
+        adapter: an adapter of any method.
+        matrices: see `trained_matrices`.
         base: None where it is unknown.
     """
     of_base = (None, None) if base is None else (base.flops_per_token, round(base.bytes_per_token))
@@ -71,7 +71,7 @@ def costs(adapter: SavedAdapter, matrices: Mapping[str, TrainedMatrix], base: Ba
 def _memory_flops(
     adapter: SavedAdapter, matrices: Mapping[str, TrainedMatrix], base: Base | None
 ) -> int | None:
-    """H·(2·d_φ·d_v + the map's) of each module: 2·d_φ·d_q of a trained map, and one operation a feature of any."""
+    """The sum over modules of H·(2·d_φ·d_v + d_φ), and of another H·2·d_φ·d_q where the map is trained."""
     total = 0
     for place, parts in memory_parts(adapter.tensors).items():
         matrix = matrices.get(place)
@@ -87,7 +87,7 @@ def _memory_flops(
 def _query_heads(
     place: str, matrix: TrainedMatrix, adapter: SavedAdapter, base: Base | None
 ) -> int | None:
-    """The heads that read M: those of M itself, or where they share it, the base's."""
+    """The number of heads that read M: as many as M has, or the base's where several share one M."""
     if base is not None and place in base.attention:
         return base.attention[place].heads
     shared = getattr(adapter.config, "share_heads", "query") == "kv"
@@ -97,7 +97,7 @@ def _query_heads(
 def _virtual_tokens(
     adapter: SavedAdapter, base: Base | None, of_base: tuple[int | None, int | None]
 ) -> Costs:
-    """Every token attends to the virtual ones: 2·H·(d_q + d_v) FLOPs for each and layer, and their cache is read."""
+    """Each token attends to each virtual one, 2·H·(d_q + d_v) FLOPs in every layer, and reads their KV cache."""
     tokens: int = adapter.config.num_virtual_tokens
     if base is None or not base.attention:
         return Costs(None, None, None, tokens, *of_base)
@@ -113,13 +113,13 @@ def _percent(part: int | None, whole: int | None) -> float | None:
 
 @dataclass(frozen=True)
 class Folding:
-    """Whether the base's weights can take the adapter in.
+    """Whether the adapter can be folded into the base's weights.
 
     Attributes:
-        possible: None where that cannot be told without the base.
-        reason: in one or two lines.
-        modules: the names of the modules that it goes into, and how many there are of each.
-        kinds: their classes, likewise; empty where the base is unknown.
+        possible: None where only the base could tell, and it is unknown.
+        reason: one or two lines of text.
+        modules: the names of the modules that the adapter is folded into → how many have that name.
+        kinds: the classes of these modules → their number; empty where the base is unknown.
     """
 
     possible: bool | None

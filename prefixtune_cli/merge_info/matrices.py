@@ -1,6 +1,6 @@
 """The trained matrices of an adapter, and their statistics: norms, spectra and effective ranks.
 
-They are M of each head for Prefix-Tuning+, and ΔW of each module for LoRA.
+Prefix-Tuning+ trains one M for each head, LoRA one ΔW for each module.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from prefixtune_cli.merge_info.saved_adapter import LORA, PREFIX_TUNING_PLUS, SavedAdapter
 
 ATTENTION, FFN = "attention", "ffn"
-HELD = 0.9  # of the squared norm, by the layers that are named
-SPARE = 0.01  # of the squared norm, at most, by all heads together that could be dropped
+HELD = 0.9  # the share of the squared norm that the main layers hold
+SPARE = 0.01  # the share of the squared norm that all spare heads together hold at most
 _MEMORY = re.compile(
     r"(?P<place>.+)\.prefix_tuning_plus_memory\.(?P<part>M|M_down|M_up|W_phi|b_phi)"
 )
@@ -30,13 +30,13 @@ _PEFT_PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class TrainedMatrix:
-    """One trained matrix of each head: left, or left·right where it is kept as a product of two of low rank.
+    """The trained matrices of all heads of one module: left, or the product left·right where they have low rank.
 
     Attributes:
-        layer: the decoder layer; None is outside of them.
+        layer: the decoder layer; None where the module is outside of them.
         column: `attention` or `ffn` for Prefix-Tuning+, the module's name for LoRA.
-        left: [heads, rows, columns], or [heads, rows, rank]; LoRA has one head, and its scale in here.
-        right: [heads, rank, columns].
+        left: [heads, rows, columns], or [heads, rows, rank]. For LoRA it has one head, and includes the scale.
+        right: [heads, rank, columns]; None where left is the whole matrix.
     """
 
     layer: int | None
@@ -46,7 +46,7 @@ class TrainedMatrix:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """[heads, rows, columns] of the dense matrix."""
+        """[heads, rows, columns] of the whole matrices."""
         heads, rows, columns = self.left.shape
         return heads, rows, columns if self.right is None else self.right.shape[2]
 
@@ -56,7 +56,7 @@ class TrainedMatrix:
         return all(bool(torch.isfinite(part).all()) for part in parts)
 
     def singular_values(self) -> Tensor:
-        """[heads, rank], float64, the largest first; of a product without making it dense."""
+        """[heads, rank] in float64, the largest first. A product is not multiplied out."""
         left = self.left.double()
         if self.right is None:
             values: Tensor = torch.linalg.svdvals(left)
@@ -72,12 +72,11 @@ class Cell:
     """One trained matrix of one head.
 
     Attributes:
-        layer: None is outside of the decoder layers.
-        column: `attention` or `ffn`, or a module's name.
+        layer, column: see `TrainedMatrix`.
         head: the head, or the FFN's block; 0 for LoRA.
-        norm: Frobenius; NaN where the matrix is not finite, as are the following.
-        effective_rank: 0 of a matrix of zeros.
-        spectrum: the singular values, the largest first.
+        norm: the Frobenius norm; NaN where the matrix is not finite.
+        effective_rank: of the singular values; 0 for a matrix of zeros, NaN where the matrix is not finite.
+        spectrum: the singular values, the largest first; empty where the matrix is not finite.
     """
 
     layer: int | None
@@ -88,7 +87,7 @@ class Cell:
     spectrum: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the spectrum."""
+        """The cell without its spectrum."""
         return {
             "layer": self.layer,
             "column": self.column,
@@ -100,12 +99,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Statistics:
-    """All cells, and what they say together.
+    """The cells of an adapter, and what they say together.
 
     Attributes:
-        by_layer: each layer's share of the squared norm of all.
-        main_layers: the fewest layers that hold 90 % of it.
-        spare: the cells that hold less than 1 % of it, all together: the smallest of them all.
+        by_layer: each layer's share of the squared norm of all cells.
+        main_layers: the fewest layers that hold HELD of the squared norm.
+        spare: the smallest cells, as many as hold less than SPARE of the squared norm together.
     """
 
     cells: tuple[Cell, ...]
@@ -119,7 +118,7 @@ class Statistics:
         return list(dict.fromkeys(cell.column for cell in self.cells))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, with the spectra."""
+        """All cells with their spectra, and what they say together."""
         return {
             "cells": [
                 {**cell.to_json(), "spectrum": [_short(value) for value in cell.spectrum]}
@@ -134,7 +133,7 @@ class Statistics:
 
 
 def trained_matrices(adapter: SavedAdapter) -> dict[str, TrainedMatrix]:
-    """The trained matrices by the module's name, in the order of the layers; none for other methods."""
+    """The trained matrices by the module's name, in the order of the layers; empty for other methods."""
     found: dict[str, tuple[Tensor, Tensor | None]]
     if adapter.method == PREFIX_TUNING_PLUS:
         found = _memories(adapter.tensors)
@@ -153,7 +152,7 @@ def trained_matrices(adapter: SavedAdapter) -> dict[str, TrainedMatrix]:
 
 
 def memory_parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Prefix-Tuning+'s parts by module: M (or M_down and M_up), and W_phi and b_phi of a trained map."""
+    """The tensors of Prefix-Tuning+ by module: M, or M_down and M_up; with a trained map also W_phi and b_phi."""
     return _grouped(tensors, _MEMORY)
 
 
@@ -163,12 +162,12 @@ def site(place: str) -> str:
 
 
 def skipped(adapter: SavedAdapter, matrices: Mapping[str, TrainedMatrix]) -> list[str]:
-    """The LoRA modules whose ΔW is not B·A of one matrix: experts in one tensor, convolutions."""
+    """The LoRA modules whose ΔW is not one product B·A, such as convolutions, or experts in one tensor."""
     return [place for place in _grouped(adapter.tensors, _LORA) if place not in matrices]
 
 
 def _memories(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """M, or M_down and M_up, by module; a module that has neither whole is left out."""
+    """M, or M_down and M_up, by module. A module that lacks one of the two is left out."""
     found: dict[str, tuple[Tensor, Tensor | None]] = {}
     for place, parts in memory_parts(tensors).items():
         if "M" in parts:
@@ -210,7 +209,7 @@ def _grouped(tensors: Mapping[str, Tensor], form: re.Pattern[str]) -> dict[str, 
 
 
 def _order(place: str) -> tuple[bool, int, bool, str]:
-    """Sorts by layer, attention before the FFN; what is outside of the layers comes last."""
+    """A key that sorts by layer, attention before the FFN, and modules outside of the layers last."""
     layer = _layer(place)
     return layer is None, layer or 0, "att" not in place, place
 
@@ -221,7 +220,7 @@ def _layer(place: str) -> int | None:
 
 
 def _columns(places: Iterable[str], *, sites: bool) -> dict[str, str]:
-    """A short name of each place, told apart within a layer."""
+    """A short name for each module, or its name within the layer where short names would be the same."""
     within = {place: re.split(r"\.\d+\.", place, maxsplit=1)[-1] for place in places}
     short = {
         place: site(name) if sites else name.rpartition(".")[2] for place, name in within.items()
@@ -244,9 +243,9 @@ def statistics(matrices: Mapping[str, TrainedMatrix]) -> Statistics | None:
 
 
 def effective_rank(shares: Sequence[float]) -> float:
-    """The exponential of the entropy of singular values, or eigenvalues, as shares of their sum.
+    """The exponential of the entropy of singular values or eigenvalues, given as shares of their sum.
 
-    It is n where n shares are equal and the rest zero, and 0 where there are none (Roy and Vetterli, "The effective
+    It is n where n shares are equal and the rest are zero, and 0 without shares (Roy and Vetterli, "The effective
     rank: a measure of effective dimensionality", EUSIPCO 2007).
     """
     return math.exp(-sum(p * math.log(p) for p in shares if p > 0)) if shares else 0.0
@@ -289,5 +288,5 @@ def _spare(cells: Sequence[Cell], squares: Sequence[float], whole: float) -> tup
 
 
 def _short(value: float) -> float:
-    """Rounds to six digits, which is what float32 has."""
+    """Round to six digits; float32 has no more."""
     return float(f"{value:.6g}")

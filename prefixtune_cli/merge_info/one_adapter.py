@@ -1,4 +1,4 @@
-"""What is known of one adapter, gathered from its folder, its run and its base's configuration."""
+"""Everything about one adapter, from its folder, its run and its base's configuration."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from prefixtune_cli.merge_info.saved_adapter import (
 )
 from prefixtune_cli.pointed import Pointed
 
-# What of a method's configuration says what the adapter computes; a newer or older version may lack some.
+# The settings of each method that decide what its adapters compute; another version of peft may lack some.
 SETTINGS = {
     PREFIX_TUNING_PLUS: (
         "feature_map",
@@ -55,11 +55,12 @@ class Facts:
     """Everything that `ptp merge-info` tells of one adapter.
 
     Attributes:
-        base: None where its configuration cannot be found, and `base_problem` says why.
-        matrices: the trained matrices by module, for Prefix-Tuning+ and LoRA.
-        settings: what of its configuration says what it computes.
-        notes: what to bear in mind with what it has learned.
-        findings: of the integrity check; none of a sound adapter.
+        base: None where its configuration cannot be found; `base_problem` says why.
+        matrices: see `trained_matrices`.
+        settings: those of its configuration that decide what it computes.
+        learned: the statistics of its matrices; None where it has none.
+        notes: what to know when reading the statistics.
+        findings: what is wrong with it; empty where it is sound.
     """
 
     adapter: SavedAdapter
@@ -80,7 +81,7 @@ class Facts:
 
     @property
     def heads(self) -> dict[str, int]:
-        """The heads (at the FFN: blocks) of Prefix-Tuning+'s M by site."""
+        """For Prefix-Tuning+, the number of heads (FFN: blocks) of M at each site; else empty."""
         if self.adapter.method != PREFIX_TUNING_PLUS:
             return {}
         return {matrix.column: matrix.shape[0] for matrix in self.matrices.values()}
@@ -91,11 +92,11 @@ class Facts:
 
     @property
     def dtypes(self) -> dict[str, int]:
-        """How many tensors there are of each dtype."""
+        """The number of tensors of each dtype."""
         return dict(Counter(name_of(tensor.dtype) for tensor in self.adapter.tensors.values()))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as JSON types, with the spectra."""
+        """Everything as JSON types."""
         saved, base, section = self.adapter, self.base, self.adapter.model
         return {
             "name": saved.name,
@@ -130,14 +131,14 @@ class Facts:
 
 
 def gather(found: Pointed, *, typed_base: bool = False) -> Facts:
-    """Everything to know of one adapter, without its base's weights.
+    """Read one adapter and find out everything about it, without its base's weights.
 
     Args:
         found: the adapter.
-        typed_base: the user has named the base, so that it must be there.
+        typed_base: the user has named the base, so it is an error where the base is not there.
 
     Raises:
-        AdapterError: it cannot be read.
+        AdapterError: the adapter cannot be read.
         ModelError: there is no such base.
     """
     adapter = read(found)

@@ -1,8 +1,8 @@
 """Several adapters: whether they can be merged with each other, how alike they are, and what adding them will do.
 
-The prediction is a rule of thumb, not a measurement. That entries of opposite sign cancel in a merge is the finding of
-TIES (Yadav et al. 2023, arXiv 2306.01708); that updates of different tasks are often near orthogonal and then add, of
-task arithmetic (Ilharco et al. 2023, arXiv 2212.04089); that most entries can be spared, of DARE (Yu et al. 2023,
+The prediction is a rule of thumb, not a measurement. TIES found that entries of opposite sign cancel in a merge (Yadav
+et al. 2023, arXiv 2306.01708). Task arithmetic found that updates for different tasks are often nearly orthogonal, and
+then add up (Ilharco et al. 2023, arXiv 2212.04089). DARE found that most entries can be dropped (Yu et al. 2023,
 arXiv 2311.03099).
 """
 
@@ -33,16 +33,17 @@ RULE = (
     "Σ min(|a|, |b|) over entries of opposite sign, divided by that over all entries: 0.5 of independent matrices."
 )
 _ENTRIES_AT_ONCE = 2**22
-# Settings of how M is read.
+# The settings that decide how M is read.
 _READS = ("feature_map", "normalize_query", "share_heads", "block_size")
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """What two adapters differ in.
+    """One thing that keeps two adapters from being merged, or that a merge has to bridge.
 
     Attributes:
-        what: the setting, the tensor, or the module; or a reason that concerns both alike, without the two values.
+        what: the setting, tensor or module in which they differ; or a reason that holds for both.
+        first, second: its values in the two; empty where `what` is a reason.
         merged_by: how they can be merged nevertheless; empty where they cannot.
     """
 
@@ -60,10 +61,10 @@ class Likeness:
     """How alike the trained matrices of one layer are, or of all.
 
     Attributes:
-        layer: None is outside of the layers.
-        cosine: of all entries as one vector; NaN where one side is zero.
-        sign_conflict: Σ min(|a|, |b|) over entries of opposite sign, divided by that over all entries.
-        norm_ratio: the second's norm divided by the first's.
+        layer: None where it is outside of the layers, or for all layers together.
+        cosine: of the vectors of all entries; NaN where one of them is zero.
+        sign_conflict: Σ min(|a|, |b|) over entries of opposite sign, divided by the same sum over all entries.
+        norm_ratio: the second adapter's norm divided by the first's.
     """
 
     layer: int | None
@@ -74,13 +75,13 @@ class Likeness:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two adapters held against each other.
+    """Two adapters, compared with each other.
 
     Attributes:
-        difference: the first that keeps them from being merged; None where they can be.
-        bridged: the differences in spite of which they can.
-        incomparable: why their matrices cannot be compared; empty where they are.
-        by_layer: likewise `whole`, None where they are not compared.
+        difference: the first that keeps them from being merged; None where they can be merged.
+        bridged: the differences that do not keep them from being merged.
+        incomparable: why their matrices cannot be compared; empty where they are compared.
+        by_layer, whole: how alike their matrices are; empty and None where they are not compared.
         prediction: what adding them will do, in words.
     """
 
@@ -94,12 +95,12 @@ class Pair:
     prediction: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The same as JSON types."""
+        """The pair as JSON types."""
         return {**asdict(self), "can_be_merged": self.difference is None}
 
 
 def pairs(adapters: Sequence[Facts]) -> list[Pair]:
-    """Every two of the adapters, in the order given; their names are told apart by numbers where they are the same."""
+    """Compare every two of the adapters, in the order given; see `distinct_names` for their names."""
     names = distinct_names(adapters)
     return [
         _pair((names[i], adapters[i]), (names[j], adapters[j]))
@@ -108,7 +109,7 @@ def pairs(adapters: Sequence[Facts]) -> list[Pair]:
 
 
 def distinct_names(adapters: Sequence[Facts]) -> list[str]:
-    """The adapters' names; where some have the same one, all are numbered."""
+    """The adapters' names; all are numbered where two of them are the same."""
     names = [facts.adapter.name for facts in adapters]
     if len(set(names)) == len(names):
         return names
@@ -127,7 +128,7 @@ def _pair(first: tuple[str, Facts], second: tuple[str, Facts]) -> Pair:
 
 
 def mismatches(a: Facts, b: Facts) -> Iterator[Mismatch]:
-    """What two adapters differ in, the most telling first."""
+    """All in which two adapters differ, the most important first."""
     one, other = _base_name(a), _base_name(b)
     if one is not None and other is not None:
         if one != other:
@@ -191,7 +192,7 @@ def _different_matrices(a: Facts, b: Facts) -> Iterator[Mismatch]:
 def likeness(
     a: Mapping[str, TrainedMatrix], b: Mapping[str, TrainedMatrix]
 ) -> tuple[tuple[Likeness, ...], Likeness | None]:
-    """Cosine, sign conflict and ratio of norms of the matrices that both have, by layer and of all together."""
+    """How alike the matrices are that both have: by layer, and all together (None where there are none)."""
     sums: dict[int | None, Tensor] = {}
     for place in [
         place for place in a if place in b
@@ -205,7 +206,7 @@ def likeness(
 
 
 def predict(whole: Likeness | None, by_layer: Sequence[Likeness] = ()) -> str:
-    """What adding two adapters will do, by RULE."""
+    """What adding two adapters will do, in words, according to RULE."""
     if whole is None or isnan(whole.cosine):
         return "Nothing can be said: one of them is zero."
     opposed = [str(found.layer) for found in by_layer if _cancel(found) and found.layer is not None]
@@ -224,7 +225,10 @@ def _cancel(found: Likeness) -> bool:
 
 
 def _sums(a: TrainedMatrix, b: TrainedMatrix) -> Tensor:
-    """[5]: Σab, Σa², Σb², and Σ min(|a|, |b|) where the signs differ and of all; some rows at a time."""
+    """Sums over all entries, [5]: Σab, Σa², Σb², Σ min(|a|, |b|) of entries of opposite sign, and that of all entries.
+
+    Some rows are multiplied out at a time, so that a large product is never held whole.
+    """
     total = torch.zeros(5, dtype=torch.float64)
     _, rows, columns = a.shape
     step = max(1, _ENTRIES_AT_ONCE // columns)
@@ -258,7 +262,7 @@ def _likeness(layer: int | None, sums: Tensor) -> Likeness:
 
 
 def _base_name(facts: Facts) -> str | None:
-    """The base as a folder or a hub id, so that two ways of writing the same one are equal."""
+    """The base's full path or hub id, which is the same however the base was written."""
     section = facts.adapter.model
     return None if section is None else base_key(section.model_copy(update={"revision": None}))
 
@@ -269,7 +273,7 @@ def _revision(facts: Facts) -> str:
 
 
 def _other_feature_map(a: Facts, b: Facts) -> str | None:
-    """The first tensor of a trained map in which the two differ."""
+    """The first tensor in which two trained feature maps differ; None where there is none."""
     if not (a.adapter.trains_feature_map and b.adapter.trains_feature_map):
         return None
     mine, theirs = memory_parts(a.adapter.tensors), memory_parts(b.adapter.tensors)
@@ -282,7 +286,7 @@ def _other_feature_map(a: Facts, b: Facts) -> str | None:
 
 
 def _incomparable(a: Facts, b: Facts) -> str:
-    """Why the entries of two adapters do not stand for the same thing."""
+    """Why the entries of two adapters cannot be compared; empty where they can."""
     if a.adapter.method != b.adapter.method or not a.matrices or not b.matrices:
         return "There are no matrices of the same kind to compare."
     mine, theirs = a.adapter.config, b.adapter.config

@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from prefixtune_cli.merge_info.matrices import Cell
     from prefixtune_cli.merge_info.one_adapter import Facts
 
-_FEW = 16  # labels on an axis that are all written
-_MOST_NUMBERED = 10  # with more columns, cells are too small for numbers
-_COLOURS = "Blues"  # lightness alone tells the values apart, also for those who see fewer colours
-_LOWEST = 1e-8  # shares below are rounding
-_MOST_NAMED = 12  # layers in the legend; of more, every so many
+_FEW = 16  # labels at most that are all written on an axis of numbers
+_MOST_NUMBERED = 10  # columns at most; with more, cells are too small for numbers
+_COLOURS = "Blues"  # a scale of lightness, which colour-blind readers see as well
+_LOWEST = 1e-8  # smaller shares are rounding errors
+_MOST_NAMED = 12  # layers in the legend; with more, layers at equal steps are named
 _STYLES = {"attention": "-", "ffn": "--"}
 
-Grid = Mapping[tuple[int | None, str], "Cell"]  # by layer, and head (of LoRA: module)
+Grid = Mapping[tuple[int | None, str], "Cell"]  # by layer, and by head (LoRA: by module)
 
 
 def draw_heat_map(path: Path, facts: Facts) -> None:
-    """Draw layers against heads (of LoRA: against modules): the norm on the left, the effective rank on the right.
+    """Draw norms on the left and effective ranks on the right, by layer and by head (LoRA: by module).
 
     Args:
         path: the file to write.
-        facts: of an adapter that has trained matrices.
+        facts: those of an adapter that has trained matrices.
     """
     found = facts.learned
     assert found is not None
@@ -68,7 +68,7 @@ def draw_heat_map(path: Path, facts: Facts) -> None:
 
 
 def draw_spectra(path: Path, adapters: Sequence[Biases]) -> None:
-    """Draw how the eigenvalues of the bias's covariance fall: one panel an adapter, one line a layer."""
+    """Draw the eigenvalues of the bias's covariance: one panel for each adapter, one line for each layer."""
     figure, panels = _panels(adapters)
     for axes, lines in panels:
         for sums, look in lines:
@@ -80,7 +80,7 @@ def draw_spectra(path: Path, adapters: Sequence[Biases]) -> None:
 
 
 def draw_by_position(path: Path, adapters: Sequence[Biases]) -> None:
-    """Draw how large the bias is, measured by the output that it is added to, by position in the sequence."""
+    """Draw the size of the bias, relative to the output that it is added to, by position in the sequence."""
     figure, panels = _panels(adapters)
     numbers = buckets(adapters)
     for axes, lines in panels:
@@ -104,19 +104,19 @@ def _figure(width: float, height: float, *, dpi: int) -> Figure:
 
 
 def _labels(grid: Grid) -> tuple[list[int | None], list[str]]:
-    """The layers and the columns of a grid, each once."""
+    """The layers and the columns of a grid, in its order."""
     return list(dict.fromkeys(key[0] for key in grid)), list(dict.fromkeys(key[1] for key in grid))
 
 
 def _draw_grid(axes: Any, grid: Grid, value: str) -> Any:
-    """Draw a cell's `value` by layer and column."""
+    """Draw one value of each cell, `norm` or `effective_rank`, by layer and column."""
     layers, names = _labels(grid)
     matrix = np.full((len(layers), len(names)), np.nan)
     for (layer, name), cell in grid.items():
         matrix[layers.index(layer), names.index(name)] = getattr(cell, value)
     highest = float(np.nanmax(matrix)) if np.isfinite(matrix).any() else 1.0
     image = axes.imshow(matrix, cmap=_COLOURS, vmin=0, vmax=highest or 1.0, aspect="auto")
-    axes.set_facecolor("0.85")  # shows through where there is no value
+    axes.set_facecolor("0.85")  # the colour where there is no value
     axes.set_yticks(*_ticks(["other" if layer is None else str(layer) for layer in layers]))
     turned = max(map(len, names)) > 2
     axes.set_xticks(
@@ -131,7 +131,7 @@ def _draw_grid(axes: Any, grid: Grid, value: str) -> Any:
 
 
 def _ticks(labels: list[str]) -> tuple[list[int], list[str]]:
-    """Every label where there are few or they are names, else every so many."""
+    """The positions and texts of the labels that are written: all names, and at most _FEW numbers."""
     numbers = all(label.isdigit() for label in labels)
     step = -(-len(labels) // _FEW) if numbers else 1
     shown = list(range(0, len(labels), step))
@@ -141,7 +141,7 @@ def _ticks(labels: list[str]) -> tuple[list[int], list[str]]:
 def _panels(
     adapters: Sequence[Biases],
 ) -> tuple[Figure, list[tuple[Axes, Iterable[tuple[Sums, dict[str, Any]]]]]]:
-    """A panel for each adapter, with its layers and how the line of each looks."""
+    """A panel for each adapter, with its layers and the style of each one's line."""
     figure = _figure(2 + 4.2 * len(adapters), 4.2, dpi=120)
     panels = []
     colours = _colours(adapters)
@@ -159,7 +159,7 @@ def _panels(
 
 
 def _colours(adapters: Sequence[Biases]) -> dict[int, Any]:
-    """A layer's colour in all panels, from dark for the first to bright for the last."""
+    """The colour of each layer, from dark for the first to bright for the last; it is the same in all panels."""
     from matplotlib import colormaps
 
     numbers = sorted({sums.layer for biases in adapters for sums in biases.layers})
@@ -167,7 +167,7 @@ def _colours(adapters: Sequence[Biases]) -> dict[int, Any]:
 
 
 def _save(figure: Figure, path: Path, adapters: Sequence[Biases], title: str) -> None:
-    """Write a figure with its title and a legend of layers and sites."""
+    """Add the title and a legend of layers and sites, and write the figure."""
     from matplotlib.lines import Line2D
 
     colours = _colours(adapters)
@@ -185,5 +185,5 @@ def _save(figure: Figure, path: Path, adapters: Sequence[Biases], title: str) ->
 
 
 def _plain(text: str) -> str:
-    """The text as it is: matplotlib would set what stands between two dollar signs as mathematics."""
+    """Escape dollar signs, as matplotlib would set the text between two of them as mathematics."""
     return text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""An adapter as it lies on the disk, and whether it is damaged: its values, its keys, its shapes."""
+"""An adapter on the disk, with its tensors, and the check whether its values, keys and shapes are right."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class SavedAdapter(Source):
     """One adapter with its tensors.
 
     Attributes:
-        tensors: as stored, by key.
-        environment, summary: of the run; empty where there is none.
+        tensors: as they are stored, by key.
+        environment, summary: the run's files; empty where there is no run.
     """
 
     tensors: dict[str, Tensor]
@@ -44,7 +44,7 @@ class SavedAdapter(Source):
 
     @property
     def trains_feature_map(self) -> bool:
-        """Whether φ is trained with M; only a Prefix-Tuning+ adapter has one."""
+        """Whether φ is trained together with M; never for methods other than Prefix-Tuning+."""
         phi = MAPS.get(str(getattr(self.config, "feature_map", None)))
         return phi is not None and phi.is_trained
 
@@ -53,7 +53,7 @@ def read(found: Pointed) -> SavedAdapter:
     """Read an adapter that was pointed at.
 
     Raises:
-        AdapterError: it is a whole model, or it cannot be read: damaged, a pickle, without a configuration.
+        AdapterError: it is a whole model, or it is damaged, a pickle, or without a configuration.
     """
     if found.whole or found.folder is None:
         raise AdapterError(
@@ -77,7 +77,7 @@ def read(found: Pointed) -> SavedAdapter:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where a run is unfinished or of another tool, as only the adapter is asked for."""
+    """The JSON object in a file of a run; empty where the run is not finished, or another tool wrote the file."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -91,8 +91,8 @@ class Finding:
 
     Attributes:
         kind: nan, infinite, zero, missing, extra, shape, dtypes or misfit.
-        key: the tensor's; empty for what concerns all.
-        text: a sentence.
+        key: the tensor's; empty where the finding is about the whole adapter.
+        text: the finding in a sentence.
     """
 
     kind: str
@@ -101,7 +101,7 @@ class Finding:
 
 
 def integrity(adapter: SavedAdapter, base: Base | None) -> list[Finding]:
-    """Everything that is wrong with the adapter; its keys and shapes are checked where the base is known."""
+    """Find everything that is wrong with an adapter. Keys and shapes are checked where the base is known."""
     return [
         *_values(adapter),
         *_dtypes(adapter),
@@ -129,7 +129,7 @@ def _values(adapter: SavedAdapter) -> list[Finding]:
 
 def _dtypes(adapter: SavedAdapter) -> list[Finding]:
     config = adapter.config
-    # Of the method's own weights: `modules_to_save` and copies of the base's weights may have the base's dtype.
+    # Only the method's own weights: `modules_to_save` and copies of the base's weights may have another dtype.
     prefix = None if config.peft_type is None else PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)
     counts = Counter(
         name_of(tensor.dtype)
