@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +140,7 @@ def _ticks(labels: list[str]) -> tuple[list[int], list[str]]:
 
 def _panels(
     adapters: Sequence[Biases],
-) -> tuple[Figure, list[tuple[Axes, Iterable[tuple[Sums, dict[str, Any]]]]]]:
+) -> tuple[Figure, list[tuple[Axes, list[tuple[Sums, dict[str, Any]]]]]]:
     """A panel for each adapter, with its layers and the style of each one's line."""
     figure = _figure(2 + 4.2 * len(adapters), 4.2, dpi=120)
     panels = []
