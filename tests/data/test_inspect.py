@@ -101,7 +101,7 @@ def test_facts_and_warnings_state_counts_and_percentages():
     assert "1,000 rows of format text, 940 of them" in told
     assert "4,000 of them trained (80.0 %)" in told
     assert "25 of 1,000 rows (2.5 %) are truncated" in told
-    assert "50 of 1,000 rows (5.0 %) are dropped" in told
+    assert "50 of 1,000 rows (5.0 %) are longer than" in told
     assert "24 of 1,000 rows (2.4 %) are cut before their end-of-turn" in told
     assert "10 of 1,000 rows (1.0 %) have nothing to train on" in told
     fine = DataStatistics("text", 1000, 1000, 5000, 4000, percentiles, 4096, 0, 0, 0, 0)
