@@ -542,7 +542,7 @@ def test_broken_json_names_line_17_and_shows_its_start(write):
         ('[{"prompt": "a", "completion": "b"}\n{"prompt"', "line 2: broken JSON, expected ','"),
         ('[{"prompt": "a", "completion": "b"},', "broken JSON (Expecting value"),
         ('{\n  "prompt": "a"\n', "line 1: broken JSON"),
-        ('[{"prompt": "a", "completion": "b"}]\n]', "line 2: broken JSON, got ']' behind"),
+        ('[{"prompt": "a", "completion": "b"}]\n]', "line 2: broken JSON, got ']' after its end"),
     ],
 )
 def test_broken_json_arrays_name_the_place(write, text, expected):
