@@ -193,7 +193,7 @@ def test_a_checkpoint_whose_loader_is_not_installed_says_what_to_install(
             models.check_precision(section(folder, bits), "lora")
         with pytest.raises(ModelError, match=said):
             models.load_base(section(folder, bits))
-    with pytest.raises(ModelError, match=r"quantized .*already.* cannot be quantized to 8 bits"):
+    with pytest.raises(ModelError, match=r"already quantized .*cannot be quantized to 8 bits"):
         models.check_precision(section(folder, 8))
 
 
@@ -213,7 +213,7 @@ def test_a_checkpoint_that_passes_no_gradient_is_refused_for_training_alone(
     settings = {"quant_method": "bitnet"}  # transformers' own code loads it, for inference
     folder = described_as(random_base, tmp_path / "bitnet", settings, weights=False)
     models.check_precision(section(folder))
-    with pytest.raises(ModelError, match=r"bitnet, through which .* no gradient"):
+    with pytest.raises(ModelError, match=r"bitnet, and transformers passes no gradient"):
         models.check_precision(section(folder), "prefix-tuning-plus")
 
 
