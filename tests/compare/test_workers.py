@@ -56,15 +56,15 @@ def test_work_whose_process_was_killed_is_tried_once_more(tmp_path: Path) -> Non
 
 def fail_once_the_first_has_ended() -> None:
     with Workers(2) as workers:
-        next(workers.run(sleep, [(0,), *[(5,)] * 20]))
+        next(workers.run(sleep, [(0,), (90,), (90,)]))
         raise KeyError
 
 
-def test_an_error_in_the_block_ends_the_processes_before_all_is_done() -> None:
+def test_an_error_in_the_block_ends_the_processes_at_once() -> None:
     before = time.monotonic()
     with pytest.raises(KeyError):
         fail_once_the_first_has_ended()
-    assert time.monotonic() - before < 25  # of the 50 that all of the work takes
+    assert time.monotonic() - before < 60
 
 
 def test_each_process_sees_a_gpu_of_its_own() -> None:
