@@ -184,8 +184,7 @@ def assemble(who: Sequence[Pointed], *, base: bool = True, template: str | None 
 
 
 def _named(trained: Sequence[Pointed]) -> list[Subject]:
-    """The trained subjects. A single one is called `adapter`; several are called by their folders, with more of the
-    path if names repeat."""
+    """The trained subjects: `adapter` if there is one; several have their folders' names, or paths if names repeat."""
     if len({one.folder and one.folder.resolve() for one in trained}) < len(trained):
         given = ", ".join(one.given for one in trained)
         raise UsageError(f"An adapter is given twice: {given}. Give each once.")

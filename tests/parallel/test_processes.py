@@ -149,7 +149,7 @@ def test_a_number_of_processes_that_was_not_asked_for_is_refused(
         monkeypatch.setenv(name, value)
     with (
         pytest.raises(
-            UsageError, match=r"asks for 4 processes on this machine, and 2 were started"
+            UsageError, match=r"asks for 4 processes on this machine, but 2 were started"
         ),
         joined(4),
     ):

@@ -280,7 +280,7 @@ def test_a_run_for_two_processes_is_not_trained_by_one(
 ) -> None:
     two = {"gpus": 2}
     chosen = recipe(random_base, colours, tmp_path / "run", train=two, model={"device": "cpu"})
-    with pytest.raises(UsageError, match=r"asks for 2 processes on this machine, and 1 were"):
+    with pytest.raises(UsageError, match=r"asks for 2 processes on this machine, but 1 were"):
         train(chosen)
     assert not (tmp_path / "run").exists()
 
