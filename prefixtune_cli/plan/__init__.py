@@ -1,4 +1,4 @@
-"""The memory plan: what a recipe takes on each GPU, and what to change where it does not fit."""
+"""The memory plan: how much memory a recipe needs on each GPU, and what to change if it does not fit."""
 
 from prefixtune_cli.plan.kernels import CPU_TILE_WORDS
 from prefixtune_cli.plan.planner import (

@@ -1,7 +1,7 @@
-"""Live tensor memory, by part, while PyTorch runs: on real tensors or on fake ones, which hold no data.
+"""Live tensor memory, by part, while PyTorch runs on real tensors or on fake ones, which hold no data.
 
-Every operator's results are looked at: a storage counts from the operator that made it until it is freed, under the
-part that was current then, or to which it was moved since.
+The accountant looks at the results of every operator. It counts a storage from the operator that allocates it until it
+is freed. The storage belongs to the part that is current when it is allocated, unless `add` moves it to another part.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ Phase = tuple[Hashable, ...]
 
 
 class Accountant(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors that are made within its context, or given to it by `add`.
+    """Counts the bytes of all tensors that are allocated within its context, or passed to `add`.
 
-    `peaks` has the parts at the fullest moment of each phase; a phase is whatever was assigned to `phase`.
+    `peaks` holds the parts at the memory peak of each phase. A caller names the current phase by setting `phase`.
 
     Args:
-        all_is_so: what to answer where a fake tensor's truth is asked for.
+        truth: the value of every boolean fake tensor that code asks for.
     """
 
-    def __init__(self, *, all_is_so: bool = False) -> None:
+    def __init__(self, *, truth: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.all_is_so = all_is_so
+        self.truth = truth
         self.phase: Phase = ()
         self.peaks: dict[Phase, Parts] = {}
         self._highest: dict[Phase, int] = {}
@@ -49,7 +49,7 @@ class Accountant(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], str, int]] = {}
 
     def start_over(self) -> None:
-        """Forget the peaks so far, not what is live."""
+        """Forget the peaks so far, and keep what is live."""
         self.peaks.clear()
         self._highest.clear()
 
@@ -63,7 +63,7 @@ class Accountant(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._part = before
 
     def add(self, tensors: Iterable[torch.Tensor | None], part: str) -> None:
-        """Count these under `part`, whether they are known already or not."""
+        """Count these tensors under `part`, whether the accountant knows them already or not."""
         for tensor in tensors:
             if tensor is None:
                 continue
@@ -82,12 +82,10 @@ class Accountant(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.prim.device.default and _is_fake(args[0]):
-            return args[
-                0
-            ].fake_device  # asked for so often that the way through the fake mode would be felt
+            return args[0].fake_device  # a shortcut: PyTorch asks for it very often
         if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
-            # No data, no value. What asks for one is a step count, a norm, or whether all of something is so.
-            return self.all_is_so if args[0].dtype == torch.bool else 1
+            # There is no data to read. Code asks for a step count, a norm, or whether all elements are true.
+            return self.truth if args[0].dtype == torch.bool else 1
         if func is torch.ops.aten._grouped_mm.default and _is_fake(args[0]):
             result = _grouped_product(*args, **(kwargs or {}))
         else:
@@ -130,9 +128,9 @@ def _is_fake(tensor: torch.Tensor) -> bool:
 def _grouped_product(
     a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor, *_: Any, **__: Any
 ) -> torch.Tensor:
-    """The products of a mixture's experts, without values: PyTorch's own rule for it takes bfloat16 alone.
+    """The output of a grouped matrix product, without values; PyTorch's own rule accepts bfloat16 only.
 
-    [rows, k] by [groups, k, n] gives [rows, n]; [m, rows] by [rows, n] gives [groups, m, n].
+    [rows, k] by [groups, k, n] gives [rows, n], and [m, rows] by [rows, n] gives [groups, m, n].
     """
     if b.dim() == 3:
         return a.new_empty(a.shape[0], b.shape[2])

@@ -1,4 +1,4 @@
-"""The configuration of a base that may not be here: from its folder or file, the cache, the hub, or known shapes."""
+"""The configuration of a base: from its folder or file, the local cache, the known shapes, or the hub."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from prefixtune_cli.tokenizer import check_base, load_config
 
 
 def base_config(section: ModelSection) -> PreTrainedConfig:
-    """The base's configuration; no weights are needed, and for well-known models no network either.
+    """The base's configuration. It needs no weights, and for well-known models no network either.
 
     Raises:
-        ModelError: it cannot be found; the message says what to type.
+        ModelError: the configuration cannot be found; the message says what to type.
     """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -25,7 +25,9 @@ def base_config(section: ModelSection) -> PreTrainedConfig:
     name = resolve(section.name)
     if Path(name).exists():
         if not (Path(name) / "config.json").is_file():
-            check_base(section)  # which says what it is instead, where it is no GGUF file
+            check_base(
+                section
+            )  # raises an error that says what the folder is, unless it is a GGUF file
         return load_config(section)
     cached = try_to_load_from_cache(name, "config.json", revision=section.revision)
     if isinstance(cached, str):

@@ -1,4 +1,4 @@
-"""The memory plan: bytes by part on each GPU, for each method, before any weight is loaded."""
+"""The memory plan: bytes by part on each GPU, for each method, before any weights load."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from prefixtune_cli.recipe.schema import (
 )
 
 METHODS: tuple[Method, ...] = get_args(Method)
-MOST_ROWS = 4096  # a batch larger than this is of no use, and not looked for
-# What a GPU holds besides tensors: about half a GiB for the CUDA context with the libraries' kernels and workspaces,
-# and as much for what the allocator has reserved and cannot use. An estimate that no GPU has been asked about.
+MOST_ROWS = 4096  # larger batches are of no use
+# Memory of a GPU besides tensors: about half a GiB for the CUDA context with the libraries' kernels and workspaces, and
+# as much for memory that the allocator reserves but cannot use. This is an estimate that no GPU has confirmed.
 FRAMEWORK_RESERVE_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes at the fullest moment of a training step, on each GPU; they add up to the total.
+    """Bytes at the memory peak of a training step, on each GPU. They add up to the total.
 
-    Gradients, say, are 0 where that moment comes before there are any. `logits` is what has the vocabulary's size:
-    the tiles in which the head is computed. What an operator needs beside its results counts as activations.
+    A part is 0 if nothing of it exists at the peak: gradients, for example, if the peak comes before the backward pass.
+    `logits` are the tiles in which the head computes. The workspace of an operator counts as activations.
     """
 
     weights: int
@@ -59,14 +59,14 @@ class Parts:
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """What a recipe takes with one of the methods.
+    """The memory that a recipe needs with one of the methods.
 
     Attributes:
         method: the adapter's method.
-        bits: precision of the base; `full` keeps it in float32, whatever this says.
-        parts: with checkpointing or without, as the recipe has it.
+        bits: precision of the base. `full` keeps it in float32, whatever this says.
+        parts: with checkpointing or without, as in the recipe.
         plain: without checkpointing.
-        checkpointed: with it; None where the method does not go with it.
+        checkpointed: with checkpointing; None if the method does not go with it.
     """
 
     method: str
@@ -81,14 +81,14 @@ class MethodPlan:
 
 
 def plan(recipe: Recipe, *, methods: Sequence[str] | None = None) -> list[MethodPlan]:
-    """The memory that a recipe takes, for several methods side by side.
+    """The memory that a recipe needs, for several methods side by side.
 
     Args:
-        recipe: `model.device` decides whose kernels are meant: `auto` is a GPU where there is one here.
-        methods: None is those of `methods_beside`, with their defaults beside the recipe's own.
+        recipe: `model.device` chooses the device to plan for; `auto` is a GPU if this machine has one.
+        methods: None takes those of `methods_beside`, each but the recipe's own with its defaults.
 
     Raises:
-        ModelError: the base is not known here, or cannot be run by one of the methods.
+        ModelError: the base is unknown, or one of the methods cannot run it.
         RecipeError: the optimizer is unknown.
     """
     return [
@@ -97,13 +97,13 @@ def plan(recipe: Recipe, *, methods: Sequence[str] | None = None) -> list[Method
 
 
 def methods_beside(recipe: Recipe) -> tuple[str, ...]:
-    """The methods that a recipe is planned for side by side: its own first where it is another, and the four."""
+    """The methods to plan side by side: `METHODS`, after the recipe's own if it is not one of them."""
     own = recipe.adapter.method
     return METHODS if own in METHODS else (own, *METHODS)
 
 
 def largest_batch(recipe: Recipe, available_bytes: int) -> int:
-    """The most rows a forward pass that fit; 0 where not even one does, at most `MOST_ROWS`.
+    """The most rows of a forward pass that fit, up to `MOST_ROWS`; 0 if not even one fits.
 
     Raises:
         PtpError: as `plan`.
@@ -112,7 +112,7 @@ def largest_batch(recipe: Recipe, available_bytes: int) -> int:
 
 
 def with_method(recipe: Recipe, method: str) -> Recipe:
-    """The recipe with another method, and without what that method does not go with.
+    """The recipe with another method, without the settings that do not go with that method.
 
     Raises:
         RecipeError: the method does not go with the recipe's `train.parallel`.
@@ -137,7 +137,7 @@ def with_method(recipe: Recipe, method: str) -> Recipe:
 
 
 class Planner:
-    """Plans one recipe; what was found out once is kept.
+    """Plans one recipe, and keeps its results.
 
     Args:
         recipe: as for `plan`.
@@ -147,7 +147,7 @@ class Planner:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        # What fails is told in words, without PyTorch's own account of it.
+        # Our own error says what fails; PyTorch's log of it would be noise.
         logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
         self.recipe = recipe
         self.on_gpu = is_for_gpu(recipe)
@@ -160,13 +160,13 @@ class Planner:
             self._skeleton = Skeleton(recipe.model, recipe.adapter, config, on_gpu=self.on_gpu)
         except PtpError:
             raise
-        except Exception as error:  # whatever a model's own code makes of tensors without data
+        except Exception as error:  # a model's own code may fail in any way on tensors without data
             raise _cannot_be_planned(recipe, error) from error
         self._weights = Weights.of(self._skeleton)
         self._known: dict[Batch, Peaks] = {}
 
     def of(self, recipe: Recipe) -> Planner:
-        """A planner for a changed recipe, which shares what the change does not concern."""
+        """A planner for a changed recipe. It shares with this one what the change does not affect."""
         same = (recipe.model, recipe.adapter, recipe.train.optimizer) == (
             self.recipe.model,
             self.recipe.adapter,
@@ -179,7 +179,7 @@ class Planner:
         return planner
 
     def plan(self) -> MethodPlan:
-        """With checkpointing and without."""
+        """The plan with checkpointing and without."""
         recipe = self.recipe
         plain = self.parts(checkpointing=False)
         takes_no_checkpoints = recipe.adapter.method in IN_THE_CACHE
@@ -190,11 +190,11 @@ class Planner:
         )
 
     def parts(self, rows: int | None = None, *, checkpointing: bool | None = None) -> Parts:
-        """The parts at the fullest moment.
+        """The parts at the memory peak.
 
         Args:
-            rows: a forward pass; None is the recipe's.
-            checkpointing: None is the recipe's.
+            rows: rows of a forward pass; None takes the recipe's.
+            checkpointing: None takes the recipe's.
         """
         section = self.recipe.train
         rows = section.batch_size if rows is None else rows
@@ -215,8 +215,7 @@ class Planner:
     def largest_batch(self, available_bytes: int) -> int:
         """See `largest_batch`.
 
-        Memory grows with the rows, the faster the more there are: from two batches that fit, a straight line gives one
-        that is about the largest.
+        Memory grows at least linearly with the rows. So the straight line through two batches gives a good next guess.
         """
 
         def total(rows: int) -> int:
@@ -225,7 +224,7 @@ class Planner:
         if total(1) > available_bytes:
             return 0
         fits, too_many = 1, MOST_ROWS + 1
-        guess = self.recipe.train.batch_size  # whose memory is known already
+        guess = self.recipe.train.batch_size  # the plan knows its memory already
         while too_many - fits > 1:
             guess = min(max(guess, fits + 1), too_many - 1)
             slope = (total(guess) - total(fits)) / (guess - fits)
@@ -261,7 +260,7 @@ class Planner:
 
 
 def is_for_gpu(recipe: Recipe) -> bool:
-    """Whether the recipe computes on a GPU: it says so, or leaves it open and there is one."""
+    """Whether the recipe computes on a GPU: it says so, or it says `auto` and this machine has one."""
     wanted = recipe.model.device
     return wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
 

@@ -1,6 +1,6 @@
-"""What several GPUs share out among them, and what each holds besides.
+"""What several GPUs shard among them, and what each GPU needs in addition.
 
-Estimates by rule, where one GPU's step is run: no collective is simulated.
+These are estimates by rule from the step on one GPU. No collective operation is simulated.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from prefixtune_cli.plan.skeleton import Skeleton
 from prefixtune_cli.plan.step import Peaks
 from prefixtune_cli.recipe.schema import TrainSection
 
-# What each GPU keeps but a part of; ddp shares out nothing, and fsdp the frozen base alone.
+# The parts that each kind of parallelism shards. ddp shards nothing, and fsdp shards only the frozen base.
 SHARDED = {
     "fsdp": (WEIGHTS,),
     "deepspeed-zero3": (WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER),
     "deepspeed-zero2": (GRADIENTS, OPTIMIZER),
 }
-LAYERS_GATHERED = 2  # the one that is computed, and the next, which is on its way
+LAYERS_GATHERED = 2  # the layer that computes, and the next one, which is already being gathered
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a model: what is trained, its largest decoder layer, and what is outside of the decoder."""
+    """Bytes of a model: its trained parameters, its largest decoder layer, and all parameters outside its layers."""
 
     trained_bytes: int
     layer_bytes: int
@@ -41,7 +41,7 @@ class Weights:
 
 
 def processes(section: TrainSection) -> int:
-    """How many GPUs a recipe asks for; `auto` is those of this machine."""
+    """The number of GPUs that a recipe asks for; `auto` means all GPUs of this machine."""
     gpus = section.gpus
     if gpus == "auto":
         return max(1, torch.cuda.device_count())
@@ -51,7 +51,7 @@ def processes(section: TrainSection) -> int:
 
 
 def on_each(peaks: Peaks, section: TrainSection, weights: Weights) -> Peaks:
-    """The parts on each of the recipe's GPUs, from those of a step on one."""
+    """The parts on each of the recipe's GPUs, from the parts of a step on one GPU."""
     count = processes(section)
     if count == 1:
         return peaks
@@ -64,7 +64,7 @@ def _spread(
     spread = dict(parts)
     for part in SHARDED.get(section.parallel, ()):
         spread[part] = -(-spread.get(part, 0) // count)
-    if section.parallel == "ddp":  # whose reducer has buckets for all gradients
+    if section.parallel == "ddp":  # its reducer has buckets for all gradients
         spread[GRADIENTS] = spread.get(GRADIENTS, 0) + weights.trained_bytes
     elif WEIGHTS in SHARDED[section.parallel] and phase != ("optimizer",):
         gathered = LAYERS_GATHERED * weights.layer_bytes + weights.outside_bytes

@@ -1,4 +1,4 @@
-"""What to change where a recipe does not fit."""
+"""What to change if a recipe does not fit."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from prefixtune_cli.plan.planner import Planner, is_for_gpu, with_method
 from prefixtune_cli.plan.processes import processes
 from prefixtune_cli.recipe.schema import IN_THE_CACHE, PrefixTuningPlus, Recipe
 
-SHORTEST_TOKENS = 128  # nobody is told to cut rows to less
+SHORTEST_TOKENS = 128  # no remedy cuts rows to less
 FEWER_LAYERS = (16, 8, 4)
 Change = tuple[str, Recipe]
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change of flags, and what it does to the memory.
+    """A change of flags, and its effect on memory.
 
     Attributes:
-        flag: what to type, in place of what was.
-        saves_bytes: less than the recipe as it is; None where that could not be told.
-        total_bytes: with the change; None likewise.
-        fits: what is available holds that; None where it could not be told, or nothing was said of what is.
+        flag: what to type instead.
+        saves_bytes: how much less than the recipe as it is; None if the change could not be planned.
+        total_bytes: the memory with the change; None likewise.
+        fits: whether that fits the available memory; None if either is unknown.
     """
 
     flag: str
@@ -35,20 +35,20 @@ class Remedy:
 
 
 def remedies(recipe: Recipe, *, available_bytes: int | None = None) -> list[Remedy]:
-    """What to change for less memory, best first; [] where there is nothing left to change.
+    """What to change for less memory, best first; [] if there is nothing left to change.
 
-    First what fits, and of that what changes least: results stay as they are with checkpointing and with a smaller
-    batch whose gradients are accumulated, and nearly so in fewer bits. Then what does not fit, the largest saving
-    first. It never raises: for a base that cannot be planned it gives the changes in a fixed order.
+    Changes that fit come first, those that change the results least before the others: checkpointing and smaller
+    batches with accumulated gradients do not change them, and fewer bits change them little. Changes that do not fit
+    follow, the largest saving first. This never raises: for a base that cannot be planned, the order is fixed.
 
     Args:
-        recipe: what does not fit.
-        available_bytes: on each GPU; None is what the smallest of the recipe's GPUs here has.
+        recipe: the recipe that does not fit.
+        available_bytes: memory of each GPU; None takes the smallest of the recipe's GPUs on this machine.
     """
     available = gpu_bytes(recipe) if available_bytes is None else available_bytes
     try:
         found = list(_weighed(recipe, available))
-    except Exception:  # advice that fails must not hide what it is asked about
+    except Exception:  # a failure here must not hide the error that asks for advice
         return [Remedy(kind[-1][0], None, None, None) for kind in _kinds(recipe) if kind]
     helpful = [remedy for remedy in found if (remedy.saves_bytes or 0) > 0]
     fit = [remedy for remedy in helpful if remedy.fits]
@@ -57,7 +57,7 @@ def remedies(recipe: Recipe, *, available_bytes: int | None = None) -> list[Reme
 
 
 def gpu_bytes(recipe: Recipe) -> int | None:
-    """The memory of the smallest of the recipe's GPUs that are here; None where it computes on the CPU."""
+    """The memory of the smallest of the recipe's GPUs on this machine; None if it computes on the CPU."""
     if not is_for_gpu(recipe) or not torch.cuda.is_available():
         return None
     there = range(torch.cuda.device_count())
@@ -68,7 +68,7 @@ def gpu_bytes(recipe: Recipe) -> int | None:
 
 
 def _weighed(recipe: Recipe, available: int | None) -> Iterator[Remedy]:
-    """For each kind of change, the smallest one that fits; if none fits, the largest."""
+    """The smallest change of each kind that fits, or the largest one if none fits."""
     planner = Planner(recipe)
     before = planner.parts().total
 
@@ -77,7 +77,7 @@ def _weighed(recipe: Recipe, available: int | None) -> Iterator[Remedy]:
         for flag, changed in kind if available is not None else kind[-1:]:
             try:
                 total = planner.of(changed).parts().total
-            except PtpError:  # such as more layers than there are
+            except PtpError:  # for example, the base has fewer layers
                 continue
             fits = None if available is None else total <= available
             remedy = Remedy(flag, before - total, total, fits)
@@ -95,7 +95,7 @@ def _weighed(recipe: Recipe, available: int | None) -> Iterator[Remedy]:
 
 
 def _kinds(recipe: Recipe) -> list[list[Change]]:
-    """The changes by kind, what changes least first; within a kind, too."""
+    """The changes by kind. Kinds, and changes within a kind, start with the one that changes least."""
     return [
         _checkpointing(recipe),
         _smaller_batches(recipe),
@@ -113,7 +113,7 @@ def _checkpointing(recipe: Recipe) -> list[Change]:
 
 
 def _smaller_batches(recipe: Recipe) -> list[Change]:
-    """Half the rows, a quarter, … one, with as many rows an optimizer step."""
+    """Half the rows, a quarter, … one; the optimizer step keeps its number of rows."""
     section = recipe.train
     rows, all_rows = section.batch_size, section.batch_size * section.gradient_accumulation
     found = []
@@ -148,7 +148,7 @@ def _shorter(recipe: Recipe) -> list[Change]:
 
 
 def _fewer_layers(recipe: Recipe) -> list[Change]:
-    """Nothing below the adapted layers keeps activations."""
+    """Layers below the adapted ones save no activations."""
     if not isinstance(recipe.adapter, PrefixTuningPlus) or recipe.adapter.layers != "all":
         return []
     found = []
@@ -165,7 +165,7 @@ def _another_method(recipe: Recipe) -> list[Change]:
 
 
 def _together(recipe: Recipe, *kinds: Callable[[Recipe], list[Change]]) -> list[Change]:
-    """The whole of the first kinds with each of the last; [] where that is but one change."""
+    """The largest changes of the first kinds, with each change of the last kind; [] if that is only one change."""
     flags: list[str] = []
     for kind in kinds[:-1]:
         if found := kind(recipe):
@@ -181,5 +181,5 @@ def _train(recipe: Recipe, **changes: object) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
 
 
-# Together, where no change alone is enough.
+# Combined if no single change is enough.
 _KEEP_RESULTS = (_checkpointing, _smaller_batches, _fewer_bits)

@@ -1,7 +1,7 @@
-"""The model of a recipe without its weights: built from the configuration alone, on tensors that hold no data.
+"""The model of a recipe without its weights, built from the configuration on tensors that hold no data.
 
-Nothing about an architecture is written here: transformers builds the model, `model.attach` the adapter, and both run
-under PyTorch's FakeTensorMode, which knows shapes and dtypes only.
+This module knows no architecture. transformers builds the model, and `model.attach` adds the adapter. Both run under
+PyTorch's FakeTensorMode, which knows only shapes and dtypes.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from prefixtune_cli.tokenizer import cannot_load
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring decoder layers that are alike: same weights by shape, and the same of them trained."""
+    """Neighbouring decoder layers with weights of the same shapes, of which the same ones are trained."""
 
     start: int
     count: int
 
 
 class Skeleton:
-    """A base with its adapter, in training mode, whose decoder can be shortened.
+    """A base with its adapter, in training mode. Its decoder can be shortened.
 
     Args:
         section: the recipe's model.
         adapter: the recipe's adapter.
         config: the base's configuration.
-        on_gpu: whether a GPU's kernels are meant.
+        on_gpu: whether to plan for a GPU's kernels.
 
     Raises:
         ModelError: transformers does not know the model, or the adapter does not fit it.
@@ -60,7 +60,7 @@ class Skeleton:
         on_gpu: bool,
     ) -> None:
         self.on_gpu = on_gpu
-        self.in_float32 = section.bits == 32  # else the trainer computes in bfloat16
+        self.in_float32 = section.bits == 32  # otherwise the trainer computes in bfloat16
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.device("meta"):
             self.base = _build(
@@ -89,16 +89,16 @@ class Skeleton:
 
     @property
     def depth(self) -> int:
-        """How many decoder layers there are; 0 where they could not be told."""
+        """The number of decoder layers; 0 if they could not be found."""
         return 0 if self._layers is None else len(self._layers)
 
     def attention(self) -> contextlib.AbstractContextManager[Any]:
-        """Within this context attention allocates what it does on the device that is meant."""
+        """Within this context attention allocates what it allocates on the planned device."""
         return GpuAttention() if self.on_gpu else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def only(self, kept: list[int] | None) -> Iterator[list[nn.Module]]:
-        """Within the block the decoder has these layers alone; None is all of them. Gives the layers."""
+        """Within the block the decoder has only these layers; None keeps all. Gives the layers."""
         if self._layers is None:
             yield []
             return
@@ -112,7 +112,7 @@ class Skeleton:
 
     @contextlib.contextmanager
     def checkpointed(self, wanted: bool) -> Iterator[None]:
-        """Within the block activations are recomputed where that is wanted, as transformers' trainer asks for it."""
+        """Within the block the model recomputes activations, if `wanted`, as transformers' trainer sets it up."""
         if not wanted:
             yield
             return
@@ -128,14 +128,14 @@ class Skeleton:
             yield
         finally:
             self.base.gradient_checkpointing_disable()
-            self.base.disable_input_require_grads()  # which the line above forgets
+            self.base.disable_input_require_grads()  # the line above does not undo this
 
 
 def _build(section: ModelSection, config: PreTrainedConfig, *, whole: bool) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": torch.float32 if whole else torch.bfloat16}
     if section.attention == "eager":
         options["attn_implementation"] = "eager"
-    elif section.attention != "auto":  # flash and flex attention keep what sdpa's kernels keep
+    elif section.attention != "auto":  # flash and flex attention save what sdpa's kernels save
         options["attn_implementation"] = "sdpa"
     try:
         base: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -150,9 +150,9 @@ def _build(section: ModelSection, config: PreTrainedConfig, *, whole: bool) -> P
 def _quantized_bits(
     section: ModelSection, config: PreTrainedConfig
 ) -> tuple[int, float | None] | None:
-    """Bits a weight and, where they are not bitsandbytes' own, the scales' bytes a weight; None is not quantized.
+    """Bits per weight and bytes of scales per weight, which are None for bitsandbytes; None if nothing is quantized.
 
-    What a checkpoint was saved in goes before what the recipe asks for, as in transformers.
+    The precision of a saved checkpoint takes precedence over the recipe's, as in transformers.
     """
     found = stored_settings(config)
     if found is None:
@@ -163,12 +163,12 @@ def _quantized_bits(
     bits = named or found.get("bits") or found.get("w_bit")
     if not isinstance(bits, int):
         return None
-    group = found.get("group_size")  # one scale of two bytes each
+    group = found.get("group_size")  # each group has one scale of two bytes
     return bits, 2 / (group if isinstance(group, int) and group > 0 else 128)
 
 
 def _quantize(base: PreTrainedModel, bits: int, scale_bytes: float | None, *, on_gpu: bool) -> None:
-    """Put quantized layers where transformers' quantizer puts bitsandbytes': every nn.Linear but the head."""
+    """Put quantized layers where transformers puts those of bitsandbytes: for every nn.Linear but the head."""
     kept = HfQuantizer.get_modules_to_not_convert(base, None, base._keep_in_fp32_modules)
     for name, module in list(base.named_modules()):
         if not should_convert_module(name, kept):
@@ -184,10 +184,9 @@ def _replace(layers: nn.ModuleList, others: list[nn.Module]) -> None:
 
 
 def _materialize(model: nn.Module) -> None:
-    """Fake tensors on a CPU in place of those on the meta device; trained ones in float32, tied ones tied."""
-    made: dict[
-        int, tuple[torch.Tensor, torch.Tensor]
-    ] = {}  # the old one, too, lest its id be given away
+    """Replace tensors on the meta device by fake ones on a CPU. Trained ones become float32; tied ones stay tied."""
+    # The old tensor is kept, too: otherwise a new object could get its id.
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for module in model.modules():
         parameters = module.named_parameters(recurse=False, remove_duplicate=False)
         buffers = module.named_buffers(recurse=False, remove_duplicate=False)

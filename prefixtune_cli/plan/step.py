@@ -1,12 +1,12 @@
-"""One training step on a model without weights, and the memory at the fullest moment of each of its phases.
+"""One training step on a model without weights, and the memory peak of each of its phases.
 
-The step is the one that `train` takes through TRL: forward under autocast with the fused head, backward, clipping and
-the optimizer, with the optimizer's state there from the start, as it is from the second step on.
+The step is the one that `train` takes through TRL: a forward pass under autocast with the fused head, a backward pass,
+gradient clipping and the optimizer. The optimizer has its state from the start, as it has from the second step on.
 
-A deep decoder is not run whole. Memory grows by the same amount with each of a run of equal layers, at each moment of
-the step; so a run is cut to two layers and to three, and what the third adds is added for every further one. Phases
-are kept apart for that: the fullest moment of a deep model need not be that of a shallow one. Within a run of layers
-memory rises or falls evenly, so that its first and last layer are the only ones to look at.
+A deep decoder does not run whole. Each layer of a run of equal layers adds the same memory at each moment of the step.
+So the step runs with two layers of the run and with three, and the plan adds what the third layer adds for every
+further layer. It does so for each phase, because the peak of a deep model may fall into another phase than that of a
+shallow one. Memory rises or falls evenly within a run, so only the phases of its first and last layer count.
 """
 
 from __future__ import annotations
@@ -34,19 +34,21 @@ from prefixtune_cli.plan.kernels import FusedHead
 from prefixtune_cli.plan.skeleton import Run, Skeleton
 
 Peaks = dict[Phase, Parts]
-MOST_RUNS = 3  # of different layers; a model that alternates is run whole
+MOST_RUNS = 3  # a decoder with more runs of equal layers, such as one that alternates, runs whole
 MIDDLE = "middle"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step works on, and how.
+    """The input and the settings of a step.
 
     Args:
-        rows: examples a forward pass.
-        tokens: of each, padding included.
-        padded: rows differ in length, so that attention is given a mask.
-        accumulated: gradients of an earlier forward pass are there already.
+        rows: examples in a forward pass.
+        tokens: length of each row, including padding.
+        padded: rows differ in length, so attention gets a mask.
+        accumulated: the gradients of an earlier forward pass exist already.
+        checkpointing: the backward pass recomputes activations.
+        max_grad_norm: the norm to clip gradients to; 0 does not clip.
     """
 
     rows: int
@@ -60,7 +62,7 @@ class Batch:
 def peaks(
     skeleton: Skeleton, batch: Batch, optimizer: Callable[[list[nn.Parameter]], Any]
 ) -> Peaks:
-    """The parts at the fullest moment of each phase, in bytes, for the whole decoder."""
+    """The parts at the memory peak of each phase, in bytes, for the whole decoder."""
     long = [run for run in skeleton.runs if run.count > 3]
     if not long or len(skeleton.runs) > MOST_RUNS:
         return step(skeleton, batch, optimizer, None)
@@ -87,9 +89,9 @@ def step(
     optimizer: Callable[[list[nn.Parameter]], Any],
     kept: dict[Run, list[int]] | None,
 ) -> Peaks:
-    """As `peaks`, of a decoder of the layers that are kept alone; None keeps all."""
-    accountant = Accountant(all_is_so=not batch.padded)
-    # Where no row is padded transformers finds that in the mask, and drops it; but it does not look into fake tensors.
+    """As `peaks`, for a decoder that has only the layers in `kept`; None keeps all."""
+    accountant = Accountant(truth=not batch.padded)
+    # transformers drops a mask without padding, but it cannot read a fake one. So this mask is a real tensor.
     real_mask = None if batch.padded else torch.ones(batch.rows, batch.tokens, dtype=torch.bool)
     numbers = None if kept is None else [n for run in skeleton.runs for n in kept[run]]
     names = _layer_names(kept)
@@ -111,7 +113,7 @@ def step(
 
 
 def _layer_names(kept: dict[Run, list[int]] | None) -> list[Hashable]:
-    """The number of each layer that is kept, or `MIDDLE` where the layer only stands for others."""
+    """The number of each kept layer, or `MIDDLE` for a layer that only stands for others."""
     if kept is None:
         return []
     names: list[Hashable] = []
@@ -160,7 +162,7 @@ def _step(
 
 
 def _first_step(optimizer: Any, trained: list[nn.Parameter], accountant: Accountant) -> None:
-    """Have the optimizer make its state."""
+    """Make the optimizer allocate its state."""
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()
@@ -173,7 +175,7 @@ def _first_step(optimizer: Any, trained: list[nn.Parameter], accountant: Account
 def _forward(
     skeleton: Skeleton, batch: Batch, real_mask: Tensor | None, accountant: Accountant
 ) -> Tensor:
-    """The loss, as TRL computes it: without logits, and with the load-balancing loss of a mixture of experts."""
+    """The loss as TRL computes it: without full logits, and with the load-balancing loss of a mixture of experts."""
     base = skeleton.base
     original = base.forward
     base.forward = MethodType(_with_fused_head(skeleton, accountant), base)
@@ -205,7 +207,7 @@ def _with_fused_head(skeleton: Skeleton, accountant: Accountant) -> Callable[...
         accountant.phase = ("head",)
         hidden = outputs.last_hidden_state[:, :-1]
         flat = hidden.reshape(-1, hidden.shape[-1])
-        # Only tokens with a loss are projected; here all of them have one.
+        # TRL projects only the tokens with a loss. The plan assumes that all tokens have one.
         flat = flat.index_select(0, torch.arange(len(flat)))
         head = self.get_output_embeddings()
         log_p = FusedHead.apply(flat, head.weight, accountant, skeleton.on_gpu)  # type: ignore[no-untyped-call]
@@ -223,7 +225,7 @@ def _with_fused_head(skeleton: Skeleton, accountant: Accountant) -> Callable[...
 
 
 class _Watch:
-    """The hooks by which a step tells the accountant where it is."""
+    """The hooks that tell the accountant which phase a step is in."""
 
     def __init__(self, accountant: Accountant) -> None:
         self.backward = False
@@ -231,11 +233,11 @@ class _Watch:
         self._handles: list[Any] = []
 
     def layer(self, layer: nn.Module, name: Hashable) -> None:
-        """Phases for the forward and the backward pass of a layer."""
+        """Name the forward and the backward pass of a layer as phases."""
         accountant = self._accountant
 
         def enter(*_: Any) -> None:
-            if not self.backward:  # else activations are recomputed
+            if not self.backward:  # otherwise this pass recomputes activations
                 accountant.phase = ("forward", name)
 
         def leave(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -249,7 +251,7 @@ class _Watch:
         ]
 
     def gradient(self, parameter: nn.Parameter) -> None:
-        """Count the parameter's gradient as one."""
+        """Count the parameter's gradient under gradients."""
         self._handles.append(
             parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 lambda p: self._accountant.add([p.grad], GRADIENTS)
