@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -191,6 +192,12 @@ def evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def cache_name(base: PreTrainedModel) -> str:
+    """The name of the key/value cache in calls of the base and in their results: `cache` from transformers 5.24 on."""
+    named = "cache" in inspect.signature(base.forward).parameters
+    return "cache" if named else "past_key_values"
 
 
 def peft_config(section: AdapterSection) -> PeftConfig | None:

@@ -1,19 +1,28 @@
 """What a base must be; quantization; what a recipe's adapter becomes."""
 
+import logging
 import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from prefixtune_cli import model as models
 from prefixtune_cli.adapter import PrefixTuningPlusConfig
+from prefixtune_cli.compare.speed.inference import Answer
 from prefixtune_cli.errors import ModelError, ResourceError
-from prefixtune_cli.recipe.schema import ModelSection, PrefixTuningPlus
+from prefixtune_cli.evaluate.batches import BatchLimit
+from prefixtune_cli.evaluate.shared_prefix import Request, log_likelihoods
+from prefixtune_cli.progress import Silent
+from prefixtune_cli.recipe.schema import ModelSection, PrefixTuning, PrefixTuningPlus
 from prefixtune_cli.tokenizer import load_tokenizer
+from prefixtune_cli.train.prefix import start_at_rows
 
 
 def section(base: Path, bits: int = 32) -> ModelSection:
@@ -142,3 +151,37 @@ def test_a_block_size_that_does_not_fit_the_base_is_one_error(random_base: Path)
     base = models.load_base(section(random_base))
     with pytest.raises(ModelError, match=r"block_size must divide .*, 64, got 24\. Near it are"):
         models.attach(base, PrefixTuningPlus(sites="ffn", block_size=24))
+
+
+def score(base: PreTrainedModel) -> Callable[[], object]:
+    shared = tuple(range(5, 65))  # long enough to be computed once
+    requests = [Request(shared, (last,)) for last in (70, 71, 72)]
+    limit = BatchLimit(4, 1000, Silent())
+    return lambda: list(log_likelihoods(base, requests, max_length=99, pad_id=0, limit=limit))
+
+
+def answer(base: PreTrainedModel) -> Callable[[], object]:
+    answer = Answer(base, torch.tensor([[5, 6, 7]]))
+    return lambda: (answer.begin(), answer.go_on(2))
+
+
+def start_a_prefix(base: PreTrainedModel) -> Callable[[], object]:
+    section = PrefixTuning(num_virtual_tokens=2, init="rows")
+    model, rows = models.attach(base, section), Dataset.from_dict({"input_ids": [[5, 6, 7]]})
+    return lambda: start_at_rows(model, section, rows, 0)
+
+
+@pytest.mark.parametrize("prepared", [score, answer, start_a_prefix])
+def test_a_cache_goes_by_the_name_that_is_not_deprecated(
+    prepared: Callable[[PreTrainedModel], Callable[[], object]],
+    random_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: logging.Logger, said: str, *args: object) -> None:
+        raise AssertionError(said)
+
+    call = prepared(models.load_base(section(random_base)).eval())
+    monkeypatch.setattr("logging.Logger.warning_once", refuse)  # by which transformers says so
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call()

@@ -20,6 +20,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from prefixtune_cli.evaluate.batches import BatchLimit
+from prefixtune_cli.model import cache_name
 
 Scored = tuple[float, bool]
 TOKENS_A_JOB = 32  # the overhead of one more forward pass, in tokens
@@ -209,6 +210,7 @@ class _Reader:
         self.model, self.requests, self.pad_id, self.limit = model, requests, pad_id, limit
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         self.accepted = set(inspect.signature(inner.forward).parameters)
+        self.cache_name = cache_name(inner)
 
     def read_whole(self, rows: Sequence[Row]) -> Iterator[dict[int, Scored]]:
         """Score rows that share nothing. They are padded on the right, where no causal model looks."""
@@ -281,7 +283,7 @@ class _Reader:
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         arguments["use_cache"] = cache is not None
         if cache is not None:
-            arguments["past_key_values"] = cache
+            arguments[self.cache_name] = cache
         if positions is not None and "position_ids" in self.accepted:
             arguments["position_ids"] = positions
         if "logits_to_keep" in self.accepted:

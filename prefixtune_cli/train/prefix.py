@@ -15,7 +15,7 @@ from peft import PeftModel, initialize_kv_prefix_from_past_key_values
 from transformers import PreTrainedModel
 
 from prefixtune_cli.errors import DataError
-from prefixtune_cli.model import without_adapter
+from prefixtune_cli.model import cache_name, without_adapter
 from prefixtune_cli.recipe.schema import AdapterSection, PrefixTuning
 
 
@@ -44,7 +44,9 @@ def start_at_rows(
             f"{section.num_virtual_tokens}. Type --num-virtual-tokens {len(ids)}, or --set adapter.init=random."
         )
     peft_model = cast(PeftModel, model)
-    place = next(peft_model.get_base_model().parameters()).device
+    base = peft_model.get_base_model()
+    place = next(base.parameters()).device
     with torch.no_grad(), without_adapter(peft_model):
-        cache = peft_model(input_ids=torch.tensor([ids], device=place), use_cache=True)
-    initialize_kv_prefix_from_past_key_values(peft_model, past_key_values=cache.past_key_values)
+        read = peft_model(input_ids=torch.tensor([ids], device=place), use_cache=True)
+    cache = read[cache_name(base)]
+    initialize_kv_prefix_from_past_key_values(peft_model, past_key_values=cache)

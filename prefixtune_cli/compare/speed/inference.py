@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from prefixtune_cli.model import cache_name
+
 
 class Answer:
     """The answers to some prompts, by greedy decoding; no token ends them early.
@@ -36,6 +38,7 @@ class Answer:
         )
         accepted = inspect.signature(self.base.forward).parameters
         self.last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.cache_name = cache_name(self.base)
         self.cache: Any = None
         # Of the last tokens: [prompts, vocabulary] and [prompts, 1].
         self.logits = self.token = torch.empty(0)
@@ -64,10 +67,9 @@ class Answer:
         return {"inputs_embeds": torch.cat([virtual.to(embedded.dtype), embedded], dim=1)}
 
     def _next(self, **inputs: Any) -> None:
-        output = self.base(
-            **inputs, past_key_values=self.cache, use_cache=True, **self.last_logits_only
-        )
-        self.cache = output.past_key_values
+        inputs[self.cache_name] = self.cache
+        output = self.base(**inputs, use_cache=True, **self.last_logits_only)
+        self.cache = output[self.cache_name]
         self.logits = output.logits[:, -1]
         self.token = self.logits.argmax(-1, keepdim=True)
 
