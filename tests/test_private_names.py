@@ -87,7 +87,8 @@ NAMES = {
     "_preprocess_mask_arguments": Private(
         "transformers.masking_utils:",
         "config, inputs_embeds, attention_mask, cache, position_ids, layer_idx, encoder_hidden_states",
-        "whether a model makes its masks of positions, before its weights are loaded",
+        "whether a model makes its masks of positions, before its weights are loaded; `ALL_MASK_ATTENTION_FUNCTIONS` "
+        "hands out functions of tensors, which some models (gemma4_unified, git) make without content",
     ),
     # Class attributes that have no public name, in which a model describes itself.
     "_is_stateful": Private(MODEL, None, "a model with a recurrent state is not packed"),
