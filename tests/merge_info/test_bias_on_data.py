@@ -204,6 +204,7 @@ def test_a_memory_stays_where_a_long_input_drowns_a_prefix(section, tmp_path):
     )
     assert of_prefix[2] < of_prefix[0] / 4
     assert of_memory[2] > of_memory[0] / 2
+    assert [" ".join(row[:2]) for row in both.tables[0][2]] == ["0 p", "0 m", "1 p", "1 m"]
     assert [row[:2] for row in both.tables[1][2]] == [
         ["0", "p"],
         ["1", "p"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from prefixtune_cli.errors import AdapterError, RunDirError
 from prefixtune_cli.merge_info.one_adapter import gather
 from prefixtune_cli.merge_info.saved_adapter import read
+from prefixtune_cli.model import check_fits
 from prefixtune_cli.pointed import point
+from prefixtune_cli.recipe.schema import ModelSection
 
 from .conftest import MEMORY, WEIGHTS, Make, change, lora, memory, prefix
 
@@ -89,6 +92,30 @@ def test_an_adapter_that_its_base_cannot_take_is_a_finding(make: Make, folder: P
     (found,) = gather(point(folder)).findings
     assert found.kind == "misfit"
     assert "[9]" in found.text
+
+
+def test_a_prefix_of_a_base_with_fewer_layers_does_not_fit(make: Make, random_base: Path) -> None:
+    """Its own configuration names the shapes of the other base, and is not believed."""
+    folder = make("prefix", prefix())
+    settings = folder / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"num_layers": 1}))
+
+    def halve(tensors: dict[str, torch.Tensor]) -> None:
+        whole = tensors["prompt_embeddings"]
+        tensors["prompt_embeddings"] = whole[:, : whole.shape[1] // 2].contiguous()
+
+    change(folder, halve)
+    assert findings(folder) == [("shape", "prompt_embeddings")]
+    with pytest.raises(AdapterError, match="does not fit the base"):
+        check_fits(ModelSection(name=str(random_base)), folder)
+
+
+def test_an_initialisation_that_looks_at_weights_is_no_misfit(make: Make) -> None:
+    folder = make("lora", lora())
+    settings = folder / "adapter_config.json"
+    config = json.loads(settings.read_text())
+    settings.write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    assert findings(folder) == []
 
 
 def test_the_hash_is_that_of_the_file(folder: Path) -> None:
