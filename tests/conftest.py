@@ -17,6 +17,33 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="ptp-tests-hf-")
 import pytest
 
 COLOURS = ("red", "blue", "green", "white")
+# The files that take longest, from the longest on. pytest-xdist hands files out in the order of their tests: one of
+# these at the end would keep one process busy, and the others idle.
+FIRST = (
+    "train/test_parallel.py",
+    "plan/test_measured.py",
+    "compare/test_run.py",
+    "train/test_quantized.py",
+    "parallel/test_killed_worker.py",
+    "parallel/test_slurm.py",
+    "train/test_resume.py",
+    "train/test_chaos.py",
+    "train/test_trial.py",
+    "evaluate/test_resume.py",
+    "adapter/test_compile.py",
+    "tinyworld/test_tiny_model.py",
+    "compare/test_costs.py",
+    "compare/test_speed.py",
+    "parallel/test_processes.py",
+    "train/test_full_disk.py",
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the files of FIRST begin."""
+    place = {Path(__file__).parent / name: i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def pytest_collection_finish() -> None:
