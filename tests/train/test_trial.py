@@ -83,8 +83,8 @@ def test_the_batch_that_is_tried_has_the_longest_rows(random_base: Path, tmp_pat
 
 @pytest.fixture(scope="module")
 def wide_base(random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose activations are large compared with Python's own memory."""
-    config = AutoConfig.from_pretrained(random_base, hidden_size=512, intermediate_size=4096)
+    """A base whose activations are large beside what Python takes by itself."""
+    config = AutoConfig.from_pretrained(random_base, hidden_size=64, intermediate_size=5120)
     folder = tmp_path_factory.mktemp("wide-base")
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(random_base).save_pretrained(folder)
