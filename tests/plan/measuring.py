@@ -117,8 +117,9 @@ def _storages() -> dict[int, int]:
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        # Tensors of a plan, which have no content, may not be collected yet.
-        real = isinstance(thing, torch.Tensor) and not isinstance(thing, FakeTensor)
+        # A plan's tensors without content may be yet to be collected.
+        # By its type: an attribute `__class__` may warn, as that of a name that torch has deprecated.
+        real = issubclass(type(thing), torch.Tensor) and not isinstance(thing, FakeTensor)
         if real and thing.device.type == "cpu":
             storage = thing.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
