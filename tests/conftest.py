@@ -5,7 +5,10 @@ import json
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 # A shell makes its background jobs ignore Ctrl-C, and the processes of tests would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -55,6 +58,23 @@ def pytest_collection_finish() -> None:
 def pytest_unconfigure() -> None:
     """Let the last collection visit them, or their libraries report leaks."""
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Any]:
+    """A process that forks commands and runs: see tests/train/zygote.py."""
+    from tests.train.zygote import Zygote
+
+    process = Zygote()
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def start(zygote: Any, tmp_path: Path) -> Any:
+    """Type a command line, as in `start("train", …)`: a process begins that has imported everything already."""
+    numbers = count()
+    return lambda *typed: zygote.command(tmp_path / f"said-{next(numbers)}", *typed)
 
 
 @pytest.fixture(scope="session")

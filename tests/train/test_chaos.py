@@ -13,7 +13,6 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,13 +35,6 @@ AIMS = (ANY, ANY, ANY, ANY, PREPARING, CHECKPOINT, CHECKPOINT, SCORING)
 SECONDS_TO_END = 30  # for the surviving process
 LORA = {"method": "lora", "dropout": 0.3}
 PLUS = {"method": "prefix-tuning-plus"}
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    process = Zygote()
-    yield process
-    process.close()
 
 
 @dataclass

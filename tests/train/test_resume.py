@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir, step_of
 from tests.train.test_run import Listener, recipe
+from tests.train.zygote import Command, Start
 
 STEPS = 40
 
@@ -32,23 +31,10 @@ def command(base: Path, data: Path, out: Path, *more: str) -> list[str]:
         "--max-length": 64,
         "--set": "train.save_steps=5",
     }
-    return [
-        sys.executable,
-        "-m",
-        "prefixtune_cli",
-        "train",
-        *(str(part) for pair in flags.items() for part in pair),
-        *more,
-    ]
+    return ["train", *(str(part) for pair in flags.items() for part in pair), *more]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy()
-    )
-
-
-def wait_for_checkpoint(run: subprocess.Popen[str], run_dir: RunDir) -> None:
+def wait_for_checkpoint(run: Command, run_dir: RunDir) -> None:
     deadline = time.monotonic() + 120
     while not run_dir.checkpoints():
         assert run.poll() is None, run.communicate()[1]
@@ -68,17 +54,17 @@ def files(run_dir: RunDir) -> dict[str, bytes]:
     ],
 )
 def test_a_killed_run_resumes_to_the_same_bytes(
-    flags: list[str], random_base: Path, colours: Path, tmp_path: Path
+    flags: list[str], start: Start, random_base: Path, colours: Path, tmp_path: Path
 ) -> None:
     whole, killed = RunDir(tmp_path / "whole"), RunDir(tmp_path / "killed")
-    uninterrupted = start(command(random_base, colours, whole.path, *flags))
-    run = start(command(random_base, colours, killed.path, *flags))
+    uninterrupted = start(*command(random_base, colours, whole.path, *flags))
+    run = start(*command(random_base, colours, killed.path, *flags))
     wait_for_checkpoint(run, killed)
     run.send_signal(signal.SIGKILL)
     run.communicate()
     assert not killed.finished
     assert killed.checkpoints()[-1].name != f"checkpoint-{STEPS}", "killed too late to tell"
-    resumed = start(command(random_base, colours, killed.path, *flags, "--resume"))
+    resumed = start(*command(random_base, colours, killed.path, *flags, "--resume"))
     _, said = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, said
     assert "Resuming" in said
@@ -98,10 +84,15 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     ids=["Ctrl-C", "SIGTERM", "SIGUSR1"],
 )
 def test_a_stop_signal_saves_a_checkpoint_and_says_how_to_go_on(
-    how: signal.Signals, code: int, random_base: Path, colours: Path, tmp_path: Path
+    how: signal.Signals,
+    code: int,
+    start: Start,
+    random_base: Path,
+    colours: Path,
+    tmp_path: Path,
 ) -> None:
     run_dir = RunDir(tmp_path / "run")
-    run = start(command(random_base, colours, run_dir.path, "--set", "train.log_steps=1"))
+    run = start(*command(random_base, colours, run_dir.path, "--set", "train.log_steps=1"))
     deadline = time.monotonic() + 120
     while not run_dir.read_metrics():
         assert run.poll() is None, run.communicate()[1]

@@ -1,10 +1,11 @@
-"""Runs of `train` that start at once: a process that has imported everything forks each of them.
+"""Runs of `train`, and commands, that start at once: a process that has imported everything forks each of them.
 
 Python takes ten seconds to import torch, trl and peft; a fork of a process that has done so takes a hundredth of a
 second. The process itself (`main`) computes nothing, as threads do not survive a fork. `Zygote` is the test's side.
 """
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,13 @@ from prefixtune_cli.run_dir import RunDir, write_json
 
 # `train` imports these late; without this, each child would import them again.
 IMPORTED_LATE = (
+    "lm_eval.tasks",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
+    "prefixtune_cli.cli.eval",
+    "prefixtune_cli.cli.train",
+    "prefixtune_cli.evaluate.benchmarks",
+    "prefixtune_cli.evaluate.language_model",
     "prefixtune_cli.train",
     "torch.distributed.tensor",
     "torch.nn.parallel.distributed",
@@ -77,6 +83,16 @@ class Zygote:
             )
         )
 
+    def command(self, said: Path, *typed: object) -> "Command":
+        """Fork a child that is `ptp` with what was typed.
+
+        Args:
+            said: a file without a suffix; beside it lies what the command writes, as `.out` and `.err`.
+            typed: the command line, without `ptp`.
+        """
+        order = {"typed": [str(one) for one in typed], "said": str(said)}
+        return Command(self, int(self._ask(does="command", **order)), said)
+
     def save(self, run_dir: RunDir, step: int, dies_before: int) -> int:
         """Fork a child that does `save` and kills itself before change number `dies_before`, from 0; returns its id."""
         order = {"run_dir": str(run_dir.path), "step": step, "dies_before": dies_before}
@@ -95,6 +111,39 @@ class Zygote:
         self._process.stdin.close()
         self._process.wait(timeout=60)
         self._process.stdout.close()
+
+
+class Command:
+    """A forked `ptp`, with what the tests use of `subprocess.Popen`."""
+
+    def __init__(self, zygote: Zygote, pid: int, said: Path) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._zygote = zygote
+        self._said = said
+
+    def poll(self) -> int | None:
+        """The exit code, None while it runs."""
+        return self._wait(0)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+        """What it has written to stdout and to stderr, once it has ended."""
+        if self._wait(timeout) is None:
+            os.kill(self.pid, signal.SIGKILL)
+            raise subprocess.TimeoutExpired("ptp", timeout)
+        out, err = (self._said.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
+        return out, err
+
+    def _wait(self, seconds: float) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._zygote.ended(self.pid, seconds)
+        return self.returncode
+
+
+Start = Callable[..., Command]  # of what was typed
 
 
 class Diary:
@@ -118,6 +167,9 @@ def main() -> None:
 
     for name in IMPORTED_LATE:
         importlib.import_module(name)
+    # The children share the libraries' million objects, which a collection of theirs would go through and copy.
+    gc.collect()
+    gc.freeze()
     children: set[int] = set()
     for line in sys.stdin:
         order = json.loads(line)
@@ -128,7 +180,7 @@ def main() -> None:
             answer = os.waitstatus_to_exitcode(status) if ended else None
         else:
             if not (answer := os.fork()):
-                _live(_train if does == "train" else _save, order)
+                _live({"train": _train, "save": _save, "command": _command}[does], order)
             children.add(answer)
         print(json.dumps(answer), flush=True)
     for pid in children:
@@ -144,11 +196,14 @@ def _live(what: Any, order: dict[str, Any]) -> None:
         os.dup2(2, 1)
         what(**order)
         code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(code)
 
 
@@ -160,6 +215,16 @@ def _train(recipe: dict[str, Any], diary: str, environment: dict[str, str]) -> N
     os.dup2(errors, 2)
     os.environ.update(environment)
     train(Recipe.model_validate(recipe), resume="auto", reporter=Diary(Path(diary)))
+
+
+def _command(typed: list[str], said: str) -> None:
+    from prefixtune_cli.cli.app import main
+
+    for number, suffix in ((1, ".out"), (2, ".err")):
+        file = os.open(said + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+    sys.argv = ["ptp", *typed]
+    main()
 
 
 def _save(run_dir: str, step: int, dies_before: int) -> None:
