@@ -7,6 +7,7 @@ pass that finds the basis.
 """
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -124,7 +125,9 @@ def cut(whole: Path, out: Path) -> None:
 
 def main() -> None:
     witness = Witness()
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # each run has its own store
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # a store for each run
+    gc.collect()
+    gc.freeze()  # each run collects, and need not go through the libraries' million objects
     for job in json.loads(Path(sys.argv[1]).read_text()):
         os.environ["MASTER_PORT"] = str(job["port"])
         AcceleratorState._reset_state(reset_partial_state=True)
