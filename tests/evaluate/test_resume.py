@@ -1,11 +1,8 @@
 """Interrupted evaluations ask nothing twice, and changed adapters read no old answers."""
 
 import json
-import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -21,6 +18,7 @@ from prefixtune_cli.pointed import Pointed, choose
 from prefixtune_cli.progress import Silent
 from prefixtune_cli.recipe.schema import Lora, PrefixTuningPlus
 from tests.cli.test_eval import save_adapter, write_mmlu, write_rows
+from tests.train.zygote import Command, Start
 
 BENCH = "mmlu_anatomy"
 ITEMS = 150
@@ -51,8 +49,8 @@ def counts(cache: Path) -> list[int]:
     return sorted(found)
 
 
-def wait_for(run: subprocess.Popen[str], cache: Path, files: int, answers: int) -> None:
-    """Wait until `files` files have answers, the last one at least so many."""
+def wait_for(run: Command, cache: Path, files: int, answers: int) -> None:
+    """Until `files` have answers, the last one at least so many."""
     deadline = time.monotonic() + 120
     while len(there := counts(cache)) < files or there[0] < answers:
         assert run.poll() is None, run.communicate()[1]
@@ -60,20 +58,8 @@ def wait_for(run: subprocess.Popen[str], cache: Path, files: int, answers: int) 
         time.sleep(0.005)
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "prefixtune_cli", "eval", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ.copy(),
-        # A shell's background job has its children ignore Ctrl-C, which a test sends here.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
-def finish(run: subprocess.Popen[str]) -> str:
-    """The command's stderr."""
+def finish(run: Command) -> str:
+    """What it says on stderr."""
     _, said = run.communicate(timeout=300)
     assert run.returncode == 0, said
     return said
@@ -97,7 +83,9 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def test_a_killed_evaluation_asks_only_for_what_is_missing(adapter: Path, tmp_path: Path) -> None:
+def test_a_killed_evaluation_asks_only_for_what_is_missing(
+    start: Start, adapter: Path, tmp_path: Path
+) -> None:
     data = write_mmlu(tmp_path / "mmlu", ["anatomy"], ITEMS)
     evaluate(
         Settings(
@@ -109,7 +97,7 @@ def test_a_killed_evaluation_asks_only_for_what_is_missing(adapter: Path, tmp_pa
             out=tmp_path / "whole",
         )
     )
-    typed = ["--model", "tiny", "--bits", 32, "--adapter", adapter, "--bench", BENCH]
+    typed = ["eval", "--model", "tiny", "--bits", 32, "--adapter", adapter, "--bench", BENCH]
     typed += ["--bench-data", f"mmlu={data}", "--batch-size", 1]
     typed += ["--cache", tmp_path / "cache-killed", "--out", tmp_path / "killed"]
 
@@ -134,13 +122,16 @@ def test_a_killed_evaluation_asks_only_for_what_is_missing(adapter: Path, tmp_pa
     assert result(tmp_path / "killed") == result(tmp_path / "whole")
 
 
-def test_ctrl_c_keeps_what_is_done_and_says_that_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_keeps_what_is_done_and_says_that_the_same_command_goes_on(
+    start: Start, tmp_path: Path
+) -> None:
     data = write_rows(
         tmp_path / "own.jsonl",
         ({"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(400)),
     )
     cache, out = tmp_path / "cache", tmp_path / "out"
-    typed = ["--model", "tiny", "--data", data, "--batch-size", 1, "--cache", cache, "--out", out]
+    typed = ["eval", "--model", "tiny", "--data", data, "--batch-size", 1]
+    typed += ["--cache", cache, "--out", out]
     run = start(*typed)
     wait_for(run, cache, files=1, answers=20)
     run.send_signal(signal.SIGINT)
