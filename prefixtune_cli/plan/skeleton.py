@@ -116,8 +116,8 @@ class Skeleton:
         if not wanted:
             yield
             return
-        self.base.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={
+        self.base.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={
                 "use_reentrant": False,
                 "context_fn": lambda: (contextlib.nullcontext(), self.attention()),
             }
@@ -127,7 +127,7 @@ class Skeleton:
         try:
             yield
         finally:
-            self.base.gradient_checkpointing_disable()
+            self.base.activation_checkpointing_disable()
             self.base.disable_input_require_grads()  # the line above does not undo this
 
 

@@ -47,8 +47,8 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> SFTConfig:
         weight_decay=section.weight_decay,
         max_grad_norm=section.max_grad_norm,
         optim=section.optimizer,
-        gradient_checkpointing=section.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False}
+        activation_checkpointing=section.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False}
         if section.gradient_checkpointing
         else None,
         bf16=recipe.model.bits != 32,

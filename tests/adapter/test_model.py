@@ -157,7 +157,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant, si
 
     expected = gradients()
     assert len(forwards) == 1
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     if use_reentrant:
         model.enable_input_require_grads()
     forwards.clear()

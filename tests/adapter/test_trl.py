@@ -86,7 +86,7 @@ def test_sft_trainer_trains_the_adapter_alone(tmp_path, tokenizer, gradient_chec
         model=base_model(),
         args=SFTConfig(
             output_dir=str(tmp_path / "run"),
-            gradient_checkpointing=gradient_checkpointing,
+            activation_checkpointing=gradient_checkpointing,
             **ARGUMENTS,
         ),
         train_dataset=Dataset.from_dict({"text": sentences(8, seed=0)}),

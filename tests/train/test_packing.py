@@ -166,7 +166,7 @@ def test_gradients_of_packed_examples_are_the_sum_of_theirs_alone_with_checkpoin
     name: str, method: str, batch: dict[str, Any]
 ) -> None:
     model = adapted(base_model(name), method).train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     trained = [p for p in model.parameters() if p.requires_grad]
     pairs = together_and_alone(model, batch)

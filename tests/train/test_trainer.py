@@ -34,7 +34,7 @@ def trainer_for(base: Path, out: Path, **arguments: Any) -> SafeDPOTrainer:
     config = DPOConfig(
         output_dir=str(out), max_steps=4, per_device_train_batch_size=2, save_steps=100, save_total_limit=2,
         learning_rate=1e-2, use_cpu=True, report_to="none", disable_tqdm=True, bf16=False,
-        gradient_checkpointing=False, logging_nan_inf_filter=False, **arguments,
+        activation_checkpointing=False, logging_nan_inf_filter=False, **arguments,
     )  # fmt: skip
     run_dir = RunDir(out)
     stop = StopRequest(run_dir)

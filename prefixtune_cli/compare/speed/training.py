@@ -75,8 +75,8 @@ class TrainingStep:
         """Within the block the model is in training mode and steps can be taken; after it there are no gradients."""
         self.model.train()
         if checkpointing:
-            self.base.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
+            self.base.activation_checkpointing_enable(
+                activation_checkpointing_kwargs={"use_reentrant": False}
             )
         if checkpointing or not self.trained:
             self.base.enable_input_require_grads()
@@ -89,7 +89,7 @@ class TrainingStep:
             self.base.forward = original
             self.model.zero_grad(set_to_none=True)
             if checkpointing:
-                self.base.gradient_checkpointing_disable()
+                self.base.activation_checkpointing_disable()
             if checkpointing or not self.trained:
                 self.base.disable_input_require_grads()
             self.model.eval()
