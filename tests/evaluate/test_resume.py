@@ -21,7 +21,7 @@ from tests.cli.test_eval import save_adapter, write_mmlu, write_rows
 from tests.train.zygote import Command, Start
 
 BENCH = "mmlu_anatomy"
-ITEMS = 150
+ITEMS = 60
 REQUESTS = 4 * ITEMS  # one a choice
 
 Kept = dict[str, dict[str, tuple[int, str]]]  # file → request → (row id, answer)
