@@ -60,7 +60,8 @@ def test_a_job_saves_at_slurms_signal_queues_again_and_ends_in_the_next_slot(
 ) -> None:
     out = tmp_path / "run"
     flags = ["--model", random_base, "--data", colours, f"--out={out}", "--bits", 32]
-    flags += ["--max-length", 64, "--steps", 120, "--batch-size", 4, "--save-steps", 5]
+    flags += ["--max-length", 64, "--steps", 60, "--batch-size", 4, "--save-steps", 5]
+    flags += ["--set", "evaluate.max_new_tokens=4"]
     first = sbatch(tmp_path, *flags, SIGNAL_AFTER=out / "checkpoint-5")
     assert first.returncode == 0, first.stderr
     assert "Stopped by SIGUSR1 at step" in first.stderr
@@ -69,7 +70,7 @@ def test_a_job_saves_at_slurms_signal_queues_again_and_ends_in_the_next_slot(
     last = sbatch(tmp_path, *flags, SIGNAL_AFTER="")
     assert last.returncode == 0, last.stderr
     assert "Resuming" in last.stderr
-    assert json.loads((out / "summary.json").read_text())["steps"] == 120
+    assert json.loads((out / "summary.json").read_text())["steps"] == 60
     assert json.loads((out / "environment.json").read_text())["processes"] == 2
     assert (tmp_path / "requeued").read_text().count("\n") == 1
 
