@@ -122,6 +122,8 @@ FLAGS = (
             type=bool,
             help="First try a few rates around the default in short runs, then take the best.",
         ),
+        Flag("--objective", "train.objective"),
+        Flag("--beta", "train.beta"),
         Flag("--epochs", "train.epochs"),
         Flag("--steps", "train.max_steps", help="Optimizer steps, instead of --epochs."),
         Flag("--learning-rate --lr", "train.learning_rate"),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 OPEN, CLOSE = "⟦", "⟧"
 FLAGS = (
     "data", "format", "map", "train_on", "max_length", "on_long", "chat_template", "recipe", "set",
-    "model", "revision", "trust_remote_code", "seed",
+    "model", "revision", "trust_remote_code", "seed", "objective",
 )  # fmt: skip
 
 
@@ -59,7 +59,8 @@ def inspect_data(
     from prefixtune_cli.data.load import load_rows
     from prefixtune_cli.data.tokenized_data import tokenize
 
-    rows = load_rows(settings.data.train, settings.data)
+    pairs = settings.train.objective == "dpo"
+    rows = load_rows(settings.data.train, settings.data, pairs=pairs)
     tokenizer = load_tokenizer(settings.model)
     tokenized = tokenize(rows, tokenizer, settings.data)
     inspect.check(tokenized, tokenizer)
@@ -80,8 +81,14 @@ def _print(found: Inspection) -> None:
     for text in found.notices:
         console.notice(text)
     for shown in found.examples:
-        console.say(f"── {shown.origin}: {_counts(shown)}", style="bold")
+        other = shown.rejected
+        console.say(
+            f"── {shown.origin}{', chosen' if other else ''}: {_counts(shown)}", style="bold"
+        )
         out.print(_coloured(shown, marks=marks))
+        if other is not None:
+            console.say(f"── rejected: {_counts(other)}", style="bold")
+            out.print(_coloured(other, marks=marks))
         out.print()
     how = f"between {OPEN} and {CLOSE}" if marks else "on green"
     legend = f"Tokens {how} are trained; the others are masked."

@@ -50,6 +50,11 @@ def plan(
     if gpu_memory is not None and not 0 < gpu_memory < math.inf:
         raise UsageError(f"--gpu-memory must be above 0, in GiB, got {gpu_memory:g}.")
     settings = given.recipe()
+    if settings.train.objective != "sft":
+        raise UsageError(
+            f"`ptp plan` does not know the memory of objective {settings.train.objective} yet. A pair of answers takes "
+            "about that of two rows: leave --objective out, and double --batch-size."
+        )
     if gpu_memory is not None:
         on_gpu = settings.model.model_copy(update={"device": "cuda"})
         settings = settings.model_copy(update={"model": on_gpu})

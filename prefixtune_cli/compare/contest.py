@@ -140,7 +140,7 @@ def entries(settings: Settings) -> list[Entry]:
 
     Raises:
         UsageError: a number is below 1, there is no method, one is named twice, two are the same run, or no method has
-            a setting.
+            a setting; or the objective is not sft.
         RecipeError: the recipe of one of them is wrong.
     """
     settings.check()
@@ -165,6 +165,11 @@ def entries(settings: Settings) -> list[Entry]:
                 f"{key} is a setting of none of the methods ({', '.join(settings.methods)}). `ptp recipe-schema` lists "
                 "what each of them has."
             )
+    if any(entry.recipe.train.objective != "sft" for entry in found):
+        raise UsageError(
+            "`ptp compare` does not train with objective dpo yet: it compares answers and their losses. Leave "
+            "train.objective out."
+        )
     for one, other in itertools.combinations(found, 2):
         if one.label == other.label:
             raise UsageError(f"--methods and --grid name {one.label} twice. Give each once.")

@@ -93,7 +93,7 @@ def open_run(given: str) -> FinishedRun:
     """Read a run directory, finished or not; `given` may also be its adapter/.
 
     Raises:
-        RunDirError: there is no run, or one of its files cannot be read.
+        RunDirError: there is no run, its objective is not sft, or one of its files cannot be read.
     """
     run_dir = run_of(Path(given).expanduser())
     if run_dir is None:
@@ -101,6 +101,11 @@ def open_run(given: str) -> FinishedRun:
     given = str(run_dir.path)
     try:
         recipe = resolve(str(run_dir.recipe))
+        if recipe.train.objective != "sft":
+            raise RunDirError(
+                f"its objective is {recipe.train.objective}, and what is compared are answers and their losses. Leave "
+                "it out; its preference accuracy is in its summary.json"
+            )
         environment = _json(run_dir.environment)
         environment["data"]["train"]["sha256"]
         if not run_dir.finished:

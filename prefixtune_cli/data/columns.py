@@ -10,14 +10,15 @@ import re
 import shlex
 from collections.abc import Collection, Mapping
 
-from prefixtune_cli.data.format import FORMATS, Format, by_values, fitting
+from prefixtune_cli.data.format import FORMATS, PAIRS, Format, by_values, fitting
 from prefixtune_cli.data.lines import Row
 from prefixtune_cli.errors import DataError
 from prefixtune_cli.recipe.schema import DataSection
 
 # The fields of all formats. In a row, only the optional ones may be missing.
-OPTIONAL = {name for format in FORMATS.values() for name in format.optional}
-COLUMNS = dict.fromkeys(name for format in FORMATS.values() for name in format.columns)
+_ALL = (*FORMATS.values(), *PAIRS.values())
+OPTIONAL = {name for format in _ALL for name in format.optional}
+COLUMNS = dict.fromkeys(name for format in _ALL for name in format.columns)
 FIELDS = (*COLUMNS, *sorted(OPTIONAL))
 # Words in the names of columns that hold answers, questions, and facts about a row.
 ANSWERS = {
@@ -78,7 +79,9 @@ def check_map(mapping: Mapping[str, str]) -> None:
         )
 
 
-def recognise(row: Row, mapping: Mapping[str, str], forced: str, where: str) -> Format:
+def recognise(
+    row: Row, mapping: Mapping[str, str], forced: str, where: str, *, pairs: bool = False
+) -> Format:
     """The format of rows like this one. The columns that `--map` names decide first.
 
     Args:
@@ -86,17 +89,26 @@ def recognise(row: Row, mapping: Mapping[str, str], forced: str, where: str) -> 
         mapping: {field: column}, already checked.
         forced: the format's name, or `auto`.
         where: file and line of the row.
+        pairs: of answers, and no other rows, are wanted.
 
     Raises:
-        DataError: no format fits, the format does not have a mapped field, or a text may be half of a pair.
+        DataError: no format fits, the format does not have a mapped field, or a text may be half of a pair; or the
+            rows are pairs of answers and others are wanted, or the other way round.
     """
-    by_map = fitting(mapping.keys())
-    found = [FORMATS[forced]] if forced in FORMATS else by_map or fitting(row)
+    known, others = (PAIRS, FORMATS) if pairs else (FORMATS, PAIRS)
+    by_map = fitting(mapping.keys(), known)
+    if forced in others:
+        raise _of_the_other_kind(others[forced], row, mapping, where)
+    found = fitting(row, known) if pairs else by_map or fitting(row, known)
+    if forced in known and not (pairs and found):
+        found = [known[forced]]
     if not found:
-        listed = "; ".join(f"{f.name}: {' + '.join(f.columns)}" for f in FORMATS.values())
+        if of_others := fitting(mapping.keys(), others) or fitting(row, others):
+            raise _of_the_other_kind(of_others[0], row, mapping, where)
+        listed = "; ".join(f"{f.name}: {' + '.join(f.columns)}" for f in known.values())
         raise DataError(
             f"{where}: no known format has the columns {', '.join(row) or '(none)'}. The formats are {listed}. "
-            f"Name the columns: {_suggestion(row, mapping)}."
+            f"Name the columns: {_MAP_OF_PAIRS if pairs else _suggestion(row, mapping)}."
         )
     format = found[0]
     lacking = [name for name in format.columns if name not in row]
@@ -115,6 +127,25 @@ def recognise(row: Row, mapping: Mapping[str, str], forced: str, where: str) -> 
     if format.name == "text" and forced not in FORMATS and not by_map:
         _refuse_a_pair(row, where)
     return format
+
+
+_MAP_OF_PAIRS = "--map prompt=COLUMN,chosen=COLUMN,rejected=COLUMN"
+
+
+def _of_the_other_kind(
+    format: Format, row: Row, mapping: Mapping[str, str], where: str
+) -> DataError:
+    """The error for pairs of answers where one answer a row is wanted, and the reverse."""
+    what = f"{where}: the format is {format.name} ({' + '.join(format.columns)})"
+    if format.is_of_pairs:
+        return DataError(
+            f"{what}, pairs of answers, from which `ptp train --objective dpo` learns. To use the chosen answers "
+            f"alone: {_suggestion(row, mapping)}."
+        )
+    return DataError(
+        f"{what}, and --objective dpo learns from pairs of answers: prompt, chosen and rejected. Name their columns, "
+        f"{_MAP_OF_PAIRS}, or leave --objective out."
+    )
 
 
 def notices(

@@ -1,13 +1,14 @@
 """The formats that a data set may have, and the three common layouts that rows are converted to.
 
 The layouts are `messages` (as message.py makes them) and `tools`; `prompt` + `completion`, with the messages
-`before` them, and `tools`; or `text`.
+`before` them, and `tools`; or `text`. A pair of answers has the chosen one in its layout, and the other one in a column
+`rejected` beside it: a completion, or the messages of the whole conversation.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +31,11 @@ class Format:
     convert: Callable[[Row, str], Row]
     optional: tuple[str, ...] = ()
 
+    @property
+    def is_of_pairs(self) -> bool:
+        """Whether a row has a chosen and a rejected answer."""
+        return "rejected" in self.columns
+
 
 def _messages(column: str) -> Callable[[Row, str], Row]:
     return lambda row, where: message.conversation(_turns(row, column, where), row, where)
@@ -51,6 +57,53 @@ def _pair_of_lists(row: Row, where: str) -> Row:
     asked = _turns(row, "prompt", where)
     said = _turns(row, "completion", where, len(asked) + 1)
     return message.conversation([*asked, *said], row, where)
+
+
+def _preference(row: Row, where: str) -> Row:
+    chosen = _pair("prompt", "chosen")(row, where)
+    return chosen | {"rejected": written(row, "rejected", where)}
+
+
+def _preference_of_messages(row: Row, where: str) -> Row:
+    asked = _turns(row, "prompt", where)
+    said = {name: _turns(row, name, where, len(asked) + 1) for name in ("chosen", "rejected")}
+    return _two_answers(asked, said["chosen"], said["rejected"], row, where)
+
+
+def _preference_of_conversations(row: Row, where: str) -> Row:
+    """The prompt is what both conversations begin with, but for their last messages."""
+    if isinstance(row["chosen"], str) and "prompt" not in row:
+        raise DataError(
+            f"{where}: the answers are texts, and the column 'prompt' is missing; the columns are {', '.join(row)}. "
+            "Name it: --map prompt=COLUMN."
+        )
+    chosen, rejected = (_turns(row, name, where) for name in ("chosen", "rejected"))
+    common = 0
+    while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
+        common += 1
+    if all(turn["role"] in (*ANSWERS, "system") for turn in chosen[:common]):
+        raise DataError(
+            f"{where}: the columns 'chosen' and 'rejected' do not begin with the same question. Write whole "
+            "conversations that differ in their answers alone, or the question in a column prompt."
+        )
+    return _two_answers(chosen[:common], chosen[common:], rejected[common:], row, where)
+
+
+def _two_answers(
+    asked: list[Row], chosen: list[Row], rejected: list[Row], row: Row, where: str
+) -> Row:
+    """Both conversations; no answer in their prompt is learned."""
+    for name, said in (("chosen", chosen), ("rejected", rejected)):
+        if not {*ANSWERS} & {turn["role"] for turn in said}:
+            roles = ", ".join(turn["role"] for turn in said)
+            raise DataError(
+                f"{where}: the column {name!r} has no message of the role assistant behind the prompt (the roles are "
+                f"{roles}). Add the answer, or remove the row."
+            )
+    prompt = [turn | {"trained": False} if turn["role"] in ANSWERS else turn for turn in asked]
+    return message.conversation([*prompt, *chosen], row, where) | {
+        "rejected": message.conversation([*prompt, *rejected], row, where)["messages"]
+    }
 
 
 def _pair(prompt: str, completion: str) -> Callable[[Row, str], Row]:
@@ -121,18 +174,54 @@ PAIR_OF_LISTS = Format(
     _pair_of_lists,
     ("system", "tools"),
 )
-READ = {**FORMATS, PAIR_OF_LISTS.name: PAIR_OF_LISTS}
+# Pairs of answers, as TRL has them: a prompt and two answers, as texts or as messages, or two conversations with the
+# same beginning. The last are met without a column prompt, or with its text beside them.
+PREFERENCE = Format(
+    "preference",
+    ("prompt", "chosen", "rejected"),
+    "prompt-completion",
+    _preference,
+    ("system",),
+)
+PREFERENCE_OF_MESSAGES = Format(
+    "preference of messages",
+    PREFERENCE.columns,
+    "messages",
+    _preference_of_messages,
+    ("system", "tools"),
+)
+PREFERENCE_OF_CONVERSATIONS = Format(
+    "preference of conversations",
+    ("chosen", "rejected"),
+    "messages",
+    _preference_of_conversations,
+    ("system", "tools"),
+)
+PAIRS = {f.name: f for f in (PREFERENCE, PREFERENCE_OF_CONVERSATIONS)}
+WITH_MESSAGES_IN_PROMPTS = (
+    PAIR_OF_LISTS,
+    PREFERENCE_OF_MESSAGES,
+    PREFERENCE_OF_CONVERSATIONS,
+)
+READ = {**FORMATS, **PAIRS, **{f.name: f for f in WITH_MESSAGES_IN_PROMPTS}}
 
 
 def by_values(format: Format, row: Row) -> Format:
     """The format for these values: pairs of lists are conversations, other pairs are texts."""
-    lists = all(isinstance(row.get(name), list) for name in PAIR_OF_LISTS.columns)
-    return PAIR_OF_LISTS if format.columns == PAIR_OF_LISTS.columns and lists else format
+
+    def are_lists(*columns: str) -> bool:
+        return all(isinstance(row.get(name), list) for name in columns)
+
+    if format.columns == PAIR_OF_LISTS.columns and are_lists(*PAIR_OF_LISTS.columns):
+        return PAIR_OF_LISTS
+    if format is PREFERENCE and are_lists("chosen", "rejected"):
+        return PREFERENCE_OF_MESSAGES if are_lists("prompt") else PREFERENCE_OF_CONVERSATIONS
+    return format
 
 
-def fitting(columns: Collection[str]) -> list[Format]:
+def fitting(columns: Collection[str], known: Mapping[str, Format] = FORMATS) -> list[Format]:
     """The formats whose columns are all there, the preferred one first."""
-    return [format for format in FORMATS.values() if set(format.columns) <= set(columns)]
+    return [format for format in known.values() if set(format.columns) <= set(columns)]
 
 
 def convert(row: Row, format: Format, where: str, *, needs_assistant: bool) -> Row:

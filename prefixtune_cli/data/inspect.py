@@ -24,6 +24,7 @@ class Example:
         origin: file and line.
         spans: the pieces of the decoded text, each with whether it is trained; together they are the whole text.
         length: tokens before truncation. `tokens` of them are left, and `trained_tokens` of those have a loss.
+        rejected: the same prompt with the other answer, of a pair.
     """
 
     origin: str
@@ -31,6 +32,7 @@ class Example:
     length: int
     tokens: int
     trained_tokens: int
+    rejected: Example | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +73,15 @@ def inspect(
 
 def example(tokenized: TokenizedData, tokenizer: PreTrainedTokenizerBase, i: int) -> Example:
     """Row `i` of the loaded data, decoded."""
-    row = tokenized.every_row[i]
+    where, rejected = tokenized.rows.row_origin(i), tokenized.rejected
+    other = None if rejected is None else _decoded(rejected[i], where, tokenizer)
+    return dataclasses.replace(_decoded(tokenized.every_row[i], where, tokenizer), rejected=other)
+
+
+def _decoded(row: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> Example:
     trained = [label != MASKED for label in row["labels"]]
     return Example(
-        origin=tokenized.rows.row_origin(i),
+        origin=where,
         spans=spans(row["input_ids"], trained, tokenizer),
         length=row["length"],
         tokens=len(row["input_ids"]),
@@ -111,13 +118,21 @@ def check(tokenized: TokenizedData, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse data with nothing to train on.
 
     Raises:
-        DataError: no row has a trained token; the first row is shown, decoded.
+        DataError: no row has a trained token, or no pair two answers; the first row is shown, decoded.
     """
     statistics = tokenized.statistics
     if statistics.kept:
         return
     shown = example(tokenized, tokenizer, 0)
     text = "".join(piece for piece, _ in shown.spans)
+    alike = statistics.identical + statistics.alike_when_cut
+    if alike:
+        cut = f", {statistics.alike_when_cut} of them when cut" if statistics.alike_when_cut else ""
+        raise DataError(
+            f"None of the {statistics.rows} pairs of {tokenized.rows.source} can be trained on: in {alike} both "
+            f"answers are the same{cut}, and in the others one is empty or too long. Check the columns, --map and "
+            f"--max-length. {shown.origin} reads: {start_of(text, 500)}"
+        )
     if statistics.dropped:
         hint = f"All are longer than {statistics.max_length} tokens: use a larger --max-length, or --on-long truncate."
     elif statistics.truncated:
@@ -133,10 +148,17 @@ def check(tokenized: TokenizedData, tokenizer: PreTrainedTokenizerBase) -> None:
 def facts(statistics: DataStatistics) -> list[str]:
     """The statistics in plain lines; see also `warnings`."""
     s = statistics
+    told = [f"{s.rows:,} rows of format {s.format}, {s.kept:,} of them trained on"]
+    if s.rejected is None:
+        return told + _sizes(s)
+    sides = (("chosen", s), ("rejected", s.rejected))
+    return told + [f"{name}: {line}" for name, side in sides for line in _sizes(side)]
+
+
+def _sizes(s: DataStatistics) -> list[str]:
     p = s.length_percentiles
     share = 100 * s.trained_tokens / s.tokens if s.tokens else 0.0
     return [
-        f"{s.rows:,} rows of format {s.format}, {s.kept:,} of them trained on",
         f"{s.tokens:,} tokens, {s.trained_tokens:,} of them trained ({share:.1f} %)",
         f"length in tokens: p5 {p['p5']}, median {p['p50']}, p95 {p['p95']}, p99 {p['p99']}, longest {p['max']}; "
         f"the limit is {s.max_length}",
@@ -146,6 +168,18 @@ def facts(statistics: DataStatistics) -> list[str]:
 def warnings(statistics: DataStatistics) -> list[str]:
     """What the user should look at, with counts, such as rows cut, dropped or left out. Empty if all is well."""
     s = statistics
+    if s.rejected is not None:
+        pairs = [
+            (s.identical, "have twice the same answer and are left out"),
+            (s.alike_when_cut, "have the same answer twice when cut (see --max-length), left out"),
+        ]
+        sides = (("chosen", s), ("rejected", s.rejected))
+        told = [f"{name}: {line}" for name, side in sides for line in _counted(_found(side), s)]
+        return _counted(pairs, s) + told
+    return _counted(_found(s), s)
+
+
+def _found(s: DataStatistics) -> list[tuple[int, str]]:
     found = [
         (s.truncated, f"are truncated to {s.max_length} tokens (see --max-length, --on-long)"),
         (s.dropped, f"are longer than {s.max_length} tokens, and dropped (see --max-length)"),
@@ -167,6 +201,10 @@ def warnings(statistics: DataStatistics) -> list[str]:
         (count, f"spell {token} in their own text: the model sees a control token there")
         for token, count in s.control_tokens.items()
     ]
+    return found
+
+
+def _counted(found: list[tuple[int, str]], s: DataStatistics) -> list[str]:
     return [
         f"{count:,} of {s.rows:,} rows ({100 * count / s.rows:.1f} %) {what}"
         for count, what in found

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefixtune_cli.data import locate
 from prefixtune_cli.data.columns import check_map, missing, notices, recognise, rename
-from prefixtune_cli.data.format import PAIR_OF_LISTS, READ, Layout, convert
+from prefixtune_cli.data.format import READ, WITH_MESSAGES_IN_PROMPTS, Layout, convert
 from prefixtune_cli.data.lines import Row, is_by_line, origin
 from prefixtune_cli.data.message import weight_notices, weights_said
 from prefixtune_cli.data.read import read
@@ -43,8 +43,8 @@ class LoadedData:
     """Checked rows.
 
     Attributes:
-        dataset: columns of one layout (see `format`), and `file` and `line`, the row's origin as numbers;
-            memory-mapped.
+        dataset: columns of one layout (see `format`), of pairs also `rejected`, and `file` and `line`, the row's origin
+            as numbers; memory-mapped.
         format: the recognised or forced format of the files.
         layout: the layout of `dataset`.
         fingerprint: sha256 of the files' content and of the settings that read it, but not of names and times.
@@ -68,6 +68,18 @@ class LoadedData:
         """Where row `i` came from: `my.jsonl, line 18`."""
         row = self.dataset[i]
         return origin(self.files[row["file"]], row["line"])
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether each row is a pair of answers."""
+        return "rejected" in self.dataset.column_names
+
+    def rejected(self) -> LoadedData:
+        """The rejected answers of pairs, as rows of their own."""
+        chosen = "messages" if self.layout == "messages" else "completion"
+        rows = self.dataset.remove_columns([chosen]).rename_column("rejected", chosen)
+        name = _sha256(f"{self.fingerprint} rejected".encode())
+        return dataclasses.replace(self, dataset=rows, fingerprint=name)
 
     def select(self, indices: Sequence[int]) -> LoadedData:
         """The rows with these numbers, in this order."""
@@ -117,12 +129,13 @@ def split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datase
     return dataset.select(np.sort(order[held_out:])), dataset.select(np.sort(order[:held_out]))
 
 
-def load_rows(source: str, section: DataSection) -> LoadedData:
+def load_rows(source: str, section: DataSection, *, pairs: bool = False) -> LoadedData:
     """Read and check the rows of a source, and bring them to one layout.
 
     Args:
         source: a file, a folder, `sample:NAME` or a hub data set id.
         section: the recipe's data section: format, map and train_on are used.
+        pairs: of answers are read, and other rows refused; else the reverse.
 
     Raises:
         DataError: the data is missing or wrong; the message has the file and the line.
@@ -137,7 +150,7 @@ def load_rows(source: str, section: DataSection) -> LoadedData:
     # Name a sample by what the user typed, not by its path inside the package.
     if source.startswith("sample:"):
         names = (f"{source}.jsonl",)
-    key = _key(files, section) if files is not None else None
+    key = _key(files, section, pairs) if files is not None else None
     cache = Path(config.HF_DATASETS_CACHE) / "prefixtune"
     folder = cache / key[:32] if key else None
     if folder is None or not (folder / "about.json").exists():
@@ -145,7 +158,7 @@ def load_rows(source: str, section: DataSection) -> LoadedData:
             cache.mkdir(parents=True, exist_ok=True)
             beside = Path(tempfile.mkdtemp(prefix=".part-", dir=cache))
             try:
-                written = _write(beside, files, source, names, section)
+                written = _write(beside, files, source, names, section, pairs)
                 key = key or written
                 folder = cache / key[:32]
                 _publish(beside, folder)
@@ -169,7 +182,9 @@ def load_rows(source: str, section: DataSection) -> LoadedData:
             *([found.notice] if found is not None and found.notice else ()),
             *notices(format, about["columns"], about["numbers"], section),
             *weight_notices(
-                about["weights"], in_prompts=format is PAIR_OF_LISTS, train_on=section.train_on
+                about["weights"],
+                in_prompts=format in WITH_MESSAGES_IN_PROMPTS,
+                train_on=section.train_on,
             ),
         ),
     )
@@ -179,18 +194,21 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _settings(section: DataSection) -> str:
-    return json.dumps([VERSION, section.format, section.map, section.train_on], sort_keys=True)
+def _settings(section: DataSection, pairs: bool) -> str:
+    kind = ["pairs"] if pairs else []
+    return json.dumps(
+        [VERSION, section.format, section.map, section.train_on, *kind], sort_keys=True
+    )
 
 
-def _key(files: list[Path], section: DataSection) -> str:
+def _key(files: list[Path], section: DataSection, pairs: bool) -> str:
     try:
         digests = [_digest(path) for path in files]
     except OSError as error:
         raise DataError(
             f"{error.filename or files[0]} cannot be read: {error.strerror or error}."
         ) from error
-    return _sha256(" ".join([_settings(section), *digests]).encode())
+    return _sha256(" ".join([_settings(section, pairs), *digests]).encode())
 
 
 def _digest(path: Path) -> str:
@@ -223,6 +241,7 @@ def _write(
     source: str,
     names: tuple[str, ...],
     section: DataSection,
+    pairs: bool,
 ) -> str:
     """Write rows.arrow and about.json; return the sha256 of the rows."""
     import pyarrow as pa
@@ -232,13 +251,17 @@ def _write(
     if first is None:
         raise DataError(f"{source} is empty: it has no row.")
     format = recognise(
-        rename(first[3], section.map, first[2]), section.map, section.format, first[2]
+        rename(first[3], section.map, first[2]),
+        section.map,
+        section.format,
+        first[2],
+        pairs=pairs,
     )
     columns: Row = {}  # of all rows, each with its first value
     numbers: set[str] = set()
-    schema = _schema(format.layout)
+    schema = _schema(format.layout, pairs)
     needs_assistant = section.train_on == "completion"
-    digest = hashlib.sha256(_settings(section).encode())
+    digest = hashlib.sha256(_settings(section, pairs).encode())
     batch: list[Row] = []
     characters = 0
     weights: Counter[str] = Counter()
@@ -282,7 +305,7 @@ def _characters(row: Row) -> int:
     return sum(len(text) for text in texts if isinstance(text, str))
 
 
-def _schema(layout: Layout) -> Any:
+def _schema(layout: Layout, pairs: bool) -> Any:
     import pyarrow as pa
 
     text = pa.string()
@@ -293,4 +316,5 @@ def _schema(layout: Layout) -> Any:
         "prompt-completion": {"prompt": text, "completion": text, "before": turns, "tools": text},
         "text": {"text": text},
     }
-    return pa.schema(columns[layout] | {"file": pa.int32(), "line": pa.int64()})
+    other = {"rejected": turns if layout == "messages" else text} if pairs else {}
+    return pa.schema(columns[layout] | other | {"file": pa.int32(), "line": pa.int64()})

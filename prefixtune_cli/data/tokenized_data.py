@@ -41,6 +41,8 @@ class DataStatistics:
         control_tokens: the number of rows by the control token that their own text spells.
         openings: rows that begin with an answer; `openings_left_out`: those for which the template refuses it.
         unprinted_keys: the number of rows by a key of their messages, or `tools`, that the template uses in no row.
+        identical, alike_when_cut: pairs left out as both answers are the same, as written or after truncation.
+        rejected: of pairs, the same statistics of the rejected answers; the others are of the chosen ones.
     """
 
     format: str
@@ -58,6 +60,9 @@ class DataStatistics:
     openings: int = 0
     openings_left_out: int = 0
     unprinted_keys: dict[str, int] = dataclasses.field(default_factory=dict)
+    identical: int = 0
+    alike_when_cut: int = 0
+    rejected: DataStatistics | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +71,13 @@ class TokenizedData:
 
     Attributes:
         dataset: `input_ids` and `labels` (int32 lists; MASKED where not trained) of the kept rows, and
-            `row`, their numbers in `rows`.
+            `row`, their numbers in `rows`; of pairs these are the chosen answers, and `rejected_ids` and
+            `rejected_labels` the others to the same prompts.
         every_row: the same for all rows, in the order of `rows`, with `length`, `trained`, `ended` and `remarks`.
         statistics: the statistics of both.
         rows, encoder: the rows, and the encoder that tokenized them. It also turns them into questions.
         notices: what the user should know.
+        rejected: of pairs, the rejected answers, all of them.
     """
 
     dataset: Dataset
@@ -79,6 +86,7 @@ class TokenizedData:
     rows: LoadedData
     encoder: RowEncoder
     notices: tuple[str, ...]
+    rejected: Dataset | None = None
 
     def kept(self) -> LoadedData:
         """The rows of `dataset`, as they were loaded."""
@@ -88,10 +96,14 @@ class TokenizedData:
         """The first row of `dataset` with a token of this id or a higher one: its number, and its highest id."""
         import pyarrow.compute as pc
 
-        highest = pc.max(pc.list_flatten(self.every_row.data.column("input_ids"))).as_py()
-        if highest is None or highest < token_id:
+        columns = ["input_ids", *(["rejected_ids"] if self.rejected is not None else [])]
+        highest = max(
+            pc.max(pc.list_flatten(every_row.data.column("input_ids"))).as_py() or 0
+            for every_row in filter(None, (self.every_row, self.rejected))
+        )
+        if highest < token_id:
             return None
-        rows = ((row["row"], max(row["input_ids"])) for row in self.dataset)
+        rows = ((row["row"], max(max(row[name]) for name in columns)) for row in self.dataset)
         return next((found for found in rows if found[1] >= token_id), None)
 
 
@@ -110,7 +122,33 @@ def tokenize(
     Raises:
         DataError: no template for chats, a template that does not fit, or long rows with on_long error.
     """
+    import numpy as np
+
     encoder = RowEncoder(rows, tokenizer, section)
+    every_row = _encoded(rows, tokenizer, encoder)
+    kept = _kept(every_row, section)
+    if not rows.of_pairs:
+        statistics, rejected = _count(every_row, kept, rows, section), None
+        dataset = every_row.select_columns(["input_ids", "labels", "row"])
+    else:
+        rejected = _encoded(rows.rejected(), tokenizer, encoder)
+        same = _same(every_row, rejected)
+        kept = kept & _kept(rejected, section) & ~same
+        cut = same & (_numbers(every_row, "length") > section.max_length)
+        statistics = dataclasses.replace(
+            _count(every_row, kept, rows, section),
+            identical=int((same & ~cut).sum()),
+            alike_when_cut=int(cut.sum()),
+            rejected=_count(rejected, kept, rows, section),
+        )
+        dataset = _beside(every_row, rejected)
+    if statistics.kept < statistics.rows:
+        dataset = dataset.select(np.flatnonzero(kept))
+    notices = _notices(rows, tokenizer, encoder)
+    return TokenizedData(dataset, every_row, statistics, rows, encoder, notices, rejected)
+
+
+def _encoded(rows: LoadedData, tokenizer: PreTrainedTokenizerBase, encoder: RowEncoder) -> Dataset:
     every_row = rows.dataset.with_format("arrow").map(
         encoder,
         batched=True,
@@ -120,13 +158,44 @@ def tokenize(
         new_fingerprint=_fingerprint(rows, tokenizer, encoder),
         desc="Tokenizing",
     )
-    every_row = every_row.with_format(None)
-    statistics, kept = _count(every_row, rows, section)
-    dataset = every_row.select_columns(["input_ids", "labels", "row"])
-    if statistics.kept < statistics.rows:
-        dataset = dataset.select(kept)
-    notices = _notices(rows, tokenizer, encoder)
-    return TokenizedData(dataset, every_row, statistics, rows, encoder, notices)
+    return every_row.with_format(None)
+
+
+def _beside(chosen: Dataset, rejected: Dataset) -> Dataset:
+    """Pairs: the columns of both; nothing is copied."""
+    from datasets import concatenate_datasets
+
+    names = {"input_ids": "rejected_ids", "labels": "rejected_labels"}
+    other = rejected.select_columns(list(names)).rename_columns(names)
+    return concatenate_datasets(
+        [chosen.select_columns(["input_ids", "labels", "row"]), other], axis=1
+    )
+
+
+def _numbers(every_row: Dataset, column: str) -> Any:
+    return every_row.data.column(column).to_numpy()
+
+
+def _kept(every_row: Dataset, section: DataSection) -> Any:
+    """Which rows are trained on (bool array)."""
+    trained = _numbers(every_row, "trained") > 0
+    if section.on_long == "drop":
+        trained = trained & (_numbers(every_row, "length") <= section.max_length)
+    return trained
+
+
+def _same(chosen: Dataset, rejected: Dataset) -> Any:
+    """Which rows have the same tokens, after truncation (bool array)."""
+    import numpy as np
+
+    return np.array(
+        [
+            one == other
+            for one, other in zip(
+                chosen.data.column("input_ids"), rejected.data.column("input_ids"), strict=True
+            )
+        ]
+    )
 
 
 def _fingerprint(
@@ -180,15 +249,11 @@ def _not_tokens(template: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     ]
 
 
-def _count(
-    every_row: Dataset, rows: LoadedData, section: DataSection
-) -> tuple[DataStatistics, Any]:
-    """The statistics, and the numbers of the rows that are kept (int64 array)."""
+def _count(every_row: Dataset, kept: Any, rows: LoadedData, section: DataSection) -> DataStatistics:
+    """The statistics; `kept` tells which rows are trained on (bool array)."""
     import numpy as np
 
-    length, trained, ended = (
-        every_row.data.column(name).to_numpy() for name in ("length", "trained", "ended")
-    )
+    length, trained, ended = (_numbers(every_row, name) for name in ("length", "trained", "ended"))
     long = length > section.max_length
     if section.on_long == "error" and long.any():
         first = int(np.argmax(long))
@@ -198,7 +263,6 @@ def _count(
             f"{length.max()}, or --on-long truncate or drop."
         )
     dropped = long if section.on_long == "drop" else np.zeros_like(long)
-    kept = ~dropped & (trained > 0)
     remarks = _remarks(every_row)
     left_out = remarks[Remark.OPENING_LEFT_OUT].total()
     printed = remarks[Remark.PRINTED].keys()
@@ -221,7 +285,7 @@ def _count(
         openings=remarks[Remark.OPENING].total() + left_out,
         openings_left_out=left_out,
         unprinted_keys={k: n for k, n in remarks[Remark.UNPRINTED].items() if k not in printed},
-    ), np.flatnonzero(kept)
+    )
 
 
 def _remarks(every_row: Dataset) -> dict[Remark, Counter[str]]:

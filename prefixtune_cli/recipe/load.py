@@ -18,7 +18,13 @@ import prefixtune_cli
 from prefixtune_cli.errors import RecipeError
 from prefixtune_cli.recipe import read
 from prefixtune_cli.recipe.explain import explain, keys
-from prefixtune_cli.recipe.schema import PrefixTuningPlus, Recipe, canonical, method_defaults
+from prefixtune_cli.recipe.schema import (
+    PrefixTuningPlus,
+    Recipe,
+    TrainSection,
+    canonical,
+    method_defaults,
+)
 
 DEFAULT_METHOD = PrefixTuningPlus().method
 
@@ -177,7 +183,8 @@ def _without_what_is_replaced(
     """The values without settings that belong to something that `chosen` replaces.
 
     The recipe's held-out data, columns and format belong to its own training data. Its number of steps would win over
-    the epochs that were asked for. A preset replaces all settings of the adapter.
+    the epochs that were asked for. A preset replaces all settings of the adapter. A learning rate is an objective's
+    own.
     """
     data, train = chosen.get("data") or {}, chosen.get("train") or {}
     adapter = chosen.get("adapter") or {}
@@ -190,12 +197,20 @@ def _without_what_is_replaced(
         replaced["data"] |= {"eval"}
     if isinstance(train, Mapping) and "epochs" in train:
         replaced["train"] |= {"max_steps"}
+    if isinstance(train, Mapping) and train.get("objective", was := _objective(values)) != was:
+        replaced["train"] |= {"learning_rate", "beta"}
     return {
         key: {k: v for k, v in value.items() if k not in replaced.get(key, set())}
         if isinstance(value, Mapping)
         else value
         for key, value in values.items()
     }
+
+
+def _objective(values: Mapping[str, Any]) -> Any:
+    train = values.get("train")
+    default = TrainSection.model_fields["objective"].default
+    return train.get("objective", default) if isinstance(train, Mapping) else default
 
 
 def _method(values: Mapping[str, Any]) -> str | None:

@@ -30,9 +30,11 @@ from pydantic import (
 
 Method = Literal["prefix-tuning-plus", "lora", "prefix-tuning", "full"]
 METHODS_WITH_SECTIONS: tuple[Method, ...] = get_args(Method)
+Objective = Literal["sft", "dpo"]
 DataFormat = Literal[
-    "auto", "messages", "conversations", "prompt-completion", "alpaca", "question-answer", "text"
-]
+    "auto", "messages", "conversations", "prompt-completion", "alpaca", "question-answer", "text",
+    "preference",
+]  # fmt: skip
 
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "full": {"save_minutes": None},  # a checkpoint is six times as large as the base
@@ -55,6 +57,10 @@ class Rate(NamedTuple):
         """The rate for a base of this hidden size, to two digits."""
         return float(f"{min(self.most, self.at * (2000 / width) ** self.power):.1e}")
 
+    def times(self, factor: float, why: str) -> Rate:
+        """The rate with all its numbers multiplied, for a reason."""
+        return Rate(self.at * factor, self.power, f"{self.why}; {why}", self.most * factor)
+
 
 # Chosen by sweeps, on the built-in base (hidden size 192) and on SmolLM2-135M (576): see the README.
 IN_THE_BASIS = Rate(0.03, 0, "a step changes the output that M adds to by about 3 %")
@@ -68,6 +74,8 @@ RATES: dict[str, Rate] = {
     "prompt-tuning": Rate(3e-2, 0, "the rate of peft's example"),
     "osf": Rate(5e-5, 0.781, "the rate of full, as it trains nearly every weight"),
 }
+# DPO's gradient is that of whole answers, not of one token: at a rate of SFT it leaves the base far behind.
+OF_SFT = 0.1
 METHOD_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")  # after `_` became `-`
 
 # The methods with trained tokens in front of every row: as keys and values of each layer, or as embeddings.
@@ -361,11 +369,15 @@ def method_defaults(method: str) -> dict[str, Any]:
     return METHOD_DEFAULTS.get(method, {})
 
 
-def default_rate(adapter: Section) -> Rate:
+def default_rate(adapter: Section, objective: Objective = "sft") -> Rate:
     """The learning rate of an adapter if the recipe has none; LoRA's for a method that is not in `RATES`."""
     if isinstance(adapter, PrefixTuningPlus):
-        return IN_THE_BASIS if adapter.basis else WITHOUT_A_BASIS
-    return RATES.get(str(getattr(adapter, "method", "")), RATES["lora"])
+        rate = IN_THE_BASIS if adapter.basis else WITHOUT_A_BASIS
+    else:
+        rate = RATES.get(str(getattr(adapter, "method", "")), RATES["lora"])
+    if objective == "dpo":
+        return rate.times(OF_SFT, "dpo takes a tenth of sft's, as its loss is one of whole answers")
+    return rate
 
 
 def _tag(adapter: Any) -> str:
@@ -393,6 +405,14 @@ def _is_misspelled(method: str) -> bool:
 
 
 class TrainSection(Section):
+    objective: Objective = Field(
+        "sft",
+        description="What is learned; sft learns answers, dpo to prefer one answer of a pair to the other (Rafailov et "
+        "al. 2023, arXiv 2305.18290).",
+    )
+    beta: float = Field(
+        0.1, gt=0, description="DPO's β; the larger, the closer the adapter stays to the base."
+    )
     epochs: float = Field(3.0, gt=0, description="Passes over the data; `max_steps` overrides it.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps.")
     learning_rate: float | None = Field(
@@ -539,6 +559,35 @@ class Recipe(Section):
         return raw
 
     @model_validator(mode="after")
+    def _pairs_are_trained_whole(self) -> Recipe:
+        train = self.train
+        if train.objective == "sft":
+            if train.beta != TrainSection.model_fields["beta"].default:
+                raise ValueError(
+                    "train.beta belongs to objective dpo. Leave it out, or type --objective dpo."
+                )
+            return self
+        if self.adapter.method == "full":
+            raise ValueError(
+                "train.objective dpo does not go with method full, which changes the base that its answers are "
+                "compared with. Use another method."
+            )
+        if train.packing:
+            raise ValueError(
+                "train.packing does not go with objective dpo, which compares whole answers, each in a row of its "
+                "own. Type --no-packing."
+            )
+        if train.parallel != "ddp":
+            raise ValueError(
+                f"train.parallel {train.parallel} does not go with objective dpo yet. Type --parallel ddp."
+            )
+        if self.data.train_on == "all":
+            raise ValueError(
+                "data.train_on all does not go with objective dpo, which compares answers alone. Leave it out."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _prefix_tuning_takes_no_shortcuts(self) -> Recipe:
         method = self.adapter.method
         for key in ("packing", "gradient_checkpointing"):
@@ -593,7 +642,7 @@ class Recipe(Section):
         """The recipe; if it has no learning rate, with the default for a base of this hidden size."""
         if self.train.learning_rate is not None:
             return self
-        rate = default_rate(self.adapter).of(width)
+        rate = default_rate(self.adapter, self.train.objective).of(width)
         return self.model_copy(
             update={"train": self.train.model_copy(update={"learning_rate": rate})}
         )
@@ -611,8 +660,9 @@ class Recipe(Section):
 
     @property
     def run_name(self) -> str:
-        """The run directory's default name: model, data and method, as a file name."""
+        """The run directory's default name: model, data, method and objective but sft, as a file name."""
         data = Path(self.data.train or "data").stem.replace("sample:", "")
         model = re.sub(r"\.gguf$", "", self.model.name.rstrip("/").split("/")[-1])
-        parts = (model, data, self.adapter.method)
+        objective = () if self.train.objective == "sft" else (self.train.objective,)
+        parts = (model, data, self.adapter.method, *objective)
         return re.sub(r"[^\w.-]+", "-", "-".join(parts)).strip("-")

@@ -37,6 +37,12 @@ def cells(printed: str, row: str) -> list[str]:
     return line.removeprefix(row).split()
 
 
+def test_the_memory_of_another_objective_is_not_guessed(ptp: Ptp, bare: Path) -> None:
+    code, _, said = ptp("plan", "--model", bare, "--objective", "dpo")
+    assert code == 2
+    assert "does not know the memory of objective dpo yet" in said
+
+
 def test_the_table_has_a_column_a_method_whose_parts_add_up(ptp: Ptp, bare: Path) -> None:
     code, printed, said = ptp("plan", "--model", bare, "--gpu-memory", 24, "--max-length", 64)
     assert code == 0, said

@@ -38,6 +38,11 @@ def test_all_methods_share_everything_but_their_own_settings_and_rate() -> None:
     assert {entry.recipe.train.learning_rate for entry in found} == {None}, "the base's width tells"
 
 
+def test_another_objective_than_sft_is_refused() -> None:
+    with pytest.raises(UsageError, match="does not train with objective dpo yet"):
+        contest(train={"objective": "dpo"})
+
+
 def test_the_sweep_has_as_many_rates_for_everyone_around_its_own() -> None:
     for one in contest():
         recipe = one.recipe.with_learning_rate(192)

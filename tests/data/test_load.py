@@ -200,6 +200,16 @@ def test_a_text_beside_what_is_about_it_is_a_text(write, about):
         ({"": "0", "label": "2", "sentence": "x"}, "--map prompt=sentence,completion=label."),
         ({"de": "Hund", "en": "dog"}, "--map prompt=de,completion=en."),
         ({"dialog": TURNS}, "--map messages=dialog."),
+        ({"body": "Lima lies by the sea."}, "--map text=body, if it is text."),
+    ],
+)
+def test_unknown_columns_are_answered_with_the_line_to_type(write, row, line):
+    assert refusal(write("a.jsonl", [row])).endswith(f"Name the columns: {line}")
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
         ({"chosen": "Hi", "rejected": "Go"}, "--map text=chosen, if it is text."),
         ({"rejected": TURNS, "chosen": TURNS}, "--map messages=chosen."),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "--map prompt=prompt,completion=chosen."),
@@ -207,11 +217,13 @@ def test_a_text_beside_what_is_about_it_is_a_text(write, about):
             {"prompt": TURNS, "chosen": TURNS, "rejected": TURNS},
             "--map prompt=prompt,completion=chosen.",
         ),
-        ({"body": "Lima lies by the sea."}, "--map text=body, if it is text."),
     ],
 )
-def test_unknown_columns_are_answered_with_the_line_to_type(write, row, line):
-    assert refusal(write("a.jsonl", [row])).endswith(f"Name the columns: {line}")
+def test_pairs_of_answers_are_refused_with_the_objective_to_type(write, row, line):
+    told = refusal(file := write("a.jsonl", [row]))
+    assert "pairs of answers, from which `ptp train --objective dpo` learns" in told
+    assert told.endswith(f"To use the chosen answers alone: {line}")
+    assert "--objective dpo" in refusal(file, format="preference")
 
 
 def test_a_forced_format_whose_columns_are_missing_says_so(write):

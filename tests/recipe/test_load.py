@@ -255,6 +255,40 @@ def test_the_rate_of_a_relative_change_is_one_for_all_widths() -> None:
     )
 
 
+@pytest.mark.parametrize("method", ["prefix-tuning-plus", "lora", "vera"])
+def test_a_rate_for_preferences_is_a_tenth_and_says_why(method: str) -> None:
+    found = resolve(None, [f"adapter.method={method}"])
+    of_dpo = resolve(None, [f"adapter.method={method}", "train.objective=dpo"])
+    rates = [one.with_learning_rate(192).train.learning_rate or 0 for one in (found, of_dpo)]
+    assert rates[1] == pytest.approx(rates[0] / 10, rel=0.05)
+    assert "a tenth of sft's" in default_rate(of_dpo.adapter, "dpo").why
+
+
+def test_a_learning_rate_belongs_to_the_recipes_objective(write: Any) -> None:
+    file = write("train: {learning_rate: 0.002, seed: 3}\n")
+    assert resolve(file, ["train.objective=sft"]).train.learning_rate == 0.002
+    found = resolve(file, ["train.objective=dpo"]).train
+    assert (found.learning_rate, found.seed) == (None, 3)
+    of_dpo = write("train: {objective: dpo, learning_rate: 0.002, beta: 0.5}\n")
+    found = resolve(of_dpo, ["train.objective=sft"]).train
+    assert (found.learning_rate, found.beta) == (None, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("sets", "told"),
+    [
+        (["train.beta=0.2"], "train.beta belongs to objective dpo"),
+        (["train.objective=dpo", "adapter.method=full"], "does not go with method full"),
+        (["train.objective=dpo", "train.packing=true"], "Type --no-packing"),
+        (["train.objective=dpo", "train.parallel=fsdp"], "Type --parallel ddp"),
+        (["train.objective=dpo", "data.train_on=all"], "which compares answers alone"),
+        (["train.objective=dp"], "Did you mean 'dpo'?"),
+    ],
+)
+def test_what_does_not_go_with_an_objective_is_refused(sets: list[str], told: str) -> None:
+    assert told in problems(None, sets)[0]
+
+
 def test_the_recipes_own_method_spelled_out_keeps_its_section(write: Any) -> None:
     found = resolve(write("adapter: {feature_map: gelu}\n"), ["adapter.method=prefix-tuning-plus"])
     assert found.adapter == PrefixTuningPlus(feature_map="gelu")
