@@ -79,6 +79,11 @@ NAMES = {
     "_n_gpu": Private("transformers:TrainingArguments", None, "or DataParallel takes all GPUs"),
     "_metrics": Private(SFT, None, A_TRACE),
     "_total_train_tokens": Private(SFT, None, A_TRACE),
+    "_prepare_dataset": Private(
+        "trl:DPOTrainer",
+        "self, dataset, processing_class, args, dataset_name",
+        "pairs come as tokens, which SFTTrainer sees by itself",
+    ),
     "_set_sync_gradients": Private(
         "accelerate.state:GradientState", "self, sync_gradients", "`no_sync` does not know sharded models"
     ),

@@ -581,6 +581,10 @@ class Recipe(Section):
             raise ValueError(
                 f"train.parallel {train.parallel} does not go with objective dpo yet. Type --parallel ddp."
             )
+        if isinstance(self.adapter, Lora) and self.adapter.dropout:
+            raise ValueError(
+                "adapter.dropout does not go with objective dpo, which compares answers without noise. Leave it out."
+            )
         if self.data.train_on == "all":
             raise ValueError(
                 "data.train_on all does not go with objective dpo, which compares answers alone. Leave it out."

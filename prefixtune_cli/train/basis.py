@@ -21,6 +21,8 @@ from prefixtune_cli.train.order import row_lengths
 STATE = "basis.safetensors"
 ROWS = 64
 TOKENS = 16_384  # the most tokens; if rows are long, we take fewer rows, but at least one
+# The parts of a batch that only the loss takes.
+BESIDE = frozenset({"row", "completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
 AT_ONCE = 2048  # tokens of one pass, which keeps no activations
 
 
@@ -100,7 +102,7 @@ class Basis(TrainerCallback):
             yield {
                 key: value.to(trainer.args.device) if isinstance(value, torch.Tensor) else value
                 for key, value in batch.items()
-                if key != "row"
+                if key not in BESIDE
             }
             done = end
             self.reporter.progress("basis", done, len(rows), {})

@@ -20,6 +20,14 @@ from prefixtune_cli.progress import Reporter
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.loss_plot import draw_loss
 
+# What metrics.jsonl has of what the trainers log, under our names; the last two are those of pairs of answers.
+FIGURES = {
+    "loss": "loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "rewards/accuracies": "preference_accuracy",
+    "rewards/margins": "margin",
+}
 SECONDS_BETWEEN_PLOTS = 60  # each takes a tenth of a second, the first one half a second
 
 
@@ -63,8 +71,9 @@ class Journal(TrainerCallback):
         if not self.writes:
             return
         if "loss" in logs:
-            names = [name for name in ("loss", "learning_rate", "grad_norm") if name in logs]
-            row: dict[str, Any] = {name: float(logs[name]) for name in names}
+            row: dict[str, Any] = {
+                name: float(logs[of_trl]) for of_trl, name in FIGURES.items() if of_trl in logs
+            }
             row["tokens_per_second"] = self._clock.tokens_per_second(
                 float(logs.get("num_tokens", 0))
             )

@@ -147,11 +147,14 @@ def does_not_fit(recipe: Recipe) -> ResourceError:
     """The error for a batch that does not fit, with the change that helps most by the plan."""
     from prefixtune_cli.plan import remedies
 
-    section, found = recipe.train, remedies(recipe)
+    section = recipe.train
+    found = remedies(recipe) if section.objective == "sft" else []  # others are not planned yet
     helps = (
         f"By `ptp plan`, {found[0].flag} helps most."
         if found
         else "It needs a smaller base, or a larger GPU: see `ptp plan`."
+        if section.objective == "sft"
+        else "--gradient-checkpointing, a smaller --max-length and --bits 4 help."
     )
     smaller = "--auto-batch finds a batch that fits." if section.batch_size > 1 else ""
     return ResourceError(

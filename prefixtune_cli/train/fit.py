@@ -9,20 +9,26 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
-from trl import SFTConfig
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainingArguments,
+)
 
 from prefixtune_cli.errors import ModelError, ResourceError, TrainingError
 from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir, step_of
+from prefixtune_cli.train import preference, sft
 from prefixtune_cli.train.basis import Basis
 from prefixtune_cli.train.callbacks import Journal, LossWatch, WeightWatch
 from prefixtune_cli.train.checks import does_not_fit
 from prefixtune_cli.train.loss_plot import draw_loss
+from prefixtune_cli.train.preference import Reference, SafeDPOTrainer
 from prefixtune_cli.train.prepare import Data
-from prefixtune_cli.train.sft import SafeSFTTrainer, training_arguments
+from prefixtune_cli.train.sft import SafeSFTTrainer
 from prefixtune_cli.train.stop import StopRequest
 from prefixtune_cli.train.trainer import SafeTrainer, StopTraining
 from prefixtune_cli.train.trial import OutOfMemory, Trial
@@ -60,9 +66,10 @@ def fit(
         raise ResourceError(
             f"Not all nodes see {checkpoint}. Give an --out on a file system that they share."
         )
+    reference: Reference = {}
     while True:
         try:
-            trainer = _trainer(job, recipe, model, tokenizer, checkpoint)
+            trainer = _trainer(job, recipe, model, tokenizer, reference, checkpoint)
         except ValueError as error:  # TRL's, for an adapter that its fused loss would ignore
             raise ModelError(
                 f"Method {recipe.adapter.method} cannot be trained on this base: {error}"
@@ -93,13 +100,15 @@ def _trainer(
     recipe: Recipe,
     model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    reference: Reference,
     checkpoint: Path | None = None,
 ) -> SafeTrainer:
     """The trainer for `recipe`; its batches may be smaller than those of the job."""
     run_dir, data, processes = job.run_dir, job.data, job.processes
-    arguments = training_arguments(recipe, run_dir)
+    of_pairs = recipe.train.objective == "dpo"
+    arguments = (preference if of_pairs else sft).training_arguments(recipe, run_dir)
     _warm_up_more_than_one_step(arguments, len(data.train), processes.size)
-    trainer = SafeSFTTrainer(
+    given = dict(
         run_dir=run_dir,
         origin=data.origin,
         processes=processes,
@@ -112,6 +121,11 @@ def _trainer(
         eval_dataset=data.held_out if arguments.eval_steps else None,
         processing_class=tokenizer,
     )
+    trainer: SafeTrainer
+    if of_pairs:
+        trainer = SafeDPOTrainer(reference=reference, reporter=job.reporter, **given)
+    else:
+        trainer = SafeSFTTrainer(**given)
     if Basis.is_for(recipe.adapter):
         trainer.add_callback(Basis(trainer, job.reporter, checkpoint))
     for callback in (
@@ -128,7 +142,7 @@ def _trainer(
     return trainer
 
 
-def _warm_up_more_than_one_step(arguments: SFTConfig, rows: int, processes: int) -> None:
+def _warm_up_more_than_one_step(arguments: TrainingArguments, rows: int, processes: int) -> None:
     """Turn warm-up off if there is only one step, because that step would have a learning rate of zero."""
     batch = (
         arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes

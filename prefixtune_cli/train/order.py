@@ -61,11 +61,14 @@ class Order(Sampler[int]):
 
 
 def row_lengths(dataset: Dataset) -> list[int]:
-    """The tokens of each row."""
+    """The tokens of each row; of a pair of answers, those of the longer one with the prompt."""
+    columns = [name for name in ("input_ids", "rejected_ids") if name in dataset.column_names]
     return [
-        length
-        for table in dataset.with_format("arrow").iter(ROWS_AT_ONCE)
-        for length in pc.list_value_length(table["input_ids"]).to_pylist()
+        max(lengths)
+        for table in dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE)
+        for lengths in zip(
+            *(pc.list_value_length(table[name]).to_pylist() for name in columns), strict=True
+        )
     ]
 
 
@@ -76,6 +79,8 @@ def blank_rows(dataset: Dataset, count: int, pad_id: int) -> Dataset:
     blank: dict[str, Any] = {
         "input_ids": [pad_id],
         "labels": [MASKED],
+        "rejected_ids": [pad_id],
+        "rejected_labels": [MASKED],
         "seq_lengths": [1],
         "row": -1,
     }

@@ -26,7 +26,7 @@ class Data:
     """The data that a run trains on, and the data that judges it.
 
     Attributes:
-        train: rows of `input_ids` and `labels`.
+        train: rows with the columns of `TokenizedData`.
         origin: gives the file and line of a row of `train`.
         held_out: rows like those of `train`.
         questions: the held-out rows as prompts with their answers.
@@ -56,14 +56,15 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: R
     """Load, check, split and tokenize; tell the reporter what was found."""
     section = recipe.data
     source = named(section.train)
-    rows = load_rows(source, section)
+    pairs = recipe.train.objective == "dpo"
+    rows = load_rows(source, section, pairs=pairs)
     for notice in rows.notices:
         reporter.notice(notice)
     fingerprints: dict[str, Any] = {
         "train": {"source": source, "rows": len(rows), "sha256": rows.fingerprint}
     }
     if section.eval is not None:
-        held_out_rows = load_rows(section.eval, section)
+        held_out_rows = load_rows(section.eval, section, pairs=pairs)
         for notice in held_out_rows.notices:
             if notice not in rows.notices:
                 reporter.notice(f"held-out: {notice}")

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from prefixtune_cli import model as models
 from prefixtune_cli.agreement import check_generation
-from prefixtune_cli.errors import UsageError
 from prefixtune_cli.evaluate.held_out import Score, score
 from prefixtune_cli.evaluate.subjects import hash_of_base
 from prefixtune_cli.lock import locked
@@ -120,8 +119,6 @@ def _prepare(
     """Check everything, and read the data; only the leader locks and checks the run directory."""
     if processes.leads:
         lock.enter_context(locked(run_dir.path))
-    if recipe.train.objective != "sft":
-        raise UsageError("`ptp train` does not train with objective dpo yet.")
     check_optimizer(recipe.train.optimizer)
     check_tracker(recipe.train.track)
     check_parallel(recipe.train.parallel, processes.size)
@@ -150,7 +147,7 @@ def _with_learning_rate(recipe: Recipe, reporter: Reporter) -> Recipe:
         recipe = recipe.with_learning_rate(width)
         reporter.notice(
             f"Learning rate: {recipe.train.learning_rate:g}, the default of {recipe.adapter.method} for a hidden size "
-            f"of {width}: {default_rate(recipe.adapter).why}."
+            f"of {width}: {default_rate(recipe.adapter, recipe.train.objective).why}."
         )
     return recipe
 

@@ -11,31 +11,36 @@ from prefixtune_cli.parallel.devices import device
 from prefixtune_cli.parallel.sharding import deepspeed_settings
 from prefixtune_cli.recipe.schema import IN_FRONT, IN_THE_CACHE, Recipe
 from prefixtune_cli.run_dir import RunDir
-from prefixtune_cli.train.fused_head import fitted_to
 from prefixtune_cli.train.trainer import SafeTrainer
 
 
 class SafeSFTTrainer(SafeTrainer, SFTTrainer):
-    """SFTTrainer, made safe; on a CPU it computes logits of the trained tokens only."""
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with fitted_to(self.args.device):
-            return super().compute_loss(*args, **kwargs)
+    """SFTTrainer, made safe."""
 
 
 def training_arguments(recipe: Recipe, run_dir: RunDir) -> SFTConfig:
     """The recipe in TRL's terms; if there are several processes, their group must exist already."""
-    section = recipe.train
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir.tracker_logs)
-    on_gpu = device(recipe.model.device).type == "cuda"
     # Flash attention can take the rows of a batch end to end, without padding, but not after a prefix in the cache.
     flash = recipe.model.attention.startswith("flash_attention")
     padding_free = flash and recipe.adapter.method not in IN_THE_CACHE | IN_FRONT
-    arguments = SFTConfig(
-        output_dir=str(run_dir.path),
-        max_length=recipe.data.max_length if section.packing else None,  # the rows are cut already
-        packing=section.packing,
+    return SFTConfig(
+        **shared_arguments(recipe, run_dir),
+        max_length=recipe.data.max_length
+        if recipe.train.packing
+        else None,  # the rows are cut already
+        packing=recipe.train.packing,
         padding_free=padding_free,
+        remove_unused_columns=True,
+    )
+
+
+def shared_arguments(recipe: Recipe, run_dir: RunDir) -> dict[str, Any]:
+    """The arguments that all of TRL's trainers have."""
+    section = recipe.train
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir.tracker_logs)
+    on_gpu = device(recipe.model.device).type == "cuda"
+    return dict(
+        output_dir=str(run_dir.path),
         num_train_epochs=section.epochs,
         max_steps=section.max_steps or -1,
         per_device_train_batch_size=section.batch_size,
@@ -70,9 +75,5 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> SFTConfig:
         report_to=section.track,
         run_name=run_dir.path.name,
         disable_tqdm=True,
-        remove_unused_columns=True,
         label_names=["labels"],
     )
-    # Without a launcher, transformers would split a batch over all GPUs by DataParallel.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments

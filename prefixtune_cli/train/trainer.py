@@ -25,6 +25,7 @@ from prefixtune_cli.parallel.sharding import adapter_at_hand, is_sharded, reshar
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.basis import Basis
 from prefixtune_cli.train.checks import told_in_words
+from prefixtune_cli.train.fused_head import fitted_to
 from prefixtune_cli.train.order import Order, blank_rows, row_lengths
 from prefixtune_cli.train.stop import StopRequest
 
@@ -79,6 +80,8 @@ class SafeTrainer(Trainer):
         self._saving = False
         # The step of the last checkpoint. We do not read it from the folder: other nodes may see the folder later.
         self._saved_step: int | None = None
+        # Without a launcher, transformers would spread a batch over all GPUs by DataParallel.
+        arguments["args"]._n_gpu = min(arguments["args"].n_gpu, 1)
         saving = arguments["args"].save_strategy
         if is_sharded(arguments["model"]):
             # transformers refuses to save a sharded model, as it would save one shard of the optimizer's state. But
@@ -141,6 +144,11 @@ class SafeTrainer(Trainer):
                 "look at those rows with `ptp inspect-data`."
             )
         return loss
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's; on a CPU, of the trained tokens alone."""
+        with fitted_to(self.args.device):
+            return super().compute_loss(*args, **kwargs)
 
     def without_reducing(self, model: Any) -> Any:
         """A context in which backward passes leave the gradients of other processes alone."""

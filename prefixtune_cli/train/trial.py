@@ -13,6 +13,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from prefixtune_cli.data.row_encoder import MASKED
 from prefixtune_cli.parallel.sharding import is_sharded
 from prefixtune_cli.train.order import row_lengths
 
@@ -74,7 +75,8 @@ class Trial(TrainerCallback):
         trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
         # All processes take the same batch, since they gather the weights of a sharded base together.
         with trainer.without_reducing(model):
-            trainer.plain_training_step(model, batch, (batch["labels"] != -100).sum())
+            trained = batch["labels"] != MASKED if "labels" in batch else batch["completion_mask"]
+            trainer.plain_training_step(model, batch, trained.sum())
 
     def _optimizer_state(self) -> list[torch.Tensor]:
         """Memory for AdamW's two moments, which the optimizer allocates in the first step."""
@@ -88,14 +90,17 @@ class Trial(TrainerCallback):
         trainer = self.trainer
         device = trainer.args.device
         tokens, metrics = trainer._total_train_tokens, trainer._metrics["train"].copy()
-        gather = trainer.accelerator.gather_for_metrics
+        gathering = ("gather", "gather_for_metrics")
+        gather = {name: getattr(trainer.accelerator, name) for name in gathering}
         # Otherwise a process that runs out of memory would leave the others waiting for its metrics.
-        trainer.accelerator.gather_for_metrics = lambda value: value
+        for name in gathering:
+            setattr(trainer.accelerator, name, lambda value: value)
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 yield
         finally:
-            trainer.accelerator.gather_for_metrics = gather
+            for name in gathering:
+                setattr(trainer.accelerator, name, gather[name])
             trainer._total_train_tokens, trainer._metrics["train"] = tokens, metrics
 
 

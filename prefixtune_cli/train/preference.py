@@ -1,0 +1,144 @@
+"""Training on pairs of answers by DPO (Rafailov et al. 2023, arXiv 2305.18290): TRL's DPOTrainer, made safe.
+
+With π the adapted model, π₀ its base, and a prompt x with a chosen answer y⁺ and a rejected one y⁻, the loss of a
+pair is −log σ(β·(log π(y⁺|x)/π₀(y⁺|x) − log π(y⁻|x)/π₀(y⁻|x))). The base does not change, so that its log-probabilities
+are computed once, before the first step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
+from trl import DPOConfig, DPOTrainer
+
+from prefixtune_cli import model as models
+from prefixtune_cli.data.row_encoder import MASKED
+from prefixtune_cli.progress import Reporter
+from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.train.fused_head import fitted_to
+from prefixtune_cli.train.order import row_lengths
+from prefixtune_cli.train.sft import shared_arguments
+from prefixtune_cli.train.trainer import SafeTrainer
+
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # as DPOTrainer calls them
+
+
+Reference = dict[str, list[tuple[float, float]]]
+
+
+class PairCollator:
+    """Pads pairs: the chosen answers of a batch, and behind them the rejected ones, as DPOTrainer takes them."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Ids, attention and trained tokens, [2·pairs, length] each, and the reference [pairs], where it is known."""
+
+        def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+            return pad_sequence([torch.tensor(row) for row in rows], True, value)
+
+        def both(chosen: str, rejected: str) -> list[list[int]]:
+            return [pair[chosen] for pair in pairs] + [pair[rejected] for pair in pairs]
+
+        ids = both("input_ids", "rejected_ids")
+        labels = both("labels", "rejected_labels")
+        return {
+            "input_ids": padded(ids, self.pad_id),
+            "attention_mask": padded([[1] * len(row) for row in ids], 0),
+            "completion_mask": padded([[int(x != MASKED) for x in row] for row in labels], 0),
+            **{
+                name: torch.tensor([pair[name] for pair in pairs])
+                for name in REFERENCE
+                if name in pairs[0]
+            },
+        }
+
+
+class SafeDPOTrainer(SafeTrainer, DPOTrainer):
+    """DPOTrainer, made safe, whose reference is the base.
+
+    Args:
+        reference: the base's log-probabilities of the rows of `train_dataset` and `eval_dataset`, by these names; what
+            is missing is computed before the first step, and kept there for a trainer with a smaller batch.
+        reporter: hears how far that is.
+        **arguments: those of `SafeTrainer`.
+    """
+
+    def __init__(self, *, reference: Reference, reporter: Reporter, **arguments: Any) -> None:
+        self._reference = reference
+        self._reporter = reporter
+        pad_id = arguments["processing_class"].pad_token_id
+        super().__init__(data_collator=PairCollator(pad_id or 0), **arguments)
+        # TRL copies the adapter, which it takes for one that is trained already, to be the reference.
+        self.model.delete_adapter("ref")
+        self.precompute_ref_logps = True
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        """The rows as they are: they are tokens."""
+        return dataset
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        for name in ("train_dataset", "eval_dataset"):
+            if (rows := getattr(self, name)) is not None:
+                setattr(self, name, self._with_reference(rows, name))
+        return super().train(*args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not self._order.blanks or not self.model.training:
+            return loss
+        # The mean over the real pairs of all processes, of which each takes the mean over its own and blank ones.
+        pairs = len(inputs["completion_mask"]) // 2
+        real = inputs["completion_mask"][:pairs].any(dim=1).sum()
+        everywhere = self.accelerator.gather(real).sum()
+        of_blanks = math.log(2) * (pairs - real)
+        return (pairs * loss - of_blanks) * self.processes.size / everywhere
+
+    def _with_reference(self, rows: Dataset, name: str) -> Dataset:
+        count = self.real_rows if name == "train_dataset" else len(rows)
+        if name not in self._reference:
+            self._reference[name] = self._of_the_base(rows, count)
+        blanks = [(0.0, 0.0)] * (len(rows) - count)
+        for column, values in zip(
+            REFERENCE, zip(*self._reference[name], *blanks, strict=True), strict=True
+        ):
+            rows = rows.add_column(column, list(values))
+        return rows
+
+    def _of_the_base(self, rows: Dataset, count: int) -> list[tuple[float, float]]:
+        """The base's log-probabilities of both answers of the first `count` rows, as a step computes them."""
+        lengths, size = row_lengths(rows)[:count], self.args.train_batch_size
+        order = sorted(range(count), key=lengths.__getitem__)  # little padding
+        batches = [order[i : i + size] for i in range(0, count, size)]
+        processes, found = self.processes, dict[int, tuple[float, float]]()
+        with models.evaluating(self.model), fitted_to(self.args.device):
+            for i in range(0, len(batches), processes.size):
+                self._reporter.progress("log-probabilities of the base", i, len(batches), {})
+                self.stop_if_asked()
+                for batch in batches[i + processes.rank : i + processes.rank + 1]:
+                    inputs = self.data_collator([rows[row] for row in batch])
+                    inputs = {key: value.to(self.args.device) for key, value in inputs.items()}
+                    inputs.pop("row")
+                    both = self.compute_ref_log_probs(self.model, inputs)
+                    pairs = zip(*(side.tolist() for side in both), strict=True)
+                    found.update(zip(batch, pairs, strict=True))
+        self._reporter.progress("log-probabilities of the base", len(batches), len(batches), {})
+        found = processes.joined(found)
+        return [found[row] for row in range(count)]
+
+
+def training_arguments(recipe: Recipe, run_dir: RunDir) -> DPOConfig:
+    """The recipe in the terms of TRL; where there are several processes, their group is formed already."""
+    return DPOConfig(
+        **shared_arguments(recipe, run_dir),
+        beta=recipe.train.beta,
+        max_length=None,  # rows are cut already
+        remove_unused_columns=False,  # a pair's are known to the collator
+    )

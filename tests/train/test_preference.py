@@ -1,0 +1,238 @@
+"""Training on pairs of answers: DPO's loss and gradient to the digit, and the guarantees of every run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from prefixtune_cli.data.row_encoder import MASKED
+from prefixtune_cli.errors import DataError
+from prefixtune_cli.parallel.processes import Processes
+from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.train import train
+from prefixtune_cli.train.preference import SafeDPOTrainer
+from prefixtune_cli.train.stop import StopRequest
+from tests.heard import Heard
+from tests.ports import free_port
+from tests.train.test_run import recipe
+
+COLOURS = ("red", "blue", "green", "white")
+ROWS = 60  # 54 are trained on, 8 a step: the seventh step of an epoch has 6, of which one process gets 2
+SETTINGS: dict[str, Any] = {
+    "objective": "dpo", "max_steps": 8, "batch_size": 8, "log_steps": 1, "save_steps": 4,
+    "learning_rate": 0.05, "eval_steps": 8,
+}  # fmt: skip
+
+
+def adapter_of(run_dir: RunDir) -> dict[str, torch.Tensor]:
+    (file,) = run_dir.adapter.glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The colour in capitals is the better answer, another colour the worse one."""
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [
+        {
+            "prompt": f"Say the colour {COLOURS[i % 4]}, number {i}.",
+            "chosen": COLOURS[i % 4].upper(),
+            "rejected": COLOURS[(i + 1 + i // 4 % 3) % 4],
+        }
+        for i in range(ROWS)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def of_pairs(base: Path, pairs: Path, out: Path, **changes: Any) -> Recipe:
+    data = {"eval_split": 0.1}
+    return recipe(base, pairs, out, data=data, **{"train": SETTINGS, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(
+    random_base: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunDir, Heard, Recipe]:
+    heard = Heard()
+    chosen = of_pairs(random_base, pairs, tmp_path_factory.mktemp("runs") / "pairs")
+    train(chosen, reporter=heard)
+    return RunDir(chosen.folder), heard, chosen
+
+
+def test_the_first_loss_is_that_of_the_base_and_training_prefers_the_chosen_answers(
+    finished: tuple[RunDir, Heard, Recipe],
+) -> None:
+    rows = finished[0].read_metrics()
+    trained = [row for row in rows if "loss" in row]
+    assert trained[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert (trained[0]["margin"], trained[0]["preference_accuracy"]) == (
+        pytest.approx(0, abs=1e-5),
+        pytest.approx(0.5, abs=0.5),
+    )
+    assert trained[-1]["preference_accuracy"] == 1
+    assert trained[-1]["loss"] < 0.66
+    (evaluated,) = (row["eval_loss"] for row in rows if "eval_loss" in row)
+    assert evaluated < 0.67
+    assert "log-probabilities of the base" in finished[1].tasks
+
+
+def test_the_run_holds_one_adapter(finished: tuple[RunDir, Heard, Recipe]) -> None:
+    run_dir = finished[0]
+    assert not [p for p in run_dir.path.rglob("*") if p.name == "ref"]
+    assert not [name for name in adapter_of(run_dir) if "ref." in name]
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(
+    finished: tuple[RunDir, Heard, Recipe], tmp_path: Path
+) -> None:
+    whole, _, chosen = finished
+    run_dir = RunDir(tmp_path / "run")
+    shutil.copytree(whole.path, run_dir.path)
+    shutil.rmtree(run_dir.checkpoints()[-1])
+    shutil.rmtree(run_dir.adapter)
+    run_dir.summary.unlink()
+    train(chosen.model_copy(update={"out": str(run_dir.path)}), resume=True)
+    one, other = adapter_of(whole), adapter_of(run_dir)
+    assert one.keys() == other.keys()
+    assert {name for name in one if not torch.equal(one[name], other[name])} == set()
+
+
+def test_two_processes_make_the_weights_of_one(
+    finished: tuple[RunDir, Heard, Recipe], random_base: Path, pairs: Path, tmp_path: Path
+) -> None:
+    shares = {**SETTINGS, "batch_size": 4}
+    chosen = of_pairs(random_base, pairs, tmp_path / "two", train=shares)
+    job = {
+        "recipe": chosen.model_dump(),
+        "port": free_port(),
+        "seen": str(tmp_path / "seen"),
+    }
+    (tmp_path / "jobs.json").write_text(json.dumps([job]))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"),
+            *("2", "-m", "tests.train.two_ranks", str(tmp_path / "jobs.json")),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    one, two = adapter_of(finished[0]), adapter_of(RunDir(chosen.folder))
+    far = max(float((one[k] - two[k]).abs().max() / one[k].abs().max()) for k in one)
+    assert far < 1e-3, far
+    losses = [
+        [row["loss"] for row in run_dir.read_metrics() if "loss" in row]
+        for run_dir in (finished[0], RunDir(chosen.folder))
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_the_adapter_of_a_4_bit_base_stays_in_float32(
+    random_base: Path, pairs: Path, tmp_path: Path
+) -> None:
+    steps = {**SETTINGS, "max_steps": 2, "eval_steps": None}
+    train(of_pairs(random_base, pairs, tmp_path / "run", train=steps, model={"bits": 4}))
+    assert {t.dtype for t in adapter_of(RunDir(tmp_path / "run")).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("objective", "source"), [("sft", "pairs"), ("dpo", "colours")])
+def test_data_of_the_other_objective_is_refused_before_the_base_loads(
+    objective: str, source: str, random_base: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    heard = Heard()
+    chosen = recipe(
+        random_base,
+        request.getfixturevalue(source),
+        tmp_path / "run",
+        train={"objective": objective},
+    )
+    with pytest.raises(DataError, match="--objective"):
+        train(chosen, reporter=heard)
+    assert not any(text.startswith("Loading ") for text in heard.notices)
+
+
+def test_the_step_is_that_of_trl_with_the_base_as_an_explicit_reference(
+    random_base: Path, tmp_path: Path
+) -> None:
+    """The adapter is no fresh one, so that the margin counts; plain descent shows the gradient."""
+    arguments: dict[str, Any] = dict(
+        output_dir=str(tmp_path / "run"), max_steps=1, per_device_train_batch_size=6, beta=0.3,
+        learning_rate=1.0, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0,
+        use_cpu=True, report_to="none", disable_tqdm=True, bf16=False, save_total_limit=2,
+        gradient_checkpointing=False, max_length=None,
+    )  # fmt: skip
+
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(random_base, dtype=torch.float32)
+
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        return get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+
+    tokenizer = AutoTokenizer.from_pretrained(random_base)
+    texts = [
+        {"prompt": f"Say it, {i}.", "chosen": " RED" * (1 + i), "rejected": " blue sea"}
+        for i in range(6)
+    ]
+    plain = DPOTrainer(
+        model=adapted(),
+        ref_model=base(),
+        args=DPOConfig(**arguments),
+        train_dataset=Dataset.from_list(texts),
+        processing_class=tokenizer,
+    )
+    rows = [
+        {
+            "input_ids": row["prompt_ids"] + row["chosen_ids"],
+            "labels": [MASKED] * len(row["prompt_ids"]) + row["chosen_ids"],
+            "rejected_ids": row["prompt_ids"] + row["rejected_ids"],
+            "rejected_labels": [MASKED] * len(row["prompt_ids"]) + row["rejected_ids"],
+            "row": i,
+        }
+        for i, row in enumerate(plain.train_dataset)
+    ]
+    run_dir = RunDir(tmp_path / "run")
+    ours = SafeDPOTrainer(
+        reference={},
+        reporter=Heard(),
+        run_dir=run_dir,
+        origin=str,
+        processes=Processes(),
+        stop=StopRequest(run_dir),
+        save_minutes=None,
+        group_by_length=False,
+        model=adapted(),
+        args=DPOConfig(**arguments, remove_unused_columns=False),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    before = {n: p.detach().clone() for n, p in ours.model.named_parameters() if p.requires_grad}
+    for trainer in (plain, ours):
+        trainer.train()
+    theirs, found = dict(plain.model.named_parameters()), dict(ours.model.named_parameters())
+    moved = 0.0
+    for name, start in before.items():
+        step = found[name] - start
+        moved = max(moved, float(step.detach().abs().max()))
+        torch.testing.assert_close(step, theirs[name] - start, rtol=1e-3, atol=1e-6)
+    assert moved > 1e-3
