@@ -110,14 +110,6 @@ def test_a_prefix_of_a_base_with_fewer_layers_does_not_fit(make: Make, random_ba
         check_fits(ModelSection(name=str(random_base)), folder)
 
 
-def test_an_initialisation_that_looks_at_weights_is_no_misfit(make: Make) -> None:
-    folder = make("lora", lora())
-    settings = folder / "adapter_config.json"
-    config = json.loads(settings.read_text())
-    settings.write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
-    assert findings(folder) == []
-
-
 def test_the_hash_is_that_of_the_file(folder: Path) -> None:
     content = (folder / WEIGHTS).read_bytes()
     assert read(point(folder)).sha256 == hashlib.sha256(content).hexdigest()
