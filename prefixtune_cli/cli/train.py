@@ -15,6 +15,7 @@ from prefixtune_cli.cli.flag_table import FLAGS
 from prefixtune_cli.errors import LAUNCHER_PID, UsageError
 
 if TYPE_CHECKING:
+    from prefixtune_cli.evaluate.preferences import Preferences
     from prefixtune_cli.recipe.schema import DataSection, Recipe
     from prefixtune_cli.train import Summary
 
@@ -45,6 +46,11 @@ def train(
         raise UsageError(
             "--find-learning-rate is for a new run of one process. Leave out --resume and --gpus; for a run on several "
             "GPUs, give the rate that it finds as --learning-rate."
+        )
+    if find_learning_rate and settings.train.objective != "sft":
+        raise UsageError(
+            "--find-learning-rate tries rates by the loss of answers, which objective dpo does not have. Give "
+            "--learning-rate, or leave both out."
         )
     _check(settings, resume, overwrite)
     if _launches(settings, nodes, node_rank, rendezvous):
@@ -160,7 +166,12 @@ def _print_summary(summary: Summary, data: DataSection) -> None:
         f"Trained {summary.trainable_parameters:,} of {summary.total_parameters:,} parameters ({share:.2f} %) "
         f"in {summary.steps} steps; the adapter takes {summary.adapter_bytes / 2**20:.2f} MiB."
     )
-    console.say(f"On {summary.held_out_rows} held-out rows:\n")
+    preferences = summary.preferences
+    if preferences is not None:
+        _print_preferences(preferences)
+        console.say("\nThe chosen answers by themselves:\n")
+    else:
+        console.say(f"On {summary.held_out_rows} held-out rows:\n")
     console.print_table(
         ["", "loss", "exact match"],
         [
@@ -178,9 +189,28 @@ def _print_summary(summary: Summary, data: DataSection) -> None:
     console.say(f"\nThe run is in {summary.run}. Next:\n")
     for command in _next_commands(summary, data):
         console.say(f"  {shlex.join(command)}")
-    if data.eval is None and not (data.train or "").startswith("sample:"):
+    if preferences is None and data.eval is None and not (data.train or "").startswith("sample:"):
         run = shlex.quote(summary.run)
         console.say(f"\nWith test data of your own: ptp eval --run {run} --data FILE")
+
+
+def _print_preferences(found: Preferences) -> None:
+    from prefixtune_cli.cli import console
+
+    console.say(f"On {found.pairs} held-out pairs of answers (mean log-probabilities in nats):\n")
+    console.print_table(
+        ["", "preference accuracy", "chosen", "rejected"],
+        [
+            [name, f"{100 * one.accuracy:.1f} %", f"{one.chosen:.2f}", f"{one.rejected:.2f}"]
+            for name, one in (("base", found.base), ("adapter", found.adapter))
+        ],
+    )
+    more, margin = found.accuracy, found.margin_interval
+    console.say(
+        f"\nAccuracy {100 * more.value:+.1f} points (95 % interval {100 * more.low:+.1f} to {100 * more.high:+.1f}); "
+        f"margin of the rewards {found.margin:+.3f} ({margin.low:+.3f} to {margin.high:+.3f}); DPO's loss "
+        f"{found.loss:.4f}, the base's 0.6931."
+    )
 
 
 def _next_commands(summary: Summary, data: DataSection) -> Iterator[list[str]]:
@@ -190,6 +220,8 @@ def _next_commands(summary: Summary, data: DataSection) -> Iterator[list[str]]:
     if asked := [part for name, text in summary.example.items() for part in (f"--{name}", text)]:
         yield ["ptp", "generate", *run, *asked]
         yield ["ptp", "generate", *run, *asked, "--no-adapter"]
+    if summary.preferences is not None:
+        return
     if (data.train or "").startswith("sample:"):
         yield ["ptp", "eval", *run, "--bench", "quickstart"]
     elif data.eval is not None:

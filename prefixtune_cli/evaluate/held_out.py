@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.matching import exactly_matches
 from prefixtune_cli.evaluate.questions import Question
-from prefixtune_cli.evaluate.scorer import Scorer
+from prefixtune_cli.evaluate.scorer import Example, Scorer
 from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.schema import EvaluateSection
@@ -73,19 +73,13 @@ def score(
         The score, and the generated answers in the order of `questions`.
     """
     reporter, processes = reporter or Silent(), processes or Processes()
-
-    def scorer(limit: BatchLimit) -> Scorer:
-        return Scorer(model, tokenizer, limit, reporter)
-
     rows = examples.select_columns(["input_ids", "labels"]).to_list()
-    by_tokens = scorer(BatchLimit(section.batch_size, TOKENS_A_BATCH, reporter))
-    losses = _shared(
-        rows, lambda its: by_tokens.losses(its, f"held-out loss of the {name}"), processes
-    )
+    task = f"held-out loss of the {name}"
+    losses = shared_losses(model, tokenizer, rows, section, task, processes, reporter)
     nats, tokens = map(math.fsum, zip(*losses, strict=True))
     if not questions:
         return Score(nats / tokens, None), []
-    by_rows = scorer(BatchLimit.of_rows(section.batch_size, reporter))
+    by_rows = Scorer(model, tokenizer, BatchLimit.of_rows(section.batch_size, reporter), reporter)
     task, room = f"answers of the {name}", section.max_new_tokens
     answers = _shared(
         questions,
@@ -95,6 +89,21 @@ def score(
     pairs = zip(answers, questions, strict=True)
     hits = [exactly_matches(a, q.answer, section.answer_pattern) for a, q in pairs]
     return Score(nats / tokens, sum(hits) / len(hits)), answers
+
+
+def shared_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    section: EvaluateSection,
+    task: str,
+    processes: Processes,
+    reporter: Reporter,
+) -> list[tuple[float, int]]:
+    """Each row's nats and predicted tokens, of which each process computes its share; see `score`."""
+    limit = BatchLimit(section.batch_size, TOKENS_A_BATCH, reporter)
+    scorer = Scorer(model, tokenizer, limit, reporter)
+    return _shared(rows, lambda its: scorer.losses(its, task), processes)
 
 
 def _shared(

@@ -63,7 +63,7 @@ def loss_figure(
     if base is not None:
         axes.axhline(base, color="tab:gray", linestyle="--", label="held-out, base")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title, ylim=(0, None))
+    axes.set(xlabel="step", ylabel="loss (nats)", title=title, ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from prefixtune_cli import model as models
 from prefixtune_cli.agreement import check_generation
 from prefixtune_cli.evaluate.held_out import Score, score
+from prefixtune_cli.evaluate.preferences import Likelihoods, compared, likelihoods
 from prefixtune_cli.evaluate.subjects import hash_of_base
 from prefixtune_cli.lock import locked
 from prefixtune_cli.optimizer import check_optimizer
@@ -47,7 +48,7 @@ from prefixtune_cli.train.loss_plot import draw_loss
 from prefixtune_cli.train.prefix import start_at_rows
 from prefixtune_cli.train.prepare import Data, prepare_data
 from prefixtune_cli.train.stop import StopRequest
-from prefixtune_cli.train.summary import Summary, conclude, not_better
+from prefixtune_cli.train.summary import Summary, both_fell, conclude, not_better
 
 
 def train(
@@ -221,6 +222,17 @@ def _train(
             found: tuple[Score, list[str]] = bases.once(asked, lambda: judge("base"))
             return found
 
+    def judge_pairs(who: str) -> Likelihoods:
+        return likelihoods(
+            model,
+            tokenizer,
+            data.held_out,
+            judging,
+            name=who,
+            processes=processes,
+            reporter=reporter,
+        )
+
     # Full fine-tuning leaves no base to score afterwards.
     before = judge_base() if whole else None
     model, steps = fit(job, model, tokenizer)
@@ -228,6 +240,11 @@ def _train(
     _check_generation(model, job)
     before = before or judge_base()
     after = judge("adapter")
+    preferences = None
+    if recipe.train.objective == "dpo":
+        with models.without_adapter(model):
+            unadapted = judge_pairs("base")
+        preferences = compared(unadapted, judge_pairs("adapter"), recipe.train.beta)
     summary = Summary(
         run=str(run_dir.path),
         base=before[0],
@@ -246,11 +263,15 @@ def _train(
         why_no_exact_match=data.questions.why_none,
         answer_pattern=recipe.evaluate.answer_pattern,
         example=data.example,
+        preferences=preferences,
     )
     if processes.leads:
+        of_base, of_adapter = summary.losses
         if summary.verdict != "better":
-            reporter.warning(not_better(recipe, run_dir, before[0], after[0]))
-        draw_loss(run_dir, base=before[0].loss, adapter=(steps, after[0].loss))
+            reporter.warning(not_better(recipe, run_dir, of_base, of_adapter))
+        if preferences is not None and preferences.both_fell:
+            reporter.warning(both_fell(preferences))
+        draw_loss(run_dir, base=of_base, adapter=(steps, of_adapter))
         conclude(run_dir, data, before, after, summary)
     if bases is not None and isinstance(model, PeftModel):
         models.detach(model)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from prefixtune_cli.evaluate.held_out import Score
 from prefixtune_cli.evaluate.matching import match_rule
+from prefixtune_cli.evaluate.preferences import BASE_LOSS, Preferences
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir, json_line, write_atomically, write_json
 from prefixtune_cli.train.callbacks import slower
@@ -27,6 +28,7 @@ class Summary:
         started, finished: in UTC.
         seconds: from loading to the scores, since the run was started or last resumed.
         example: a held-out `prompt` to try the result with, perhaps with its `system` message.
+        preferences: for a run on pairs of answers; the scores are then those of the chosen answers.
     """
 
     run: str
@@ -46,15 +48,27 @@ class Summary:
     why_no_exact_match: str | None = None
     answer_pattern: str | None = None
     example: dict[str, str] = field(default_factory=dict)
+    preferences: Preferences | None = None
+
+    @property
+    def losses(self) -> tuple[float, float]:
+        """The base's and the adapter's held-out loss, by the run's own objective."""
+        if self.preferences is not None:
+            return BASE_LOSS, self.preferences.loss
+        return self.base.loss, self.adapter.loss
 
     @property
     def verdict(self) -> Literal["better", "no better", "worse"]:
         """Judged by the held-out loss; but an adapter with more right answers than its base is not worse."""
-        margin = LEAST_GAIN * self.base.loss
-        if self.adapter.loss < self.base.loss - margin:
+        base, adapter = self.losses
+        margin = LEAST_GAIN * base
+        if adapter < base - margin:
             return "better"
-        more_right = (self.adapter.exact_match or 0) > (self.base.exact_match or 0)
-        as_good = self.adapter.loss <= self.base.loss + margin  # False for NaN, too
+        if self.preferences is not None:
+            more_right = self.preferences.accuracy.value > 0
+        else:
+            more_right = (self.adapter.exact_match or 0) > (self.base.exact_match or 0)
+        as_good = adapter <= base + margin  # False for NaN, too
         return "no better" if as_good or more_right else "worse"
 
     def to_json(self) -> dict[str, Any]:
@@ -64,6 +78,7 @@ class Summary:
             "base": self.base.to_json(),
             "adapter": self.adapter.to_json(),
             "exact_match_rule": match_rule(self.answer_pattern),
+            "preferences": self.preferences.to_json() if self.preferences else None,
         }
 
     @classmethod
@@ -72,6 +87,8 @@ class Summary:
         found = json.loads(run_dir.summary.read_text(encoding="utf-8"))
         for name in ("base", "adapter"):
             found[name] = Score(found[name]["loss"], found[name]["exact_match"])
+        if found.get("preferences"):
+            found["preferences"] = Preferences.of_json(found["preferences"])
         return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name in found})
 
 
@@ -89,11 +106,23 @@ def conclude(
     )
     write_atomically(run_dir.answers, "".join(map(json_line, answers)))
     found = summary.to_json()
-    write_json(run_dir.eval_result(HELD_OUT), {"base": found["base"], "adapter": found["adapter"]})
+    kept = ("base", "adapter", *(["preferences"] if summary.preferences else []))
+    write_json(run_dir.eval_result(HELD_OUT), {name: found[name] for name in kept})
     write_json(run_dir.summary, found)
 
 
-def not_better(recipe: Recipe, run_dir: RunDir, base: Score, adapter: Score) -> str:
+def both_fell(found: Preferences) -> str:
+    """The warning that chosen and rejected answers have both become less likely."""
+    base, adapter = found.base, found.adapter
+    return (
+        "Both answers of the held-out pairs have become less likely, not only the rejected ones: the mean "
+        f"log-probability of the chosen ones fell from {base.chosen:.2f} to {adapter.chosen:.2f}, that of the rejected "
+        f"ones from {base.rejected:.2f} to {adapter.rejected:.2f}. Look at what the model says now; a larger --beta or "
+        "a smaller --learning-rate keeps it closer to its base."
+    )
+
+
+def not_better(recipe: Recipe, run_dir: RunDir, base: float, adapter: float) -> str:
     """The warning that the adapter's held-out loss is not below the base's, with what to try."""
     losses = [row["loss"] for row in run_dir.read_metrics() if "loss" in row]
     rate = recipe.train.learning_rate or math.nan
@@ -107,6 +136,6 @@ def not_better(recipe: Recipe, run_dir: RunDir, base: Score, adapter: Score) -> 
         why = "the training loss has hardly moved"
         what = f"Try more steps, or --learning-rate {3 * rate:.1g}, three times as much."
     return (
-        f"The adapter is no better than its base: its held-out loss is {adapter.loss:.4f}, the base's {base.loss:.4f}. "
+        f"The adapter is no better than its base: its held-out loss is {adapter:.4f}, the base's {base:.4f}. "
         f"In training, the loss was {first:.4g} at first and {last:.4g} at last: {why}. {what}"
     )

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from prefixtune_cli.errors import DataError
 from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
-from prefixtune_cli.train import train
+from prefixtune_cli.train import Summary, train
 from prefixtune_cli.train.preference import SafeDPOTrainer
 from prefixtune_cli.train.stop import StopRequest
 from tests.heard import Heard
@@ -98,6 +99,24 @@ def test_the_run_holds_one_adapter(finished: tuple[RunDir, Heard, Recipe]) -> No
     assert not [name for name in adapter_of(run_dir) if "ref." in name]
 
 
+def test_the_summary_has_the_trainers_figures_and_the_pairs_decide(
+    finished: tuple[RunDir, Heard, Recipe],
+) -> None:
+    run_dir, heard, _ = finished
+    summary = Summary.read(run_dir)
+    found = summary.preferences
+    assert found is not None
+    (evaluated,) = (row["eval_loss"] for row in run_dir.read_metrics() if "eval_loss" in row)
+    assert found.loss == pytest.approx(evaluated, rel=1e-4)
+    assert summary.verdict == "better"
+    told = [text for text in heard.warnings if text.startswith("Both answers")]
+    assert bool(told) is found.both_fell
+    for more, verdict in ((-0.1, "worse"), (0.1, "no better")):
+        accuracy = replace(found.accuracy, value=more)
+        made = replace(summary, preferences=replace(found, loss=0.8, accuracy=accuracy))
+        assert made.verdict == made.to_json()["verdict"] == verdict
+
+
 def test_a_resumed_run_ends_with_the_same_bytes(
     finished: tuple[RunDir, Heard, Recipe], tmp_path: Path
 ) -> None:
@@ -145,6 +164,17 @@ def test_two_processes_make_the_weights_of_one(
         for run_dir in (finished[0], RunDir(chosen.folder))
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.parametrize(("method", "rate"), [("lora", 0.01), ("prefix-tuning", 0.1), ("ia3", 0.1)])
+def test_other_methods_learn_preferences_too(
+    method: str, rate: float, random_base: Path, pairs: Path, tmp_path: Path
+) -> None:
+    steps = {**SETTINGS, "learning_rate": rate, "eval_steps": None}
+    chosen = of_pairs(random_base, pairs, tmp_path / "run", train=steps, adapter={"method": method})
+    found = train(chosen).preferences
+    assert found is not None
+    assert found.loss < math.log(2) - 1e-3
 
 
 def test_the_adapter_of_a_4_bit_base_stays_in_float32(

@@ -1,0 +1,48 @@
+"""Preference accuracy, margin and DPO's loss: figures that can be worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from prefixtune_cli.evaluate.preferences import BASE_LOSS, Likelihoods, Preferences, compared
+
+BASE = Likelihoods(np.array([-5.0, -4.0, -9.0, -2.0]), np.array([-4.0, -6.0, -3.0, -1.0]))
+MORE = np.array([2.0, 1.0, -1.0, 3.0])  # by which the chosen answers are likelier to the adapter
+ADAPTER = Likelihoods(BASE.chosen + MORE, BASE.rejected - np.array([1.0, -3.0, 0.0, 1.0]))
+
+
+def test_the_base_prefers_what_is_likelier_and_the_adapter_what_has_become_so() -> None:
+    found = compared(BASE, ADAPTER, beta=0.5)
+    margins = [1.5, -1.0, -0.5, 2.0]
+    assert (found.base.accuracy, found.adapter.accuracy) == (0.25, 0.5)
+    assert (found.accuracy.value, found.pairs) == (0.25, 4)
+    assert found.accuracy.low <= 0.25 <= found.accuracy.high
+    assert found.margin == pytest.approx(0.5)
+    assert found.margin_interval.low < 0.5 < found.margin_interval.high
+    losses = [-math.log(1 / (1 + math.exp(-margin))) for margin in margins]
+    assert found.loss == pytest.approx(sum(losses) / 4)
+    assert (found.base.chosen, found.base.rejected) == (-5, -3.5)
+    assert found.adapter.chosen == pytest.approx(-3.75)
+
+
+def test_an_adapter_that_is_its_base_prefers_nothing() -> None:
+    found = compared(BASE, BASE, beta=0.1)
+    assert (found.adapter.accuracy, found.margin) == (0, 0)
+    assert found.loss == pytest.approx(BASE_LOSS)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "fell"), [(-1, -2, True), (1, -2, False), (-1, 1, False)]
+)
+def test_only_where_both_answers_fell_it_is_said(chosen: int, rejected: int, fell: bool) -> None:
+    adapter = Likelihoods(BASE.chosen + chosen, BASE.rejected + rejected)
+    assert compared(BASE, adapter, beta=0.1).both_fell is fell
+
+
+def test_what_is_written_is_read_back() -> None:
+    found = compared(BASE, ADAPTER, beta=0.5)
+    assert Preferences.of_json(json.loads(json.dumps(found.to_json()))) == found
