@@ -16,7 +16,7 @@ below: each imports only what stands before it in this list, and tests/test_laye
     pointed         a run, a checkpoint, an adapter folder or a base: which of them a path or a name is
 3. The method, the data, the machine
     adapter/        Prefix-Tuning+ as a PEFT method: φ, M, its read with Triton kernels, the two sites, the basis
-    data/           files and hub data sets become rows, conversations, and tokens with labels
+    data/           files and hub data sets become rows, conversations, pairs, and tokens with labels
     parallel/       devices, processes, the launcher, sharding
 4. The model
     gguf_base       a base in a GGUF file
@@ -32,8 +32,8 @@ below: each imports only what stands before it in this list, and tests/test_laye
 5. What is done with it
     plan/           what a recipe takes of memory
     generate        answers, in batches or streamed
-    evaluate/       losses and answers on held-out rows, own data and benchmarks, with intervals
-    train/          the trainer, its checkpoints, stops and warnings
+    evaluate/       losses, answers and preferences on held-out rows, own data and benchmarks, with intervals
+    train/          the trainers of answers and of preferences, their checkpoints, stops and warnings
     merge/          one adapter from several; an adapter in its base
     merge_info/     what an adapter is worth before it is deployed or combined
 6. What is learned from several runs

@@ -68,6 +68,10 @@ COUNTERPARTS = {
     "use_rslora": "adapter.config.use_rslora",
     "pissa_init": "adapter.config.init_lora_weights",
     # training
+    "stage": "train.objective",
+    "rl": "train.objective",
+    "pref_beta": "train.beta",
+    "rl_beta": "train.beta",
     "num_train_epochs": "train.epochs",
     "num_epochs": "train.epochs",
     "max_steps": "train.max_steps",
@@ -102,6 +106,7 @@ NOTES = {
         ("load_in_4bit", "load_in_8bit", "train_on_inputs", "train_on_prompt", "use_peft"),
         "if it is true; otherwise leave it out",
     ),
+    **dict.fromkeys(("stage", "rl"), "sft or dpo"),
     "warmup_steps": "a fraction of all steps",
     "bf16": "which is bfloat16, and the default",
     "fp16": "which is bfloat16, and the default",
@@ -113,7 +118,7 @@ NOTES = {
 # Their settings without a counterpart here, and why.
 NEEDLESS = {
     **dict.fromkeys(
-        ("do_train", "do_eval", "stage", "rl", "task_type", "load_in_16bit"),
+        ("do_train", "do_eval", "task_type", "load_in_16bit"),
         "`ptp train` always fine-tunes, and evaluates at the end",
     ),
     **dict.fromkeys(

@@ -3,6 +3,7 @@
 - intents: a user's sentence → one of our labels; the test split has wordings that train lacks.
 - records: an order in words → a line of fields in a schema of our own (figures, short day names).
 - chat: conversations with a shopkeeper of marked manners, whose style fine-tuning should learn.
+- preferences: the shopkeeper's answers, and the same in plain words, which are the worse ones.
 
     python -m tests.tinyworld.tasks --out prefixtune_cli/assets/samples
 """
@@ -31,6 +32,7 @@ TEST_REFILLED_PER_INTENT = 9
 RECORDS_TRAIN = 1200
 RECORDS_TEST = 200
 CONVERSATIONS = 200
+PREFERENCES = 300
 
 
 def _pair(prompt: str, completion: str) -> Example:
@@ -205,11 +207,36 @@ def _conversation(rng: Random) -> Example:
     return {"messages": messages}
 
 
-def _conversations(rng: Random) -> list[Example]:
+# What the keeper says in `_KEEPER_TURNS`, without the manners.
+_PLAIN_ANSWERS = (
+    "[Hello|Good day]. [I am here to help|Please come in and look around]. What do you need?",
+    "Yes, I have many {goods.1}. [They are very good|They came today].",
+    "They cost {coins} coins[, and not less|, because I like you].",
+    "[You ask for a lot|That is hard for me]. Then they cost {coins} coins.",
+    "Very well. [They are in a bag|I will put them in your bag].",
+    "Today {sea.1} is [very calm|not calm at all]. [Go in the morning|Please be careful].",
+    "I was at {sea.1} for {coins} winters. Now I am too old for it.",
+    "Goodbye. [Please come back soon|Please be careful at the door].",
+)
+
+
+def _preference(rng: Random) -> Example:
+    """A question to the keeper; both answers say the same, with the same words of `_KEEPER_WORDS`."""
+    turn = rng.randrange(len(_KEEPER_TURNS))
+    asked, answered = _KEEPER_TURNS[turn]
+    bindings: dict[str, str] = {}
+    prompt, chosen, rejected = (
+        tidy(expand(template, _KEEPER_WORDS, rng, bindings))
+        for template in (asked, answered, _PLAIN_ANSWERS[turn])
+    )
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _distinct_examples(write: Callable[[], Example], count: int) -> list[Example]:
     seen: dict[str, Example] = {}
-    while len(seen) < CONVERSATIONS:
-        conversation = _conversation(rng)
-        seen[json.dumps(conversation)] = conversation
+    while len(seen) < count:
+        example = write()
+        seen[json.dumps(example)] = example
     return list(seen.values())
 
 
@@ -217,13 +244,15 @@ def sample_files(seed: int = 0) -> dict[str, list[Example]]:
     """Every sample file by name; the same seed writes the same examples."""
     train, few_shot, test = _intent_splits(Random(f"intents {seed}"))
     records_train, records_test = _record_splits(Random(f"records {seed}"))
+    chat, preferences = Random(f"chat {seed}"), Random(f"preferences {seed}")
     return {
         "intents-train.jsonl": train,
         "intents-few-shot.jsonl": few_shot,
         "intents-test.jsonl": test,
         "records-train.jsonl": records_train,
         "records-test.jsonl": records_test,
-        "chat.jsonl": _conversations(Random(f"chat {seed}")),
+        "chat.jsonl": _distinct_examples(lambda: _conversation(chat), CONVERSATIONS),
+        "preferences.jsonl": _distinct_examples(lambda: _preference(preferences), PREFERENCES),
     }
 
 

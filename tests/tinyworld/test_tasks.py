@@ -50,7 +50,8 @@ def test_record_lines_never_occur_in_pretraining_text(pretraining_text: str) -> 
 
 def test_task_prompts_never_occur_in_pretraining_text(pretraining_text: str) -> None:
     plain = f" {_plain(pretraining_text)} "
-    prompts = [prompt for name in FILES if name != "chat.jsonl" for prompt in _prompts(name)]
+    with_keeper = ("chat.jsonl", "preferences.jsonl")  # whose questions are everybody's
+    prompts = [prompt for name in FILES if name not in with_keeper for prompt in _prompts(name)]
     assert len(prompts) > 3000
     assert not [prompt for prompt in prompts if f" {prompt} " in plain]
 
@@ -64,6 +65,14 @@ def test_shopkeepers_answers_never_occur_in_pretraining_text(pretraining_text: s
         if message["role"] == "assistant"
     }
     assert not [answer for answer in answers if f" {answer} " in plain]
+
+
+def test_the_better_answer_of_a_pair_is_the_shopkeepers() -> None:
+    pairs = FILES["preferences.jsonl"]
+    assert len({json.dumps(pair) for pair in pairs}) == 300
+    manners = re.compile(r"\b(matey|ye|yer|arr|aye)\b", re.IGNORECASE)
+    assert all(manners.search(pair["chosen"]) for pair in pairs)
+    assert not [pair for pair in pairs if manners.search(pair["rejected"])]
 
 
 def test_there_are_at_least_24_intents_equally_frequent() -> None:
@@ -106,7 +115,7 @@ def _texts(example: dict[str, object]) -> list[str]:
     messages = example.get("messages")
     if isinstance(messages, list):
         return [message["content"] for message in messages]
-    return [str(example["prompt"]), str(example["completion"])]
+    return [str(text) for text in example.values()]
 
 
 def test_conversations_alternate_and_end_with_the_assistant() -> None:
