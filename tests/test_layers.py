@@ -54,7 +54,7 @@ BESIDE = {
 # Packages that only one room may import.
 HOMES = {
     "typer": {"cli"}, "rich": {"cli"}, "trl": {"train"}, "lm_eval": {"evaluate"},
-    "bitsandbytes": {"quantization"}, "triton": {"adapter"},
+    "bitsandbytes": {"quantization", "plan"}, "triton": {"adapter"},
 }  # fmt: skip
 # The outside packages that a room may import, if the design is narrower than the layers.
 OUTSIDE = {

@@ -1,8 +1,8 @@
 """What the fused kernels of a training step allocate and keep, without computing anything.
 
-Three parts of a step cannot be run on fake tensors as they are: TRL's fused head and bitsandbytes' linear layers are
-written for real data, and a GPU's attention kernels are chosen by the GPU. Here they are by what they allocate, read
-from TRL 1.16, bitsandbytes 0.50 and PyTorch 2.13; `tests/plan/test_measured.py` holds them against the real ones.
+Three parts of a step cannot run on fake tensors as they are. TRL's fused head selects tokens by their values, a GPU
+chooses its attention kernel, and a quantized weight needs its state. This module has stand-ins for them. The first two
+allocate what TRL 1.16 and PyTorch 2.13 allocate. `tests/plan/test_measured.py` compares all of them to the real ones.
 
 Legend: n tokens with a loss, v vocabulary, w width of the hidden states, b batch, h heads, s positions.
 """
@@ -19,9 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from prefixtune_cli.plan.accounting import LOGITS, Accountant
 
-# The tiles in which TRL projects on the vocabulary: this many tokens by this many words; on a CPU by fewer words.
+# The size of the tiles in which TRL projects on the vocabulary. On a CPU, `train` makes them narrower.
 TILE_TOKENS, TILE_WORDS, CPU_TILE_WORDS = 4096, 32768, 4096
-# Without Triton the tile is folded by PyTorch's operators, in float32: how many copies of it live at once.
+# Without Triton, PyTorch's operators fold the tile in float32, and this many copies of it live at once.
 CPU_TILES_FORWARD, CPU_TILES_BACKWARD = 3, 7
 NF4_BLOCK, NF4_OUTER_BLOCK = 64, 256
 
@@ -64,7 +64,7 @@ class FusedHead(torch.autograd.Function):
             hidden_chunk, weight_chunk = hidden[:rows].to(ctx.dtype), weight[:words].to(ctx.dtype)
             if not ctx.on_gpu:
                 _fold(tile, CPU_TILES_BACKWARD)
-                # A GPU's matmul gives float32 from bfloat16; elsewhere both factors are cast first.
+                # A GPU's product of bfloat16 gives float32. On a CPU, TRL casts both factors first.
                 if grad_hidden is not None:
                     _both_in_float32(tile, weight_chunk)
                 if grad_weight is not None:
@@ -87,26 +87,30 @@ def _both_in_float32(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer of bitsandbytes: `weight` is packed, its scales stand beside it.
+    """A frozen linear layer of bitsandbytes: a packed weight and its scales, both without values.
+
+    bitsandbytes' own product runs on them. It is the one for a CPU on every device, which keeps and dequantizes the
+    same tensors as the one for a GPU.
 
     Args:
-        linear: the layer that it takes the place of, with a weight [out, in].
+        linear: the layer that it replaces, with a weight [out, in].
         bits: 4 for NF4 with double quantization, 8 for int8.
-        on_gpu: which of bitsandbytes' kernels is meant.
-        scale_bytes: of the scales; None is bitsandbytes' own.
+        scale_bytes: bytes of the scales; None takes those of bitsandbytes.
     """
 
     def __init__(
-        self, linear: nn.Linear | Conv1D, bits: int, on_gpu: bool, scale_bytes: int | None = None
+        self, linear: nn.Linear | Conv1D, bits: int, scale_bytes: int | None = None
     ) -> None:
         nn.Module.__init__(self)
         shape = linear.weight.shape
         outputs, inputs = shape if isinstance(linear, nn.Linear) else (shape[1], shape[0])
-        self.in_features, self.out_features = int(inputs), int(outputs)
-        self.bits, self.on_gpu = bits, on_gpu
+        self.in_features, self.out_features, self.bits = int(inputs), int(outputs), bits
         elements = self.in_features * self.out_features
+        self.blocks = -(-elements // NF4_BLOCK)
         if scale_bytes is None:
-            scale_bytes = _nf4_scale_bytes(elements) if bits == 4 else 4 * self.out_features
+            of_blocks = self.blocks + 4 * -(-self.blocks // NF4_OUTER_BLOCK)
+            code_and_offset = 4 * (16 + 1)
+            scale_bytes = of_blocks + code_and_offset if bits == 4 else 4 * self.out_features
         size = -(-elements * bits // 8)
         self.weight = nn.Parameter(torch.empty(size, 1, dtype=torch.uint8), requires_grad=False)
         self.scales = nn.Parameter(torch.empty(scale_bytes, dtype=torch.uint8), requires_grad=False)
@@ -115,68 +119,35 @@ class QuantizedLinear(nn.Linear):
             linear.bias.requires_grad_(False)
 
     def forward(self, input: Tensor) -> Tensor:
-        kernel = _Multiply4Bit if self.bits <= 4 else _Multiply8Bit
-        x = input.to(torch.bfloat16) if self.bits <= 4 else input
-        out: Tensor = kernel.apply(x, self.out_features, self.on_gpu)  # type: ignore[no-untyped-call]
+        import bitsandbytes
+        from bitsandbytes.functional import QuantState
+
+        shape = self.out_features, self.in_features
+        # One byte and one number stand for all packed weights and scales, whose memory is counted already.
+        byte, number = self.weight[0], torch.empty(1)
+        if self.bits > 4:
+            state = bitsandbytes.MatmulLtState(
+                CB=byte.view(torch.int8).expand(shape), SCB=number.expand(shape[0])
+            )
+            state.has_fp16_weights = False
+            out: Tensor = bitsandbytes.matmul(input, self.weight, state=state)
+            return out
+        outer = QuantState(number, code=number.expand(256), blocksize=256, dtype=torch.float32)
+        state = QuantState(
+            byte.expand(self.blocks),
+            shape=shape,
+            blocksize=NF4_BLOCK,
+            quant_type="nf4",
+            dtype=torch.bfloat16,
+            offset=number[0],
+            state2=outer,
+        )
+        out = bitsandbytes.matmul_4bit(input.to(torch.bfloat16), self.weight, state)
         return out.to(input.dtype)
 
 
-def _nf4_scale_bytes(elements: int) -> int:
-    blocks = -(-elements // NF4_BLOCK)
-    code_and_offset = 4 * (16 + 1)
-    return blocks + 4 * -(-blocks // NF4_OUTER_BLOCK) + code_and_offset
-
-
-class _Multiply4Bit(torch.autograd.Function):
-    """Dequantizes the whole weight for one product, forward and backward; keeps no input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, outputs: int, on_gpu: bool) -> Tensor:
-        ctx.inputs = x.shape[-1]
-        _dequantized(outputs, ctx.inputs, x.dtype)
-        return x.new_empty((*x.shape[:-1], outputs))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        weight = _dequantized(grad.shape[-1], ctx.inputs, grad.dtype)
-        return (grad @ weight if ctx.needs_input_grad[0] else None), None, None
-
-
-class _Multiply8Bit(torch.autograd.Function):
-    """Keeps its input, in a way that checkpointing does not reach: as an attribute, not among the saved tensors.
-
-    A GPU multiplies in int8; a CPU dequantizes the weight.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, outputs: int, on_gpu: bool) -> Tensor:
-        ctx.x = x
-        if not on_gpu:
-            return x @ x.new_empty(x.shape[-1], outputs)
-        whole = (*x.shape[:-1], outputs)
-        half, quantized = x.to(torch.float16), x.new_empty(x.shape, dtype=torch.int8)
-        outliers = half.abs() >= 0
-        del half, outliers
-        product = x.new_empty(whole, dtype=torch.int32)
-        scaled = product.to(torch.float16)
-        del product, quantized
-        return scaled.to(x.dtype) if x.dtype != torch.float16 else scaled
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        x = ctx.x
-        weight = x.new_empty(grad.shape[-1], x.shape[-1])
-        return (grad.to(x.dtype) @ weight if ctx.needs_input_grad[0] else None), None, None
-
-
-def _dequantized(outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
-    blocks = torch.empty(2, -(-outputs * inputs // NF4_BLOCK), dtype=torch.float32)
-    del blocks
-    return torch.empty(outputs, inputs, dtype=dtype)
-
-
 class GpuAttention(TorchFunctionMode):
-    """Within it `scaled_dot_product_attention` allocates and keeps what CUDA's fused kernels do: no score is kept."""
+    """Within it `scaled_dot_product_attention` allocates and keeps what CUDA's fused kernels do: no scores."""
 
     def __torch_function__(
         self,
@@ -193,7 +164,7 @@ class GpuAttention(TorchFunctionMode):
             dtype = torch.get_autocast_dtype("cpu")
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if mask is not None and mask.dtype == torch.bool:
-            mask = torch.empty(mask.shape, dtype=query.dtype)  # made anew in every layer
+            mask = torch.empty(mask.shape, dtype=query.dtype)  # every layer makes its own
         return _FusedAttention.apply(query, key, value, mask)  # type: ignore[no-untyped-call]
 
 
@@ -204,9 +175,9 @@ def _inputs(
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Flash attention, or the memory-efficient kernel where there is a mask.
+    """Flash attention, or the memory-efficient kernel if there is a mask.
 
-    Query [b, h, s, d], key and value [b, h or fewer, s, d]; gives [b, h, s, d_value], laid out as [b, s, h, d_value].
+    Query [b, h, s, d], key and value [b, h or fewer, s, d]. Gives [b, h, s, d_value], stored as [b, s, h, d_value].
     """
 
     @staticmethod
@@ -223,7 +194,7 @@ class _FusedAttention(torch.autograd.Function):
         results = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         delta = torch.empty_like(log_sums)
         accumulated = torch.empty_like(query, dtype=torch.float32)
-        if key.shape[1] != query.shape[1]:  # a gradient for each query head first, summed up then
+        if key.shape[1] != query.shape[1]:  # one gradient for each query head, then their sums
             whole = (query.shape[0], query.shape[1], *key.shape[2:])
             expanded = key.new_empty(whole), value.new_empty((*whole[:-1], value.shape[-1]))
             del expanded

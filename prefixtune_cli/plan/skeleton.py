@@ -73,7 +73,7 @@ class Skeleton:
                     "it. Use another method, or the model that it was made from."
                 )
             if bits is not None:
-                _quantize(self.base, *bits, on_gpu=on_gpu)
+                _quantize(self.base, *bits)
             self.model = models.attach(self.base, adapter)
             if isinstance(adapter, PrefixTuningPlus) and adapter.basis:
                 identity_basis(self.model)
@@ -167,7 +167,7 @@ def _quantized_bits(
     return bits, 2 / (group if isinstance(group, int) and group > 0 else 128)
 
 
-def _quantize(base: PreTrainedModel, bits: int, scale_bytes: float | None, *, on_gpu: bool) -> None:
+def _quantize(base: PreTrainedModel, bits: int, scale_bytes: float | None) -> None:
     """Put quantized layers where transformers puts those of bitsandbytes: for every nn.Linear but the head."""
     kept = HfQuantizer.get_modules_to_not_convert(base, None, base._keep_in_fp32_modules)
     for name, module in list(base.named_modules()):
@@ -175,7 +175,7 @@ def _quantize(base: PreTrainedModel, bits: int, scale_bytes: float | None, *, on
             continue
         if isinstance(module, Conv1D) or type(module) is nn.Linear:
             scales = None if scale_bytes is None else int(scale_bytes * module.weight.numel())
-            base.set_submodule(name, QuantizedLinear(module, bits, on_gpu, scales))
+            base.set_submodule(name, QuantizedLinear(module, bits, scales))
 
 
 def _replace(layers: nn.ModuleList, others: list[nn.Module]) -> None:
