@@ -1,7 +1,6 @@
 """Methods are trained, judged and compared, on a base of two layers, for two steps."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from prefixtune_cli.recipe.load import difference, resolve
 from prefixtune_cli.shared_base import SharedBase
 from prefixtune_cli.train import train
 from tests.heard import Heard
+from tests.train.zygote import Start
 
 COLOURS = ("red", "blue", "green", "white")
 
@@ -256,33 +256,34 @@ def test_a_signal_ends_all_processes_and_begins_no_further_cell(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_the_same_command_goes_on_where_a_signal_stopped_it(
-    number: int, random_base: Path, data: Path, tmp_path: Path
+    number: int, start: Start, random_base: Path, data: Path, tmp_path: Path
 ) -> None:
-    command = [
-        sys.executable, *COMMAND, "--seeds", "1", "--no-speed", "--workers", "1", "--model",
-        random_base, "--bits", "32", "--data", data, "--steps", "150", "--batch-size", "4",
-        "--set", "train.save_steps=5", "--set", "evaluate.max_rows=8", "--out", tmp_path / "out",
+    typed = [
+        *COMMAND[2:], "--seeds", 1, "--no-speed", "--workers", 1, "--model", random_base,
+        "--bits", 32, "--data", data, "--steps", 100, "--batch-size", 4, "--set",
+        "train.save_steps=5", "--set", "evaluate.max_rows=8", "--set",
+        "evaluate.max_new_tokens=8", "--out", tmp_path / "out",
     ]  # fmt: skip
-    typed = list(map(str, command))
-    with subprocess.Popen(typed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        second = tmp_path / "out/cells/prefix-tuning-plus/lr-0.03/seed-0"
-        while not list(second.glob("checkpoint-*/sha256.json")):
-            assert run.poll() is None, run.communicate()
-            time.sleep(0.05)
-        os.kill(run.pid, number)
-        _, said = run.communicate()
+    run = start(*typed)
+    second = tmp_path / "out/cells/prefix-tuning-plus/lr-0.03/seed-0"
+    while not list(second.glob("checkpoint-*/sha256.json")):
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    run.send_signal(number)
+    _, said = run.communicate()
     assert run.returncode == (130 if number == signal.SIGINT else -number)
     assert number == signal.SIGKILL or "the same command goes on" in said
     first = tmp_path / "out/cells/lora/lr-0.003/seed-0/summary.json"
     before = first.stat().st_mtime_ns
-    done = subprocess.run(typed, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "1 of 2 cells are finished already" in done.stderr
+    again = start(*typed)
+    _, said = again.communicate()
+    assert again.returncode == 0, said
+    assert "1 of 2 cells are finished already" in said
     assert first.stat().st_mtime_ns == before
-    assert "Resuming" in done.stderr
+    assert "Resuming" in said
     steps = [json.loads(row)["step"] for row in (second / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
-    assert steps[-1] == 150
+    assert steps[-1] == 100
 
 
 def test_a_signal_while_costs_are_measured_loses_no_cell(
