@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import prefixtune_cli
 from tests.tinyworld import pretrain
@@ -158,7 +158,17 @@ def _weights_hash(folder: Path) -> str:
 def test_pretraining_is_deterministic_by_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretrain, "TOKENS_PER_STEP", 2 * pretrain.SHORT_LENGTH)
+    """Few tokens and two layers: their sums are made as those of the whole model are."""
+    monkeypatch.setattr(pretrain, "SHORT_LENGTH", 64)
+    monkeypatch.setattr(pretrain, "TOKENS_PER_STEP", 2 * 64)
+    whole = pretrain.model_config
+
+    def shallow(vocabulary_size: int) -> LlamaConfig:
+        config = whole(vocabulary_size)
+        config.num_hidden_layers = 2
+        return config
+
+    monkeypatch.setattr(pretrain, "model_config", shallow)
     hashes = []
     for name, seed in (("first", 3), ("again", 3), ("other", 4)):
         pretrain.pretrain(tmp_path / name, seed=seed, steps=2, tokenizer_documents=300)
