@@ -97,9 +97,10 @@ class SafeDPOTrainer(SafeTrainer, DPOTrainer):
         # The mean over the real pairs of all processes, of which each takes the mean over its own and blank ones.
         pairs = len(inputs["completion_mask"]) // 2
         real = inputs["completion_mask"][:pairs].any(dim=1).sum()
-        everywhere = self.accelerator.gather(real).sum()
-        of_blanks = math.log(2) * (pairs - real)
-        return (pairs * loss - of_blanks) * self.processes.size / everywhere
+        share = self.processes.size / self.accelerator.gather(real).sum()
+        for name in ("rewards/accuracies", "rewards/margins"):  # of which a blank pair has none
+            self._metrics["train"][name][-1] *= pairs * share.item()
+        return (pairs * loss - math.log(2) * (pairs - real)) * share
 
     def _with_reference(self, rows: Dataset, name: str) -> Dataset:
         count = self.real_rows if name == "train_dataset" else len(rows)

@@ -159,11 +159,12 @@ def test_two_processes_make_the_weights_of_one(
     one, two = adapter_of(finished[0]), adapter_of(RunDir(chosen.folder))
     far = max(float((one[k] - two[k]).abs().max() / one[k].abs().max()) for k in one)
     assert far < 1e-3, far
-    losses = [
-        [row["loss"] for row in run_dir.read_metrics() if "loss" in row]
-        for run_dir in (finished[0], RunDir(chosen.folder))
-    ]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    for name in ("loss", "preference_accuracy", "margin"):
+        said = [
+            [row[name] for row in run_dir.read_metrics() if "loss" in row]
+            for run_dir in (finished[0], RunDir(chosen.folder))
+        ]
+        assert said[1] == pytest.approx(said[0], rel=1e-3, abs=1e-5), name
 
 
 @pytest.mark.parametrize(("method", "rate"), [("lora", 0.01), ("prefix-tuning", 0.1), ("ia3", 0.1)])
