@@ -74,7 +74,7 @@ class Pointed:
     @property
     def reading(self) -> DataSection:
         """How the run reads data, without its files and its template, which the adapter has. Defaults without a run."""
-        data = DataSection() if self.recipe is None else self.recipe.data
+        data = DataSection() if self.recipe is None else self.recipe.data_of_answers
         left_out = {"train": None, "eval": None, "eval_split": None, "chat_template": None}
         return data.model_copy(update=left_out)
 

@@ -94,7 +94,7 @@ def _of_data(
             "like), so one call cannot compare them fairly. Evaluate each by itself on --data and quickstart; if only "
             "their templates differ, give one with --chat-template."
         )
-    section = cast.recipe.data.model_copy(
+    section = cast.recipe.data_of_answers.model_copy(
         update={"chat_template": cast.template, **settings.data_settings}
     )
     judging = _judging(cast.recipe.evaluate, settings.judging if bench is None else NO_PATTERN)

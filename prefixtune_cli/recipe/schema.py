@@ -658,6 +658,13 @@ class Recipe(Section):
         return chosen or (self.data.train or "").startswith("sample:")
 
     @property
+    def data_of_answers(self) -> DataSection:
+        """How rows with one answer are read: as `data`, but for the columns and the format of pairs."""
+        if self.train.objective == "sft":
+            return self.data
+        return self.data.model_copy(update={"map": {}, "format": "auto"})
+
+    @property
     def folder(self) -> str:
         """The run directory."""
         return self.out or str(Path("runs") / self.run_name)

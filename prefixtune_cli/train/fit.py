@@ -166,7 +166,8 @@ def _run(trainer: SafeTrainer, checkpoint: Path | None, job: Job) -> int:
             raise
         step, steps = trainer.state.global_step, trainer.state.max_steps
         saved = "a checkpoint is saved" if step else "nothing is lost"
-        raise stop.stopped(end.number, f"at step {step} of {steps}; {saved}") from None
+        where = f"at step {step} of {steps}" if steps else "before the first step"
+        raise stop.stopped(end.number, f"{where}; {saved}") from None
     if trainer.processes.leads:
         draw_loss(job.run_dir)
     # A signal may have come in the last step, or while it was saved.
