@@ -59,7 +59,7 @@ class Rate(NamedTuple):
 
     def times(self, factor: float, why: str) -> Rate:
         """The rate with all its numbers multiplied, for a reason."""
-        return Rate(self.at * factor, self.power, f"{self.why}; {why}", self.most * factor)
+        return Rate(self.at * factor, self.power, why, self.most * factor)
 
 
 # Chosen by sweeps, on the built-in base (hidden size 192) and on SmolLM2-135M (576): see the README.
@@ -376,7 +376,7 @@ def default_rate(adapter: Section, objective: Objective = "sft") -> Rate:
     else:
         rate = RATES.get(str(getattr(adapter, "method", "")), RATES["lora"])
     if objective == "dpo":
-        return rate.times(OF_SFT, "dpo takes a tenth of sft's, as its loss is one of whole answers")
+        return rate.times(OF_SFT, "a tenth of sft's, as dpo's loss is one of whole answers")
     return rate
 
 
