@@ -1,10 +1,10 @@
 #!/bin/bash
-# Train on several nodes under Slurm, as long as it takes: before its time is up the job saves and queues again.
+# Train on several nodes under Slurm, as long as it takes: before its time is up, the job saves and queues again.
 #
 #   sbatch recipes/cluster/slurm.sh --recipe mistral-7b --data my.jsonl --out runs/mine
 #
-# srun starts a process for each GPU, and `ptp train` joins them. The arguments are those of `ptp train`; --out is
-# needed, on a file system that all nodes share.
+# srun starts a process for each GPU, and `ptp train` joins them. The arguments are those of `ptp train`. They must
+# have --out, on a file system that all nodes share.
 #SBATCH --job-name=ptp
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -30,7 +30,7 @@ fi
 
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" ptp train "$@" --resume auto || exit
 
-# Ended well, and yet without a summary: it was stopped by the signal above, and goes on in the next slot.
+# It exited with 0 but has no summary: the signal above stopped it, and it continues in the next slot.
 if [[ ! -e $out/summary.json ]]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
