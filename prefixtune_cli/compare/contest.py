@@ -158,18 +158,19 @@ def entries(settings: Settings) -> list[Entry]:
         for combination in itertools.product(*values.values()):
             chosen = dict(zip(values, combination, strict=True))
             label = " ".join([method, *(spelled(key, value) for key, value in chosen.items())])
-            found.append(Entry(label, chosen, _recipe(settings, method, typed | chosen)))
+            recipe = _recipe(settings, method, typed | chosen)
+            if recipe.train.objective != "sft":
+                raise UsageError(
+                    "`ptp compare` does not train with objective dpo yet: it compares answers and their losses. Leave "
+                    "train.objective out."
+                )
+            found.append(Entry(label, chosen, recipe))
     for key in (*grids, *adapter):
         if key not in used:
             raise UsageError(
                 f"{key} is a setting of none of the methods ({', '.join(settings.methods)}). `ptp recipe-schema` lists "
                 "what each of them has."
             )
-    if any(entry.recipe.train.objective != "sft" for entry in found):
-        raise UsageError(
-            "`ptp compare` does not train with objective dpo yet: it compares answers and their losses. Leave "
-            "train.objective out."
-        )
     for one, other in itertools.combinations(found, 2):
         if one.label == other.label:
             raise UsageError(f"--methods and --grid name {one.label} twice. Give each once.")

@@ -411,7 +411,7 @@ class TrainSection(Section):
         "al. 2023, arXiv 2305.18290).",
     )
     beta: float = Field(
-        0.1, gt=0, description="DPO's β; the larger, the closer the adapter stays to the base."
+        0.1, gt=0, description="How strongly DPO holds the adapter to its base (β)."
     )
     epochs: float = Field(3.0, gt=0, description="Passes over the data; `max_steps` overrides it.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps.")

@@ -104,7 +104,7 @@ def test_a_cell_that_fails_is_marked_and_the_exit_code_is_1(
     BASES.release()
     assert code == 1
     assert "lora lr=1e+36 (0 of 1 seeds)" in said
-    assert "not a number" in said
+    assert "scores are not numbers" in said
     assert (out / "report.html").exists()
 
 

@@ -197,7 +197,7 @@ def test_a_cell_that_fails_says_why_and_the_rest_goes_on(
     assert good.failures == []
     assert len(good.results()) == 2
     assert len(bad.failures) == 2
-    assert "not a number" in bad.failures[0]
+    assert "scores are not numbers" in bad.failures[0]
     assert bad.results() == []
     assert bad.trainable_parameters is None
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from prefixtune_cli.adapter_folder import check_fits
 from prefixtune_cli.errors import AdapterError, RunDirError
 from prefixtune_cli.merge_info.one_adapter import gather
 from prefixtune_cli.merge_info.saved_adapter import read
-from prefixtune_cli.model import check_fits
 from prefixtune_cli.pointed import point
 from prefixtune_cli.recipe.schema import ModelSection
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model_state_dict
 
 from prefixtune_cli import model as models
 from prefixtune_cli.errors import DataError, RecipeError
@@ -42,22 +43,22 @@ def test_the_seed_chooses_the_rows(random_base):
     for seed in (0, 0, 1):
         model, section = attached(random_base, init="rows")
         start_at_rows(model, section, rows, seed)
-        starts.append(models.get_peft_model_state_dict(model)["prompt_embeddings"])
+        starts.append(get_peft_model_state_dict(model)["prompt_embeddings"])
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
 
 
 def test_rows_that_do_not_fill_the_prefix_are_refused(random_base):
     model, section = attached(random_base, init="rows")
-    with pytest.raises(DataError, match=r"have 3 tokens.*--num-virtual-tokens 3"):
+    with pytest.raises(DataError, match=r"have only 3 tokens.*--num-virtual-tokens 3"):
         start_at_rows(model, section, Dataset.from_dict({"input_ids": [[5, 6, 7]]}), 0)
 
 
 def test_a_random_prefix_stays_as_peft_made_it(random_base):
     model, section = attached(random_base)
-    before = models.get_peft_model_state_dict(model)["prompt_embeddings"].clone()
+    before = get_peft_model_state_dict(model)["prompt_embeddings"].clone()
     start_at_rows(model, section, Dataset.from_dict({"input_ids": [[5] * 9]}), 0)
-    assert torch.equal(before, models.get_peft_model_state_dict(model)["prompt_embeddings"])
+    assert torch.equal(before, get_peft_model_state_dict(model)["prompt_embeddings"])
 
 
 def test_an_mlp_cannot_start_at_rows():
