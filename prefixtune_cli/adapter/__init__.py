@@ -9,6 +9,13 @@ attention output what the query reads from a trained matrix (eq. 7):
 The same equation can be used beside the FFN (`sites`), with the blocks of its input in place of the queries.
 
 The package imports nothing else of ptp, so it could be moved into PEFT as it is.
+
+config, model, layer, register  the tuner, as PEFT has them
+memory, feature_map             M and φ
+read, triton_read, triton_kernels   o + φ(q)ᵀM, by PyTorch's operations or by Triton's
+attention, feed_forward         the two sites
+basis                           the basis in which M is trained
+arithmetic, mixed_batch         several adapters: as one, and one for each row of a batch
 """
 
 from prefixtune_cli.adapter.attention import (

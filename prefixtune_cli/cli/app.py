@@ -24,12 +24,12 @@ from prefixtune_cli.cli import (
     merge,
     merge_info,
     models,
-    options,
     plan,
     recipe_schema,
     recipes,
     runs,
     train,
+    typer_options,
 )
 from prefixtune_cli.errors import LAUNCHER_PID, Interrupted, LostWorker, PtpError, ResourceError
 
@@ -54,7 +54,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def _built(name: str) -> Any:
     """A command with its flags."""
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    alone.command(name, cls=help.Command)(options.for_typer(COMMANDS[name]))
+    alone.command(name, cls=help.Command)(typer_options.for_typer(COMMANDS[name]))
     return typer.main.get_command(alone)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefixtune_cli.cli.flag_table import FLAGS, Flag
+from prefixtune_cli.cli.flags import FLAGS, Flag
 from prefixtune_cli.errors import UsageError
 
 if TYPE_CHECKING:

@@ -6,25 +6,25 @@ import re
 import sys
 from typing import Any
 
-from prefixtune_cli.cli import arguments, lookup, options
+from prefixtune_cli.cli import arguments, lookup, typer_options
 from prefixtune_cli.errors import UsageError
 
 HELP = "/base and /adapter switch, each to its own conversation; /reset forgets both, /help prints this, /quit leaves."
 
 
 def chat(
-    run: options.Run = None,
+    run: typer_options.Run = None,
     model: str | None = None,
-    adapter: options.AdapterFolder = None,
-    no_adapter: options.NoAdapter = False,
-    system: options.System = None,
+    adapter: typer_options.AdapterFolder = None,
+    no_adapter: typer_options.NoAdapter = False,
+    system: typer_options.System = None,
     chat_template: str | None = None,
     bits: int | None = None,
     device: str | None = None,
-    max_new_tokens: options.MaxNewTokens = 256,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = 1.0,
-    seed: options.SamplingSeed = 0,
+    max_new_tokens: typer_options.MaxNewTokens = 256,
+    temperature: typer_options.Temperature = 0.0,
+    top_p: typer_options.TopP = 1.0,
+    seed: typer_options.SamplingSeed = 0,
 ) -> None:
     """Talk to an adapter, or to the base alone."""
     from prefixtune_cli.cli import console

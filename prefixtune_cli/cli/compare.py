@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefixtune_cli.cli import arguments, lookup, options
-from prefixtune_cli.cli.flag_table import FLAGS, Flag, panel
+from prefixtune_cli.cli import arguments, lookup, typer_options
+from prefixtune_cli.cli.flags import FLAGS, Flag, panel
 from prefixtune_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def compare(
         typer.Argument(metavar="[RUN]...", help="Finished run directories.", show_default=False),
     ] = None,
     *,
-    given: Annotated[arguments.Given, options.takes(*FLAGS, *CONTEST, *RESULTS, but=WITHOUT)],
+    given: Annotated[arguments.Given, typer_options.takes(*FLAGS, *CONTEST, *RESULTS, but=WITHOUT)],
     anyway: bool = False,
     markdown: bool = False,
     as_json: bool = False,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefixtune_cli.cli import arguments, lookup, options
-from prefixtune_cli.cli.flag_table import Flag, panel
+from prefixtune_cli.cli import arguments, lookup, typer_options
+from prefixtune_cli.cli.flags import Flag, panel
 from prefixtune_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def eval(
         typer.Argument(help="With --list: a part of a name, or a glob.", show_default=False),
     ] = None,
     *,
-    given: Annotated[arguments.Given, options.takes(*FLAGS)],
+    given: Annotated[arguments.Given, typer_options.takes(*FLAGS)],
     show_all: bool = False,
     markdown: bool = False,
     as_json: bool = False,

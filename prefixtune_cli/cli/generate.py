@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefixtune_cli.cli import arguments, lookup, options
+from prefixtune_cli.cli import arguments, lookup, typer_options
 from prefixtune_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def generate(
-    run: options.Run = None,
+    run: typer_options.Run = None,
     model: str | None = None,
-    adapter: options.AdapterFolder = None,
-    no_adapter: options.NoAdapter = False,
+    adapter: typer_options.AdapterFolder = None,
+    no_adapter: typer_options.NoAdapter = False,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="One prompt; `-` reads it from stdin.")
     ] = None,
@@ -37,17 +37,17 @@ def generate(
         bool, typer.Option("--overwrite", help="Replace the file that --out names.")
     ] = False,
     map: list[str] | None = None,
-    system: options.System = None,
+    system: typer_options.System = None,
     chat_template: str | None = None,
     bits: int | None = None,
     device: str | None = None,
-    max_new_tokens: options.MaxNewTokens = 256,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = 1.0,
+    max_new_tokens: typer_options.MaxNewTokens = 256,
+    temperature: typer_options.Temperature = 0.0,
+    top_p: typer_options.TopP = 1.0,
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, metavar="N", help="Prompts a forward pass.")
     ] = 32,
-    seed: options.SamplingSeed = 0,
+    seed: typer_options.SamplingSeed = 0,
 ) -> None:
     """Answer a prompt, or a file of prompts, with an adapter or with the base alone."""
     if (prompt is None) == (data is None):

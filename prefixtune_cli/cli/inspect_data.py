@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefixtune_cli.cli import arguments, lookup, options
+from prefixtune_cli.cli import arguments, lookup, typer_options
 from prefixtune_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def inspect_data(
         typer.Argument(metavar="[DATA]", help="The same as --data.", show_default=False),
     ] = None,
     *,
-    given: Annotated[arguments.Given, options.takes(*FLAGS)],
+    given: Annotated[arguments.Given, typer_options.takes(*FLAGS)],
     examples: Annotated[
         int, typer.Option("--examples", "-n", min=0, metavar="N", help="Rows to show.")
     ] = 3,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from prefixtune_cli.cli import lookup, options
+from prefixtune_cli.cli import lookup, typer_options
 from prefixtune_cli.errors import UsageError
 
 HOW, RESULT = "How", "Result"
@@ -19,11 +19,13 @@ def merge(
     ],
     out: Annotated[
         str,
-        options.option("--out", "-o", panel=RESULT, metavar="FOLDER", help="The folder to write."),
+        typer_options.option(
+            "--out", "-o", panel=RESULT, metavar="FOLDER", help="The folder to write."
+        ),
     ],
     model: Annotated[
         str | None,
-        options.option(
+        typer_options.option(
             "--model",
             "-m",
             panel=HOW,
@@ -34,7 +36,7 @@ def merge(
     ] = None,
     method: Annotated[
         str | None,
-        options.option(
+        typer_options.option(
             "--method",
             panel=HOW,
             metavar="NAME",
@@ -43,7 +45,7 @@ def merge(
     ] = None,
     weights: Annotated[
         str | None,
-        options.option(
+        typer_options.option(
             "--weights",
             panel=HOW,
             metavar="W,…",
@@ -52,7 +54,7 @@ def merge(
     ] = None,
     density: Annotated[
         float | None,
-        options.option(
+        typer_options.option(
             "--density",
             panel=HOW,
             metavar="FRACTION",
@@ -73,7 +75,7 @@ def merge(
     ] = 0,
     into_base: Annotated[
         bool,
-        options.option(
+        typer_options.option(
             "--into-base",
             panel=HOW,
             help="Fold one adapter into its base, and write a plain model.",
@@ -81,7 +83,9 @@ def merge(
     ] = False,
     overwrite: Annotated[
         bool,
-        options.option("--overwrite", panel=RESULT, help="Replace what an earlier merge wrote."),
+        typer_options.option(
+            "--overwrite", panel=RESULT, help="Replace what an earlier merge wrote."
+        ),
     ] = False,
     as_json: bool = False,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefixtune_cli.cli import lookup, options
+from prefixtune_cli.cli import lookup, typer_options
 from prefixtune_cli.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def merge_info(
     ] = None,
     model: Annotated[
         str | None,
-        options.option(
+        typer_options.option(
             "--model",
             "-m",
             panel=BASE,
@@ -43,7 +43,7 @@ def merge_info(
     trust_remote_code: bool | None = None,
     data: Annotated[
         str | None,
-        options.option(
+        typer_options.option(
             "--data",
             "-d",
             panel=QUERIES,
@@ -52,13 +52,13 @@ def merge_info(
         ),
     ] = None,
     rows: Annotated[
-        int, options.option("--rows", panel=QUERIES, metavar="N", help="Rows of --data; 64.")
+        int, typer_options.option("--rows", panel=QUERIES, metavar="N", help="Rows of --data; 64.")
     ] = 64,
     bits: int | None = None,
     device: str | None = None,
     out: Annotated[
         str | None,
-        options.option(
+        typer_options.option(
             "--out",
             "-o",
             panel=RESULTS,

@@ -7,8 +7,8 @@ import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
-from prefixtune_cli.cli import arguments, lookup, options
-from prefixtune_cli.cli.flag_table import FLAGS, Flag, panel
+from prefixtune_cli.cli import arguments, lookup, typer_options
+from prefixtune_cli.cli.flags import FLAGS, Flag, panel
 from prefixtune_cli.errors import ModelError, RecipeError, UsageError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ PARTS = {
 
 
 def plan(
-    given: Annotated[arguments.Given, options.takes(*FLAGS, *GPU_MEMORY)],
+    given: Annotated[arguments.Given, typer_options.takes(*FLAGS, *GPU_MEMORY)],
     *,
     gpu_memory: float | None = None,
     as_json: bool = False,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefixtune_cli.cli import arguments, lookup, options
-from prefixtune_cli.cli.flag_table import FLAGS
+from prefixtune_cli.cli import arguments, lookup, typer_options
+from prefixtune_cli.cli.flags import FLAGS
 from prefixtune_cli.errors import LAUNCHER_PID, UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ WORSE = 4  # the exit code of a finished and saved run whose adapter is worse th
 
 
 def train(
-    given: Annotated[arguments.Given, options.takes(*FLAGS)],
+    given: Annotated[arguments.Given, typer_options.takes(*FLAGS)],
     *,
     resume: str | None = None,
     overwrite: bool = False,

@@ -1,4 +1,7 @@
-"""The legend under a comparison's table: failures, how the figures were tested, the protocol, the data, the command."""
+"""The legend under a comparison's table: failures, how the figures were tested, the protocol, the data, the command.
+
+Its words for tests and differences are those of wording.py, which the report's verdict has, too.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is better, and whether by more than noise.
+"""Who is better, and whether by more than noise, over seeds and rows; evaluate/paired.py has the intervals of one run.
 
 Every contestant is compared with the first one, row by row. If both were trained with the same S seeds and judged on
 the same I rows, then the differences d[s, i] form a crossed design: seeds and rows are both drawn at random (Clark

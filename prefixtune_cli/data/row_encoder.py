@@ -1,7 +1,8 @@
 """A row becomes token ids and labels.
 
 Each trained or masked part of a text is tokenized on its own. So the boundary between prompt and answer is exact, and
-the prompt has the same tokens that the model sees when it is asked.
+the prompt has the same tokens that the model sees when it is asked. tokenized_data.py encodes a pair of answers as two
+rows of one prompt.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ The bootstrap draws items with replacement, each with both of its values, so tha
 (Efron & Tibshirani 1993, An Introduction to the Bootstrap, ch. 13; Koehn 2004, Statistical Significance Tests for
 Machine Translation Evaluation; Miller 2024, arXiv 2411.00640). Every interval is a percentile interval; the same seed
 gives the same interval. If all items are alike, the interval has no width; that says nothing about other items.
+Several seeds are compared by compare/standing.py.
 """
 
 from __future__ import annotations

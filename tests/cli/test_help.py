@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from prefixtune_cli.cli.flag_table import FLAGS
+from prefixtune_cli.cli.flags import FLAGS
 from prefixtune_cli.recipe import settings
 from prefixtune_cli.recipe.explain import METHODS
 from prefixtune_cli.recipe.load import shipped

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from prefixtune_cli.cli.options import for_typer
 from prefixtune_cli.cli.train import train as command
+from prefixtune_cli.cli.typer_options import for_typer
 from prefixtune_cli.compare import rates
 from prefixtune_cli.errors import TrainingError, UsageError
 from prefixtune_cli.recipe.load import resolve

@@ -11,7 +11,7 @@ import pytest
 
 from prefixtune_cli.cli.inspect_data import _coloured
 from prefixtune_cli.cli.inspect_data import inspect_data as command
-from prefixtune_cli.cli.options import for_typer
+from prefixtune_cli.cli.typer_options import for_typer
 from prefixtune_cli.data.inspect import Example, facts, warnings
 from prefixtune_cli.data.tokenized_data import DataStatistics
 from prefixtune_cli.errors import DataError, UsageError

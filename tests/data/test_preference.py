@@ -7,7 +7,7 @@ import json
 import pytest
 
 from prefixtune_cli.cli.inspect_data import inspect_data as command
-from prefixtune_cli.cli.options import for_typer
+from prefixtune_cli.cli.typer_options import for_typer
 from prefixtune_cli.data.inspect import check, warnings
 from prefixtune_cli.data.load import load_rows
 from prefixtune_cli.data.row_encoder import MASKED

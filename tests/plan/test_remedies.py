@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prefixtune_cli.cli.arguments import parse_layers
-from prefixtune_cli.cli.flag_table import FLAGS
+from prefixtune_cli.cli.flags import FLAGS
 from prefixtune_cli.plan import Planner, remedies, with_method
 from prefixtune_cli.recipe.schema import Recipe
 from tests.plan.conftest import MakeRecipe

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from prefixtune_cli.cli import app, arguments, options
-from prefixtune_cli.cli.flag_table import FLAGS, Flag
+from prefixtune_cli.cli import app, arguments, typer_options
+from prefixtune_cli.cli.flags import FLAGS, Flag
 from prefixtune_cli.compare import contest
 from prefixtune_cli.compare.speed.turn import Shape
 from prefixtune_cli.data.load import load_rows
@@ -25,7 +25,7 @@ WITH_CHOICES = [
 
 def spelled_out(command: str) -> dict[str, Any]:
     """Typer's view of each parameter of a command: its type and its option."""
-    parameters = inspect.signature(options.for_typer(app.COMMANDS[command])).parameters
+    parameters = inspect.signature(typer_options.for_typer(app.COMMANDS[command])).parameters
     return {name: parameter.annotation.__metadata__[0] for name, parameter in parameters.items()}
 
 
@@ -54,7 +54,7 @@ def test_train_and_plan_take_the_whole_table_and_compare_leaves_out_what_it_deci
 
 
 def test_no_flag_of_train_has_a_default_of_its_own() -> None:
-    parameters = inspect.signature(options.for_typer(app.COMMANDS["train"])).parameters
+    parameters = inspect.signature(typer_options.for_typer(app.COMMANDS["train"])).parameters
     assert all(parameters[flag.parameter].default is None for flag in FLAGS if flag.key)
 
 

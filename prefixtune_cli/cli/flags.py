@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag; `options.takes` makes a command's option from it.
+    """One flag; `typer_options.takes` makes a command's option from it.
 
     Attributes:
         names: as they are typed, as in `--out -o` or `--basis/--no-basis`.

@@ -1,4 +1,4 @@
-"""Turns flags of `flag_table` into Typer's options; also has the options that `generate` and `chat` share."""
+"""Turns flags of `flags` into Typer's options; also has the options that `generate` and `chat` share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from prefixtune_cli.cli.arguments import Given
-from prefixtune_cli.cli.flag_table import FLAGS, Flag
+from prefixtune_cli.cli.flags import FLAGS, Flag
 
 METAVARS = {int: "N", float: "X", str: "NAME"}
 
