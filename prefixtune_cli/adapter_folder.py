@@ -193,12 +193,13 @@ def _does_not_fit(base: PreTrainedModel, folder: Path, config: PeftConfig, error
         # M whole, and M_up of a low rank: both are [heads, _, d_value].
         matrix = re.compile(rf".*\.({'|'.join(places)})\.prefix_tuning_plus_memory\.(M|M_up)")
         shapes = [shape for key, shape in stored_shapes(folder).items() if matrix.fullmatch(key)]
-        heads, _, width = shapes[0]
-        said = (
-            f"it was trained for {len(shapes)} layers with {heads} heads of width {width}, and this base has "
-            f"{base.config.get_text_config().num_hidden_layers} layers with {here.heads} heads of width {here.d_value} "
-            f"({here.kv_heads} key/value heads)."
-        )
+        if shapes:  # none of an adapter whose base names its attention otherwise
+            heads, _, width = shapes[0]
+            said = (
+                f"it was trained for {len(shapes)} layers with {heads} heads of width {width}, and this base has "
+                f"{base.config.get_text_config().num_hidden_layers} layers with {here.heads} heads of width "
+                f"{here.d_value} ({here.kv_heads} key/value heads)."
+            )
     return (
         f"The adapter in {folder} does not fit the base {base.name_or_path}: {said} Its base was "
         f"{config.base_model_name_or_path}; give that one with --model."

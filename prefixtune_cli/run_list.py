@@ -68,7 +68,7 @@ def _listed(run: RunDir) -> Listed:
     date = datetime.fromtimestamp(last.stat().st_mtime).astimezone()
     try:
         recipe = resolve(str(run.recipe))
-        loss = json.loads(run.summary.read_text())["adapter"]["loss"] if run.finished else None
+        loss = _loss(json.loads(run.summary.read_text())) if run.finished else None
     except RecipeError:
         return Listed(str(run.path), None, None, "its recipe cannot be read", None, date)
     except (OSError, ValueError, KeyError, TypeError):
@@ -78,3 +78,8 @@ def _listed(run: RunDir) -> Listed:
     going = "running" if in_use(run.path) else "unfinished"
     state = "finished" if run.finished else f"{going}{step}"
     return Listed(str(run.path), recipe.model.name, recipe.adapter.method, state, loss, date)
+
+
+def _loss(summary: Any) -> float:
+    """The adapter's held-out loss, by the run's own objective."""
+    return float((summary.get("preferences") or summary["adapter"])["loss"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from prefixtune_cli import model as models
 from prefixtune_cli.adapter_folder import check_fits, load_adapter, read_adapter_config
@@ -53,6 +53,16 @@ def test_an_adapter_of_a_shallower_base_is_refused_too(adapter: Path, tmp_path: 
     base = other_base(tmp_path / "deep", num_hidden_layers=3)
     with pytest.raises(AdapterError, match="no weights for 2 of 6 places"):
         load_adapter(models.load_base(section(base)), adapter)
+
+
+def test_an_adapter_of_another_architecture_is_refused_by_its_first_misfit(
+    adapter: Path, tmp_path: Path
+) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    with pytest.raises(AdapterError, match=r"does not fit the base .*size mismatch for .*M: "):
+        check_fits(section(tmp_path / "gpt2"), adapter)
 
 
 def test_a_lora_adapter_of_another_base_is_refused_with_the_first_misfit(

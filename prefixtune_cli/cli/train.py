@@ -196,20 +196,22 @@ def _print_summary(summary: Summary, data: DataSection) -> None:
 
 def _print_preferences(found: Preferences) -> None:
     from prefixtune_cli.cli import console
+    from prefixtune_cli.evaluate.preferences import BASE_LOSS
 
     console.say(f"On {found.pairs} held-out pairs of answers (mean log-probabilities in nats):\n")
     console.print_table(
-        ["", "preference accuracy", "chosen", "rejected"],
+        ["", "chosen is likelier", "chosen", "rejected"],
         [
             [name, f"{100 * one.accuracy:.1f} %", f"{one.chosen:.2f}", f"{one.rejected:.2f}"]
             for name, one in (("base", found.base), ("adapter", found.adapter))
         ],
     )
-    more, margin = found.accuracy, found.margin_interval
+    more, reward, margin = found.accuracy, found.reward_interval, found.margin_interval
     console.say(
-        f"\nAccuracy {100 * more.value:+.1f} points (95 % interval {100 * more.low:+.1f} to {100 * more.high:+.1f}); "
-        f"margin of the rewards {found.margin:+.3f} ({margin.low:+.3f} to {margin.high:+.3f}); DPO's loss "
-        f"{found.loss:.4f}, the base's 0.6931."
+        f"\nDifference {100 * more.value:+.1f} points (95 % interval {100 * more.low:+.1f} to {100 * more.high:+.1f}). "
+        f"By the implicit reward, the chosen answer is ahead in {100 * found.reward_accuracy:.1f} % of the pairs "
+        f"({100 * reward.low:.1f} to {100 * reward.high:.1f}), by a margin of {found.margin:+.3f} ({margin.low:+.3f} "
+        f"to {margin.high:+.3f}). DPO's loss is {found.loss:.4f}, the base's {BASE_LOSS:.4f}."
     )
 
 

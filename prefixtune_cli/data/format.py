@@ -71,13 +71,17 @@ def _preference_of_messages(row: Row, where: str) -> Row:
 
 
 def _preference_of_conversations(row: Row, where: str) -> Row:
-    """The prompt is what both conversations begin with, but for their last messages."""
+    """The prompt is what both conversations begin with, but for their last messages, or a text in its own column."""
     if isinstance(row["chosen"], str) and "prompt" not in row:
         raise DataError(
             f"{where}: the answers are texts, and the column 'prompt' is missing; the columns are {', '.join(row)}. "
             "Name it: --map prompt=COLUMN."
         )
     chosen, rejected = (_turns(row, name, where) for name in ("chosen", "rejected"))
+    asked = row.get("prompt")
+    if isinstance(asked, str) and asked.strip() and chosen[0]["role"] in ANSWERS:
+        question = message.checked({"role": "user", "content": asked}, where)
+        return _two_answers([question], chosen, rejected, row, where)
     common = 0
     while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
         common += 1

@@ -133,7 +133,7 @@ def check(tokenized: TokenizedData, tokenizer: PreTrainedTokenizerBase) -> None:
             f"answers are the same{cut}, and in the others one is empty or too long. Check the columns, --map and "
             f"--max-length. {shown.origin} reads: {start_of(text, 500)}"
         )
-    if statistics.dropped:
+    if statistics.dropped or (statistics.rejected and statistics.rejected.dropped):
         hint = f"All are longer than {statistics.max_length} tokens: use a larger --max-length, or --on-long truncate."
     elif statistics.truncated:
         hint = f"Truncation to {statistics.max_length} tokens leaves only the prompt: use a larger --max-length."

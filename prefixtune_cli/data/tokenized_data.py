@@ -134,7 +134,8 @@ def tokenize(
         rejected = _encoded(rows.rejected(), tokenizer, encoder)
         same = _same(every_row, rejected)
         kept = kept & _kept(rejected, section) & ~same
-        cut = same & (_numbers(every_row, "length") > section.max_length)
+        longer = np.maximum(_numbers(every_row, "length"), _numbers(rejected, "length"))
+        cut = same & (longer > section.max_length)
         statistics = dataclasses.replace(
             _count(every_row, kept, rows, section),
             identical=int((same & ~cut).sum()),

@@ -1,8 +1,8 @@
 """Held-out pairs of answers: how often, and by how much, a model prefers the chosen one to the rejected one.
 
-The base prefers the answer that is the likelier one to it. The adapter's preference is what it has learned beside its
-base, the implicit reward β·(log π(y|x) − log π₀(y|x)) of an answer y to a prompt x (Rafailov et al. 2023, arXiv
-2305.18290).
+A model prefers the answer that is likelier to it. What training has added is the implicit reward
+β·(log π(y|x) − log π₀(y|x)) of an answer y to a prompt x, with π the adapted model and π₀ its base (Rafailov et al.
+2023, arXiv 2305.18290).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Preference:
     """What one model prefers.
 
     Attributes:
-        accuracy: fraction of the pairs whose chosen answer it prefers.
+        accuracy: fraction of the pairs whose chosen answer is likelier to it.
         chosen, rejected: mean log-probability of an answer, in nats.
     """
 
@@ -58,6 +58,7 @@ class Preferences:
     Attributes:
         base, adapter: of each.
         accuracy: the adapter's less the base's.
+        reward_accuracy: fraction of the pairs whose chosen answer has the higher reward; `reward_interval` is its own.
         margin: the mean by which the chosen answer's reward is above the rejected one's; `margin_interval` is its own.
         loss: DPO's, in nats a pair.
     """
@@ -67,6 +68,8 @@ class Preferences:
     base: Preference
     adapter: Preference
     accuracy: PairedDifference
+    reward_accuracy: float
+    reward_interval: Interval
     margin: float
     margin_interval: Interval
     loss: float
@@ -87,6 +90,7 @@ class Preferences:
             "base": Preference,
             "adapter": Preference,
             "accuracy": PairedDifference,
+            "reward_interval": Interval,
             "margin_interval": Interval,
         }
         return cls(**{k: parts[k](**v) if k in parts else v for k, v in found.items()})
@@ -122,8 +126,9 @@ def likelihoods(
 def compared(base: Likelihoods, adapter: Likelihoods, beta: float) -> Preferences:
     """The adapter against its base, on the same pairs."""
     margins = beta * ((adapter.chosen - base.chosen) - (adapter.rejected - base.rejected))
-    of_base, of_adapter = (
-        np.asarray(found > 0, dtype=np.float64) for found in (base.chosen - base.rejected, margins)
+    of_base, of_adapter, rewarded = (
+        np.asarray(found > 0, dtype=np.float64)
+        for found in (base.chosen - base.rejected, adapter.chosen - adapter.rejected, margins)
     )
 
     def preference(hits: Floats, found: Likelihoods) -> Preference:
@@ -135,6 +140,8 @@ def compared(base: Likelihoods, adapter: Likelihoods, beta: float) -> Preference
         base=preference(of_base, base),
         adapter=preference(of_adapter, adapter),
         accuracy=mean_difference([of_base], [of_adapter]),
+        reward_accuracy=float(rewarded.mean()),
+        reward_interval=mean_interval([rewarded]),
         margin=float(margins.mean()),
         margin_interval=mean_interval([margins]),
         loss=float(np.logaddexp(0, -margins).mean()),

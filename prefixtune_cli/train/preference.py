@@ -2,7 +2,7 @@
 
 With π the adapted model, π₀ its base, and a prompt x with a chosen answer y⁺ and a rejected one y⁻, the loss of a
 pair is −log σ(β·(log π(y⁺|x)/π₀(y⁺|x) − log π(y⁻|x)/π₀(y⁻|x))). The base does not change, so that its log-probabilities
-are computed once, before the first step.
+are computed once, before the first step, and again where a run is resumed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from trl import DPOConfig, DPOTrainer
@@ -25,8 +26,14 @@ from prefixtune_cli.train.fused_head import fitted_to
 from prefixtune_cli.train.order import row_lengths
 from prefixtune_cli.train.sft import shared_arguments
 from prefixtune_cli.train.trainer import SafeTrainer
+from prefixtune_cli.train.trial import OutOfMemory
 
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # as DPOTrainer calls them
+# TRL's means over the pairs of a step, to which a blank pair adds nothing.
+MEANS = (
+    "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen",
+    "logps/rejected",
+)  # fmt: skip
 
 
 Reference = dict[str, list[tuple[float, float]]]
@@ -42,7 +49,9 @@ class PairCollator:
         """Ids, attention and trained tokens, [2·pairs, length] each, and the reference [pairs], where it is known."""
 
         def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-            return pad_sequence([torch.tensor(row) for row in rows], True, value)
+            # Two columns at least: of rows with one token, blank ones, TRL would take no column for all of them.
+            widened = ([*row, *[value] * (2 - len(row))] for row in rows)
+            return pad_sequence([torch.tensor(row) for row in widened], True, value)
 
         def both(chosen: str, rejected: str) -> list[list[int]]:
             return [pair[chosen] for pair in pairs] + [pair[rejected] for pair in pairs]
@@ -98,7 +107,7 @@ class SafeDPOTrainer(SafeTrainer, DPOTrainer):
         pairs = len(inputs["completion_mask"]) // 2
         real = inputs["completion_mask"][:pairs].any(dim=1).sum()
         share = self.processes.size / self.accelerator.gather(real).sum()
-        for name in ("rewards/accuracies", "rewards/margins"):  # of which a blank pair has none
+        for name in MEANS:
             self._metrics["train"][name][-1] *= pairs * share.item()
         return (pairs * loss - math.log(2) * (pairs - real)) * share
 
@@ -116,20 +125,30 @@ class SafeDPOTrainer(SafeTrainer, DPOTrainer):
     def _of_the_base(self, rows: Dataset, count: int) -> list[tuple[float, float]]:
         """The base's log-probabilities of both answers of the first `count` rows, as a step computes them."""
         lengths, size = row_lengths(rows)[:count], self.args.train_batch_size
-        order = sorted(range(count), key=lengths.__getitem__)  # little padding
+        # Little padding, and the longest ones first: where memory does not suffice, it shows at once.
+        order = sorted(range(count), key=lengths.__getitem__, reverse=True)
         batches = [order[i : i + size] for i in range(0, count, size)]
         processes, found = self.processes, dict[int, tuple[float, float]]()
         with models.evaluating(self.model), fitted_to(self.args.device):
             for i in range(0, len(batches), processes.size):
                 self._reporter.progress("log-probabilities of the base", i, len(batches), {})
                 self.stop_if_asked()
+                fits = True
                 for batch in batches[i + processes.rank : i + processes.rank + 1]:
                     inputs = self.data_collator([rows[row] for row in batch])
                     inputs = {key: value.to(self.args.device) for key, value in inputs.items()}
                     inputs.pop("row")
-                    both = self.compute_ref_log_probs(self.model, inputs)
+                    try:
+                        both = self.compute_ref_log_probs(self.model, inputs)
+                    except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
+                        if not should_reduce_batch_size(error):
+                            raise
+                        fits = False
+                        break
                     pairs = zip(*(side.tolist() for side in both), strict=True)
                     found.update(zip(batch, pairs, strict=True))
+                if processes.agree(int(not fits))[0]:
+                    raise OutOfMemory
         self._reporter.progress("log-probabilities of the base", len(batches), len(batches), {})
         found = processes.joined(found)
         return [found[row] for row in range(count)]
@@ -140,6 +159,7 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> DPOConfig:
     return DPOConfig(
         **shared_arguments(recipe, run_dir),
         beta=recipe.train.beta,
+        router_aux_loss_coef=0.0,  # the routers of a mixture of experts are the base's, and frozen
         max_length=None,  # rows are cut already
         remove_unused_columns=False,  # a pair's are known to the collator
     )

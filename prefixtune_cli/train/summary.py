@@ -65,7 +65,7 @@ class Summary:
         if adapter < base - margin:
             return "better"
         if self.preferences is not None:
-            more_right = self.preferences.accuracy.value > 0
+            more_right = self.preferences.reward_accuracy > 0.5
         else:
             more_right = (self.adapter.exact_match or 0) > (self.base.exact_match or 0)
         as_good = adapter <= base + margin  # False for NaN, too

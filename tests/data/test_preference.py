@@ -44,8 +44,15 @@ def said(tokenizer, row, ids, labels):
         (LISTS, "preference of messages"),
         (WHOLE, "preference of conversations"),
         (WHOLE | {"prompt": "What is up?"}, "preference of conversations"),
+        ({"prompt": "What is up?", "chosen": GOOD, "rejected": BAD}, "preference of conversations"),
     ],
-    ids=["texts", "messages", "conversations", "conversations beside their prompt"],
+    ids=[
+        "texts",
+        "messages",
+        "conversations",
+        "conversations beside their prompt",
+        "answers alone",
+    ],
 )
 def test_every_format_gives_the_same_pair_of_rows(write, make_tokenizer, row, name):
     pairs = pairs_of(write, make_tokenizer, [row])

@@ -15,12 +15,15 @@ MORE = np.array([2.0, 1.0, -1.0, 3.0])  # by which the chosen answers are likeli
 ADAPTER = Likelihoods(BASE.chosen + MORE, BASE.rejected - np.array([1.0, -3.0, 0.0, 1.0]))
 
 
-def test_the_base_prefers_what_is_likelier_and_the_adapter_what_has_become_so() -> None:
+def test_both_prefer_what_is_likelier_and_the_reward_what_has_become_so() -> None:
     found = compared(BASE, ADAPTER, beta=0.5)
     margins = [1.5, -1.0, -0.5, 2.0]
+    # The chosen answers are behind by 1, ahead by 2, behind by 6 and behind by 1 for the base; then by 2, 0, −7 and 3.
     assert (found.base.accuracy, found.adapter.accuracy) == (0.25, 0.5)
     assert (found.accuracy.value, found.pairs) == (0.25, 4)
     assert found.accuracy.low <= 0.25 <= found.accuracy.high
+    assert found.reward_accuracy == 0.5
+    assert found.reward_interval.low <= 0.5 <= found.reward_interval.high
     assert found.margin == pytest.approx(0.5)
     assert found.margin_interval.low < 0.5 < found.margin_interval.high
     losses = [-math.log(1 / (1 + math.exp(-margin))) for margin in margins]
@@ -31,7 +34,8 @@ def test_the_base_prefers_what_is_likelier_and_the_adapter_what_has_become_so() 
 
 def test_an_adapter_that_is_its_base_prefers_nothing() -> None:
     found = compared(BASE, BASE, beta=0.1)
-    assert (found.adapter.accuracy, found.margin) == (0, 0)
+    assert (found.reward_accuracy, found.margin) == (0, 0)
+    assert found.adapter.accuracy == found.base.accuracy == 0.25
     assert found.loss == pytest.approx(BASE_LOSS)
 
 

@@ -26,7 +26,7 @@ from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train import Summary, train
-from prefixtune_cli.train.preference import SafeDPOTrainer
+from prefixtune_cli.train.preference import PairCollator, SafeDPOTrainer
 from prefixtune_cli.train.stop import StopRequest
 from tests.heard import Heard
 from tests.ports import free_port
@@ -111,9 +111,8 @@ def test_the_summary_has_the_trainers_figures_and_the_pairs_decide(
     assert summary.verdict == "better"
     told = [text for text in heard.warnings if text.startswith("Both answers")]
     assert bool(told) is found.both_fell
-    for more, verdict in ((-0.1, "worse"), (0.1, "no better")):
-        accuracy = replace(found.accuracy, value=more)
-        made = replace(summary, preferences=replace(found, loss=0.8, accuracy=accuracy))
+    for share, verdict in ((0.4, "worse"), (0.6, "no better")):
+        made = replace(summary, preferences=replace(found, loss=0.8, reward_accuracy=share))
         assert made.verdict == made.to_json()["verdict"] == verdict
 
 
@@ -165,6 +164,15 @@ def test_two_processes_make_the_weights_of_one(
             for run_dir in (finished[0], RunDir(chosen.folder))
         ]
         assert said[1] == pytest.approx(said[0], rel=1e-3, abs=1e-5), name
+
+
+def test_a_batch_of_blank_pairs_alone_has_columns_and_no_loss() -> None:
+    """TRL takes the last so many columns, of the tokens but one; the last none would be all of them."""
+    blank = {"input_ids": [7], "rejected_ids": [7], "labels": [MASKED], "rejected_labels": [MASKED]}
+    batch = PairCollator(7)([blank, blank])
+    assert batch["input_ids"].tolist() == [[7, 7]] * 4
+    assert batch["attention_mask"].tolist() == [[1, 0]] * 4
+    assert not batch["completion_mask"].any()
 
 
 @pytest.mark.parametrize(("method", "rate"), [("lora", 0.01), ("prefix-tuning", 0.1), ("ia3", 0.1)])
