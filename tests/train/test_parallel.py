@@ -1,7 +1,6 @@
 """Two processes on the CPU, started by torchrun, give the result of one process with the same global batch."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from prefixtune_cli.run_dir import RunDir, step_of
 from prefixtune_cli.train import train
 from tests.ports import free_port
 from tests.train.test_run import recipe
+from tests.train.two_ranks import in_two_processes
 
 # With 56 rows and 6 a step, the tenth step of an epoch has 2 rows, so one process gets none of them.
 ROWS, STEPS = 56, 14
@@ -96,20 +96,7 @@ def two(random_base: Path, colours: Path, folder: Path) -> dict[str, RunDir]:
     for job in jobs:
         if "continue" in job:
             job["continue"] = recipes[job["continue"]].folder
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"),
-            *("2", "-m", "tests.train.two_ranks", str(folder / "jobs.json")),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    in_two_processes(jobs, folder / "jobs.json")
     return {name: RunDir(chosen.folder) for name, chosen in recipes.items()}
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,7 @@ from prefixtune_cli.train.stop import StopRequest
 from tests.heard import Heard
 from tests.ports import free_port
 from tests.train.test_run import recipe
+from tests.train.two_ranks import in_two_processes
 
 COLOURS = ("red", "blue", "green", "white")
 ROWS = 60  # 54 are trained on, 8 a step: the seventh step of an epoch has 6, of which one process gets 2
@@ -141,20 +139,7 @@ def test_two_processes_make_the_weights_of_one(
         "port": free_port(),
         "seen": str(tmp_path / "seen"),
     }
-    (tmp_path / "jobs.json").write_text(json.dumps([job]))
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"),
-            *("2", "-m", "tests.train.two_ranks", str(tmp_path / "jobs.json")),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    in_two_processes([job], tmp_path / "jobs.json")
     one, two = adapter_of(finished[0]), adapter_of(RunDir(chosen.folder))
     far = max(float((one[k] - two[k]).abs().max() / one[k].abs().max()) for k in one)
     assert far < 1e-3, far

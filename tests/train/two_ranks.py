@@ -1,4 +1,4 @@
-"""torchrun starts this twice for test_parallel.py: several runs, one after the other, and what each process saw.
+"""torchrun starts this twice (`in_two_processes`): several runs, one after the other, and what each process saw.
 
 Usage: torchrun … -m tests.train.two_ranks JOBS.json, a list of {"recipe", "port", "seen"}. Each process writes
 `<seen>-<rank>.json`. A job with "continue" resumes a copy of that run without its last checkpoint. A job with "fits"
@@ -12,8 +12,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,24 @@ from prefixtune_cli.train import basis, prepare, train
 from prefixtune_cli.train.trainer import SafeTrainer
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+def in_two_processes(jobs: Sequence[dict[str, Any]], file: Path) -> None:
+    """Have two processes do the jobs, which are written to `file`."""
+    file.write_text(json.dumps(jobs))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"),
+            *("2", "-m", "tests.train.two_ranks", str(file)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 class Witness:
