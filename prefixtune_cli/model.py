@@ -33,6 +33,7 @@ from prefixtune_cli.recipe.schema import (
     PrefixTuning,
     PrefixTuningPlus,
     Recipe,
+    default_rate,
 )
 from prefixtune_cli.tokenizer import cannot_load, load_config
 
@@ -111,15 +112,22 @@ def hidden_size(section: ModelSection) -> int:
     return width
 
 
-def with_learning_rate(recipe: Recipe) -> Recipe:
-    """The recipe; if it has no learning rate, with the default for its method and its base.
+def with_learning_rate(recipe: Recipe, reporter: Reporter | None = None) -> Recipe:
+    """The recipe; if it has no learning rate, with the default for its method and its base, of which `reporter` hears.
 
     Raises:
         ModelError: see `hidden_size`.
     """
     if recipe.train.learning_rate is not None:
         return recipe
-    return recipe.with_learning_rate(hidden_size(recipe.model))
+    width = hidden_size(recipe.model)
+    recipe = recipe.with_learning_rate(width)
+    if reporter is not None:
+        reporter.notice(
+            f"Learning rate: {recipe.train.learning_rate:g}, the default of {recipe.adapter.method} for a hidden size "
+            f"of {width}: {default_rate(recipe.adapter, recipe.train.objective).why}."
+        )
+    return recipe
 
 
 def skeleton(section: ModelSection, config: PreTrainedConfig | None = None) -> PreTrainedModel:

@@ -25,7 +25,8 @@ class Listed:
         run: its folder.
         model, method: from its recipe; None if the recipe cannot be read.
         state: `finished`, `running`, `unfinished`, or why the run cannot be read.
-        loss: the adapter's loss on the held-out rows, in nats per token; None if there is none yet.
+        loss: the adapter's loss on the held-out rows, in nats per token, or per pair of answers; None if there is
+            none yet, or it is no number.
         date: when the run was last written.
     """
 
@@ -80,6 +81,7 @@ def _listed(run: RunDir) -> Listed:
     return Listed(str(run.path), recipe.model.name, recipe.adapter.method, state, loss, date)
 
 
-def _loss(summary: Any) -> float:
+def _loss(summary: Any) -> float | None:
     """The adapter's held-out loss, by the run's own objective."""
-    return float((summary.get("preferences") or summary["adapter"])["loss"])
+    loss: float | None = (summary.get("preferences") or summary["adapter"])["loss"]
+    return loss

@@ -6,7 +6,6 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +70,18 @@ def zygote() -> Iterator[Any]:
 
 
 @pytest.fixture
-def start(zygote: Any, tmp_path: Path) -> Any:
+def start(zygote: Any, tmp_path: Path) -> Iterator[Any]:
     """Type a command line, as in `start("train", …)`: a process begins that has imported everything already."""
-    numbers = count()
-    return lambda *typed: zygote.command(tmp_path / f"said-{next(numbers)}", *typed)
+    started: list[Any] = []
+
+    def begin(*typed: object) -> Any:
+        started.append(zygote.command(tmp_path / f"said-{len(started)}", *typed))
+        return started[-1]
+
+    yield begin
+    for command in started:
+        if command.poll() is None:  # of a test that has failed
+            command.send_signal(signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

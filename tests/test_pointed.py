@@ -43,12 +43,17 @@ def checkpoint(of: Path, step: int) -> Path:
 
 
 def test_a_run_on_pairs_reads_answers_without_the_columns_of_pairs(tmp_path: Path) -> None:
-    folder = run(tmp_path / "mine", map={"chosen": "better"}, format="preference", max_length=64)
+    folder = run(
+        tmp_path / "mine",
+        map={"prompt": "ask", "chosen": "better"},
+        format="preference",
+        max_length=64,
+    )
     saved = json.loads((folder / "recipe.yaml").read_text())
     saved["train"] = {"objective": "dpo"}
     (folder / "recipe.yaml").write_text(json.dumps(saved))
     reading = point(folder).reading
-    assert (reading.map, reading.format, reading.max_length) == ({}, "auto", 64)
+    assert (reading.map, reading.format, reading.max_length) == ({"prompt": "ask"}, "auto", 64)
 
 
 def test_a_run_its_adapter_folder_and_its_checkpoint_are_known_as_the_runs(tmp_path: Path) -> None:

@@ -113,9 +113,8 @@ def main() -> None:
         if os.environ.get("PTP_TRACEBACK"):
             raise
         sys.exit(_tell(error))
-    except (
-        OSError
-    ) as error:  # that no other code has explained: a name too long, another user's folder
+    except OSError as error:
+        # No other code has explained it: a name too long, another user's folder.
         if error.filename is None or os.environ.get("PTP_TRACEBACK"):
             raise
         why = f"{error.filename} cannot be used: {error.strerror}."

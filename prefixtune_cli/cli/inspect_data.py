@@ -59,7 +59,7 @@ def inspect_data(
     from prefixtune_cli.data.load import load_rows
     from prefixtune_cli.data.tokenized_data import tokenize
 
-    pairs = settings.train.objective == "dpo"
+    pairs = settings.on_pairs
     rows = load_rows(settings.data.train, settings.data, pairs=pairs)
     tokenizer = load_tokenizer(settings.model)
     tokenized = tokenize(rows, tokenizer, settings.data)

@@ -50,7 +50,7 @@ def plan(
     if gpu_memory is not None and not 0 < gpu_memory < math.inf:
         raise UsageError(f"--gpu-memory must be above 0, in GiB, got {gpu_memory:g}.")
     settings = given.recipe()
-    if settings.train.objective != "sft":
+    if settings.on_pairs:
         raise UsageError(
             f"`ptp plan` does not know the memory of objective {settings.train.objective} yet. A pair of answers takes "
             "about that of two rows: leave --objective out, and double --batch-size."

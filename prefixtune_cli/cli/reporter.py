@@ -47,9 +47,8 @@ def _rate(done: int, started: float) -> str:
 
 
 BAR, NARROW_BAR = 24, 8
-NAME = (
-    12  # characters of a task's name; a longer one may be cut to make room for the bar and the loss
-)
+# Characters of a task's name; a longer one may be cut to make room for the bar and the loss.
+NAME = 12
 TIME = len(" ETA 100:00:00")
 
 

@@ -47,10 +47,9 @@ def train(
             "--find-learning-rate is for a new run of one process. Leave out --resume and --gpus; for a run on several "
             "GPUs, give the rate that it finds as --learning-rate."
         )
-    if find_learning_rate and settings.train.objective != "sft":
+    if find_learning_rate and settings.on_pairs:
         raise UsageError(
-            "--find-learning-rate tries rates by the loss of answers, which objective dpo does not have. Give "
-            "--learning-rate, or leave both out."
+            "--find-learning-rate does not try rates for objective dpo yet. Give --learning-rate, or leave both out."
         )
     _check(settings, resume, overwrite)
     if _launches(settings, nodes, node_rank, rendezvous):
@@ -206,7 +205,7 @@ def _print_preferences(found: Preferences) -> None:
             for name, one in (("base", found.base), ("adapter", found.adapter))
         ],
     )
-    more, reward, margin = found.accuracy, found.reward_interval, found.margin_interval
+    more, reward, margin = found.accuracy_difference, found.reward_interval, found.margin_interval
     console.say(
         f"\nDifference {100 * more.value:+.1f} points (95 % interval {100 * more.low:+.1f} to {100 * more.high:+.1f}). "
         f"By the implicit reward, the chosen answer is ahead in {100 * found.reward_accuracy:.1f} % of the pairs "

@@ -159,7 +159,7 @@ def entries(settings: Settings) -> list[Entry]:
             chosen = dict(zip(values, combination, strict=True))
             label = " ".join([method, *(spelled(key, value) for key, value in chosen.items())])
             recipe = _recipe(settings, method, typed | chosen)
-            if recipe.train.objective != "sft":
+            if recipe.on_pairs:
                 raise UsageError(
                     "`ptp compare` does not train with objective dpo yet: it compares answers and their losses. Leave "
                     "train.objective out."

@@ -101,7 +101,7 @@ def open_run(given: str) -> FinishedRun:
     given = str(run_dir.path)
     try:
         recipe = resolve(str(run_dir.recipe))
-        if recipe.train.objective != "sft":
+        if recipe.on_pairs:
             raise RunDirError(
                 f"its objective is {recipe.train.objective}, and what is compared are answers and their losses. Leave "
                 "it out; its preference accuracy is in its summary.json"

@@ -236,7 +236,7 @@ def convert(row: Row, format: Format, where: str, *, needs_assistant: bool) -> R
     """
     missing = [column for column in format.columns if column not in row]
     if missing:
-        other = fitting(row)
+        other = fitting(row, FORMATS | PAIRS)
         if other:
             raise DataError(
                 f"{where}: mixed formats. The rows before are {format.name} ({' + '.join(format.columns)}), and this "

@@ -74,10 +74,14 @@ class LoadedData:
         """Whether each row is a pair of answers."""
         return "rejected" in self.dataset.column_names
 
+    @property
+    def answers(self) -> str:
+        """The column of the answers; of pairs, of the chosen ones."""
+        return "messages" if self.layout == "messages" else "completion"
+
     def rejected(self) -> LoadedData:
         """The rejected answers of pairs, as rows of their own."""
-        chosen = "messages" if self.layout == "messages" else "completion"
-        rows = self.dataset.remove_columns([chosen]).rename_column("rejected", chosen)
+        rows = self.dataset.remove_columns([self.answers]).rename_column("rejected", self.answers)
         name = _sha256(f"{self.fingerprint} rejected".encode())
         return dataclasses.replace(self, dataset=rows, fingerprint=name)
 

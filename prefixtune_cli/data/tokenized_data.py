@@ -132,10 +132,10 @@ def tokenize(
         dataset = every_row.select_columns(["input_ids", "labels", "row"])
     else:
         rejected = _encoded(rows.rejected(), tokenizer, encoder)
-        same = _same(every_row, rejected)
-        kept = kept & _kept(rejected, section) & ~same
-        longer = np.maximum(_numbers(every_row, "length"), _numbers(rejected, "length"))
-        cut = same & (longer > section.max_length)
+        both = kept & _kept(rejected, section)
+        same = both & _same(every_row, rejected)
+        kept = both & ~same
+        cut = same & _differ_as_written(rows, same)
         statistics = dataclasses.replace(
             _count(every_row, kept, rows, section),
             identical=int((same & ~cut).sum()),
@@ -197,6 +197,15 @@ def _same(chosen: Dataset, rejected: Dataset) -> Any:
             )
         ]
     )
+
+
+def _differ_as_written(rows: LoadedData, same: Any) -> Any:
+    """Which of the pairs that are the same after truncation have two answers in the file (bool array)."""
+    found = same.copy()
+    for i in same.nonzero()[0].tolist():
+        row = rows.dataset[i]
+        found[i] = row[rows.answers] != row["rejected"]
+    return found
 
 
 def _fingerprint(

@@ -57,7 +57,7 @@ class Preferences:
 
     Attributes:
         base, adapter: of each.
-        accuracy: the adapter's less the base's.
+        accuracy_difference: the adapter's accuracy less the base's.
         reward_accuracy: fraction of the pairs whose chosen answer has the higher reward; `reward_interval` is its own.
         margin: the mean by which the chosen answer's reward is above the rejected one's; `margin_interval` is its own.
         loss: DPO's, in nats a pair.
@@ -67,7 +67,7 @@ class Preferences:
     beta: float
     base: Preference
     adapter: Preference
-    accuracy: PairedDifference
+    accuracy_difference: PairedDifference
     reward_accuracy: float
     reward_interval: Interval
     margin: float
@@ -89,7 +89,7 @@ class Preferences:
         parts: dict[str, Any] = {
             "base": Preference,
             "adapter": Preference,
-            "accuracy": PairedDifference,
+            "accuracy_difference": PairedDifference,
             "reward_interval": Interval,
             "margin_interval": Interval,
         }
@@ -139,7 +139,7 @@ def compared(base: Likelihoods, adapter: Likelihoods, beta: float) -> Preference
         beta=beta,
         base=preference(of_base, base),
         adapter=preference(of_adapter, adapter),
-        accuracy=mean_difference([of_base], [of_adapter]),
+        accuracy_difference=mean_difference([of_base], [of_adapter]),
         reward_accuracy=float(rewarded.mean()),
         reward_interval=mean_interval([rewarded]),
         margin=float(margins.mean()),

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefixtune_cli.adapter import AttentionShape, UnsupportedModelError, attention_modules
 from prefixtune_cli.adapter_folder import adapted_skeleton
+from prefixtune_cli.errors import first_line
 from prefixtune_cli.model import skeleton
 from prefixtune_cli.plan.base import base_config
 from prefixtune_cli.quantization import stored_settings
@@ -89,7 +90,7 @@ def without_weights(section: ModelSection, adapter: PeftConfig) -> Base:
     try:
         expected, layers = _adapted(model, adapter)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return replace(base, misfit=str(error).strip().splitlines()[0])
+        return replace(base, misfit=first_line(error))
     return replace(base, expected=expected, layers=layers)
 
 

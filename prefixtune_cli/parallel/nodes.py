@@ -9,7 +9,7 @@ from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
-from prefixtune_cli.errors import ResourceError, UsageError
+from prefixtune_cli.errors import ResourceError, UsageError, first_line
 
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_BETWEEN_BEATS = 2
@@ -81,7 +81,7 @@ class Meeting:
             except (DistError, RuntimeError) as error:
                 if nodes.rank > 0 and time.monotonic() < deadline:
                     continue
-                said = str(error).splitlines()[0]
+                said = first_line(error)
                 reason = (
                     f"cannot be opened on this node ({said}). Give its name, and a free port, on all nodes."
                     if nodes.rank == 0

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from prefixtune_cli.errors import LostWorker, ResourceError, UsageError
+from prefixtune_cli.errors import LostWorker, ResourceError, UsageError, first_line
 
 Value = TypeVar("Value")
 
@@ -239,7 +239,7 @@ def _store() -> Any:
             if opens or time.monotonic() > deadline:
                 where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
                 raise ResourceError(
-                    f"The processes of the run cannot meet at {where}: {str(error).splitlines()[0]} Set MASTER_ADDR "
+                    f"The processes of the run cannot meet at {where}: {first_line(error)} Set MASTER_ADDR "
                     "to the name of the first node, and MASTER_PORT to a free port on it."
                 ) from error
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import torch
 
-from prefixtune_cli.errors import ModelError, PtpError, RecipeError
+from prefixtune_cli.errors import ModelError, PtpError, RecipeError, first_line
 from prefixtune_cli.model import check_method
 from prefixtune_cli.optimizer import optimizer_factory
 from prefixtune_cli.plan.base import base_config
@@ -266,7 +266,7 @@ def is_for_gpu(recipe: Recipe) -> bool:
 
 
 def _cannot_be_planned(recipe: Recipe, error: Exception) -> ModelError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     return ModelError(
         f"{recipe.model.name} with method {recipe.adapter.method} cannot be planned: without weights it does not run "
         f"({reason}). Measure it by a short run: ptp train --steps 2, which prints the peak memory."

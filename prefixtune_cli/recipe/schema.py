@@ -559,9 +559,9 @@ class Recipe(Section):
         return raw
 
     @model_validator(mode="after")
-    def _pairs_are_trained_whole(self) -> Recipe:
+    def _the_objective_goes_with_the_rest(self) -> Recipe:
         train = self.train
-        if train.objective == "sft":
+        if not self.on_pairs:
             if train.beta != TrainSection.model_fields["beta"].default:
                 raise ValueError(
                     "train.beta belongs to objective dpo. Leave it out, or type --objective dpo."
@@ -581,10 +581,12 @@ class Recipe(Section):
             raise ValueError(
                 f"train.parallel {train.parallel} does not go with objective dpo yet. Type --parallel ddp."
             )
-        if isinstance(self.adapter, Lora) and self.adapter.dropout:
-            raise ValueError(
-                "adapter.dropout does not go with objective dpo, which compares answers without noise. Leave it out."
-            )
+        settings = self.adapter.model_dump()
+        for name, value in {**settings, **(settings.get("config") or {})}.items():
+            if name.endswith("dropout") and value:
+                raise ValueError(
+                    f"{name} does not go with objective dpo, which compares answers without noise. Leave it out."
+                )
         if self.data.train_on == "all":
             raise ValueError(
                 "data.train_on all does not go with objective dpo, which compares answers alone. Leave it out."
@@ -658,11 +660,17 @@ class Recipe(Section):
         return chosen or (self.data.train or "").startswith("sample:")
 
     @property
+    def on_pairs(self) -> bool:
+        """Whether the training rows are pairs of answers."""
+        return self.train.objective == "dpo"
+
+    @property
     def data_of_answers(self) -> DataSection:
         """How rows with one answer are read: as `data`, but for the columns and the format of pairs."""
-        if self.train.objective == "sft":
+        if not self.on_pairs:
             return self.data
-        return self.data.model_copy(update={"map": {}, "format": "auto"})
+        shared = {k: v for k, v in self.data.map.items() if k not in ("chosen", "rejected")}
+        return self.data.model_copy(update={"map": shared, "format": "auto"})
 
     @property
     def folder(self) -> str:

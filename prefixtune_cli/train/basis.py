@@ -16,13 +16,13 @@ from prefixtune_cli.adapter import basis_state, fold_basis, initialize_basis, lo
 from prefixtune_cli.errors import ModelError
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import AdapterSection, PrefixTuningPlus
-from prefixtune_cli.train.order import row_lengths
+from prefixtune_cli.train.order import ROW, row_lengths
 
 STATE = "basis.safetensors"
 ROWS = 64
 TOKENS = 16_384  # the most tokens; if rows are long, we take fewer rows, but at least one
 # The parts of a batch that only the loss takes.
-BESIDE = frozenset({"row", "completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
+BESIDE = frozenset({ROW, "completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
 AT_ONCE = 2048  # tokens of one pass, which keeps no activations
 
 

@@ -22,6 +22,7 @@ from prefixtune_cli.errors import (
     ResourceError,
     RunDirError,
     UsageError,
+    first_line,
 )
 from prefixtune_cli.parallel.processes import inside_a_launcher, says_that_one_is_lost
 from prefixtune_cli.recipe.load import difference, resolve
@@ -132,7 +133,7 @@ def told_in_words(run_dir: RunDir, stop: StopRequest) -> Iterator[None]:
             if stop.number:  # the other process ended by it before this one could
                 raise stop.stopped(stop.number, "together with another process") from error
             raise LostWorker(
-                f"This process has lost the others, or could not reach them: {str(error).strip().splitlines()[0]}"
+                f"This process has lost the others, or could not reach them: {first_line(error)}"
             ) from error
         said = "No space left" in str(error) or "Disk quota" in str(error)
         if run_dir.path.exists() and (said or shutil.disk_usage(run_dir.path).free < 2**16):
@@ -148,13 +149,13 @@ def does_not_fit(recipe: Recipe) -> ResourceError:
     from prefixtune_cli.plan import remedies
 
     section = recipe.train
-    found = remedies(recipe) if section.objective == "sft" else []  # others are not planned yet
+    found = [] if recipe.on_pairs else remedies(recipe)  # pairs are not planned yet
     helps = (
         f"By `ptp plan`, {found[0].flag} helps most."
         if found
-        else "It needs a smaller base, or a larger GPU: see `ptp plan`."
-        if section.objective == "sft"
         else "--gradient-checkpointing, a smaller --max-length and --bits 4 help."
+        if recipe.on_pairs
+        else "It needs a smaller base, or a larger GPU: see `ptp plan`."
     )
     smaller = "--auto-batch finds a batch that fits." if section.batch_size > 1 else ""
     return ResourceError(

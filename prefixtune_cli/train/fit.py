@@ -105,8 +105,7 @@ def _trainer(
 ) -> SafeTrainer:
     """The trainer for `recipe`; its batches may be smaller than those of the job."""
     run_dir, data, processes = job.run_dir, job.data, job.processes
-    of_pairs = recipe.train.objective == "dpo"
-    arguments = (preference if of_pairs else sft).training_arguments(recipe, run_dir)
+    arguments = (preference if recipe.on_pairs else sft).training_arguments(recipe, run_dir)
     _warm_up_more_than_one_step(arguments, len(data.train), processes.size)
     given = dict(
         run_dir=run_dir,
@@ -122,7 +121,7 @@ def _trainer(
         processing_class=tokenizer,
     )
     trainer: SafeTrainer
-    if of_pairs:
+    if recipe.on_pairs:
         trainer = SafeDPOTrainer(reference=reference, reporter=job.reporter, **given)
     else:
         trainer = SafeSFTTrainer(**given)

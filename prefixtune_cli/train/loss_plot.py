@@ -63,7 +63,8 @@ def loss_figure(
     if base is not None:
         axes.axhline(base, color="tab:gray", linestyle="--", label="held-out, base")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="step", ylabel="loss (nats)", title=title, ylim=(0, None))
+    unit = "nats a pair" if any("margin" in row for row in rows) else "nats a token"
+    axes.set(xlabel="step", ylabel=f"loss ({unit})", title=title, ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

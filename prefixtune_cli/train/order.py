@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from prefixtune_cli.data.row_encoder import MASKED
 
 ROWS_AT_ONCE = 10_000
+ROW = "row"  # the column of a row's number, by which errors name it
 
 
 class Order(Sampler[int]):
@@ -82,7 +83,7 @@ def blank_rows(dataset: Dataset, count: int, pad_id: int) -> Dataset:
         "rejected_ids": [pad_id],
         "rejected_labels": [MASKED],
         "seq_lengths": [1],
-        "row": -1,
+        ROW: -1,
     }
     columns = {name: [blank[name]] * count for name in dataset.column_names}
     return concatenate_datasets([dataset, Dataset.from_dict(columns, features=dataset.features)])

@@ -23,7 +23,7 @@ from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.fused_head import fitted_to
-from prefixtune_cli.train.order import row_lengths
+from prefixtune_cli.train.order import ROW, row_lengths
 from prefixtune_cli.train.sft import shared_arguments
 from prefixtune_cli.train.trainer import SafeTrainer
 from prefixtune_cli.train.trial import OutOfMemory
@@ -133,25 +133,27 @@ class SafeDPOTrainer(SafeTrainer, DPOTrainer):
             for i in range(0, len(batches), processes.size):
                 self._reporter.progress("log-probabilities of the base", i, len(batches), {})
                 self.stop_if_asked()
-                fits = True
-                for batch in batches[i + processes.rank : i + processes.rank + 1]:
-                    inputs = self.data_collator([rows[row] for row in batch])
-                    inputs = {key: value.to(self.args.device) for key, value in inputs.items()}
-                    inputs.pop("row")
-                    try:
-                        both = self.compute_ref_log_probs(self.model, inputs)
-                    except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
-                        if not should_reduce_batch_size(error):
-                            raise
-                        fits = False
-                        break
-                    pairs = zip(*(side.tolist() for side in both), strict=True)
-                    found.update(zip(batch, pairs, strict=True))
-                if processes.agree(int(not fits))[0]:
+                mine = i + processes.rank
+                both = self._of_a_batch(rows, batches[mine]) if mine < len(batches) else []
+                if processes.agree(int(both is None))[0]:
                     raise OutOfMemory
+                if both:
+                    found.update(zip(batches[mine], both, strict=True))
         self._reporter.progress("log-probabilities of the base", len(batches), len(batches), {})
         found = processes.joined(found)
         return [found[row] for row in range(count)]
+
+    def _of_a_batch(self, rows: Dataset, batch: Sequence[int]) -> list[tuple[float, float]] | None:
+        """The base's log-probabilities of both answers of these rows; None if the memory does not suffice."""
+        inputs = self.data_collator([rows[row] for row in batch])
+        inputs = {k: value.to(self.args.device) for k, value in inputs.items() if k != ROW}
+        try:
+            chosen, rejected = self.compute_ref_log_probs(self.model, inputs)
+        except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
+            if not should_reduce_batch_size(error):
+                raise
+            return None
+        return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
 
 
 def training_arguments(recipe: Recipe, run_dir: RunDir) -> DPOConfig:

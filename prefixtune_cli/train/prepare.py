@@ -56,7 +56,7 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: R
     """Load, check, split and tokenize; tell the reporter what was found."""
     section = recipe.data
     source = named(section.train)
-    pairs = recipe.train.objective == "dpo"
+    pairs = recipe.on_pairs
     rows = load_rows(source, section, pairs=pairs)
     for notice in rows.notices:
         reporter.notice(notice)

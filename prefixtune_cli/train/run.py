@@ -28,7 +28,7 @@ from prefixtune_cli.parallel.processes import Processes, inside_a_launcher, join
 from prefixtune_cli.parallel.sharding import adapter_at_hand, is_sharded, reshard, shard
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import dump
-from prefixtune_cli.recipe.schema import Recipe, default_rate
+from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir, write_atomically, write_json
 from prefixtune_cli.shared_base import SharedBase
 from prefixtune_cli.tokenizer import check_base, load_tokenizer
@@ -48,7 +48,7 @@ from prefixtune_cli.train.loss_plot import draw_loss
 from prefixtune_cli.train.prefix import start_at_rows
 from prefixtune_cli.train.prepare import Data, prepare_data
 from prefixtune_cli.train.stop import StopRequest
-from prefixtune_cli.train.summary import Summary, both_fell, conclude, not_better
+from prefixtune_cli.train.summary import Summary, both_fell_warning, conclude, not_better_warning
 
 
 def train(
@@ -124,7 +124,7 @@ def _prepare(
     check_tracker(recipe.train.track)
     check_parallel(recipe.train.parallel, processes.size)
     check_base(recipe.model)
-    recipe = _with_learning_rate(recipe, reporter)
+    recipe = models.with_learning_rate(recipe, reporter)
     resuming = run_dir.recipe.exists() if resume == "auto" else bool(resume)
     if processes.leads and resuming:
         check_resumable(run_dir, recipe)
@@ -139,18 +139,6 @@ def _prepare(
     if processes.leads and resuming:
         check_same_run(run_dir, data, processes.size)
     return _Ready(recipe, data, resuming)
-
-
-def _with_learning_rate(recipe: Recipe, reporter: Reporter) -> Recipe:
-    """The recipe; if it has no learning rate, with the default for its method and base, which the user hears."""
-    if recipe.train.learning_rate is None:
-        width = models.hidden_size(recipe.model)
-        recipe = recipe.with_learning_rate(width)
-        reporter.notice(
-            f"Learning rate: {recipe.train.learning_rate:g}, the default of {recipe.adapter.method} for a hidden size "
-            f"of {width}: {default_rate(recipe.adapter, recipe.train.objective).why}."
-        )
-    return recipe
 
 
 @contextlib.contextmanager
@@ -241,7 +229,7 @@ def _train(
     before = before or judge_base()
     after = judge("adapter")
     preferences = None
-    if recipe.train.objective == "dpo":
+    if recipe.on_pairs:
         with models.without_adapter(model):
             unadapted = judge_pairs("base")
         preferences = compared(unadapted, judge_pairs("adapter"), recipe.train.beta)
@@ -268,9 +256,9 @@ def _train(
     if processes.leads:
         of_base, of_adapter = summary.losses
         if summary.verdict != "better":
-            reporter.warning(not_better(recipe, run_dir, of_base, of_adapter))
+            reporter.warning(not_better_warning(recipe, run_dir, of_base, of_adapter))
         if preferences is not None and preferences.both_fell:
-            reporter.warning(both_fell(preferences))
+            reporter.warning(both_fell_warning(preferences))
         draw_loss(run_dir, base=of_base, adapter=(steps, of_adapter))
         conclude(run_dir, data, before, after, summary)
     if bases is not None and isinstance(model, PeftModel):

@@ -59,17 +59,20 @@ class Summary:
 
     @property
     def verdict(self) -> Literal["better", "no better", "worse"]:
-        """Judged by the held-out loss; but an adapter with more right answers than its base is not worse."""
+        """Judged by the held-out loss; but an adapter with more right answers than its base is not worse.
+
+        Nor is one whose reward prefers the chosen answer in more than half of the pairs.
+        """
         base, adapter = self.losses
         margin = LEAST_GAIN * base
         if adapter < base - margin:
             return "better"
         if self.preferences is not None:
-            more_right = self.preferences.reward_accuracy > 0.5
+            is_right = self.preferences.reward_accuracy > 0.5
         else:
-            more_right = (self.adapter.exact_match or 0) > (self.base.exact_match or 0)
+            is_right = (self.adapter.exact_match or 0) > (self.base.exact_match or 0)
         as_good = adapter <= base + margin  # False for NaN, too
-        return "no better" if as_good or more_right else "worse"
+        return "no better" if as_good or is_right else "worse"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -111,7 +114,7 @@ def conclude(
     write_json(run_dir.summary, found)
 
 
-def both_fell(found: Preferences) -> str:
+def both_fell_warning(found: Preferences) -> str:
     """The warning that chosen and rejected answers have both become less likely."""
     base, adapter = found.base, found.adapter
     return (
@@ -122,7 +125,7 @@ def both_fell(found: Preferences) -> str:
     )
 
 
-def not_better(recipe: Recipe, run_dir: RunDir, base: float, adapter: float) -> str:
+def not_better_warning(recipe: Recipe, run_dir: RunDir, base: float, adapter: float) -> str:
     """The warning that the adapter's held-out loss is not below the base's, with what to try."""
     losses = [row["loss"] for row in run_dir.read_metrics() if "loss" in row]
     rate = recipe.train.learning_rate or math.nan

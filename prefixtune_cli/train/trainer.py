@@ -26,10 +26,8 @@ from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.basis import Basis
 from prefixtune_cli.train.checks import told_in_words
 from prefixtune_cli.train.fused_head import fitted_to
-from prefixtune_cli.train.order import Order, blank_rows, row_lengths
+from prefixtune_cli.train.order import ROW, Order, blank_rows, row_lengths
 from prefixtune_cli.train.stop import StopRequest
-
-ROW = "row"
 
 
 class StopTraining(Exception):

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from prefixtune_cli.data.row_encoder import MASKED
 from prefixtune_cli.parallel.sharding import is_sharded
-from prefixtune_cli.train.order import row_lengths
+from prefixtune_cli.train.order import ROW, row_lengths
 
 SECONDS_TO_TRY = 120  # how long a process that has tried the longest batch waits for the others
 
@@ -70,7 +70,7 @@ class Trial(TrainerCallback):
         trainer, model = self.trainer, self.trainer.model_wrapped
         rows = longest_rows(trainer.train_dataset, trainer.args.per_device_train_batch_size)
         batch = trainer.data_collator([trainer.train_dataset[i] for i in rows])
-        batch = {key: value for key, value in batch.items() if key != "row"}
+        batch = {key: value for key, value in batch.items() if key != ROW}
         # The Trainer sets this before each step, and TRL reads it.
         trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
         # All processes take the same batch, since they gather the weights of a sharded base together.

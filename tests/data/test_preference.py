@@ -89,14 +89,15 @@ def test_pairs_that_cannot_be_trained_on_are_counted_and_left_out(write, make_to
         PAIR | {"chosen": ""},
         PAIR | {"rejected": " "},
         PAIR | {"chosen": "a" + " tree" * 40, "rejected": "a" + " tree" * 40 + "s"},
+        PAIR | {"chosen": "a" + " tree" * 40, "rejected": "a" + " tree" * 40},
     ]
     pairs = pairs_of(write, make_tokenizer, rows, max_length=48)
     assert pairs.dataset["row"][:] == [0]
     told = "\n".join(warnings(pairs.statistics))
-    assert "1 of 5 rows (20.0 %) have twice the same answer and are left out" in told
-    assert "1 of 5 rows (20.0 %) have the same answer twice when cut" in told
-    assert "chosen: 1 of 5 rows (20.0 %) have nothing to train on and are left out" in told
-    assert "rejected: 1 of 5 rows (20.0 %) have nothing to train on and are left out" in told
+    assert "2 of 6 rows (33.3 %) have twice the same answer and are left out" in told
+    assert "1 of 6 rows (16.7 %) have the same answer twice when cut" in told
+    assert "chosen: 1 of 6 rows (16.7 %) have nothing to train on and are left out" in told
+    assert "rejected: 1 of 6 rows (16.7 %) have nothing to train on and are left out" in told
 
 
 def test_a_pair_is_dropped_with_either_of_its_answers(write, make_tokenizer):
@@ -105,6 +106,27 @@ def test_a_pair_is_dropped_with_either_of_its_answers(write, make_tokenizer):
     assert (pairs.dataset["row"][:], pairs.statistics.rejected.dropped) == ([0], 1)
     with pytest.raises(DataError, match="1 of 2 rows are longer than 48 tokens"):
         pairs_of(write, make_tokenizer, rows, max_length=48, on_long="error")
+
+
+def test_pairs_of_which_every_rejected_answer_is_too_long_are_refused_for_that(
+    write, make_tokenizer
+):
+    rows = [PAIR | {"rejected": " tree" * 60}]
+    pairs = pairs_of(write, make_tokenizer, rows, max_length=48, on_long="drop")
+    with pytest.raises(DataError, match="All are longer than 48 tokens"):
+        check(pairs, make_tokenizer("chatml"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "pairs", "told"),
+    [
+        ([PAIR, {"prompt": "a", "completion": "b"}], True, "this one is prompt-completion"),
+        ([{"prompt": "a", "completion": "b"}, PAIR], False, "this one is preference"),
+    ],
+)
+def test_rows_with_one_answer_and_with_two_are_not_mixed(write, rows, pairs, told):
+    with pytest.raises(DataError, match=rf"a.jsonl, line 2: mixed formats.*{told}"):
+        load_rows(write("a.jsonl", rows), DataSection(), pairs=pairs)
 
 
 def test_data_whose_pairs_are_all_alike_is_refused(write, make_tokenizer):

@@ -20,8 +20,8 @@ def test_both_prefer_what_is_likelier_and_the_reward_what_has_become_so() -> Non
     margins = [1.5, -1.0, -0.5, 2.0]
     # The chosen answers are behind by 1, ahead by 2, behind by 6 and behind by 1 for the base; then by 2, 0, −7 and 3.
     assert (found.base.accuracy, found.adapter.accuracy) == (0.25, 0.5)
-    assert (found.accuracy.value, found.pairs) == (0.25, 4)
-    assert found.accuracy.low <= 0.25 <= found.accuracy.high
+    assert (found.accuracy_difference.value, found.pairs) == (0.25, 4)
+    assert found.accuracy_difference.low <= 0.25 <= found.accuracy_difference.high
     assert found.reward_accuracy == 0.5
     assert found.reward_interval.low <= 0.5 <= found.reward_interval.high
     assert found.margin == pytest.approx(0.5)

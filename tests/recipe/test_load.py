@@ -279,6 +279,10 @@ def test_a_learning_rate_belongs_to_the_recipes_objective(write: Any) -> None:
     [
         (["train.beta=0.2"], "train.beta belongs to objective dpo"),
         (["train.objective=dpo", "adapter.method=full"], "does not go with method full"),
+        (
+            ["train.objective=dpo", "adapter.method=vera", "adapter.config.vera_dropout=0.1"],
+            "vera_dropout does not go with objective dpo",
+        ),
         (["train.objective=dpo", "train.packing=true"], "Type --no-packing"),
         (["train.objective=dpo", "train.parallel=fsdp"], "Type --parallel ddp"),
         (["train.objective=dpo", "data.train_on=all"], "which compares answers alone"),

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from prefixtune_cli import model as models
 from prefixtune_cli.compare.metrics import COSTS, ON_DISK, PARAMETERS, Cost, Measured, Metric
 from prefixtune_cli.compare.speed.turn import Figures, Shape, take_turn
-from prefixtune_cli.errors import Interrupted, PtpError, ResourceError, UsageError
+from prefixtune_cli.errors import Interrupted, PtpError, ResourceError, UsageError, first_line
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import AdapterSection, ModelSection
 
@@ -172,7 +172,7 @@ def most_virtual_tokens(adapters: Iterable[AdapterSection]) -> int:
 def _why_not(error: Exception, shape: Shape) -> str:
     if isinstance(error, PtpError):
         return str(error)
-    said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    said = first_line(error)
     if should_reduce_batch_size(error):
         return (
             f"The memory does not suffice for training on {shape.batch_size} rows of {shape.length} tokens, or for a "
