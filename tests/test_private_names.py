@@ -37,7 +37,7 @@ MODEL = "transformers:PreTrainedModel"
 SFT = "trl:SFTTrainer"
 CLASS_OF_A_TUNER = "abstract in peft: a tuner is made by defining it"
 ENUM = "an enum has no public way to get a member more; PEFT's list of methods is one"
-A_TRACE = "the trial step leaves none in what TRL counts"
+A_TRACE = "passes before the first step leave none in what TRL counts"
 
 NAMES = {
     # The adapter is a tuner of peft's.

@@ -29,6 +29,7 @@ from prefixtune_cli.adapter.basis import (
     identity_basis,
     initialize_basis,
     load_basis_state,
+    step_weight,
 )
 from prefixtune_cli.adapter.config import PrefixTuningPlusConfig
 from prefixtune_cli.adapter.feed_forward import FeedForwardShape, feed_forward_modules
@@ -55,4 +56,5 @@ __all__ = [
     "identity_basis",
     "initialize_basis",
     "load_basis_state",
+    "step_weight",
 ]

@@ -7,9 +7,13 @@ every read, and hardly changes how reads differ between queries. So M is trained
     M_h = B_h A_h,    B_h = s · (E[φφᵀ] + ε·λ̄·I)^(−1/2)
 
 and the optimizer trains A, which starts at zero, in place of M. E[φφᵀ] is taken over the head's own queries in some
-rows, and λ̄ is its mean eigenvalue. s = 1.4826·median|o| / √d_φ, where the read is added to o: a step of Adam with the
-learning rate η then changes o by about η times its size. The median is over the layer's tokens and channels. A mean
+rows, and λ̄ is its mean eigenvalue. s = w·1.4826·median|o| / √d_φ, where the read is added to o: a step of Adam with the
+learning rate η then changes o by about w·η times its size. The median is over the layer's tokens and channels. A mean
 square would be far too large, because some of them have massive activations.
+
+w = L / 5, from 0.01 to 1, where L is the base's loss on the trained tokens of these rows, in nats per token: how far it
+has to go. A base that is near loses more by a large step than it learns. (The step size of Polyak 1987 for a loss that
+can reach zero, L / ‖∇L‖², is proportional to L, too.) Without labels, w is 1.
 
 A query still reads φ(q)ᵀM (eq. 7 of arXiv 2506.13674). B is a constant that only training uses; state dicts and saved
 files hold M. The call follows PEFT's `initialize_lora_eva_weights`.
@@ -33,14 +37,17 @@ from prefixtune_cli.adapter.layer import MemoryLayer
 from prefixtune_cli.adapter.memory import Memory
 
 ROBUST = 1.4826  # times the median of |x| is the standard deviation of a normal x
+FAR = 5.0  # nats per token, from which steps are whole
+NEAREST = 0.01  # the least w
+IGNORED = -100  # the label of a token without a loss, as in transformers
 
 
 def initialize_basis(
     model: PeftModel,
     dataloader: Iterable[Mapping[str, Any]],
     adapter_name: str = "default",
-    forward_fn: Callable[[nn.Module, Mapping[str, Any]], object] | None = None,
-) -> None:
+    forward_fn: Callable[[nn.Module, Mapping[str, Any]], Any] | None = None,
+) -> float | None:
     """Let an adapter be trained in the basis of its queries, which one pass over some batches finds.
 
     Call it before training. The model's outputs stay the same. About 1,000 tokens suffice. The adapter's
@@ -49,9 +56,13 @@ def initialize_basis(
     Args:
         model: the model with the adapter, which must be active.
         dataloader: batches, each a mapping of the model's arguments, with `attention_mask`, [batch, positions], if
-            there is padding. `labels` are left out.
+            there is padding, and `labels`, [batch, positions], for w.
         adapter_name: the adapter's name.
-        forward_fn: calls the model with a batch; None calls `model(**batch)`.
+        forward_fn: calls the model with a batch, and returns its output; None calls `model(**batch)`. If there are
+            labels, the output's `loss` must be their mean loss.
+
+    Returns:
+        L, the model's loss on the labels, in nats per token; None without labels.
 
     Raises:
         ValueError: the adapter is not Prefix-Tuning+ or not active, there are no batches, or an adapted layer sees no
@@ -61,24 +72,36 @@ def initialize_basis(
     epsilon = model.peft_config[adapter_name].basis_epsilon
     forward_fn = forward_fn or _plain_forward
     moments = {name: _Moments(memory) for name, (memory, _) in memories.items()}
+    nats, labelled = 0.0, 0
     with _in_evaluation(model), ExitStack() as watched, torch.no_grad():
         mask: list[Tensor | None] = [None]
         for name, (_, leader) in memories.items():
             handle = leader.register_forward_pre_hook(partial(_see, moments[name], mask))
             watched.callback(handle.remove)
         for batch in dataloader:
-            given = {key: value for key, value in batch.items() if key != "labels"}
-            mask[0] = given.get("attention_mask")
-            forward_fn(model, given)
+            mask[0] = batch.get("attention_mask")
+            output = forward_fn(model, batch)
+            if (labels := batch.get("labels")) is not None:
+                count = int((labels[..., 1:] != IGNORED).sum())
+                nats += count * float(output.loss) if count else 0.0
+                labelled += count
+    loss = nats / labelled if labelled else None
+    weight = step_weight(loss)
     for name, (memory, _) in memories.items():
         try:
-            basis, directions = moments[name].basis(epsilon)
+            basis, directions = moments[name].basis(epsilon, weight)
         except ValueError as error:
             raise ValueError(f"There is no basis for {name}: {error}") from None
         memory.set_basis(basis)
         fresh = memory.rank is not None and memory.M_up.numel() and not memory.M_up.any()
         if fresh:
             memory.M_down.data.copy_(directions[..., : memory.rank])
+    return loss
+
+
+def step_weight(loss: float | None) -> float:
+    """w, the size of a step in parts of the learning rate, for a model with this loss in nats per token; None is 1."""
+    return 1.0 if loss is None else max(NEAREST, min(1.0, loss / FAR))
 
 
 def identity_basis(model: nn.Module) -> None:
@@ -153,7 +176,7 @@ def _active_memories(model: PeftModel, adapter_name: str) -> dict[str, tuple[Mem
     return found
 
 
-def _plain_forward(model: nn.Module, batch: Mapping[str, Any]) -> object:
+def _plain_forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     return model(**batch)
 
 
@@ -207,8 +230,12 @@ class _Moments:
         self.tokens += len(by_token)
         self._queries += grouped.shape[1]
 
-    def basis(self, epsilon: float) -> tuple[Tensor, Tensor]:
+    def basis(self, epsilon: float, weight: float) -> tuple[Tensor, Tensor]:
         """s·(E[φφᵀ] + ε·λ̄·I)^(−1/2) and the eigenvectors of E[φφᵀ], the leading one first; [h, f, f] in float64.
+
+        Args:
+            epsilon: ε.
+            weight: w.
 
         Raises:
             ValueError: there are no tokens; or the features, or the outputs that the read is added to, are zero.
@@ -221,6 +248,6 @@ class _Moments:
         size = ROBUST * float(self._medians) / self.tokens
         if not size or not bool((mean > 0).all()):
             raise ValueError("its features, or the outputs it adds to, are zero on these rows.")
-        scale = size / math.sqrt(second.shape[-1])
+        scale = weight * size / math.sqrt(second.shape[-1])
         inverse_root = (values.clamp(min=0) + epsilon * mean).rsqrt()
         return scale * (vectors * inverse_root[:, None]) @ vectors.mT, vectors.flip(-1)

@@ -11,12 +11,20 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.modeling_outputs import CausalLMOutput
 
-from prefixtune_cli.adapter import basis_state, fold_basis, initialize_basis, load_basis_state
+from prefixtune_cli.adapter import (
+    basis_state,
+    fold_basis,
+    initialize_basis,
+    load_basis_state,
+    step_weight,
+)
 from prefixtune_cli.errors import ModelError
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import AdapterSection, PrefixTuningPlus
 from prefixtune_cli.train.order import ROW, row_lengths
+from prefixtune_cli.train.trial import without_a_trace
 
 STATE = "basis.safetensors"
 ROWS = 64
@@ -62,16 +70,24 @@ class Basis(TrainerCallback):
             return
         called = self.trainer.model_wrapped
         takes = inspect.signature(model.get_base_model().forward).parameters
-        # The pass does not need logits, which would take more memory than everything else.
+        # All logits would take more memory than everything else.
         without = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
-        def forward(_: Any, batch: Any) -> None:
-            called(**batch, **without, use_cache=False)
+        def forward(_: Any, batch: Any) -> Any:
+            if "labels" not in batch:  # pairs of answers
+                return called(**batch, **without, use_cache=False)
+            return CausalLMOutput(loss=self.trainer.compute_loss(called, dict(batch)))
 
         try:
-            initialize_basis(model, self._batches(), forward_fn=forward)
+            with without_a_trace(self.trainer):
+                loss = initialize_basis(model, self._batches(), forward_fn=forward)
         except ValueError as error:
             raise ModelError(f"{error} Type --no-basis to train without it.") from error
+        if (weight := step_weight(loss)) < 1:
+            self.reporter.notice(
+                f"The base's loss on the rows of the basis is {loss:.2f} nats per token. It is near the data, so "
+                f"a step is {weight:.2g} of the learning rate."
+            )
         mine = {key: value.cpu() for key, value in basis_state(model).items()}
         load_basis_state(model, self.trainer.processes.told(mine))
 

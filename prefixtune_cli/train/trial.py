@@ -56,7 +56,7 @@ class Trial(TrainerCallback):
 
     def _fits(self) -> bool:
         try:
-            with self._without_a_trace():
+            with without_a_trace(self.trainer):
                 held = self._optimizer_state()
                 self._step()
                 del held
@@ -85,23 +85,25 @@ class Trial(TrainerCallback):
         trained = [p for p in self.trainer.model.parameters() if p.requires_grad]
         return [torch.empty_like(p, dtype=torch.float32) for p in trained for _ in range(2)]
 
-    @contextlib.contextmanager
-    def _without_a_trace(self) -> Iterator[None]:
-        trainer = self.trainer
-        device = trainer.args.device
-        tokens, metrics = trainer._total_train_tokens, trainer._metrics["train"].copy()
-        gathering = ("gather", "gather_for_metrics")
-        gather = {name: getattr(trainer.accelerator, name) for name in gathering}
-        # Otherwise a process that runs out of memory would leave the others waiting for its metrics.
+
+@contextlib.contextmanager
+def without_a_trace(trainer: Any) -> Iterator[None]:
+    """Let passes within the block leave no trace in what TRL counts, nor in the random states."""
+    device = trainer.args.device
+    tokens, metrics = trainer._total_train_tokens, trainer._metrics
+    gathering = ("gather", "gather_for_metrics")
+    gather = {name: getattr(trainer.accelerator, name) for name in gathering}
+    # Otherwise a process that runs out of memory would leave the others waiting for its metrics.
+    for name in gathering:
+        setattr(trainer.accelerator, name, lambda value: value)
+    trainer._metrics = {mode: counted.copy() for mode, counted in metrics.items()}
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
         for name in gathering:
-            setattr(trainer.accelerator, name, lambda value: value)
-        try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                yield
-        finally:
-            for name in gathering:
-                setattr(trainer.accelerator, name, gather[name])
-            trainer._total_train_tokens, trainer._metrics["train"] = tokens, metrics
+            setattr(trainer.accelerator, name, gather[name])
+        trainer._total_train_tokens, trainer._metrics = tokens, metrics
 
 
 def longest_rows(dataset: Dataset, count: int) -> list[int]:

@@ -21,6 +21,7 @@ from prefixtune_cli.adapter import (
     fold_basis,
     initialize_basis,
     load_basis_state,
+    step_weight,
 )
 
 from .architectures import NAMES, SITES, VOCAB, adapted_modules, base_model, fill, logits, tokens
@@ -169,6 +170,43 @@ def test_the_scale_is_that_of_what_is_read_to():
         read = memory.basis.mT @ moment @ memory.basis  # for one column of coordinates of size 1
         size = read.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
         torch.testing.assert_close(size, torch.full_like(size, 1.4826 * median), rtol=0.1, atol=0)
+
+
+def _bases(batches: list[dict[str, Tensor]], base: torch.nn.Module) -> tuple[float | None, Tensor]:
+    """What the pass returns, and all bases."""
+    config = PrefixTuningPlusConfig(task_type="CAUSAL_LM")
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    loss = initialize_basis(model, batches)
+    return loss, torch.stack([memory.basis for memory in memories(model)])
+
+
+def test_a_base_that_is_near_its_data_takes_smaller_steps():
+    """The basis is smaller in proportion to the base's loss on the trained tokens, which alone count."""
+    base = base_model(dtype=torch.float64)
+    with torch.no_grad():
+        base.get_output_embeddings().weight.mul_(4)  # some tokens become likely
+    likely = logits(base, tokens(batch=4, positions=12)).argmax(-1)
+    labels = torch.full_like(likely, -100)
+    labels[0, 1:5] = likely[0, :4]  # four tokens that the base expects, in one row
+    labels[:, 0] = 7  # nothing comes before it, so that it is never predicted
+    batches = [
+        {"input_ids": tokens(batch=4, positions=12), "labels": labels},
+        {"input_ids": tokens(batch=4, positions=12, seed=1)},  # of another loader
+    ]
+    loss, near = _bases(batches, base)
+    without, far = _bases(
+        [{"input_ids": batch["input_ids"]} for batch in batches], base_model(dtype=torch.float64)
+    )
+    scores = logits(base, batches[0]["input_ids"])[0, :4].log_softmax(-1)
+    assert loss == pytest.approx(-float(scores.max(-1).values.mean()))
+    assert 0.05 < loss < 5
+    assert without is None
+    torch.testing.assert_close(near, far * loss / 5, rtol=1e-9, atol=0)
+
+
+def test_steps_are_whole_from_five_nats_upwards_and_never_nothing():
+    assert [step_weight(loss) for loss in (None, 9.0, 5.0, 1.0, 0.0)] == [1, 1, 1, 0.2, 0.01]
+    assert step_weight(math.nan) == 1  # training then names the rows
 
 
 @pytest.mark.parametrize("rank", [None, 2])

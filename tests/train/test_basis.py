@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,31 @@ def knowing_base(tmp_path_factory, random_base, colours) -> Path:
     more = {"adapter": {"method": "full"}, "train": {"max_steps": 60, "learning_rate": 3e-3}}
     assert train(recipe(random_base, colours, run, **more)).adapter.loss < 1
     return RunDir(run).adapter
+
+
+def _basis_of(base: Path, data: Path, out: Path, heard: Heard) -> dict[str, torch.Tensor]:
+    train(recipe(base, data, out, train={"max_steps": 1, "save_steps": 1}), reporter=heard)
+    state = load_file(RunDir(out).checkpoint(1) / "basis.safetensors")
+    return {name: value for name, value in state.items() if name.endswith(".basis")}
+
+
+def test_a_base_that_knows_its_rows_is_trained_by_smaller_steps(
+    random_base, knowing_base, colours, tmp_path, monkeypatch
+):
+    strange, known = Heard(), Heard()
+    _basis_of(random_base, colours, tmp_path / "strange", strange)
+    assert not any("It is near the data" in text for text in strange.notices)
+    made = _basis_of(knowing_base, colours, tmp_path / "known", known)
+    (said,) = [text for text in known.notices if "It is near the data" in text]
+    loss = float(re.search(r"is (\S+) nats per token", said)[1])
+    assert 0 < loss < 1
+    assert f"a step is {max(loss / 5, 0.01):.2g} of the learning rate" in said
+    monkeypatch.setattr("prefixtune_cli.adapter.basis.step_weight", lambda _: 1.0)
+    whole = _basis_of(knowing_base, colours, tmp_path / "whole", Heard())
+    ratios = torch.stack([(made[name].norm() / whole[name].norm()) for name in whole])
+    torch.testing.assert_close(
+        ratios, torch.full_like(ratios, max(loss / 5, 0.01)), rtol=0.05, atol=0
+    )
 
 
 @pytest.mark.parametrize("method", ["prefix-tuning-plus", "lora"])
