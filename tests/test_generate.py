@@ -167,6 +167,20 @@ def test_a_file_is_answered_row_by_row_and_keeps_its_columns(
     assert one.stdout.strip() == said[0].strip()
 
 
+def test_a_prompt_is_answered_as_often_as_asked(random_base: Path, tmp_path: Path) -> None:
+    asked, out = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl"
+    rows = [{"prompt": "One?", "id": 7}, {"prompt": "And another one?", "id": 8}]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["generate", "--model", str(random_base), "--data", str(asked), "--out", str(out)]
+    drawn = ["--samples", "3", "--temperature", "1.5", "--max-new-tokens", "6"]
+    done = CliRunner().invoke(app, [*arguments, *drawn])
+    assert done.exit_code == 0, done.output
+    answered = [json.loads(line) for line in out.read_text().splitlines()]
+    said = [row.pop("generated") for row in answered]
+    assert answered == [row for row in rows for _ in range(3)]
+    assert len(set(said)) == 6
+
+
 def test_a_half_surrogate_of_an_unused_column_comes_out_as_it_went_in(
     random_base: Path, tmp_path: Path
 ) -> None:
@@ -284,6 +298,11 @@ def test_wrong_bits_are_told_like_those_of_a_recipe(random_base: Path) -> None:
         ([], "either --prompt TEXT or --data FILE"),
         (["--prompt", "x", "--data", "y"], "either --prompt TEXT or --data FILE"),
         (["--data", "y"], "--data FILE and --out FILE belong together"),
+        (
+            ["--prompt", "x", "--samples", "2", "--temperature", "1"],
+            "--samples 2 takes --data FILE",
+        ),
+        (["--data", "x", "--out", "y", "--samples", "2"], "Type --temperature 0.8"),
         (["--prompt", "x", "--out", "y"], "--data FILE and --out FILE belong together"),
         (["--prompt", "x"], "either --run FOLDER, or --model NAME"),
         (["--prompt", "x", "--model", "tiny", "--temperature", "-1"], "--temperature must be 0"),

@@ -48,6 +48,10 @@ def generate(
         int, typer.Option("--batch-size", min=1, metavar="N", help="Prompts a forward pass.")
     ] = 32,
     seed: typer_options.SamplingSeed = 0,
+    samples: Annotated[
+        int,
+        typer.Option("--samples", min=1, metavar="N", help="Answers to each prompt of --data."),
+    ] = 1,
 ) -> None:
     """Answer a prompt, or a file of prompts, with an adapter or with the base alone."""
     if (prompt is None) == (data is None):
@@ -55,6 +59,11 @@ def generate(
     if (data is None) != (out is None):
         raise UsageError(
             "--data FILE and --out FILE belong together; the answer to --prompt goes to stdout."
+        )
+    if samples > 1 and (data is None or temperature == 0):
+        raise UsageError(
+            f"--samples {samples} takes --data FILE and a temperature, without which all answers to a prompt are the "
+            "same. Type --temperature 0.8, or leave out --samples."
         )
     from prefixtune_cli.cli import console
     from prefixtune_cli.cli.reporter import reporter
@@ -68,7 +77,9 @@ def generate(
     answers = None
     if data is not None:
         found = questions(data, arguments.parse_map(map or []), usual=who.reading.map)
-        asked, answers = _asked(list(found), data, str(out), overwrite)
+        asked, answers = _asked(
+            [row for row in found for _ in range(samples)], data, str(out), overwrite
+        )
     with answers or contextlib.nullcontext():
         console.quiet_libraries()
         from prefixtune_cli import generate as generation

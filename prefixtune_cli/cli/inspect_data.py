@@ -18,6 +18,7 @@ OPEN, CLOSE = "⟦", "⟧"
 FLAGS = (
     "data", "format", "map", "train_on", "max_length", "on_long", "chat_template", "recipe", "set",
     "model", "revision", "trust_remote_code", "seed", "objective",
+    "first_tokens",
 )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def inspect_data(
     pairs = settings.on_pairs
     rows = load_rows(settings.data.train, settings.data, pairs=pairs)
     tokenizer = load_tokenizer(settings.model)
-    tokenized = tokenize(rows, tokenizer, settings.data)
+    tokenized = tokenize(rows, tokenizer, settings.data, settings.train.first_tokens)
     inspect.check(tokenized, tokenizer)
     check_data(settings.model, tokenizer, tokenized)
     found = inspect.inspect(tokenized, tokenizer, examples=examples, seed=settings.train.seed)

@@ -7,6 +7,7 @@ rows of one prompt.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
@@ -52,14 +53,25 @@ class Remark(StrEnum):
 class RowEncoder:
     """Turns rows into tokens by one tokenizer, one template and one data section.
 
+    Args:
+        rows: what `load_rows` returned.
+        tokenizer: the model's.
+        section: how rows are read.
+        first_tokens: the trained tokens after which a row is cut; None cuts none.
+
     Raises:
         DataError: the data needs a template or a token that the tokenizer does not have.
     """
 
     def __init__(
-        self, rows: LoadedData, tokenizer: PreTrainedTokenizerBase, section: DataSection
+        self,
+        rows: LoadedData,
+        tokenizer: PreTrainedTokenizerBase,
+        section: DataSection,
+        first_tokens: int | None = None,
     ) -> None:
         self.tokenizer, self.section, self.files = tokenizer, section, rows.files
+        self.first_tokens = first_tokens
         self.is_plain = _is_plain(tokenizer)
         self.chat: ChatTemplate | None = None
         if rows.layout != "text":
@@ -131,6 +143,7 @@ class RowEncoder:
             for row, where, said in zip(rows, origins, remarks, strict=True)
         ]
         ids = self._rows_ids([[segment.text for segment in row] for row in segments])
+        limit = math.inf if self.first_tokens is None else self.first_tokens
         flat: list[int] = []
         counts, flags, offsets, lengths, trained, ended = [], [], [0], [], [], []
         for row, parts, where in zip(segments, ids, origins, strict=True):
@@ -144,6 +157,9 @@ class RowEncoder:
                 length += len(part)
                 turn_end = length if segment.ends_turn and segment.trained else turn_end
                 part = part[: self.section.max_length - used]
+                left = limit - row_trained
+                if left <= 0 or (segment.trained and left < len(part)):
+                    part = part[: int(left)]
                 used += len(part)
                 flat += part
                 counts.append(len(part))
@@ -152,7 +168,7 @@ class RowEncoder:
             offsets.append(len(flat))
             lengths.append(length)
             trained.append(row_trained)
-            ended.append(turn_end <= used)
+            ended.append(turn_end <= used or row_trained == limit)
         tokens = np.array(flat, dtype=np.int32)
         labels = np.where(np.repeat(np.array(flags, dtype=bool), counts), tokens, MASKED)
         starts = pa.array(offsets, pa.int32())

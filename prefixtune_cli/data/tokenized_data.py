@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Part of the cache's key: raise it whenever the same rows give other tokens than before.
-VERSION = 4
+VERSION = 5
 ROWS_A_BATCH = 1000
 
 
@@ -111,6 +111,7 @@ def tokenize(
     rows: LoadedData,
     tokenizer: PreTrainedTokenizerBase,
     section: DataSection,
+    first_tokens: int | None = None,
 ) -> TokenizedData:
     """Render, tokenize, mask and truncate.
 
@@ -118,13 +119,14 @@ def tokenize(
         rows: what `load_rows` returned.
         tokenizer: the model's; it is not changed.
         section: train_on, max_length, on_long and chat_template are used.
+        first_tokens: the trained tokens after which a row is cut; None cuts none.
 
     Raises:
         DataError: no template for chats, a template that does not fit, or long rows with on_long error.
     """
     import numpy as np
 
-    encoder = RowEncoder(rows, tokenizer, section)
+    encoder = RowEncoder(rows, tokenizer, section, first_tokens)
     every_row = _encoded(rows, tokenizer, encoder)
     kept = _kept(every_row, section)
     if not rows.of_pairs:
@@ -222,6 +224,7 @@ def _fingerprint(
             rows.fingerprint,
             section.train_on,
             section.max_length,
+            encoder.first_tokens,
             encoder.chat.source if encoder.chat else None,
             tokenizer.special_tokens_map,
         ],
@@ -232,6 +235,17 @@ def _fingerprint(
 
 
 def _notices(
+    rows: LoadedData, tokenizer: PreTrainedTokenizerBase, encoder: RowEncoder
+) -> tuple[str, ...]:
+    cut: tuple[str, ...] = ()
+    if encoder.first_tokens is not None:
+        cut = (
+            f"The first {encoder.first_tokens} answer tokens of a row are learned; the rest of the row is left out.",
+        )
+    return (*_on_ends(rows, tokenizer, encoder), *cut)
+
+
+def _on_ends(
     rows: LoadedData, tokenizer: PreTrainedTokenizerBase, encoder: RowEncoder
 ) -> tuple[str, ...]:
     end = tokenizer.convert_ids_to_tokens(encoder.end_id)
@@ -262,8 +276,10 @@ def _not_tokens(template: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def _count(every_row: Dataset, kept: Any, rows: LoadedData, section: DataSection) -> DataStatistics:
     """The statistics; `kept` tells which rows are trained on (bool array)."""
     import numpy as np
+    import pyarrow.compute as pc
 
     length, trained, ended = (_numbers(every_row, name) for name in ("length", "trained", "ended"))
+    tokens = pc.list_value_length(every_row.data.column("input_ids")).to_numpy()
     long = length > section.max_length
     if section.on_long == "error" and long.any():
         first = int(np.argmax(long))
@@ -281,7 +297,7 @@ def _count(every_row: Dataset, kept: Any, rows: LoadedData, section: DataSection
         format=rows.format,
         rows=len(length),
         kept=int(kept.sum()),
-        tokens=int(np.minimum(length, section.max_length)[kept].sum()),
+        tokens=int(tokens[kept].sum()),
         trained_tokens=int(trained[kept].sum()),
         length_percentiles=dict(
             zip(("p5", "p50", "p95", "p99", "max"), map(int, percentiles), strict=True)

@@ -207,6 +207,8 @@ class Planner:
             if checkpointing is None
             else checkpointing,
             max_grad_norm=section.max_grad_norm,
+            # A packed row has several examples.
+            learned=None if section.packing else section.first_tokens,
         )
         if batch not in self._known:
             self._known[batch] = self._peaks(batch)

@@ -49,6 +49,7 @@ class Batch:
         accumulated: the gradients of an earlier forward pass exist already.
         checkpointing: the backward pass recomputes activations.
         max_grad_norm: the norm to clip gradients to; 0 does not clip.
+        learned: the most trained tokens of a row; None means all but the first.
     """
 
     rows: int
@@ -57,6 +58,7 @@ class Batch:
     accumulated: bool
     checkpointing: bool
     max_grad_norm: float
+    learned: int | None = None
 
 
 def peaks(
@@ -178,7 +180,7 @@ def _forward(
     """The loss as TRL computes it: without full logits, and with the load-balancing loss of a mixture of experts."""
     base = skeleton.base
     original = base.forward
-    base.forward = MethodType(_with_fused_head(skeleton, accountant), base)
+    base.forward = MethodType(_with_fused_head(skeleton, batch, accountant), base)
     shape = (batch.rows, batch.tokens)
     ids, labels = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     mask = torch.ones(shape, dtype=torch.long) if real_mask is None else real_mask
@@ -195,7 +197,9 @@ def _forward(
     return loss
 
 
-def _with_fused_head(skeleton: Skeleton, accountant: Accountant) -> Callable[..., Tensor]:
+def _with_fused_head(
+    skeleton: Skeleton, batch: Batch, accountant: Accountant
+) -> Callable[..., Tensor]:
     config = skeleton.base.config.get_text_config()
     weight_of_balance = getattr(config, "router_aux_loss_coef", 0.0)
     balanced = hasattr(config, "output_router_logits") and weight_of_balance != 0.0
@@ -207,8 +211,9 @@ def _with_fused_head(skeleton: Skeleton, accountant: Accountant) -> Callable[...
         accountant.phase = ("head",)
         hidden = outputs.last_hidden_state[:, :-1]
         flat = hidden.reshape(-1, hidden.shape[-1])
-        # TRL projects only the tokens with a loss. The plan assumes that all tokens have one.
-        flat = flat.index_select(0, torch.arange(len(flat)))
+        # TRL projects only the tokens with a loss.
+        learned = len(flat) if batch.learned is None else min(len(flat), batch.rows * batch.learned)
+        flat = flat.index_select(0, torch.arange(learned))
         head = self.get_output_embeddings()
         log_p = FusedHead.apply(flat, head.weight, accountant, skeleton.on_gpu)  # type: ignore[no-untyped-call]
         loss: Tensor = -log_p.sum()

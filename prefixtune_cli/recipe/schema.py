@@ -413,6 +413,12 @@ class TrainSection(Section):
     beta: float = Field(
         0.1, gt=0, description="How strongly DPO holds the adapter to its base (β)."
     )
+    first_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Learn only so many answer tokens of a training row, the first ones, and leave out the rest of it "
+        "(UPFT, Ji et al. 2025, arXiv 2503.02875); null learns all.",
+    )
     epochs: float = Field(3.0, gt=0, description="Passes over the data; `max_steps` overrides it.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps.")
     learning_rate: float | None = Field(
@@ -561,6 +567,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _the_objective_goes_with_the_rest(self) -> Recipe:
         train = self.train
+        if train.first_tokens is not None and (self.on_pairs or self.data.train_on == "all"):
+            other = "train.objective dpo" if self.on_pairs else "data.train_on all"
+            raise ValueError(
+                f"train.first_tokens counts tokens of answers, and does not go with {other}. Leave out one of the two."
+            )
         if not self.on_pairs:
             if train.beta != TrainSection.model_fields["beta"].default:
                 raise ValueError(

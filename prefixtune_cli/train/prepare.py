@@ -28,7 +28,7 @@ class Data:
     Attributes:
         train: rows with the columns of `TokenizedData`.
         origin: gives the file and line of a row of `train`.
-        held_out: rows like those of `train`.
+        held_out: rows like those of `train`, with whole answers.
         questions: the held-out rows as prompts with their answers.
         example: a held-out prompt to try the result with; see `questions.example`.
         end_id: the token that ends an answer.
@@ -83,7 +83,7 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: R
         reporter.notice(
             f"Held out for evaluation: {len(held_out_rows)} of {len(rows) + len(held_out_rows)} rows."
         )
-    tokenized = tokenize(rows, tokenizer, section)
+    tokenized = tokenize(rows, tokenizer, section, recipe.train.first_tokens)
     for notice in (*tokenized.notices, *facts(tokenized.statistics)):
         reporter.notice(notice)
     for warning in warnings(tokenized.statistics):

@@ -54,6 +54,20 @@ def test_json_on_stdout_has_the_same_and_nothing_else(write, model, capsys):
     assert found["examples"][0]["spans"][-1] == ["Paris 😀<|im_end|>", True]
 
 
+def test_a_row_that_ends_with_its_first_answer_tokens_is_shown_so(write, model, capsys):
+    long = {"prompt": "Count.", "completion": "one two three four five six seven eight nine ten"}
+    inspect_data(data=write("a.jsonl", [long]), model=model, as_json=True)
+    whole = json.loads(capsys.readouterr().out)["examples"][0]
+    inspect_data(data=write("a.jsonl", [long]), model=model, first_tokens=4)
+    out, err = capsys.readouterr()
+    assert f"tokens, cut from {whole['length']}, 4 trained" in out
+    assert "The first 4 answer tokens of a row are learned" in err
+    assert "warning" not in err
+    shown = out.split("⟦")[1].split("⟧")[0]
+    assert whole["spans"][-1][0].startswith(shown)
+    assert len(shown) < len(whole["spans"][-1][0])
+
+
 def test_truncation_is_a_warning_on_stderr(write, model, capsys):
     inspect_data(data=write("a.jsonl", [PAIR]), model=model, max_length=28)
     out, err = capsys.readouterr()

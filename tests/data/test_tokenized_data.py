@@ -52,6 +52,34 @@ def test_the_last_trained_token_is_the_end_of_turn(write, make_tokenizer, name):
         assert tokenizer.convert_ids_to_tokens(last) == END_OF_TURN[name]
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("first", [1, 3, 6, 1000])
+def test_a_row_ends_with_the_first_answer_tokens(write, make_tokenizer, name, first):
+    """Whole rows are the reference; 6 tokens lie in the second answer of most tokenizers."""
+    tokenizer = make_tokenizer(name)
+    rows, section = [{"messages": CHAT}, {"messages": CHAT[:2]}], DataSection()
+    loaded = load_rows(write("a.jsonl", rows), section)
+    whole = tokenize(loaded, tokenizer, section).dataset
+    cut = tokenize(loaded, tokenizer, section, first)
+    for row, of in zip(cut.dataset, whole, strict=True):
+        trained = [i for i, label in enumerate(of["labels"]) if label != MASKED]
+        end = trained[first - 1] + 1 if first < len(trained) else None
+        if end is None:  # what follows the last answer is not trained, and costs nothing more
+            assert row["labels"] == of["labels"][: len(row["labels"])]
+            assert sum(label != MASKED for label in row["labels"]) == len(trained)
+        else:
+            assert row["input_ids"] == of["input_ids"][:end]
+            assert row["labels"] == of["labels"][:end]
+    found = cut.statistics
+    assert found.tokens == sum(len(row["input_ids"]) for row in cut.dataset)
+    assert found.trained_tokens == sum(
+        sum(label != MASKED for label in row["labels"]) for row in cut.dataset
+    )
+    assert found.rows_without_end_of_turn == 0
+    assert any(f"The first {first} answer tokens of a row are learned" in n for n in cut.notices)
+    assert not any("are learned" in n for n in tokenize(loaded, tokenizer, section).notices)
+
+
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "bare"])
 def test_the_tokens_are_those_of_the_template(write, make_tokenizer, name):
     tokenizer = make_tokenizer(name)

@@ -137,6 +137,18 @@ def test_a_shortened_decoder_tells_the_memory_of_the_whole_one(
     assert max(sum(p.values()) for p in shortened.values()) == close
 
 
+def test_the_head_computes_the_tokens_that_are_learned_alone(recipe: MakeRecipe) -> None:
+    wide = {"vocab_size": 50_000}
+    of_all, of_few, of_more = (
+        Planner(recipe(wide, train={"first_tokens": first})).parts().total
+        for first in (None, 2, 10_000)
+    )
+    assert of_few < of_all == of_more
+    packed = {"first_tokens": 2, "packing": True}
+    in_rows = Planner(recipe(wide, train=packed)).parts().total
+    assert in_rows == Planner(recipe(wide, train={"packing": True})).parts().total
+
+
 def test_only_adapted_layers_and_those_above_keep_activations(recipe: MakeRecipe) -> None:
     six = {"num_hidden_layers": 6}
     everywhere = Planner(recipe(six)).parts()

@@ -287,6 +287,9 @@ def test_a_learning_rate_belongs_to_the_recipes_objective(write: Any) -> None:
         (["train.objective=dpo", "train.parallel=fsdp"], "Type --parallel ddp"),
         (["train.objective=dpo", "data.train_on=all"], "which compares answers alone"),
         (["train.objective=dp"], "Did you mean 'dpo'?"),
+        (["train.first_tokens=8", "train.objective=dpo"], "does not go with train.objective dpo"),
+        (["train.first_tokens=8", "data.train_on=all"], "does not go with data.train_on all"),
+        (["train.first_tokens=0"], "train.first_tokens"),
     ],
 )
 def test_what_does_not_go_with_an_objective_is_refused(sets: list[str], told: str) -> None:

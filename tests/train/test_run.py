@@ -31,6 +31,7 @@ from prefixtune_cli.run_dir import RunDir, write_json
 from prefixtune_cli.tokenizer import load_tokenizer
 from prefixtune_cli.train import Summary, train
 from prefixtune_cli.train.checks import check_disk
+from prefixtune_cli.train.prepare import Data, prepare_data
 from prefixtune_cli.train.sft import training_arguments
 
 
@@ -109,6 +110,26 @@ def test_the_saved_recipe_is_the_whole_one(
     finished: tuple[RunDir, Summary, Listener, Recipe],
 ) -> None:
     assert resolve(str(finished[0].recipe)) == finished[3]
+
+
+def test_only_training_rows_end_with_the_first_tokens(random_base: Path, colours: Path) -> None:
+    def prepared(first: int | None) -> Data:
+        values = {
+            "model": {"name": str(random_base)},
+            "data": {"train": str(colours), "eval_split": 0.25},
+            "train": {"first_tokens": first},
+        }
+        asked = Recipe.model_validate(values)
+        return prepare_data(asked, load_tokenizer(asked.model), Listener())
+
+    whole, cut = prepared(None), prepared(2)
+    assert cut.held_out_sha256 == whole.held_out_sha256
+    assert cut.questions == whole.questions
+    for row, of in zip(cut.train, whole.train, strict=True):
+        assert row["row"] == of["row"]
+        assert sum(label >= 0 for label in row["labels"]) == 2 < sum(x >= 0 for x in of["labels"])
+        assert row["input_ids"] == of["input_ids"][: len(row["input_ids"])]
+        assert row["labels"][-1] >= 0
 
 
 def test_metrics_have_a_row_each_log_step_with_every_figure(
