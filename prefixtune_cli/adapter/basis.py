@@ -37,7 +37,9 @@ from prefixtune_cli.adapter.layer import MemoryLayer
 from prefixtune_cli.adapter.memory import Memory
 
 ROBUST = 1.4826  # times the median of |x| is the standard deviation of a normal x
-FAR = 5.0  # nats per token, from which steps are whole
+# Nats per token from which steps are whole. On SmolLM2-135M (40 to 80 steps, one seed) the best rates tried were 0.003
+# for a task of 0.4 nats, 0.01 for two of 1.4 and 3.1, and 0.03 for one above 5.
+FAR = 5.0
 NEAREST = 0.01  # the least w
 IGNORED = -100  # the label of a token without a loss, as in transformers
 
