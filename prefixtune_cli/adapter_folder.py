@@ -6,9 +6,12 @@ Weights are read only from safetensors, never from a pickle.
 from __future__ import annotations
 
 import copy
+import json
 import re
-from collections.abc import Container, Iterable, Mapping
+import shlex
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -20,9 +23,9 @@ import prefixtune_cli.adapter as prefix_tuning_plus
 from prefixtune_cli import peft_methods
 from prefixtune_cli.adapter import PrefixTuningPlusConfig, UnsupportedModelError
 from prefixtune_cli.errors import AdapterError
-from prefixtune_cli.model import FAILURES, skeleton
+from prefixtune_cli.model import FAILURES, attach, peft_config, skeleton
 from prefixtune_cli.pointed import WEIGHTS, read_config
-from prefixtune_cli.recipe.schema import ModelSection
+from prefixtune_cli.recipe.schema import AdapterSection, ModelSection, WithConfig
 
 
 def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
@@ -35,12 +38,47 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
     Raises:
         AdapterError: there is no adapter, it is damaged or too new, or it belongs to another base.
     """
-    folder = Path(folder)
+
+    def load(config: PeftConfig) -> PeftModel:
+        return PeftModel.from_pretrained(base, str(folder), config=config)
+
+    model = _loaded(base, Path(folder), load)
+    peft_methods.compute_in_one_dtype(model)
+    peft_methods.call_the_cache_as_peft_does(model)
+    return model
+
+
+def attach_trained(base: PreTrainedModel, section: AdapterSection, folder: str | Path) -> PeftModel:
+    """The base with a saved adapter, which is trained on: it alone is trainable, and in float32.
+
+    Args:
+        base: the base that the adapter was trained on.
+        section: the recipe's adapter, as `check_goes_on` takes it.
+        folder: an adapter folder, as peft saves it.
+
+    Raises:
+        AdapterError: see `load_adapter`.
+        ModelError: see `model.attach`.
+    """
+
+    def load(_: PeftConfig) -> PeftModel:
+        model = cast(PeftModel, attach(base, section))
+        # As a run goes on from its checkpoint.
+        model.load_adapter(str(folder), model.active_adapter, is_trainable=True, torch_device="cpu")
+        return model
+
+    return _loaded(base, Path(folder), load)
+
+
+def _loaded(
+    base: PreTrainedModel, folder: Path, load: Callable[[PeftConfig], PeftModel]
+) -> PeftModel:
+    """What `load` makes of the base and of the adapter's configuration, if the whole adapter is in it."""
     config = read_adapter_config(folder)
     weights = base.state_dict()
     kept = _copied(weights, base, folder, config)
     try:
-        model = PeftModel.from_pretrained(base, str(folder), config=config)
+        model = load(config)
     except (UnsupportedModelError, ValueError, *FAILURES) as error:
         raise AdapterError(_does_not_fit(base, folder, config, error)) from error
     for name, weight in kept.items():  # peft has overwritten them with the copies
@@ -52,9 +90,54 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
             f"{len(missing)} of {len(expected)} places, the first is {missing[0]}. Its base was "
             f"{config.base_model_name_or_path}; give that one with --model."
         )
-    peft_methods.compute_in_one_dtype(model)
-    peft_methods.call_the_cache_as_peft_does(model)
     return model
+
+
+def check_goes_on(section: ModelSection, adapter: AdapterSection, folder: str | Path) -> None:
+    """Refuse a saved adapter that cannot be trained on as a recipe says, before any weight is loaded.
+
+    Args:
+        section: the recipe's model.
+        adapter: the recipe's adapter, of the saved adapter's method.
+        folder: an adapter folder.
+
+    Raises:
+        AdapterError: it does not fit the base, has other settings than the recipe, or is saved without a part.
+        RecipeError: see `model.peft_config`.
+        ModelError: the base cannot be found.
+    """
+    folder = Path(folder)
+    check_fits(section, folder)
+    saved, own = read_adapter_config(folder), peft_config(adapter)
+    assert own is not None, "method full goes on from no adapter"
+    if (why := peft_methods.why_final(saved)) is not None:
+        raise AdapterError(f"Training cannot go on from the adapter in {folder}: {why}.")
+    base = skeleton(section)
+    peft_methods.name_modules(own, base)
+    left_open: tuple[Any, ...] = ()
+    try:
+        own = adapted_skeleton(base, own).active_peft_config
+    except (UnsupportedModelError, ValueError, *FAILURES):
+        left_open = (None, "all-linear")  # the method reads weights, and peft would name them later
+    lines, flags = [], list[str]()
+    for name, (there, here) in peft_methods.differences(saved, own).items():
+        if here not in left_open:
+            key, theirs = _setting(adapter, name), json.dumps(there, default=str)
+            lines.append(f"  {key}: {theirs} there, {json.dumps(here, default=str)} here")
+            flags += ["--set", f"{key}={theirs}"]
+    if lines:
+        raise AdapterError(
+            f"The adapter in {folder} has other settings, so training cannot go on from it with these:\n"
+            + "\n".join(lines)
+            + f"\nType its own: {shlex.join(flags)}"
+        )
+
+
+def _setting(adapter: AdapterSection, name: str) -> str:
+    """The recipe's key of a setting of peft's."""
+    if not isinstance(adapter, WithConfig):
+        return f"adapter.{name}"
+    return f"adapter.{adapter.OWN[name]}" if name in adapter.OWN else f"adapter.config.{name}"
 
 
 def check_fits(section: ModelSection, folder: str | Path) -> None:

@@ -57,6 +57,11 @@ _MIXES_DTYPES = frozenset({"ADALORA", "IA3", "LN_TUNING", "PVERA", "RANDLORA", "
 _NOT_ALL_LINEAR = frozenset({"IA3", "LN_TUNING"})
 # Initialisations of LoRA that leave the base as it is.
 _BEGINNINGS = (True, False, "gaussian", "orthogonal")
+# Settings of peft's configurations that say nothing of what an adapter computes.
+_RECORDS = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
+    | {"runtime_config", "task_type"}
+)
 
 
 def names() -> list[str]:
@@ -111,6 +116,38 @@ def check_base(method: str, name: str, *, quantized: bool) -> None:
             f"Method {method} computes with the base's weights, and the weights of {name} are quantized. "
             "Type --bits 16, or use another method."
         )
+
+
+def why_final(config: PeftConfig) -> str | None:
+    """Why a saved adapter cannot be trained on; None if it can."""
+    method = canonical(config.peft_type.value.lower())
+    if method == "p-tuning" or getattr(config, "prefix_projection", False):
+        network = "prefix_projection" if method == "prefix-tuning" else "p-tuning"
+        return f"the network of {network} is not saved with it, only the vectors that the network gives"
+    return None
+
+
+def differences(one: PeftConfig, other: PeftConfig) -> dict[str, tuple[Any, Any]]:
+    """The settings in which two configurations of a method differ, and on which depends what an adapter computes.
+
+    How an adapter began, and its dropout, say nothing of that.
+
+    Returns:
+        the setting's name in peft → both values.
+    """
+    found = {}
+    for name in (field.name for field in fields(one)):
+        both = _plain(getattr(one, name)), _plain(getattr(other, name))
+        begins = "init" in name and all(value in (*_BEGINNINGS, "eva") for value in both)
+        silent = begins or name in _RECORDS or name.endswith("dropout")
+        if both[0] != both[1] and not silent:
+            found[name] = both
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A collection as a sorted list: peft keeps names as sets and saves lists."""
+    return sorted(value, key=str) if isinstance(value, list | set | tuple) else value
 
 
 def name_modules(config: PeftConfig, base: nn.Module) -> None:

@@ -16,12 +16,26 @@ from typing import Any
 from prefixtune_cli.errors import AdapterError, ModelError, RunDirError, UsageError
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
 from prefixtune_cli.recipe.load import resolve
-from prefixtune_cli.recipe.schema import DataSection, ModelSection, Recipe, canonical
+from prefixtune_cli.recipe.schema import (
+    DataSection,
+    Lora,
+    ModelSection,
+    PrefixTuning,
+    PrefixTuningPlus,
+    Recipe,
+    canonical,
+)
 from prefixtune_cli.run_dir import RunDir, step_of
 from prefixtune_cli.run_list import RUNS, newest_finished
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FULL = "full"
+# Of the methods with a section of their own: their settings by their names in an adapter's configuration.
+OWN: dict[str, dict[str, str]] = {
+    "prefix-tuning-plus": {name: name for name in PrefixTuningPlus.model_fields},
+    "lora": Lora.OWN,
+    "prefix-tuning": PrefixTuning.OWN,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +164,58 @@ def point(given: str | Path, typed: Mapping[str, Any] | None = None) -> Pointed:
         folder=path,
         method=canonical(str(config.get("peft_type")).lower()),
     )
+
+
+def point_at_start(given: str) -> Pointed:
+    """The trained adapter that training goes on from.
+
+    Raises:
+        AdapterError, RunDirError: see `point`; or it is a whole model.
+    """
+    found = point(given)
+    if found.whole:
+        raise AdapterError(
+            f"--from goes on from an adapter, and {given} has none: its method is full. For a fresh adapter on what it "
+            f"has learned, type: --model {shlex.quote(str(found.folder))}"
+        )
+    return found
+
+
+def settings_of_start(given: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe takes from the adapter that it goes on from: its base and its settings.
+
+    A folder outside of a run tells the settings of a method that has its own section, as far as it has them. DPO
+    computes without dropout, so it takes none.
+
+    Args:
+        given: the run or the adapter folder.
+        values: the recipe's own. If they name a base, nothing of the other base is taken.
+
+    Raises:
+        AdapterError, RunDirError: see `point_at_start`.
+    """
+    found = point_at_start(given)
+    model, train = values.get("model") or {}, values.get("train") or {}
+    taken: dict[str, Any] = {}
+    if found.model is not None and "name" not in model:
+        taken["model"] = found.model.model_dump()
+    if found.recipe is not None:
+        adapter = found.recipe.adapter.model_dump(exclude={"preset"})
+    else:
+        assert found.folder is not None
+        config, method = read_config(found.folder), str(found.method)
+        own = OWN.get(method, {}).items()
+        adapter = {ours: config[name] for name, ours in own if config.get(name) is not None}
+        adapter["method"] = method
+    if train.get("objective") == "dpo":
+        adapter = _without_dropout(adapter)
+        if "config" in adapter:
+            adapter["config"] = _without_dropout(adapter["config"])
+    return {**taken, "adapter": adapter}
+
+
+def _without_dropout(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if not name.endswith("dropout")}
 
 
 def run_of(path: Path) -> RunDir | None:

@@ -151,6 +151,11 @@ class RunDir:
         return self.path / "eval" / "held-out.jsonl"
 
     @property
+    def reference(self) -> Path:
+        """What the answers of a run on pairs are compared with: log-probabilities."""
+        return self.path / "reference.json"
+
+    @property
     def merge_info(self) -> Path:
         """The pictures of `ptp merge-info`."""
         return self.path / "merge-info"

@@ -12,7 +12,12 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 
 from prefixtune_cli import model as models
 from prefixtune_cli import peft_methods
-from prefixtune_cli.adapter_folder import check_fits, load_adapter
+from prefixtune_cli.adapter_folder import (
+    attach_trained,
+    check_fits,
+    check_goes_on,
+    load_adapter,
+)
 from prefixtune_cli.errors import AdapterError, ModelError, RecipeError
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.scorer import Scorer
@@ -138,6 +143,16 @@ def test_a_method_is_trained_scored_saved_loaded_and_taken_off(
     check_fits(section, tmp_path)
     loaded = load_adapter(models.load_base(section), tmp_path).eval()
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
+    adapter = adapter_of(method, **SMALL.get(method, {}))
+    if method == "p-tuning":
+        with pytest.raises(AdapterError, match="the network of p-tuning is not saved"):
+            check_goes_on(section, adapter, tmp_path)
+    else:
+        check_goes_on(section, adapter, tmp_path)
+        further = attach_trained(models.load_base(section), adapter, tmp_path).eval()
+        torch.testing.assert_close(logits(further), expected, rtol=0, atol=1e-5)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert {name for name, p in further.named_parameters() if p.requires_grad} == trained
     models.detach(model)
     assert torch.equal(logits(base), plain)
 

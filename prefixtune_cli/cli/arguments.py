@@ -43,10 +43,17 @@ class Given(dict[str, Any]):
                 inner[last] = PARSERS[flag.key](value) if flag.key in PARSERS else value
 
     def recipe(self) -> Recipe:
-        """The recipe, from --recipe, --set and the flags. Raises RecipeError: see `load.resolve`."""
+        """The recipe, from --recipe, --set, the flags and what --from brings.
+
+        Raises:
+            RecipeError: see `load.resolve`.
+            AdapterError, RunDirError: see `pointed.point_at_start`.
+        """
+        from prefixtune_cli.pointed import settings_of_start
         from prefixtune_cli.recipe import load
 
-        return load.resolve(self.get("recipe"), self.get("set", ()), self.settings)
+        given = self.get("recipe"), self.get("set", ()), self.settings
+        return load.resolve(*given, of_start=settings_of_start)
 
 
 def parse_map(given: list[str]) -> dict[str, str]:
@@ -150,7 +157,8 @@ def check_extra(command: str, extra: Sequence[str], known: Collection[str]) -> N
     is_trained = any(
         os.path.isfile(Path(text) / file) for file in ("recipe.yaml", "adapter_config.json")
     )
-    flag = "--recipe" if text.endswith((".yaml", ".yml")) else "--run" if is_trained else "--data"
+    trained = "--run" if "--run" in known else "--from"
+    flag = "--recipe" if text.endswith((".yaml", ".yml")) else trained if is_trained else "--data"
     is_file = os.path.exists(text) or (Path(text).suffix and " " not in text)
     if "--prompt" in known and not is_file:
         flag = "--prompt"

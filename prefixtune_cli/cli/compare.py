@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Flags of `ptp train` that `ptp compare` does not have, as it decides them itself.
 WITHOUT = (
     "method", "feature_map", "resume", "overwrite", "nodes", "node_rank", "rendezvous", "parallel",
-    "keep", "save_steps", "save_minutes", "track", "auto_batch", "find_learning_rate",
+    "keep", "save_steps", "save_minutes", "track", "auto_batch", "find_learning_rate", "start_from",
 )  # fmt: skip
 CONTEST = panel(
     "Contest",

@@ -156,6 +156,7 @@ FLAGS = (
     ),
     *panel(
         "Adapter",
+        Flag("--from", "train.start_from", metavar="RUN|FOLDER", called="start_from"),
         Flag(
             "--method",
             "adapter.method",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 OPEN, CLOSE = "⟦", "⟧"
 FLAGS = (
     "data", "format", "map", "train_on", "max_length", "on_long", "chat_template", "recipe", "set",
-    "model", "revision", "trust_remote_code", "seed", "objective",
+    "model", "revision", "trust_remote_code", "seed", "objective", "start_from",
     "first_tokens",
 )  # fmt: skip
 
@@ -43,6 +43,7 @@ def inspect_data(
             raise UsageError(f"DATA is given twice, {source!r} and --data {data!r}. Give one.")
         given.settings.setdefault("data", {})["train"] = source
     from prefixtune_cli.cli import console
+    from prefixtune_cli.pointed import point_at_start
     from prefixtune_cli.recipe.aliases import resolve
     from prefixtune_cli.tokenizer import check_data, load_tokenizer
 
@@ -62,7 +63,8 @@ def inspect_data(
 
     pairs = settings.on_pairs
     rows = load_rows(settings.data.train, settings.data, pairs=pairs)
-    tokenizer = load_tokenizer(settings.model)
+    start = settings.train.start_from
+    tokenizer = load_tokenizer(settings.model, start and point_at_start(start).folder)
     tokenized = tokenize(rows, tokenizer, settings.data, settings.train.first_tokens)
     inspect.check(tokenized, tokenizer)
     check_data(settings.model, tokenizer, tokenized)

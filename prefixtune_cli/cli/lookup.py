@@ -84,7 +84,14 @@ def check(recipe: Recipe, *more: str | None) -> None:
 
     check_data(recipe, *more)
     check_names_base(recipe)
-    check_is_there(recipe.model)
+    try:
+        check_is_there(recipe.model)
+    except ModelError as error:
+        if (start := recipe.train.start_from) is None:
+            raise
+        raise ModelError(
+            f"{error} If it is the base of {start} and has moved, give its new place with --model."
+        ) from None
 
 
 def check_data(recipe: Recipe, *more: str | None) -> None:

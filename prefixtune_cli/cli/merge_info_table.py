@@ -112,6 +112,8 @@ def _run_rows(facts: Facts) -> list[tuple[str, str]]:
     if recipe is None:
         return []
     rows = [("data", _data(facts.adapter.environment.get("data")) or str(recipe.data.train))]
+    if (start := facts.adapter.environment.get("start")) is not None:
+        rows.append(("went on from", f"{start['folder']}, sha256 {start['sha256'][:16]}…"))
     train = recipe.train
     passes = f"{train.epochs:g} epochs" if train.max_steps is None else f"{train.max_steps} steps"
     rows.append(

@@ -165,6 +165,8 @@ def _print_summary(summary: Summary, data: DataSection) -> None:
         f"Trained {summary.trainable_parameters:,} of {summary.total_parameters:,} parameters ({share:.2f} %) "
         f"in {summary.steps} steps; the adapter takes {summary.adapter_bytes / 2**20:.2f} MiB."
     )
+    if summary.start is not None:
+        console.say(f"It went on from {summary.start}.")
     preferences = summary.preferences
     if preferences is not None:
         _print_preferences(preferences)
@@ -202,15 +204,22 @@ def _print_preferences(found: Preferences) -> None:
         ["", "chosen is likelier", "chosen", "rejected"],
         [
             [name, f"{100 * one.accuracy:.1f} %", f"{one.chosen:.2f}", f"{one.rejected:.2f}"]
-            for name, one in (("base", found.base), ("adapter", found.adapter))
+            for name, one in (
+                ("base", found.base),
+                ("start", found.start),
+                ("adapter", found.adapter),
+            )
+            if one is not None
         ],
     )
+    against = found.compared_with
     more, reward, margin = found.accuracy_difference, found.reward_interval, found.margin_interval
     console.say(
-        f"\nDifference {100 * more.value:+.1f} points (95 % interval {100 * more.low:+.1f} to {100 * more.high:+.1f}). "
-        f"By the implicit reward, the chosen answer is ahead in {100 * found.reward_accuracy:.1f} % of the pairs "
-        f"({100 * reward.low:.1f} to {100 * reward.high:.1f}), by a margin of {found.margin:+.3f} ({margin.low:+.3f} "
-        f"to {margin.high:+.3f}). DPO's loss is {found.loss:.4f}, the base's {BASE_LOSS:.4f}."
+        f"\nDifference from the {against}: {100 * more.value:+.1f} points (95 % interval {100 * more.low:+.1f} to "
+        f"{100 * more.high:+.1f}). By the implicit reward against the {against}, the chosen answer is ahead in "
+        f"{100 * found.reward_accuracy:.1f} % of the pairs ({100 * reward.low:.1f} to {100 * reward.high:.1f}), by a "
+        f"margin of {found.margin:+.3f} ({margin.low:+.3f} to {margin.high:+.3f}). DPO's loss is {found.loss:.4f}, the "
+        f"{against}'s {BASE_LOSS:.4f}."
     )
 
 

@@ -140,7 +140,7 @@ def entries(settings: Settings) -> list[Entry]:
 
     Raises:
         UsageError: a number is below 1, there is no method, one is named twice, two are the same run, or no method has
-            a setting; or the objective is not sft.
+            a setting; or the objective is not sft, or the recipe goes on from an adapter.
         RecipeError: the recipe of one of them is wrong.
     """
     settings.check()
@@ -163,6 +163,10 @@ def entries(settings: Settings) -> list[Entry]:
                 raise UsageError(
                     "`ptp compare` does not train with objective dpo yet: it compares answers and their losses. Leave "
                     "train.objective out."
+                )
+            if recipe.train.start_from is not None:
+                raise UsageError(
+                    "`ptp compare` trains fresh adapters. Leave train.start_from out, or compare finished runs."
                 )
             found.append(Entry(label, chosen, recipe))
     for key in (*grids, *adapter):

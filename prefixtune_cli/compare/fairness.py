@@ -35,6 +35,7 @@ def settings(run: FinishedRun) -> dict[str, Any]:
     found["model.name"] = base_key(recipe.model)
     for key in ("train", "eval", "chat_template"):
         found[f"data.{key}"] = run.fingerprints.get(key, {}).get("sha256")
+    found["train.start_from"] = run.start.get("sha256")
     if recipe.train.max_steps is not None:
         del found["train.epochs"]
     return found
@@ -64,6 +65,8 @@ def labels(runs: Sequence[FinishedRun]) -> list[str]:
 
 def _spelled(run: FinishedRun, key: str, value: Any) -> str:
     section, *_, last = key.split(".")
+    if key == "train.start_from":
+        value = run.recipe.train.start_from
     if key == "model.name":
         value = run.recipe.model.name
     if section == "data" and last in run.fingerprints:
@@ -111,6 +114,7 @@ def base(run: FinishedRun) -> Hashable:
 def _aspects(runs: Sequence[FinishedRun]) -> Iterator[tuple[str, list[tuple[Hashable, str]]]]:
     """What has to be the same: its name, and for each run a key and how a sentence shows it."""
     yield "bases", [(base(run), _shown_base(run)) for run in runs]
+    yield "starts", [(run.start.get("sha256"), _shown_start(run)) for run in runs]
     trained_on = [run.fingerprints["train"] for run in runs]
     yield "training data", [(data["sha256"], _shown_data(data)) for data in trained_on]
     budgets = [(run.summary["steps"], run.batch) for run in runs]
@@ -125,6 +129,12 @@ def _shown_base(run: FinishedRun) -> str:
     model = run.recipe.model
     revision = f" at {model.revision}" if model.revision else ""
     return f"{model.name}{revision} with {model.bits} bits"
+
+
+def _shown_start(run: FinishedRun) -> str:
+    if not run.start:
+        return "a fresh adapter"
+    return f"{run.recipe.train.start_from} (sha256 {run.start['sha256'][:8]}…)"
 
 
 def _shown_data(data: Mapping[str, Any]) -> str:

@@ -76,6 +76,12 @@ class FinishedRun:
         return found
 
     @property
+    def start(self) -> Mapping[str, str]:
+        """folder and sha256 of the adapter that the run went on from; empty if it began with a fresh one."""
+        found: Mapping[str, str] = self.environment.get("start", {})
+        return found
+
+    @property
     def batch(self) -> int:
         """Examples of an optimizer step. auto_batch keeps their number: it halves one factor and doubles the other."""
         train = self.recipe.train

@@ -1,8 +1,8 @@
 """Held-out pairs of answers: how often, and by how much, a model prefers the chosen one to the rejected one.
 
 A model prefers the answer that is likelier to it. What training has added is the implicit reward
-β·(log π(y|x) − log π₀(y|x)) of an answer y to a prompt x, with π the adapted model and π₀ its base (Rafailov et al.
-2023, arXiv 2305.18290).
+β·(log π(y|x) − log π₀(y|x)) of an answer y to a prompt x, with π the adapted model and π₀ the reference: its base, or
+the adapter that training went on from (Rafailov et al. 2023, arXiv 2305.18290).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import EvaluateSection
 
-BASE_LOSS = math.log(2)  # of DPO, where the adapter is its base
+BASE_LOSS = math.log(2)  # of DPO, where the adapter is the reference
 
 
 class Likelihoods(NamedTuple):
@@ -57,7 +57,9 @@ class Preferences:
 
     Attributes:
         base, adapter: of each.
-        accuracy_difference: the adapter's accuracy less the base's.
+        start: of the adapter that training went on from, which is then the reference; None if it began with a fresh
+            one, whose reference is the base.
+        accuracy_difference: the adapter's accuracy less the reference's.
         reward_accuracy: fraction of the pairs whose chosen answer has the higher reward; `reward_interval` is its own.
         margin: the mean by which the chosen answer's reward is above the rejected one's; `margin_interval` is its own.
         loss: DPO's, in nats a pair.
@@ -73,12 +75,23 @@ class Preferences:
     margin: float
     margin_interval: Interval
     loss: float
+    start: Preference | None = None
+
+    @property
+    def reference(self) -> Preference:
+        """What the adapter is compared with."""
+        return self.start or self.base
+
+    @property
+    def compared_with(self) -> str:
+        """The name of the reference."""
+        return "base" if self.start is None else "start"
 
     @property
     def both_fell(self) -> bool:
         """Whether training has made not the rejected answers alone less likely, but the chosen ones as well."""
-        base, adapter = self.base, self.adapter
-        return adapter.chosen < base.chosen and adapter.rejected < base.rejected
+        before, adapter = self.reference, self.adapter
+        return adapter.chosen < before.chosen and adapter.rejected < before.rejected
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,8 +105,9 @@ class Preferences:
             "accuracy_difference": PairedDifference,
             "reward_interval": Interval,
             "margin_interval": Interval,
+            "start": Preference,
         }
-        return cls(**{k: parts[k](**v) if k in parts else v for k, v in found.items()})
+        return cls(**{k: parts[k](**v) if k in parts and v else v for k, v in found.items()})
 
 
 def likelihoods(
@@ -123,26 +137,35 @@ def likelihoods(
     return Likelihoods(found[: len(pairs)], found[len(pairs) :])
 
 
-def compared(base: Likelihoods, adapter: Likelihoods, beta: float) -> Preferences:
-    """The adapter against its base, on the same pairs."""
-    margins = beta * ((adapter.chosen - base.chosen) - (adapter.rejected - base.rejected))
-    of_base, of_adapter, rewarded = (
-        np.asarray(found > 0, dtype=np.float64)
-        for found in (base.chosen - base.rejected, adapter.chosen - adapter.rejected, margins)
-    )
+def compared(
+    base: Likelihoods, adapter: Likelihoods, beta: float, start: Likelihoods | None = None
+) -> Preferences:
+    """The adapter against its reference, on the same pairs: `start` if there is one, or else the base."""
+    before = base if start is None else start
+    margins = beta * ((adapter.chosen - before.chosen) - (adapter.rejected - before.rejected))
+    rewarded = _hits(margins)
 
-    def preference(hits: Floats, found: Likelihoods) -> Preference:
+    def preference(found: Likelihoods) -> Preference:
+        hits = _hits(found.chosen - found.rejected)
         return Preference(*(float(values.mean()) for values in (hits, *found)))
 
     return Preferences(
         pairs=len(margins),
         beta=beta,
-        base=preference(of_base, base),
-        adapter=preference(of_adapter, adapter),
-        accuracy_difference=mean_difference([of_base], [of_adapter]),
+        base=preference(base),
+        start=None if start is None else preference(start),
+        adapter=preference(adapter),
+        accuracy_difference=mean_difference(
+            [_hits(before.chosen - before.rejected)], [_hits(adapter.chosen - adapter.rejected)]
+        ),
         reward_accuracy=float(rewarded.mean()),
         reward_interval=mean_interval([rewarded]),
         margin=float(margins.mean()),
         margin_interval=mean_interval([margins]),
         loss=float(np.logaddexp(0, -margins).mean()),
     )
+
+
+def _hits(found: Floats) -> Floats:
+    """1 where the chosen answer is ahead, 0 elsewhere."""
+    return np.asarray(found > 0, dtype=np.float64)

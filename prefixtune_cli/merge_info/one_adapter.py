@@ -115,6 +115,7 @@ class Facts:
             "bytes_on_disk": saved.bytes_on_disk,
             "dtypes": self.dtypes,
             "sha256": saved.sha256,
+            "start": saved.environment.get("start"),
             "data": saved.environment.get("data"),
             "recipe": None if saved.recipe is None else saved.recipe.model_dump(),
             "summary": saved.summary or None,

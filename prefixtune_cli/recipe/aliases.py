@@ -162,7 +162,8 @@ def check_local_model(path: str | Path) -> None:
         if (run := RunDir(folder)).recipe.is_file():
             raise ModelError(
                 f"{folder} is a run of `ptp train`, not a base model. To go on with it, type: {run.resume_command}; to "
-                "train again, give its base with --model (`ptp runs` lists it)."
+                f"train its adapter on, --from {folder} in place of --model; to train again, give its base with "
+                "--model (`ptp runs` lists it)."
             )
         _check_no_gguf(folder)
         raise ModelError(f"{folder} is not a model: it has no config.json.")

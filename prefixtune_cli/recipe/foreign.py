@@ -57,6 +57,8 @@ COUNTERPARTS = {
     "finetuning_type": "adapter.method",
     "peft_type": "adapter.method",
     "use_peft": "adapter.method=lora",
+    "adapter_name_or_path": "train.start_from",
+    "lora_model_dir": "train.start_from",
     "lora_r": "adapter.r",
     "lora_rank": "adapter.r",
     "lora_alpha": "adapter.alpha",

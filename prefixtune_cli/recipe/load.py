@@ -7,7 +7,7 @@ lists everything that is wrong with the result, with file and line for values fr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ def resolve(
     recipe: str | None = None,
     sets: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
+    of_start: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> Recipe:
     """The recipe that a command runs by.
 
@@ -44,14 +45,19 @@ def resolve(
         recipe: a YAML file, or the name of a shipped recipe; None means only the defaults.
         sets: `section.key=value` each, the value in YAML.
         flags: nested overrides, as in {"train": {"batch_size": 4}}.
+        of_start: gives the settings that `train.start_from` brings with it, from its value and all values. The recipe
+            wins over them. None lets it bring none.
 
     Raises:
         RecipeError: the recipe cannot be found or read, or a value is wrong.
     """
     file, parsed = _read(recipe)
     chosen = _merge(_parse_sets(sets), flags or {})
-    below = _without_another_methods_settings(parsed.values, chosen)
-    values = _merge(_without_what_is_replaced(below, chosen), chosen)
+    values = _over(parsed.values, chosen)
+    train = values.get("train")
+    start = train.get("start_from") if isinstance(train, Mapping) else None
+    if of_start is not None and isinstance(start, str):
+        values = _over(of_start(start, values), values)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -158,6 +164,12 @@ def _parse_sets(sets: Sequence[str]) -> dict[str, Any]:
     if problems:
         raise read.together(problems)
     return values
+
+
+def _over(below: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `below` with those of `chosen`, which win, and without what does not go with them."""
+    kept = _without_another_methods_settings(below, chosen)
+    return _merge(_without_what_is_replaced(kept, chosen), chosen)
 
 
 def _without_another_methods_settings(

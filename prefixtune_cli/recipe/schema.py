@@ -411,7 +411,12 @@ class TrainSection(Section):
         "al. 2023, arXiv 2305.18290).",
     )
     beta: float = Field(
-        0.1, gt=0, description="How strongly DPO holds the adapter to its base (β)."
+        0.1, gt=0, description="How strongly DPO holds the adapter to its base, or its start (β)."
+    )
+    start_from: str | None = Field(
+        None,
+        description="A run or an adapter folder whose adapter is trained on; it gives the base and the adapter's "
+        "settings that are not set.",
     )
     first_tokens: int | None = Field(
         None,
@@ -601,6 +606,15 @@ class Recipe(Section):
         if self.data.train_on == "all":
             raise ValueError(
                 "data.train_on all does not go with objective dpo, which compares answers alone. Leave it out."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _an_adapter_goes_on(self) -> Recipe:
+        if self.train.start_from is not None and self.adapter.method == "full":
+            raise ValueError(
+                "train.start_from (--from) does not go with method full, which trains no adapter. Leave one of the "
+                "two out."
             )
         return self
 

@@ -2,6 +2,7 @@
 
 run              `train`, from top to bottom
 checks           refusals before the base loads; plain words for a full memory or disk, and for lost processes
+start            the trained adapter that the run goes on from
 prepare          the run's data
 fit              the training itself, from the newest whole checkpoint
 trainer          transformers' Trainer made safe: checkpoints, stops, losses that are no numbers

@@ -85,8 +85,8 @@ class Basis(TrainerCallback):
             raise ModelError(f"{error} Type --no-basis to train without it.") from error
         if (weight := step_weight(loss)) < 1:
             self.reporter.notice(
-                f"The base's loss on the rows of the basis is {loss:.2f} nats per token. It is near the data, so "
-                f"a step is {weight:.2g} of the learning rate."
+                f"Before the first step, the loss on the rows of the basis is {loss:.2f} nats per token. The model is "
+                f"near the data, so a step is {weight:.2g} of the learning rate."
             )
         mine = {key: value.cpu() for key, value in basis_state(model).items()}
         load_basis_state(model, self.trainer.processes.told(mine))

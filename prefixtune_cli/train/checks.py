@@ -29,6 +29,7 @@ from prefixtune_cli.recipe.load import difference, resolve
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.prepare import Data
+from prefixtune_cli.train.start import Start
 from prefixtune_cli.train.stop import StopRequest
 
 # Layers of these kinds see only the part of a row that their mask allows.
@@ -176,14 +177,20 @@ def check_resumable(run_dir: RunDir, recipe: Recipe) -> None:
         )
 
 
-def check_same_run(run_dir: RunDir, data: Data, processes: int) -> None:
-    """Raise RunDirError if the run was started with other data, or with another number of processes."""
+def check_same_run(run_dir: RunDir, data: Data, processes: int, start: Start | None) -> None:
+    """Raise RunDirError if the run was started with other data or another start, or in another number of processes."""
     started = json.loads(run_dir.environment.read_text(encoding="utf-8"))
     if (before := started.get("processes", 1)) != processes:
         raise RunDirError(
             f"The run in {run_dir.path} was started with {before} processes, and is now resumed with "
             f"{processes}, which would change its batches. Resume it with {before} (--gpus, and --nodes "
             "if there are several machines), or start again with another --out."
+        )
+    if start is not None and (before := started["start"]["sha256"]) != start.sha256:
+        raise RunDirError(
+            f"The adapter {start.given}, from which the run in {run_dir.path} went on, has changed since (sha256 "
+            f"{before[:8]}… then and {start.sha256[:8]}… now), so the run cannot be resumed. Restore it, or start "
+            "again with another --out."
         )
     then = started["data"]
     changed = [

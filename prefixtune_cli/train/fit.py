@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,9 +50,12 @@ class Job:
 
 
 def fit(
-    job: Job, model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    job: Job,
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    reference: Reference | None,
 ) -> tuple[PeftModel | PreTrainedModel, int]:
-    """Train the model.
+    """Train the model; pairs of answers are compared with their `reference`.
 
     Returns:
         The model, sharded if the recipe says so, and the number of finished steps.
@@ -66,7 +71,6 @@ def fit(
         raise ResourceError(
             f"Not all nodes see {checkpoint}. Give an --out on a file system that they share."
         )
-    reference: Reference = {}
     while True:
         try:
             trainer = _trainer(job, recipe, model, tokenizer, reference, checkpoint)
@@ -100,7 +104,7 @@ def _trainer(
     recipe: Recipe,
     model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    reference: Reference,
+    reference: Reference | None,
     checkpoint: Path | None = None,
 ) -> SafeTrainer:
     """The trainer for `recipe`; its batches may be smaller than those of the job."""
@@ -121,10 +125,11 @@ def _trainer(
         processing_class=tokenizer,
     )
     trainer: SafeTrainer
-    if recipe.on_pairs:
-        trainer = SafeDPOTrainer(reference=reference, reporter=job.reporter, **given)
-    else:
-        trainer = SafeSFTTrainer(**given)
+    with _adapter_in_float32(model):
+        if reference is not None:
+            trainer = SafeDPOTrainer(reference=reference, reporter=job.reporter, **given)
+        else:
+            trainer = SafeSFTTrainer(**given)
     if Basis.is_for(recipe.adapter):
         trainer.add_callback(Basis(trainer, job.reporter, checkpoint))
     for callback in (
@@ -135,7 +140,6 @@ def _trainer(
     ):
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)  # the journal reports
-    _keep_adapter_in_fp32(model)
     if processes.size > 1:  # each process draws its own dropout
         torch.manual_seed(recipe.train.seed + processes.rank)
     return trainer
@@ -192,8 +196,11 @@ def _smaller(recipe: Recipe, reporter: Reporter) -> Recipe:
     return recipe.model_copy(update={"train": section.model_copy(update=halved)})
 
 
-def _keep_adapter_in_fp32(model: PeftModel | PreTrainedModel) -> None:
-    """Undo TRL's cast of a quantized base's adapter to bfloat16, in which small updates vanish."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+@contextlib.contextmanager
+def _adapter_in_float32(model: PeftModel | PreTrainedModel) -> Iterator[None]:
+    """Undo TRL's cast of a quantized base's adapter to bfloat16 within the block, in which small updates vanish."""
+    weights = [(p, p.data) for p in model.parameters() if p.requires_grad]
+    yield
+    for parameter, before in weights:
+        if parameter.dtype != torch.float32:
+            parameter.data = before.to(parameter.device, torch.float32)

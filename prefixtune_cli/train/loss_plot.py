@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 def draw_loss(
-    run_dir: RunDir, *, base: float | None = None, adapter: tuple[int, float] | None = None
+    run_dir: RunDir,
+    *,
+    base: float | None = None,
+    adapter: tuple[int, float] | None = None,
+    than: str = "base",
 ) -> None:
     """Draw metrics.jsonl into loss.png; before the first logged step, do nothing.
 
@@ -22,10 +26,11 @@ def draw_loss(
         run_dir: the run.
         base: the base's held-out loss, if known.
         adapter: the last step, and the adapter's held-out loss after it.
+        than: what the adapter is compared with; see `Summary.compared_with`.
     """
     rows = run_dir.read_metrics()
     if any("loss" in row for row in rows):
-        figure = loss_figure(rows, run_dir.path.name, base, adapter)
+        figure = loss_figure(rows, run_dir.path.name, base, adapter, than)
         write_atomically(run_dir.loss_plot, lambda path: figure.savefig(path))
 
 
@@ -34,6 +39,7 @@ def loss_figure(
     title: str,
     base: float | None,
     adapter: tuple[int, float] | None,
+    than: str = "base",
 ) -> Figure:
     """The picture; `rows` are those of metrics.jsonl, and at least one has a training loss."""
     trained = [(row["step"], row["loss"]) for row in rows if "loss" in row]
@@ -61,7 +67,7 @@ def loss_figure(
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="s", label="held-out")
     if base is not None:
-        axes.axhline(base, color="tab:gray", linestyle="--", label="held-out, base")
+        axes.axhline(base, color="tab:gray", linestyle="--", label=f"held-out, {than}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     unit = "nats a pair" if any("margin" in row for row in rows) else "nats a token"
     axes.set(xlabel="step", ylabel=f"loss ({unit})", title=title, ylim=(0, None))

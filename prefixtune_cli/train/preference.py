@@ -1,16 +1,20 @@
 """Training on pairs of answers by DPO (Rafailov et al. 2023, arXiv 2305.18290): TRL's DPOTrainer, made safe.
 
-With π the adapted model, π₀ its base, and a prompt x with a chosen answer y⁺ and a rejected one y⁻, the loss of a
-pair is −log σ(β·(log π(y⁺|x)/π₀(y⁺|x) − log π(y⁻|x)/π₀(y⁻|x))). The base does not change, so that its log-probabilities
-are computed once, before the first step, and again where a run is resumed.
+With π the adapted model, π₀ the reference, and a prompt x with a chosen answer y⁺ and a rejected one y⁻, the loss of a
+pair is −log σ(β·(log π(y⁺|x)/π₀(y⁺|x) − log π(y⁻|x)/π₀(y⁻|x))). The reference is the base, or the adapter that training
+goes on from. It does not change, so that its log-probabilities are computed once, before the first step, and kept.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
@@ -19,16 +23,18 @@ from trl import DPOConfig, DPOTrainer
 
 from prefixtune_cli import model as models
 from prefixtune_cli.data.row_encoder import MASKED
+from prefixtune_cli.evaluate.preferences import Likelihoods
+from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import Recipe
-from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.run_dir import RunDir, write_atomically
 from prefixtune_cli.train.fused_head import fitted_to
 from prefixtune_cli.train.order import ROW, row_lengths
 from prefixtune_cli.train.sft import shared_arguments
 from prefixtune_cli.train.trainer import SafeTrainer
 from prefixtune_cli.train.trial import OutOfMemory
 
-REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # as DPOTrainer calls them
+COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # as DPOTrainer calls them
 # TRL's means over the pairs of a step, to which a blank pair adds nothing.
 MEANS = (
     "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen",
@@ -36,7 +42,49 @@ MEANS = (
 )  # fmt: skip
 
 
-Reference = dict[str, list[tuple[float, float]]]
+# Log-probabilities of a chosen and of a rejected answer, in nats.
+Pairs = Sequence[tuple[float, float]]
+
+
+class Reference:
+    """The reference's log-probabilities of the answers, computed once and kept in a file.
+
+    All processes call each method together.
+
+    Args:
+        file: where they are kept.
+        of: everything that they depend on, as JSON types; the leader's counts. What the file has for anything else is
+            not used.
+        processes: of the run; its leader reads and writes.
+        who: the model.
+    """
+
+    def __init__(
+        self, file: Path, of: Any, processes: Processes, who: Literal["base", "start"] = "base"
+    ) -> None:
+        self.who = who
+        self._file = file
+        self._of = of
+        self._processes = processes
+        kept: dict[str, Pairs] = {}
+        if processes.leads:
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                found = json.loads(file.read_text(encoding="utf-8"))
+                kept = found["pairs"] if found["of"] == of else {}
+        self._kept = processes.told(kept)
+
+    def of_rows(self, name: str, find: Callable[[], Pairs]) -> Pairs:
+        """What `find` gave for the rows of this name when they were first asked for."""
+        if name not in self._kept:
+            self._kept[name] = find()
+            if self._processes.leads:
+                write_atomically(self._file, json.dumps({"of": self._of, "pairs": self._kept}))
+        return self._kept[name]
+
+    def of_held_out(self, find: Callable[[], Likelihoods]) -> Likelihoods:
+        """What `find` gave for the held-out rows."""
+        pairs = self.of_rows("held_out", lambda: np.stack(find(), axis=1).tolist())
+        return Likelihoods(*np.array(pairs).T)
 
 
 class PairCollator:
@@ -64,18 +112,18 @@ class PairCollator:
             "completion_mask": padded([[int(x != MASKED) for x in row] for row in labels], 0),
             **{
                 name: torch.tensor([pair[name] for pair in pairs])
-                for name in REFERENCE
+                for name in COLUMNS
                 if name in pairs[0]
             },
         }
 
 
 class SafeDPOTrainer(SafeTrainer, DPOTrainer):
-    """DPOTrainer, made safe, whose reference is the base.
+    """DPOTrainer, made safe.
 
     Args:
-        reference: the base's log-probabilities of the rows of `train_dataset` and `eval_dataset`, by these names; what
-            is missing is computed before the first step, and kept there for a trainer with a smaller batch.
+        reference: has the log-probabilities of the rows of `train_dataset` and `eval_dataset`, by these names. What is
+            missing is computed before the first step, when the adapter still is the start.
         reporter: hears how far that is.
         **arguments: those of `SafeTrainer`.
     """
@@ -87,6 +135,8 @@ class SafeDPOTrainer(SafeTrainer, DPOTrainer):
         super().__init__(data_collator=PairCollator(pad_id or 0), **arguments)
         # TRL copies the adapter, which it takes for one that is trained already, to be the reference.
         self.model.delete_adapter("ref")
+        if reference.who == "start":  # else TRL switches the adapter off
+            self.ref_model = self.model
         self.precompute_ref_logps = True
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
@@ -113,25 +163,23 @@ class SafeDPOTrainer(SafeTrainer, DPOTrainer):
 
     def _with_reference(self, rows: Dataset, name: str) -> Dataset:
         count = self.real_rows if name == "train_dataset" else len(rows)
-        if name not in self._reference:
-            self._reference[name] = self._of_the_base(rows, count)
+        known = self._reference.of_rows(name, lambda: self._of_reference(rows, count))
         blanks = [(0.0, 0.0)] * (len(rows) - count)
-        for column, values in zip(
-            REFERENCE, zip(*self._reference[name], *blanks, strict=True), strict=True
-        ):
+        for column, values in zip(COLUMNS, zip(*known, *blanks, strict=True), strict=True):
             rows = rows.add_column(column, list(values))
         return rows
 
-    def _of_the_base(self, rows: Dataset, count: int) -> list[tuple[float, float]]:
-        """The base's log-probabilities of both answers of the first `count` rows, as a step computes them."""
+    def _of_reference(self, rows: Dataset, count: int) -> Pairs:
+        """The log-probabilities of the first `count` rows, as a step computes them."""
         lengths, size = row_lengths(rows)[:count], self.args.train_batch_size
         # Little padding, and the longest ones first: where memory does not suffice, it shows at once.
         order = sorted(range(count), key=lengths.__getitem__, reverse=True)
         batches = [order[i : i + size] for i in range(0, count, size)]
         processes, found = self.processes, dict[int, tuple[float, float]]()
+        task = f"log-probabilities of the {self._reference.who}"
         with models.evaluating(self.model), fitted_to(self.args.device):
             for i in range(0, len(batches), processes.size):
-                self._reporter.progress("log-probabilities of the base", i, len(batches), {})
+                self._reporter.progress(task, i, len(batches), {})
                 self.stop_if_asked()
                 mine = i + processes.rank
                 both = self._of_a_batch(rows, batches[mine]) if mine < len(batches) else []
@@ -139,12 +187,12 @@ class SafeDPOTrainer(SafeTrainer, DPOTrainer):
                     raise OutOfMemory
                 if both:
                     found.update(zip(batches[mine], both, strict=True))
-        self._reporter.progress("log-probabilities of the base", len(batches), len(batches), {})
+        self._reporter.progress(task, len(batches), len(batches), {})
         found = processes.joined(found)
         return [found[row] for row in range(count)]
 
     def _of_a_batch(self, rows: Dataset, batch: Sequence[int]) -> list[tuple[float, float]] | None:
-        """The base's log-probabilities of both answers of these rows; None if the memory does not suffice."""
+        """The log-probabilities of these rows; None if the memory does not suffice."""
         inputs = self.data_collator([rows[row] for row in batch])
         inputs = {k: value.to(self.args.device) for k, value in inputs.items() if k != ROW}
         try:

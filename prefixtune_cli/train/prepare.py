@@ -19,6 +19,7 @@ from prefixtune_cli.evaluate.questions import Questions, example, short_question
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.tokenizer import check_data
+from prefixtune_cli.train.order import ROWS_AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,16 @@ class Data:
 
     @property
     def held_out_sha256(self) -> str:
-        """The digest of the held-out token ids and labels."""
-        columns = [self.held_out["input_ids"], self.held_out["labels"]]
-        return hashlib.sha256(
-            json.dumps([list(map(list, c)) for c in columns]).encode()
-        ).hexdigest()
+        """The digest of the held-out rows."""
+        return content(self.held_out)
+
+
+def content(rows: Dataset) -> str:
+    """The sha256 of rows of token ids and labels."""
+    found = hashlib.sha256()
+    for some in rows.iter(ROWS_AT_ONCE):
+        found.update(json.dumps(some).encode())
+    return found.hexdigest()
 
 
 def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> Data:

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from prefixtune_cli import model as models
+from prefixtune_cli.adapter_folder import attach_trained
 from prefixtune_cli.agreement import check_generation
 from prefixtune_cli.evaluate.held_out import Score, score
 from prefixtune_cli.evaluate.preferences import Likelihoods, compared, likelihoods
@@ -45,8 +46,10 @@ from prefixtune_cli.train.checks import (
 from prefixtune_cli.train.environment import describe_environment
 from prefixtune_cli.train.fit import Job, fit
 from prefixtune_cli.train.loss_plot import draw_loss
+from prefixtune_cli.train.preference import Reference
 from prefixtune_cli.train.prefix import start_at_rows
-from prefixtune_cli.train.prepare import Data, prepare_data
+from prefixtune_cli.train.prepare import Data, content, prepare_data
+from prefixtune_cli.train.start import Start, find_start
 from prefixtune_cli.train.stop import StopRequest
 from prefixtune_cli.train.summary import Summary, both_fell_warning, conclude, not_better_warning
 
@@ -96,7 +99,7 @@ def train(
         resuming, recipe = processes.told((ready.resume, ready.recipe))
         with _base(recipe, processes, bases) as load:
             job = Job(recipe, run_dir, ready.data, resuming, processes, stop, reporter)
-            return _train(job, load, bases, overwrite=overwrite)
+            return _train(job, load, bases, ready.start, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class _Ready:
     recipe: Recipe  # with a learning rate
     data: Data
     resume: bool
+    start: Start | None
 
 
 def _prepare(
@@ -124,6 +128,10 @@ def _prepare(
     check_tracker(recipe.train.track)
     check_parallel(recipe.train.parallel, processes.size)
     check_base(recipe.model)
+    start = find_start(recipe, run_dir, reporter)
+    if start is not None:  # an unfinished run will have other checkpoints
+        section = recipe.train.model_copy(update={"start_from": start.given})
+        recipe = recipe.model_copy(update={"train": section})
     recipe = models.with_learning_rate(recipe, reporter)
     resuming = run_dir.recipe.exists() if resume == "auto" else bool(resume)
     if processes.leads and resuming:
@@ -135,10 +143,11 @@ def _prepare(
     )
     models.check_method(recipe.model, recipe.adapter)
     check_packing(recipe)
-    data = prepare_data(recipe, load_tokenizer(recipe.model), reporter)
+    tokenizer = load_tokenizer(recipe.model, start and start.folder)
+    data = prepare_data(recipe, tokenizer, reporter)
     if processes.leads and resuming:
-        check_same_run(run_dir, data, processes.size)
-    return _Ready(recipe, data, resuming)
+        check_same_run(run_dir, data, processes.size, start)
+    return _Ready(recipe, data, resuming, start)
 
 
 @contextlib.contextmanager
@@ -160,7 +169,12 @@ def _base(
 
 
 def _train(
-    job: Job, load: Callable[[], PreTrainedModel], bases: SharedBase | None, *, overwrite: bool
+    job: Job,
+    load: Callable[[], PreTrainedModel],
+    bases: SharedBase | None,
+    start: Start | None,
+    *,
+    overwrite: bool,
 ) -> Summary:
     """Load, train and score; all processes do it together."""
     forget_peak_memory()
@@ -168,18 +182,22 @@ def _train(
     recipe, run_dir, data = job.recipe, job.run_dir, job.data
     processes, reporter = job.processes, job.reporter
     models.tell_loading(recipe.model, reporter)
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model, start and start.folder)
     whole = recipe.adapter.method == "full"
     base = load()
     set_seed(recipe.train.seed)  # after `load`, which uses random numbers only if it really loads
-    model = models.attach(base, recipe.adapter)
-    start_at_rows(model, recipe.adapter, data.train, recipe.train.seed)
+    model: PeftModel | PreTrainedModel
+    if start is not None:
+        model = attach_trained(base, recipe.adapter, start.folder)
+    else:
+        model = models.attach(base, recipe.adapter)
+        start_at_rows(model, recipe.adapter, data.train, recipe.train.seed)
     trained, total = _counted(model)
     if isinstance(model, PeftModel) and recipe.train.parallel == "fsdp":
         shard(model, processes.size, device(recipe.model.device))
     if processes.leads:
         if not job.resume:
-            _open(run_dir, recipe, data, processes, overwrite=overwrite)
+            _open(run_dir, recipe, data, processes, start, overwrite=overwrite)
         job.stop.begun = True
         if run_dir.chat_template.exists():
             tokenizer.chat_template = run_dir.chat_template.read_text(encoding="utf-8-sig")
@@ -221,18 +239,32 @@ def _train(
             reporter=reporter,
         )
 
-    # Full fine-tuning leaves no base to score afterwards.
+    def judge_pairs_of_base() -> Likelihoods:
+        with models.without_adapter(model):
+            return judge_pairs("base")
+
+    # Full fine-tuning leaves no base to score afterwards, and training no start.
     before = judge_base() if whole else None
-    model, steps = fit(job, model, tokenizer)
+    reference, of_reference = None, None
+    if recipe.on_pairs:
+        reference = _reference(job, start)
+        of_reference = reference.of_held_out(
+            judge_pairs_of_base if start is None else lambda: judge_pairs("start")
+        )
+    model, steps = fit(job, model, tokenizer, reference)
     _save_adapter(model, tokenizer, run_dir, processes)
     _check_generation(model, job)
     before = before or judge_base()
     after = judge("adapter")
     preferences = None
-    if recipe.on_pairs:
-        with models.without_adapter(model):
-            unadapted = judge_pairs("base")
-        preferences = compared(unadapted, judge_pairs("adapter"), recipe.train.beta)
+    if of_reference is not None:
+        base_pairs = of_reference if start is None else judge_pairs_of_base()
+        preferences = compared(
+            base_pairs,
+            judge_pairs("adapter"),
+            recipe.train.beta,
+            start=None if start is None else of_reference,
+        )
     summary = Summary(
         run=str(run_dir.path),
         base=before[0],
@@ -245,6 +277,7 @@ def _train(
         peak_memory_gib=max(processes.gathered(peak_memory_gib())),
         model=recipe.model.name,
         method=recipe.adapter.method,
+        start=start and start.given,
         started=_created(run_dir) if processes.leads else None,
         finished=_now(),
         seconds=round(time.monotonic() - started, 1),
@@ -255,11 +288,12 @@ def _train(
     )
     if processes.leads:
         of_base, of_adapter = summary.losses
+        than = summary.compared_with
         if summary.verdict != "better":
-            reporter.warning(not_better_warning(recipe, run_dir, of_base, of_adapter))
+            reporter.warning(not_better_warning(recipe, run_dir, summary))
         if preferences is not None and preferences.both_fell:
             reporter.warning(both_fell_warning(preferences))
-        draw_loss(run_dir, base=of_base, adapter=(steps, of_adapter))
+        draw_loss(run_dir, base=of_base, adapter=(steps, of_adapter), than=than)
         conclude(run_dir, data, before, after, summary)
     if bases is not None and isinstance(model, PeftModel):
         models.detach(model)
@@ -270,13 +304,36 @@ def _is_to_be_sharded(recipe: Recipe, processes: Processes) -> bool:
     return recipe.train.parallel in ("fsdp", "deepspeed-zero3") and processes.size > 1
 
 
+def _reference(job: Job, start: Start | None) -> Reference:
+    """The log-probabilities of the model that answers are compared with: the start's, or the base's."""
+    recipe, data = job.recipe, job.data
+    of = None
+    if job.processes.leads:
+        of = {
+            "base": hash_of_base(recipe.model),
+            "start": start and start.sha256,
+            "train": content(data.train),
+            "held_out": content(data.held_out),
+            "precision": f"{recipe.model.bits} bits on {device(recipe.model.device).type}",
+        }
+    return Reference(job.run_dir.reference, of, job.processes, "base" if start is None else "start")
+
+
 def _open(
-    run_dir: RunDir, recipe: Recipe, data: Data, processes: Processes, *, overwrite: bool
+    run_dir: RunDir,
+    recipe: Recipe,
+    data: Data,
+    processes: Processes,
+    start: Start | None,
+    *,
+    overwrite: bool,
 ) -> None:
     """Make the run directory; write the recipe last, as its presence means that there is a run."""
     run_dir.create(overwrite=overwrite)
     about = describe_environment(data.fingerprints, processes.size)
     about = {"created": _now(), **about, "base_sha256": hash_of_base(recipe.model)}
+    if start is not None:
+        about["start"] = {"folder": str(start.folder), "sha256": start.sha256}
     write_json(run_dir.environment, about)
     if recipe.data.chat_template is not None:
         source = Path(recipe.data.chat_template).expanduser()

@@ -29,6 +29,7 @@ class Summary:
         seconds: from loading to the scores, since the run was started or last resumed.
         example: a held-out `prompt` to try the result with, perhaps with its `system` message.
         preferences: for a run on pairs of answers; the scores are then those of the chosen answers.
+        start: the run or the adapter folder that training went on from; None for a fresh adapter.
     """
 
     run: str
@@ -49,10 +50,16 @@ class Summary:
     answer_pattern: str | None = None
     example: dict[str, str] = field(default_factory=dict)
     preferences: Preferences | None = None
+    start: str | None = None
+
+    @property
+    def compared_with(self) -> str:
+        """What the adapter is compared with: `base`, or for pairs of answers the `start` if there is one."""
+        return "base" if self.preferences is None else self.preferences.compared_with
 
     @property
     def losses(self) -> tuple[float, float]:
-        """The base's and the adapter's held-out loss, by the run's own objective."""
+        """The held-out losses of what the adapter is compared with and of the adapter, by the run's own objective."""
         if self.preferences is not None:
             return BASE_LOSS, self.preferences.loss
         return self.base.loss, self.adapter.loss
@@ -116,17 +123,18 @@ def conclude(
 
 def both_fell_warning(found: Preferences) -> str:
     """The warning that chosen and rejected answers have both become less likely."""
-    base, adapter = found.base, found.adapter
+    before, adapter = found.reference, found.adapter
     return (
         "Both answers of the held-out pairs have become less likely, not only the rejected ones: the mean "
-        f"log-probability of the chosen ones fell from {base.chosen:.2f} to {adapter.chosen:.2f}, that of the rejected "
-        f"ones from {base.rejected:.2f} to {adapter.rejected:.2f}. Look at what the model says now; a larger --beta or "
-        "a smaller --learning-rate keeps it closer to its base."
+        f"log-probability of the chosen ones fell from {before.chosen:.2f} to {adapter.chosen:.2f}, that of the "
+        f"rejected ones from {before.rejected:.2f} to {adapter.rejected:.2f}. Look at what the model says now; a "
+        f"larger --beta or a smaller --learning-rate keeps it closer to its {found.compared_with}."
     )
 
 
-def not_better_warning(recipe: Recipe, run_dir: RunDir, base: float, adapter: float) -> str:
+def not_better_warning(recipe: Recipe, run_dir: RunDir, summary: Summary) -> str:
     """The warning that the adapter's held-out loss is not below the base's, with what to try."""
+    than, (before, adapter) = summary.compared_with, summary.losses
     losses = [row["loss"] for row in run_dir.read_metrics() if "loss" in row]
     rate = recipe.train.learning_rate or math.nan
     first, last = (losses[0], losses[-1]) if losses else (math.nan, math.nan)
@@ -139,6 +147,6 @@ def not_better_warning(recipe: Recipe, run_dir: RunDir, base: float, adapter: fl
         why = "the training loss has hardly moved"
         what = f"Try more steps, or --learning-rate {3 * rate:.1g}, three times as much."
     return (
-        f"The adapter is no better than its base: its held-out loss is {adapter:.4f}, the base's {base:.4f}. "
+        f"The adapter is no better than its {than}: its held-out loss is {adapter:.4f}, the {than}'s {before:.4f}. "
         f"In training, the loss was {first:.4g} at first and {last:.4g} at last: {why}. {what}"
     )
