@@ -109,6 +109,7 @@ def test_a_method_is_trained_scored_saved_loaded_and_taken_off(
     models.check_method(section, adapter_of(method, **SMALL.get(method, {})))
     base = models.load_base(section).eval()
     plain = logits(base)
+    torch.manual_seed(0)
     model = models.attach(base, adapter_of(method, **SMALL.get(method, {})))
     assert isinstance(model, PeftModel)
     one_step(model)

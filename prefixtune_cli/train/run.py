@@ -143,7 +143,7 @@ def _prepare(
     )
     models.check_method(recipe.model, recipe.adapter)
     check_packing(recipe)
-    tokenizer = load_tokenizer(recipe.model, start and start.folder)
+    tokenizer = load_tokenizer(recipe.model, start.folder if start else None)
     data = prepare_data(recipe, tokenizer, reporter)
     if processes.leads and resuming:
         check_same_run(run_dir, data, processes.size, start)
@@ -182,7 +182,7 @@ def _train(
     recipe, run_dir, data = job.recipe, job.run_dir, job.data
     processes, reporter = job.processes, job.reporter
     models.tell_loading(recipe.model, reporter)
-    tokenizer = load_tokenizer(recipe.model, start and start.folder)
+    tokenizer = load_tokenizer(recipe.model, start.folder if start else None)
     whole = recipe.adapter.method == "full"
     base = load()
     set_seed(recipe.train.seed)  # after `load`, which uses random numbers only if it really loads
@@ -277,7 +277,7 @@ def _train(
         peak_memory_gib=max(processes.gathered(peak_memory_gib())),
         model=recipe.model.name,
         method=recipe.adapter.method,
-        start=start and start.given,
+        start=start.given if start else None,
         started=_created(run_dir) if processes.leads else None,
         finished=_now(),
         seconds=round(time.monotonic() - started, 1),
@@ -311,7 +311,7 @@ def _reference(job: Job, start: Start | None) -> Reference:
     if job.processes.leads:
         of = {
             "base": hash_of_base(recipe.model),
-            "start": start and start.sha256,
+            "start": start.sha256 if start else None,
             "train": content(data.train),
             "held_out": content(data.held_out),
             "precision": f"{recipe.model.bits} bits on {device(recipe.model.device).type}",

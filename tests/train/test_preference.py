@@ -17,13 +17,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from prefixtune_cli.adapter_folder import load_adapter
 from prefixtune_cli.data.row_encoder import MASKED
 from prefixtune_cli.errors import DataError
+from prefixtune_cli.evaluate.preferences import likelihoods
 from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.tokenizer import load_tokenizer
 from prefixtune_cli.train import Summary, train
-from prefixtune_cli.train.preference import PairCollator, SafeDPOTrainer
+from prefixtune_cli.train.preference import PairCollator, Reference, SafeDPOTrainer
+from prefixtune_cli.train.prepare import prepare_data
 from prefixtune_cli.train.stop import StopRequest
 from prefixtune_cli.train.summary import both_fell_warning
 from tests.heard import Heard
@@ -126,9 +130,134 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     heard = Heard()
     train(chosen.model_copy(update={"out": str(run_dir.path)}), resume=True, reporter=heard)
     assert f"Resuming {run_dir.path} from checkpoint-4." in heard.notices
+    assert "log-probabilities of the base" not in heard.tasks  # they are kept
     one, other = adapter_of(whole), adapter_of(run_dir)
     assert one.keys() == other.keys()
     assert {name for name in one if not torch.equal(one[name], other[name])} == set()
+
+
+def test_a_reference_is_computed_once_for_the_same_content(tmp_path: Path) -> None:
+    file, of = tmp_path / "reference.json", {"base": "a", "start": None}
+    asked = []
+
+    def find() -> list[tuple[float, float]]:
+        asked.append(file.exists())
+        return [(-1.1, math.nan), (-1 / 3, 0.0)]
+
+    for content in (of, of, {**of, "start": "b"}):
+        found = Reference(file, content, Processes()).of_rows("train_dataset", find)
+        assert [tuple(map(repr, pair)) for pair in found] == [
+            ("-1.1", "nan"),
+            (repr(-1 / 3), "0.0"),
+        ]
+    assert asked == [False, True]
+    file.write_text(file.read_text()[:-9])  # as after a disk's failure
+    Reference(file, of, Processes()).of_rows("train_dataset", find)
+    assert len(asked) == 3
+
+
+@pytest.fixture(scope="module")
+def trained_start(
+    random_base: Path, colours: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A finished run on answers."""
+    steps = {"max_steps": 20, "learning_rate": 0.1}
+    chosen = recipe(random_base, colours, tmp_path_factory.mktemp("starts") / "sft", train=steps)
+    train(chosen)
+    return Path(chosen.folder)
+
+
+def test_from_an_adapter_the_reference_is_the_adapter_itself(
+    trained_start: Path, random_base: Path, pairs: Path, tmp_path: Path
+) -> None:
+    heard = Heard()
+    steps = {**SETTINGS, "start_from": str(trained_start)}
+    chosen = of_pairs(random_base, pairs, tmp_path / "run", train=steps)
+    summary = train(chosen, reporter=heard)
+    run_dir, found = RunDir(chosen.folder), summary.preferences
+    rows = run_dir.read_metrics()
+    first = next(row for row in rows if "loss" in row)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["margin"] == pytest.approx(0, abs=1e-4)
+    (evaluated,) = (row["eval_loss"] for row in rows if "eval_loss" in row)
+    assert found is not None
+    assert found.loss == pytest.approx(evaluated, rel=1e-4)
+    assert found.loss < 0.67
+
+    # What the start says of the held-out pairs, by another way: `ptp eval` and the like load it so.
+    kept = json.loads(run_dir.reference.read_text())["pairs"]
+    base = AutoModelForCausalLM.from_pretrained(random_base, dtype=torch.float32)
+    model = load_adapter(base, trained_start / "adapter").eval()
+    tokenizer = load_tokenizer(chosen.model, trained_start / "adapter")
+    held_out = prepare_data(chosen, tokenizer, Heard()).held_out
+    of_start = likelihoods(
+        model,
+        tokenizer,
+        held_out,
+        chosen.evaluate,
+        name="x",
+        processes=Processes(),
+        reporter=Heard(),
+    )
+    for kind in ("held_out", "eval_dataset"):
+        by_run = torch.tensor(kept[kind]).T
+        for side, expected in enumerate(of_start):
+            torch.testing.assert_close(
+                by_run[side], torch.from_numpy(expected).float(), rtol=1e-4, atol=1e-4
+            )
+    assert found.start is not None
+    assert found.start.chosen == pytest.approx(float(of_start.chosen.mean()))
+    assert abs(found.start.chosen - found.base.chosen) > 1  # else the base would do as well
+    assert {"log-probabilities of the start", "log-probabilities of the base"} <= {*heard.tasks}
+
+    killed = RunDir(tmp_path / "killed")
+    for checkpoints in (1, 0):
+        shutil.copytree(run_dir.path, killed.path)
+        for saved in killed.checkpoints()[checkpoints:]:
+            shutil.rmtree(saved)
+        shutil.rmtree(killed.adapter)
+        killed.summary.unlink()
+        heard = Heard()
+        resumed = chosen.model_copy(update={"out": str(killed.path)})
+        again = train(resumed, resume=True, reporter=heard)
+        assert "log-probabilities of the start" not in heard.tasks
+        one, other = adapter_of(run_dir), adapter_of(killed)
+        assert {name for name in one if not torch.equal(one[name], other[name])} == set()
+        assert again.preferences == found
+        shutil.rmtree(killed.path)
+
+
+def test_a_lora_of_a_4_bit_base_goes_on_to_preferences_in_two_processes(
+    random_base: Path, colours: Path, pairs: Path, tmp_path: Path
+) -> None:
+    lora, bits = {"method": "lora", "r": 4}, {"bits": 4}
+    steps = {"max_steps": 6, "learning_rate": 0.01}
+    start = recipe(random_base, colours, tmp_path / "sft", train=steps, adapter=lora, model=bits)
+    train(start)
+    further = {**SETTINGS, "start_from": start.folder, "learning_rate": 1e-3}
+    one = of_pairs(random_base, pairs, tmp_path / "one", train=further, adapter=lora, model=bits)
+    train(one)
+    first = RunDir(one.folder).read_metrics()[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-2)
+    two = of_pairs(
+        random_base,
+        pairs,
+        tmp_path / "two",
+        train={**further, "batch_size": 4},
+        adapter=lora,
+        model=bits,
+    )
+    job = {"recipe": two.model_dump(), "port": free_port(), "seen": str(tmp_path / "seen")}
+    in_two_processes([job], tmp_path / "jobs.json")
+    by_one, by_two = adapter_of(RunDir(one.folder)), adapter_of(RunDir(two.folder))
+    far = max(float((by_one[k] - by_two[k]).abs().max() / by_one[k].abs().max()) for k in by_one)
+    assert far < 0.05, far
+    kept = [
+        torch.tensor(json.loads(RunDir(run.folder).reference.read_text())["pairs"]["train_dataset"])
+        for run in (one, two)
+    ]
+    assert len(kept[0]) == 54
+    torch.testing.assert_close(kept[0], kept[1], rtol=2e-2, atol=2e-2)
 
 
 def test_two_processes_make_the_weights_of_one(
@@ -260,7 +389,7 @@ def test_the_step_is_that_of_trl_with_the_base_as_an_explicit_reference(
     ]
     run_dir = RunDir(tmp_path / "run")
     ours = SafeDPOTrainer(
-        reference={},
+        reference=Reference(run_dir.reference, None, Processes()),
         reporter=Heard(),
         run_dir=run_dir,
         origin=str,
