@@ -11,7 +11,8 @@ import pytest
 
 from prefixtune_cli.errors import AdapterError, RunDirError, UsageError
 from prefixtune_cli.lock import locked
-from prefixtune_cli.pointed import base_key, choose, point
+from prefixtune_cli.pointed import base_key, choose, point, settings_of_start
+from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import ModelSection
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.run_list import list_runs, newest_finished
@@ -54,6 +55,43 @@ def test_a_run_on_pairs_reads_answers_without_the_columns_of_pairs(tmp_path: Pat
     (folder / "recipe.yaml").write_text(json.dumps(saved))
     reading = point(folder).reading
     assert (reading.map, reading.format, reading.max_length) == ({"prompt": "ask"}, "auto", 64)
+
+
+def started(folder: Path, *sets: str) -> Any:
+    return resolve(None, [f"train.start_from={folder}", *sets], None, settings_of_start)
+
+
+def test_what_a_recipe_leaves_open_is_that_of_the_run_it_goes_on_from(tmp_path: Path) -> None:
+    folder = run(tmp_path / "mine")
+    saved = json.loads((folder / "recipe.yaml").read_text())
+    saved["adapter"] |= {"r": 3, "dropout": 0.1, "config": {"use_rslora": True}}
+    (folder / "recipe.yaml").write_text(json.dumps(saved))
+    found = started(folder)
+    assert (found.model.name, found.model.bits, found.names_base) == ("tiny", 32, True)
+    assert (found.adapter.r, found.adapter.dropout) == (3, 0.1)
+    assert found.adapter.config == {"use_rslora": True}
+    assert found.train.learning_rate is None
+    typed = started(folder, "model.bits=4", "adapter.alpha=5")
+    assert (typed.model.name, typed.model.bits) == ("tiny", 4)
+    assert (typed.adapter.r, typed.adapter.alpha) == (3, 5)
+    assert started(folder, "model.name=other").model.bits == 16
+    assert started(folder, "adapter.method=ia3").adapter.config == {}
+    assert started(folder, "train.objective=dpo").adapter.dropout == 0
+
+
+def test_a_bare_folder_tells_what_its_configuration_has(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "bare", base=None)
+    config = {"peft_type": "LORA", "r": 3, "lora_dropout": 0.1, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    found = started(folder)
+    assert (found.adapter.r, found.adapter.dropout) == (3, 0.1)
+    assert found.adapter.target_modules == ["q_proj"]
+    assert not found.names_base
+    config = {"peft_type": "PREFIX_TUNING_PLUS", "sites": "ffn", "rank": 2, "layers": [1, 2]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    found = started(folder, "train.objective=dpo")
+    assert (found.adapter.sites, found.adapter.rank, found.adapter.layers) == ("ffn", 2, [1, 2])
+    assert found.adapter.basis
 
 
 def test_a_run_its_adapter_folder_and_its_checkpoint_are_known_as_the_runs(tmp_path: Path) -> None:

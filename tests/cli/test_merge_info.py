@@ -23,7 +23,8 @@ def run(make: Make, random_base: Path, tmp_path: Path) -> Path:
         "train: {max_steps: 9, learning_rate: 0.03, batch_size: 7, seed: 5}\n"
     )
     data = {"train": {"source": "my.jsonl", "rows": 123, "sha256": "ab" * 32}}
-    (folder / "environment.json").write_text(json.dumps({"data": data}))
+    start = {"folder": "runs/first/adapter", "sha256": "cd" * 32}
+    (folder / "environment.json").write_text(json.dumps({"data": data, "start": start}))
     summary = {"base": {"loss": 3.5}, "adapter": {"loss": 1.25}}
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
@@ -49,6 +50,7 @@ def test_of_a_run_it_tells_base_data_recipe_cost_and_what_was_learned(
         told(printed, "on disk") == f"{(run / 'adapter' / WEIGHTS).stat().st_size:,} bytes, float32"
     )
     assert told(printed, "data") == "my.jsonl, 123 rows, sha256 abababababababab…"
+    assert told(printed, "went on from") == "runs/first/adapter, sha256 cdcdcdcdcdcdcdcd…"
     assert told(printed, "recipe").startswith("9 steps, learning rate 0.03 (cosine), 7 rows a step")
     assert told(printed, "result") == "held-out loss 3.5000 → 1.2500"
     assert told(printed, "folds into the base") == "no"

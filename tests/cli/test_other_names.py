@@ -23,6 +23,7 @@ from tests.cli.conftest import Ptp
         (["--save-total-limit", "1"], "--save-total-limit is --keep here."),
         (["--resume-from-checkpoint", "x"], "--resume-from-checkpoint is --resume here."),
         (["--num-train-epochs", "1"], "--num-train-epochs is --epochs here."),
+        (["--adapter-name-or-path", "x"], "--adapter-name-or-path is --from here."),
         (["--do-train"], "--do-train has no counterpart: `ptp train` always fine-tunes"),
     ],
 )  # fmt: skip

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 from prefixtune_cli.evaluate.preferences import Preferences
+from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.run_dir import RunDir
 from tests.cli.conftest import Ptp
+
+ROWS = ("base", "start", "adapter")
 
 
 def test_the_sample_is_learned_and_both_models_preferences_are_printed(
@@ -40,3 +43,28 @@ def test_rates_are_not_tried_for_pairs(ptp: Ptp) -> None:
     code, _, said = ptp(*typed, "--find-learning-rate")
     assert code == 2
     assert "--find-learning-rate does not try rates for objective dpo yet" in said
+
+
+def test_answers_then_preferences_and_what_is_printed_is_against_the_start(
+    ptp: Ptp, random_base: Path, colours: Path, tmp_path: Path
+) -> None:
+    sft, dpo = tmp_path / "sft", tmp_path / "dpo"
+    short = ["--steps", 4, "--batch-size", 8, "--eval-split", 0.2, "--max-length", 256]
+    typed = ["train", "--model", random_base, "--bits", 32, "--data", colours, "--out", sft]
+    code, _, said = ptp(*typed, *short, "--sites", "ffn", "--lr", 0.1)
+    assert code == 0, said
+    typed = ["train", "--from", sft, "--data", "sample:preferences", "--objective", "dpo"]
+    code, printed, said = ptp(*typed, *short, "--out", dpo)
+    assert code == 0, said
+    assert f"It went on from {sft}." in printed
+    found = Preferences.of_json(json.loads(RunDir(dpo).summary.read_text())["preferences"])
+    table = printed.split("held-out pairs of answers")[1].split("Difference")[0].splitlines()
+    rows = {name: line.split() for line in table if (name := line.partition(" ")[0]) in ROWS}
+    assert list(rows) == list(ROWS)
+    assert found.start is not None
+    assert rows["start"][3] == f"{found.start.chosen:.2f}" != rows["base"][3]
+    words = " ".join(printed.split())
+    assert "By the implicit reward against the start" in words
+    assert f"DPO's loss is {found.loss:.4f}, the start's 0.6931." in words
+    assert "Trained" in printed
+    assert resolve(str(RunDir(dpo).recipe)).adapter.sites == "ffn"  # type: ignore[union-attr]

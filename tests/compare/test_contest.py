@@ -43,6 +43,11 @@ def test_another_objective_than_sft_is_refused() -> None:
         contest(train={"objective": "dpo"})
 
 
+def test_a_recipe_that_goes_on_from_an_adapter_is_refused() -> None:
+    with pytest.raises(UsageError, match="trains fresh adapters"):
+        contest(train={"start_from": "runs/mine"})
+
+
 def test_the_sweep_has_as_many_rates_for_everyone_around_its_own() -> None:
     for one in contest():
         recipe = one.recipe.with_learning_rate(192)

@@ -220,6 +220,22 @@ def test_everything_that_is_unfair_is_said_at_once(tmp_path: Path) -> None:
     assert said.endswith("type --anyway.")
 
 
+def test_runs_that_went_on_from_different_adapters_are_an_unfair_difference(tmp_path: Path) -> None:
+    def started(out: str, sha256: str, **settings: Any) -> str:
+        about = {"start": {"folder": f"{sha256[0]}/adapter", "sha256": sha256}}
+        train = {"start_from": sha256[0]}
+        return run(tmp_path / out, environment=about, train=train, **settings)
+
+    fresh, one = run(tmp_path / "fresh", "full"), started("one", "a" * 64)
+    other = started("other", "b" * 64, method="prefix-tuning")
+    said = refused(fresh, one, other)
+    assert f"starts: a fresh adapter in {fresh}; a (sha256 aaaaaaaa…) in {one}; b (sha256" in said
+    alike = started("alike", "a" * 64, method="ia3")
+    assert len(read_runs([one, alike]).contestants) == 2
+    labels = [c.label for c in read_runs([one, started("b", "b" * 64)], anyway=True).contestants]
+    assert labels == ["lora start_from=a", "lora start_from=b"]
+
+
 def test_of_runs_that_match_no_answers_what_differs_is_said_and_the_loss_compared(
     tmp_path: Path,
 ) -> None:

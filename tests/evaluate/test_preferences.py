@@ -47,6 +47,21 @@ def test_only_where_both_answers_fell_it_is_said(chosen: int, rejected: int, fel
     assert compared(BASE, adapter, beta=0.1).both_fell is fell
 
 
-def test_what_is_written_is_read_back() -> None:
-    found = compared(BASE, ADAPTER, beta=0.5)
+def test_with_a_start_everything_is_against_it() -> None:
+    start = Likelihoods(BASE.chosen + 50, BASE.rejected - 50)
+    against_base, found = compared(start, ADAPTER, 0.5), compared(BASE, ADAPTER, 0.5, start)
+    assert (found.compared_with, against_base.compared_with) == ("start", "base")
+    assert found.base == compared(BASE, ADAPTER, 0.5).base
+    assert found.start == found.reference == against_base.base
+    for name in ("accuracy_difference", "reward_accuracy", "margin", "margin_interval", "loss"):
+        assert getattr(found, name) == getattr(against_base, name), name
+    assert found.loss != compared(BASE, ADAPTER, 0.5).loss
+    risen = Likelihoods(start.chosen - 1, start.rejected - 1)
+    assert compared(BASE, risen, 0.5, start).both_fell
+    assert not compared(BASE, risen, 0.5).both_fell
+
+
+@pytest.mark.parametrize("start", [None, ADAPTER])
+def test_what_is_written_is_read_back(start: Likelihoods | None) -> None:
+    found = compared(BASE, ADAPTER, 0.5, start)
     assert Preferences.of_json(json.loads(json.dumps(found.to_json()))) == found
