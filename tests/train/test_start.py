@@ -115,10 +115,20 @@ def test_the_first_step_begins_at_the_starts_weights(
 
 
 def test_in_the_basis_the_first_loss_is_the_starts_and_the_template_too(
-    starts: dict[str, Path], colours: Path, tmp_path: Path, first_weights: list[Weights]
+    starts: dict[str, Path],
+    colours: Path,
+    tmp_path: Path,
+    first_weights: list[Weights],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     start = starts["prefix-tuning-plus"]
-    losses = {}
+    losses, plain_step, texts = {}, SafeTrainer.training_step, []
+
+    def step(self: SafeTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        texts.append(self.processing_class.decode(inputs["input_ids"][0]))
+        return plain_step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SafeTrainer, "training_step", step)
     for name in ("basis", "plain"):
         chosen = from_start(
             start, colours, tmp_path / name, f"adapter.basis={name == 'basis'}", max_steps=1
@@ -128,6 +138,7 @@ def test_in_the_basis_the_first_loss_is_the_starts_and_the_template_too(
         losses[name] = RunDir(tmp_path / name).read_metrics()[0]["loss"]
         assert (tmp_path / name / "adapter" / "chat_template.jinja").read_text() == TEMPLATE
     assert losses["basis"] == pytest.approx(losses["plain"], rel=1e-5)
+    assert all(text.startswith("<user>Say the colour") for text in texts)
     expected = weights_of(start / "adapter")
     for name, value in first_weights[0].items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
