@@ -21,7 +21,9 @@ from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train import Summary, train
 from prefixtune_cli.train.trainer import SafeTrainer
 from tests.heard import Heard
+from tests.ports import free_port
 from tests.train.test_run import recipe
+from tests.train.two_ranks import in_two_processes
 
 Weights = dict[str, torch.Tensor]
 TEMPLATE = (
@@ -182,6 +184,24 @@ def test_a_killed_run_ends_with_the_same_bytes_and_not_from_another_start(
     again = cut(whole, tmp_path / "again", checkpoints)
     with pytest.raises(RunDirError, match=rf"has changed since \(sha256 {about['sha256'][:8]}…"):
         train(chosen.model_copy(update={"out": str(again.path)}), resume=True)
+
+
+def test_two_processes_go_on_as_one_also_if_the_base_is_sharded(
+    starts: dict[str, Path], colours: Path, tmp_path: Path
+) -> None:
+    start, jobs = starts["prefix-tuning-plus"], []
+    train(from_start(start, colours, tmp_path / "one"))
+    for name in ("ddp", "fsdp"):
+        chosen = from_start(start, colours, tmp_path / name, batch_size=4, parallel=name)
+        seen = str(tmp_path / f"seen-{name}")
+        jobs.append({"recipe": chosen.model_dump(), "port": free_port(), "seen": seen})
+    in_two_processes(jobs, tmp_path / "jobs.json")
+    begun, one = weights_of(start / "adapter"), weights_of(tmp_path / "one" / "adapter")
+    for name in ("ddp", "fsdp"):
+        two = weights_of(tmp_path / name / "adapter")
+        for key, value in one.items():
+            moved = (value - begun[key]).abs().max()
+            assert (two[key] - value).abs().max() < 0.02 * moved, (name, key)
 
 
 def test_an_unfinished_run_gives_its_newest_checkpoint_and_the_recipe_names_it(
