@@ -158,6 +158,17 @@ def test_a_method_is_trained_scored_saved_loaded_and_taken_off(
     assert torch.equal(logits(base), plain)
 
 
+def test_a_prefix_without_its_network_is_not_trained_on(random_base: Path, tmp_path: Path) -> None:
+    section = base_section(random_base)
+    flags = {"method": "prefix-tuning", "prefix_projection": True, "num_virtual_tokens": 4}
+    adapter = resolve(flags={"adapter": flags}).adapter
+    model = models.attach(models.load_base(section), adapter)
+    assert isinstance(model, PeftModel)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="the network of prefix_projection is not saved"):
+        check_goes_on(section, adapter, tmp_path)
+
+
 @pytest.mark.parametrize("bits", [16, 4])
 @pytest.mark.parametrize("method", TRAINED)
 def test_a_method_is_trained_on_a_base_of_fewer_bits_or_refused_before_it_loads(

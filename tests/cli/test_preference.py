@@ -51,8 +51,14 @@ def test_answers_then_preferences_and_what_is_printed_is_against_the_start(
     sft, dpo = tmp_path / "sft", tmp_path / "dpo"
     short = ["--steps", 4, "--batch-size", 8, "--eval-split", 0.2, "--max-length", 256]
     typed = ["train", "--model", random_base, "--bits", 32, "--data", colours, "--out", sft]
-    code, _, said = ptp(*typed, *short, "--sites", "ffn", "--lr", 0.1)
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}")
+    code, _, said = ptp(*typed, *short, "--sites", "ffn", "--lr", 0.1, "--chat-template", template)
     assert code == 0, said
+    code, printed, said = ptp("inspect-data", colours, "--from", sft, "--examples", 1)
+    assert code == 0, said
+    assert "<user>Say the colour" in printed
+    assert "tokens of tiny" not in said
     typed = ["train", "--from", sft, "--data", "sample:preferences", "--objective", "dpo"]
     code, printed, said = ptp(*typed, *short, "--out", dpo)
     assert code == 0, said
