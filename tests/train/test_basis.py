@@ -93,9 +93,9 @@ def test_a_base_that_knows_its_rows_is_trained_by_smaller_steps(
 ):
     strange, known = Heard(), Heard()
     _basis_of(random_base, colours, tmp_path / "strange", strange)
-    assert not any("It is near the data" in text for text in strange.notices)
+    assert not any("The model is near the data" in text for text in strange.notices)
     made = _basis_of(knowing_base, colours, tmp_path / "known", known)
-    (said,) = [text for text in known.notices if "It is near the data" in text]
+    (said,) = [text for text in known.notices if "The model is near the data" in text]
     loss = float(re.search(r"is (\S+) nats per token", said)[1])
     assert 0 < loss < 1
     assert f"a step is {max(loss / 5, 0.01):.2g} of the learning rate" in said
