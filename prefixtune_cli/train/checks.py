@@ -24,7 +24,9 @@ from prefixtune_cli.errors import (
     UsageError,
     first_line,
 )
+from prefixtune_cli.model import peft_config
 from prefixtune_cli.parallel.processes import inside_a_launcher, says_that_one_is_lost
+from prefixtune_cli.peft_methods import why_final
 from prefixtune_cli.recipe.load import difference, resolve
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
@@ -166,7 +168,7 @@ def does_not_fit(recipe: Recipe) -> ResourceError:
 
 
 def check_resumable(run_dir: RunDir, recipe: Recipe) -> None:
-    """Raise RunDirError if there is no run to continue, or if it has another recipe."""
+    """Raise RunDirError if there is no run to continue, it has another recipe, or its checkpoints do not suffice."""
     run_dir.check_resumable()
     saved = resolve(str(run_dir.recipe)).model_copy(update={"out": recipe.out})
     if changed := difference(saved, recipe):
@@ -175,6 +177,17 @@ def check_resumable(run_dir: RunDir, recipe: Recipe) -> None:
             + "\n".join(f"  {line}" for line in changed)
             + f"\nType {run_dir.resume_command} alone, or give the changed run another --out."
         )
+    if run_dir.checkpoints() and (why := why_not_resumable(recipe)) is not None:
+        raise RunDirError(
+            f"The run in {run_dir.path} cannot go on from its checkpoint: {why}. Type --overwrite in place of --resume "
+            "to start it again."
+        )
+
+
+def why_not_resumable(recipe: Recipe) -> str | None:
+    """Why a run cannot go on from a checkpoint; None if it can."""
+    config = peft_config(recipe.adapter)
+    return None if config is None else why_final(config)
 
 
 def check_same_run(run_dir: RunDir, data: Data, processes: int, start: Start | None) -> None:

@@ -42,6 +42,7 @@ from prefixtune_cli.train.checks import (
     check_same_run,
     check_tracker,
     told_in_words,
+    why_not_resumable,
 )
 from prefixtune_cli.train.environment import describe_environment
 from prefixtune_cli.train.fit import Job, fit
@@ -142,6 +143,8 @@ def _prepare(
         recipe.model, recipe.adapter.method, sharded=_is_to_be_sharded(recipe, processes)
     )
     models.check_method(recipe.model, recipe.adapter)
+    if not resuming and (why := why_not_resumable(recipe)) is not None:
+        reporter.warning(f"This run cannot be resumed if it is stopped: {why}.")
     check_packing(recipe)
     tokenizer = load_tokenizer(recipe.model, start.folder if start else None)
     data = prepare_data(recipe, tokenizer, reporter)

@@ -314,6 +314,31 @@ def test_minutes_make_checkpoints_beside_the_steps_and_change_nothing_else(
     assert files(run) == files(whole)
 
 
+@pytest.mark.parametrize(
+    "adapter",
+    [{"method": "p-tuning"}, {"method": "prefix-tuning", "prefix_projection": True}],
+    ids=lambda adapter: adapter["method"],
+)
+def test_a_network_that_no_checkpoint_holds_is_said_before_the_run_and_where_it_is_resumed(
+    adapter: dict[str, Any], random_base: Path, colours: Path, tmp_path: Path
+) -> None:
+    from prefixtune_cli.errors import RunDirError
+    from prefixtune_cli.train import train
+
+    asked = recipe(random_base, colours, tmp_path / "run", adapter=adapter)
+    heard = Listener()
+    train(asked, reporter=heard)
+    (said,) = [text for text in heard.warnings if "cannot be resumed" in text]
+    assert "network of p" in said
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.summary.unlink()
+    with pytest.raises(RunDirError, match="cannot go on from its checkpoint: the network of p"):
+        train(asked, resume=True)
+    for checkpoint in run_dir.checkpoints():
+        shutil.rmtree(checkpoint)
+    assert train(asked, resume=True).steps == 8  # from the start
+
+
 def test_a_run_is_not_resumed_with_another_number_of_processes(
     half_done: tuple[Recipe, RunDir, dict[str, bytes]],
 ) -> None:
