@@ -101,7 +101,7 @@ def trainer_of(made: Recipe, model: Any = None) -> Iterator[tuple[SafeTrainer, D
         data = prepare_data(made, tokenizer, Silent())
         job = Job(made, run_dir, data, False, processes, StopRequest(run_dir), Silent())
         base = model or models.attach(models.load_base(made.model), made.adapter)
-        yield _trainer(job, made, base, tokenizer, {}), data
+        yield _trainer(job, made, base, tokenizer, None), data
 
 
 @pytest.fixture(scope="module")
