@@ -4,6 +4,7 @@ run              `train`, from top to bottom
 checks           refusals before the base loads; plain words for a full memory or disk, and for lost processes
 start            the trained adapter that the run goes on from
 prepare          the run's data
+judge            the scores of base, start and adapter
 fit              the training itself, from the newest whole checkpoint
 trainer          transformers' Trainer made safe: checkpoints, stops, losses that are no numbers
 sft, preference  the trainers of the two objectives, and a recipe in TRL's terms

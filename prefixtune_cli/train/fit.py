@@ -31,6 +31,7 @@ from prefixtune_cli.train.loss_plot import draw_loss
 from prefixtune_cli.train.preference import Reference, SafeDPOTrainer
 from prefixtune_cli.train.prepare import Data
 from prefixtune_cli.train.sft import SafeSFTTrainer
+from prefixtune_cli.train.start import Start
 from prefixtune_cli.train.stop import StopRequest
 from prefixtune_cli.train.trainer import SafeTrainer, StopTraining
 from prefixtune_cli.train.trial import OutOfMemory, Trial
@@ -38,7 +39,7 @@ from prefixtune_cli.train.trial import OutOfMemory, Trial
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its recipe, folder and data, and its processes, stop request and reporter."""
+    """One run: its recipe, folder, data and start, and its processes, stop request and reporter."""
 
     recipe: Recipe
     run_dir: RunDir
@@ -47,6 +48,7 @@ class Job:
     processes: Processes
     stop: StopRequest
     reporter: Reporter
+    start: Start | None = None
 
 
 def fit(
@@ -109,7 +111,7 @@ def _trainer(
 ) -> SafeTrainer:
     """The trainer for `recipe`; its batches may be smaller than those of the job."""
     run_dir, data, processes = job.run_dir, job.data, job.processes
-    arguments = (preference if recipe.on_pairs else sft).training_arguments(recipe, run_dir)
+    arguments = (sft if reference is None else preference).training_arguments(recipe, run_dir)
     _warm_up_more_than_one_step(arguments, len(data.train), processes.size)
     given = dict(
         run_dir=run_dir,
@@ -126,10 +128,10 @@ def _trainer(
     )
     trainer: SafeTrainer
     with _adapter_in_float32(model):
-        if reference is not None:
-            trainer = SafeDPOTrainer(reference=reference, reporter=job.reporter, **given)
-        else:
+        if reference is None:
             trainer = SafeSFTTrainer(**given)
+        else:
+            trainer = SafeDPOTrainer(reference=reference, reporter=job.reporter, **given)
     if Basis.is_for(recipe.adapter):
         trainer.add_callback(Basis(trainer, job.reporter, checkpoint))
     for callback in (

@@ -81,10 +81,14 @@ class Reference:
                 write_atomically(self._file, json.dumps({"of": self._of, "pairs": self._kept}))
         return self._kept[name]
 
-    def of_held_out(self, find: Callable[[], Likelihoods]) -> Likelihoods:
-        """What `find` gave for the held-out rows."""
-        pairs = self.of_rows("held_out", lambda: np.stack(find(), axis=1).tolist())
-        return Likelihoods(*np.array(pairs).T)
+    def find_held_out(self, find: Callable[[], Likelihoods]) -> None:
+        """Have `held_out`, from `find` if need be."""
+        self.of_rows("held_out", lambda: np.stack(find(), axis=1).tolist())
+
+    @property
+    def held_out(self) -> Likelihoods:
+        """Those of the held-out rows."""
+        return Likelihoods(*np.array(self._kept["held_out"]).T)
 
 
 class PairCollator:

@@ -18,15 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from prefixtune_cli import model as models
 from prefixtune_cli.adapter_folder import attach_trained
 from prefixtune_cli.agreement import check_generation
-from prefixtune_cli.evaluate.held_out import Score, score
-from prefixtune_cli.evaluate.preferences import Likelihoods, compared, likelihoods
 from prefixtune_cli.evaluate.subjects import hash_of_base
 from prefixtune_cli.lock import locked
 from prefixtune_cli.optimizer import check_optimizer
 from prefixtune_cli.parallel.devices import count_of, device, processes_here
 from prefixtune_cli.parallel.launch import end_with_the_launcher
 from prefixtune_cli.parallel.processes import Processes, inside_a_launcher, joined
-from prefixtune_cli.parallel.sharding import adapter_at_hand, is_sharded, reshard, shard
+from prefixtune_cli.parallel.sharding import adapter_at_hand, reshard, shard
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.load import dump
 from prefixtune_cli.recipe.schema import Recipe
@@ -46,10 +44,10 @@ from prefixtune_cli.train.checks import (
 )
 from prefixtune_cli.train.environment import describe_environment
 from prefixtune_cli.train.fit import Job, fit
+from prefixtune_cli.train.judge import Judge
 from prefixtune_cli.train.loss_plot import draw_loss
-from prefixtune_cli.train.preference import Reference
 from prefixtune_cli.train.prefix import start_at_rows
-from prefixtune_cli.train.prepare import Data, content, prepare_data
+from prefixtune_cli.train.prepare import Data, prepare_data
 from prefixtune_cli.train.start import Start, find_start
 from prefixtune_cli.train.stop import StopRequest
 from prefixtune_cli.train.summary import Summary, both_fell_warning, conclude, not_better_warning
@@ -99,8 +97,8 @@ def train(
         processes.form_group(device(recipe.model.device))
         resuming, recipe = processes.told((ready.resume, ready.recipe))
         with _base(recipe, processes, bases) as load:
-            job = Job(recipe, run_dir, ready.data, resuming, processes, stop, reporter)
-            return _train(job, load, bases, ready.start, overwrite=overwrite)
+            job = Job(recipe, run_dir, ready.data, resuming, processes, stop, reporter, ready.start)
+            return _train(job, load, bases, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -172,17 +170,12 @@ def _base(
 
 
 def _train(
-    job: Job,
-    load: Callable[[], PreTrainedModel],
-    bases: SharedBase | None,
-    start: Start | None,
-    *,
-    overwrite: bool,
+    job: Job, load: Callable[[], PreTrainedModel], bases: SharedBase | None, *, overwrite: bool
 ) -> Summary:
     """Load, train and score; all processes do it together."""
     forget_peak_memory()
     started = time.monotonic()
-    recipe, run_dir, data = job.recipe, job.run_dir, job.data
+    recipe, run_dir, data, start = job.recipe, job.run_dir, job.data, job.start
     processes, reporter = job.processes, job.reporter
     models.tell_loading(recipe.model, reporter)
     tokenizer = load_tokenizer(recipe.model, start.folder if start else None)
@@ -200,7 +193,7 @@ def _train(
         shard(model, processes.size, device(recipe.model.device))
     if processes.leads:
         if not job.resume:
-            _open(run_dir, recipe, data, processes, start, overwrite=overwrite)
+            _open(job, overwrite=overwrite)
         job.stop.begun = True
         if run_dir.chat_template.exists():
             tokenizer.chat_template = run_dir.chat_template.read_text(encoding="utf-8-sig")
@@ -208,66 +201,16 @@ def _train(
         # The trained weights and AdamW's two moments, in float32.
         check_disk(run_dir.path, 3 * 4 * trained * max(kept, 1))
 
-    judging = recipe.evaluate.model_copy(update={"max_new_tokens": data.questions.room})
-
-    def judge(who: str) -> tuple[Score, list[str]]:
-        return score(
-            model,
-            tokenizer,
-            data.held_out,
-            data.questions.asked,
-            judging,
-            end_id=data.end_id,
-            name=who,
-            processes=Processes() if is_sharded(model) else processes,
-            reporter=reporter,
-        )
-
-    def judge_base() -> tuple[Score, list[str]]:
-        with models.without_adapter(model):
-            if bases is None:
-                return judge("base")
-            asked = (recipe.model, whole, judging.model_dump_json(), data.held_out_sha256)
-            found: tuple[Score, list[str]] = bases.once(asked, lambda: judge("base"))
-            return found
-
-    def judge_pairs(who: str) -> Likelihoods:
-        return likelihoods(
-            model,
-            tokenizer,
-            data.held_out,
-            judging,
-            name=who,
-            processes=processes,
-            reporter=reporter,
-        )
-
-    def judge_pairs_of_base() -> Likelihoods:
-        with models.without_adapter(model):
-            return judge_pairs("base")
-
-    # Full fine-tuning leaves no base to score afterwards, and training no start.
-    before = judge_base() if whole else None
-    reference, of_reference = None, None
-    if recipe.on_pairs:
-        reference = _reference(job, start)
-        of_reference = reference.of_held_out(
-            judge_pairs_of_base if start is None else lambda: judge_pairs("start")
-        )
+    judge = Judge(job, tokenizer, bases)
+    # Full fine-tuning leaves no base to score afterwards, and training leaves no start.
+    before = judge.score(model, "base") if whole else None
+    reference = judge.reference(model) if recipe.on_pairs else None
     model, steps = fit(job, model, tokenizer, reference)
     _save_adapter(model, tokenizer, run_dir, processes)
     _check_generation(model, job)
-    before = before or judge_base()
-    after = judge("adapter")
-    preferences = None
-    if of_reference is not None:
-        base_pairs = of_reference if start is None else judge_pairs_of_base()
-        preferences = compared(
-            base_pairs,
-            judge_pairs("adapter"),
-            recipe.train.beta,
-            start=None if start is None else of_reference,
-        )
+    before = before or judge.score(model, "base")
+    after = judge.score(model, "adapter")
+    preferences = judge.preferences(model, reference) if reference is not None else None
     summary = Summary(
         run=str(run_dir.path),
         base=before[0],
@@ -307,33 +250,11 @@ def _is_to_be_sharded(recipe: Recipe, processes: Processes) -> bool:
     return recipe.train.parallel in ("fsdp", "deepspeed-zero3") and processes.size > 1
 
 
-def _reference(job: Job, start: Start | None) -> Reference:
-    """The log-probabilities of the model that answers are compared with: the start's, or the base's."""
-    recipe, data = job.recipe, job.data
-    of = None
-    if job.processes.leads:
-        of = {
-            "base": hash_of_base(recipe.model),
-            "start": start.sha256 if start else None,
-            "train": content(data.train),
-            "held_out": content(data.held_out),
-            "precision": f"{recipe.model.bits} bits on {device(recipe.model.device).type}",
-        }
-    return Reference(job.run_dir.reference, of, job.processes, "base" if start is None else "start")
-
-
-def _open(
-    run_dir: RunDir,
-    recipe: Recipe,
-    data: Data,
-    processes: Processes,
-    start: Start | None,
-    *,
-    overwrite: bool,
-) -> None:
+def _open(job: Job, *, overwrite: bool) -> None:
     """Make the run directory; write the recipe last, as its presence means that there is a run."""
+    run_dir, recipe, start = job.run_dir, job.recipe, job.start
     run_dir.create(overwrite=overwrite)
-    about = describe_environment(data.fingerprints, processes.size)
+    about = describe_environment(job.data.fingerprints, job.processes.size)
     about = {"created": _now(), **about, "base_sha256": hash_of_base(recipe.model)}
     if start is not None:
         about["start"] = {"folder": str(start.folder), "sha256": start.sha256}

@@ -1,0 +1,109 @@
+"""What base, start and adapter make of a run's held-out rows."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefixtune_cli import model as models
+from prefixtune_cli.evaluate.held_out import Score, score
+from prefixtune_cli.evaluate.preferences import Likelihoods, Preferences, compared, likelihoods
+from prefixtune_cli.evaluate.subjects import hash_of_base
+from prefixtune_cli.parallel.devices import device
+from prefixtune_cli.parallel.processes import Processes
+from prefixtune_cli.parallel.sharding import is_sharded
+from prefixtune_cli.shared_base import SharedBase
+from prefixtune_cli.train.fit import Job
+from prefixtune_cli.train.preference import Reference
+from prefixtune_cli.train.prepare import content
+
+Who = Literal["base", "start", "adapter"]
+
+
+class Judge:
+    """Scores the models of a run on its held-out rows. All processes call each method together.
+
+    Args:
+        job: the run.
+        tokenizer: the run's.
+        bases: remembers the base's score, if one process does several runs in turn.
+    """
+
+    def __init__(
+        self, job: Job, tokenizer: PreTrainedTokenizerBase, bases: SharedBase | None
+    ) -> None:
+        self._job = job
+        self._tokenizer = tokenizer
+        self._bases = bases
+        room = {"max_new_tokens": job.data.questions.room}
+        self._section = job.recipe.evaluate.model_copy(update=room)
+
+    def score(self, model: PeftModel | PreTrainedModel, who: Who) -> tuple[Score, list[str]]:
+        """One model's score, and its answers to the short questions."""
+        job = self._job
+
+        def find() -> tuple[Score, list[str]]:
+            with _as(model, who):
+                return score(
+                    model,
+                    self._tokenizer,
+                    job.data.held_out,
+                    job.data.questions.asked,
+                    self._section,
+                    end_id=job.data.end_id,
+                    name=who,
+                    processes=Processes() if is_sharded(model) else job.processes,
+                    reporter=job.reporter,
+                )
+
+        if who != "base" or self._bases is None:
+            return find()
+        whole = job.recipe.adapter.method == "full"
+        asked = (job.recipe.model, whole, self._section.model_dump_json(), job.data.held_out_sha256)
+        found: tuple[Score, list[str]] = self._bases.once(asked, find)
+        return found
+
+    def reference(self, model: PeftModel | PreTrainedModel) -> Reference:
+        """What the adapter's log-probabilities will be compared with: the start's, or the base's; before training."""
+        recipe, data, start = self._job.recipe, self._job.data, self._job.start
+        of = None
+        if self._job.processes.leads:
+            of = {
+                "base": hash_of_base(recipe.model),
+                "start": start.sha256 if start else None,
+                "train": content(data.train),
+                "held_out": content(data.held_out),
+                "precision": f"{recipe.model.bits} bits on {device(recipe.model.device).type}",
+            }
+        who: Literal["base", "start"] = "base" if start is None else "start"
+        reference = Reference(self._job.run_dir.reference, of, self._job.processes, who)
+        reference.find_held_out(lambda: self._likelihoods(model, who))
+        return reference
+
+    def preferences(self, model: PeftModel | PreTrainedModel, reference: Reference) -> Preferences:
+        """What the trained adapter prefers, against the reference."""
+        of_reference, of_adapter = reference.held_out, self._likelihoods(model, "adapter")
+        beta = self._job.recipe.train.beta
+        if reference.who == "base":
+            return compared(of_reference, of_adapter, beta)
+        return compared(self._likelihoods(model, "base"), of_adapter, beta, start=of_reference)
+
+    def _likelihoods(self, model: PeftModel | PreTrainedModel, who: Who) -> Likelihoods:
+        with _as(model, who):
+            return likelihoods(
+                model,
+                self._tokenizer,
+                self._job.data.held_out,
+                self._section,
+                name=who,
+                processes=self._job.processes,
+                reporter=self._job.reporter,
+            )
+
+
+def _as(model: PeftModel | PreTrainedModel, who: Who) -> AbstractContextManager[None]:
+    """Within the block, the model is its base, if that is meant."""
+    return models.without_adapter(model) if who == "base" else nullcontext()
