@@ -18,6 +18,7 @@ from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train import train
+from prefixtune_cli.train.basis import Basis
 from tests.heard import Heard
 
 
@@ -105,6 +106,20 @@ def test_a_base_that_knows_its_rows_is_trained_by_smaller_steps(
     torch.testing.assert_close(
         ratios, torch.full_like(ratios, max(loss / 5, 0.01)), rtol=0.05, atol=0
     )
+
+
+def test_the_pass_counts_for_nothing_in_what_trl_logs(random_base, colours, tmp_path, monkeypatch):
+    seen = []
+    plain = Basis.on_train_begin
+
+    def on_train_begin(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        trainer = self.trainer
+        seen.append((trainer._total_train_tokens, [dict(m) for m in trainer._metrics.values()]))
+
+    monkeypatch.setattr(Basis, "on_train_begin", on_train_begin)
+    train(recipe(random_base, colours, tmp_path / "run", train={"max_steps": 1}))
+    assert seen == [(0, [{}, {}])]
 
 
 @pytest.mark.parametrize("method", ["prefix-tuning-plus", "lora"])
