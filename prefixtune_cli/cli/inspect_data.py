@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 OPEN, CLOSE = "⟦", "⟧"
 FLAGS = (
     "data", "format", "map", "train_on", "max_length", "on_long", "chat_template", "recipe", "set",
-    "model", "revision", "trust_remote_code", "seed", "objective", "start_from",
-    "first_tokens",
+    "model", "revision", "trust_remote_code", "seed", "objective", "start_from", "first_tokens",
 )  # fmt: skip
 
 

@@ -7,8 +7,8 @@ rows of one prompt.
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -57,10 +57,11 @@ class RowEncoder:
         rows: what `load_rows` returned.
         tokenizer: the model's.
         section: how rows are read.
-        first_tokens: the trained tokens after which a row is cut; None cuts none.
+        first_tokens: the trained tokens after which a row ends, before it is truncated; None ends none.
 
     Raises:
-        DataError: the data needs a template or a token that the tokenizer does not have.
+        DataError: the data needs a template or a token that the tokenizer does not have, or has no answers whose first
+            tokens could be counted.
     """
 
     def __init__(
@@ -73,6 +74,10 @@ class RowEncoder:
         self.tokenizer, self.section, self.files = tokenizer, section, rows.files
         self.first_tokens = first_tokens
         self.is_plain = _is_plain(tokenizer)
+        if first_tokens is not None and rows.layout == "text":
+            raise DataError(
+                "train.first_tokens counts tokens of answers, and texts (format text) have none. Leave it out."
+            )
         self.chat: ChatTemplate | None = None
         if rows.layout != "text":
             self.chat = chat_template(tokenizer, section.chat_template)
@@ -143,23 +148,22 @@ class RowEncoder:
             for row, where, said in zip(rows, origins, remarks, strict=True)
         ]
         ids = self._rows_ids([[segment.text for segment in row] for row in segments])
-        limit = math.inf if self.first_tokens is None else self.first_tokens
+        most = sys.maxsize if self.first_tokens is None else self.first_tokens
         flat: list[int] = []
         counts, flags, offsets, lengths, trained, ended = [], [], [0], [], [], []
         for row, parts, where in zip(segments, ids, origins, strict=True):
-            length = used = turn_end = row_trained = 0
+            length = used = turn_end = learned = row_trained = 0
             for segment, part in zip(
                 [_Segment("", row[0].trained if row else False), *row],
                 [self._start(parts), *parts],
                 strict=True,
             ):
                 part = self._ended(part, where) if segment.ends_turn else part
+                part = part[: most - learned] if segment.trained or learned == most else part
+                learned += len(part) if segment.trained else 0
                 length += len(part)
                 turn_end = length if segment.ends_turn and segment.trained else turn_end
                 part = part[: self.section.max_length - used]
-                left = limit - row_trained
-                if left <= 0 or (segment.trained and left < len(part)):
-                    part = part[: int(left)]
                 used += len(part)
                 flat += part
                 counts.append(len(part))
@@ -168,7 +172,7 @@ class RowEncoder:
             offsets.append(len(flat))
             lengths.append(length)
             trained.append(row_trained)
-            ended.append(turn_end <= used or row_trained == limit)
+            ended.append(turn_end <= used)
         tokens = np.array(flat, dtype=np.int32)
         labels = np.where(np.repeat(np.array(flags, dtype=bool), counts), tokens, MASKED)
         starts = pa.array(offsets, pa.int32())

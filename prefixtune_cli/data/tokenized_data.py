@@ -119,7 +119,7 @@ def tokenize(
         rows: what `load_rows` returned.
         tokenizer: the model's; it is not changed.
         section: train_on, max_length, on_long and chat_template are used.
-        first_tokens: the trained tokens after which a row is cut; None cuts none.
+        first_tokens: see `RowEncoder`.
 
     Raises:
         DataError: no template for chats, a template that does not fit, or long rows with on_long error.
@@ -237,12 +237,13 @@ def _fingerprint(
 def _notices(
     rows: LoadedData, tokenizer: PreTrainedTokenizerBase, encoder: RowEncoder
 ) -> tuple[str, ...]:
-    cut: tuple[str, ...] = ()
-    if encoder.first_tokens is not None:
-        cut = (
-            f"The first {encoder.first_tokens} answer tokens of a row are learned; the rest of the row is left out.",
-        )
-    return (*_on_ends(rows, tokenizer, encoder), *cut)
+    ends = _on_ends(rows, tokenizer, encoder)
+    if (first := encoder.first_tokens) is None:
+        return ends
+    return (
+        *ends,
+        f"The first {first} answer tokens of a row are learned; the rest of the row is left out.",
+    )
 
 
 def _on_ends(
@@ -276,10 +277,8 @@ def _not_tokens(template: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def _count(every_row: Dataset, kept: Any, rows: LoadedData, section: DataSection) -> DataStatistics:
     """The statistics; `kept` tells which rows are trained on (bool array)."""
     import numpy as np
-    import pyarrow.compute as pc
 
     length, trained, ended = (_numbers(every_row, name) for name in ("length", "trained", "ended"))
-    tokens = pc.list_value_length(every_row.data.column("input_ids")).to_numpy()
     long = length > section.max_length
     if section.on_long == "error" and long.any():
         first = int(np.argmax(long))
@@ -297,7 +296,7 @@ def _count(every_row: Dataset, kept: Any, rows: LoadedData, section: DataSection
         format=rows.format,
         rows=len(length),
         kept=int(kept.sum()),
-        tokens=int(tokens[kept].sum()),
+        tokens=int(np.minimum(length, section.max_length)[kept].sum()),
         trained_tokens=int(trained[kept].sum()),
         length_percentiles=dict(
             zip(("p5", "p50", "p95", "p99", "max"), map(int, percentiles), strict=True)

@@ -60,7 +60,9 @@ def test_a_row_that_ends_with_its_first_answer_tokens_is_shown_so(write, model, 
     whole = json.loads(capsys.readouterr().out)["examples"][0]
     inspect_data(data=write("a.jsonl", [long]), model=model, first_tokens=4)
     out, err = capsys.readouterr()
-    assert f"tokens, cut from {whole['length']}, 4 trained" in out
+    prompt = whole["tokens"] - whole["trained_tokens"]
+    assert f"{prompt + 4} tokens, 4 trained" in out
+    assert f"longest {prompt + 4};" in out
     assert "The first 4 answer tokens of a row are learned" in err
     assert "warning" not in err
     shown = out.split("⟦")[1].split("⟧")[0]

@@ -80,6 +80,32 @@ def test_a_row_ends_with_the_first_answer_tokens(write, make_tokenizer, name, fi
     assert not any("are learned" in n for n in tokenize(loaded, tokenizer, section).notices)
 
 
+def test_a_long_answer_of_which_the_first_tokens_are_learned_makes_no_row_long(
+    write, make_tokenizer
+):
+    tokenizer = make_tokenizer("chatml")
+    rows = [{"prompt": "Count.", "completion": "one two three four five " * 20}]
+    section = DataSection(max_length=40, on_long="error")
+    loaded = load_rows(write("a.jsonl", rows), section)
+    with pytest.raises(DataError, match="1 of 1 rows are longer than 40 tokens"):
+        tokenize(loaded, tokenizer, section)
+    found = tokenize(loaded, tokenizer, section, 8).statistics
+    assert (found.kept, found.trained_tokens, found.truncated) == (1, 8, 0)
+    assert found.length_percentiles["max"] == found.tokens < 40
+    assert warnings(found) == []
+    # One that is long with its prompt is truncated as ever.
+    short = DataSection(max_length=found.tokens - 3)
+    cut = tokenize(loaded, tokenizer, short, 8).statistics
+    assert (cut.trained_tokens, cut.truncated, cut.rows_without_end_of_turn) == (5, 1, 1)
+
+
+def test_a_text_has_no_first_answer_tokens(write, make_tokenizer):
+    section = DataSection()
+    loaded = load_rows(write("a.jsonl", [{"text": "Once upon a time"}]), section)
+    with pytest.raises(DataError, match=r"train\.first_tokens counts tokens of answers, and texts"):
+        tokenize(loaded, make_tokenizer("chatml"), section, 8)
+
+
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "bare"])
 def test_the_tokens_are_those_of_the_template(write, make_tokenizer, name):
     tokenizer = make_tokenizer(name)
