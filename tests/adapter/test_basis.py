@@ -185,20 +185,22 @@ def test_a_base_that_is_near_its_data_takes_smaller_steps():
     base = base_model(dtype=torch.float64)
     with torch.no_grad():
         base.get_output_embeddings().weight.mul_(4)  # some tokens become likely
-    likely = logits(base, tokens(batch=4, positions=12)).argmax(-1)
-    labels = torch.full_like(likely, -100)
-    labels[0, 1:5] = likely[0, :4]  # four tokens that the base expects, in one row
-    labels[:, 0] = 7  # nothing comes before it, so that it is never predicted
-    batches = [
-        {"input_ids": tokens(batch=4, positions=12), "labels": labels},
-        {"input_ids": tokens(batch=4, positions=12, seed=1)},  # of another loader
-    ]
+    batches, nats, count = [], 0.0, 0
+    for seed, end in ((0, 5), (1, 3)):  # four tokens that the base expects, and two
+        given = tokens(batch=4, positions=12, seed=seed)
+        scores = logits(base, given).log_softmax(-1)
+        labels = torch.full_like(given, -100)
+        labels[0, 1:end] = scores[0, : end - 1].argmax(-1)
+        labels[:, 0] = 7  # nothing comes before it, so that it is never predicted
+        batches.append({"input_ids": given, "labels": labels})
+        nats -= float(scores[0, : end - 1].max(-1).values.sum())
+        count += end - 1
+    batches.append({"input_ids": tokens(batch=4, positions=12, seed=2)})  # without labels
     loss, near = _bases(batches, base)
     without, far = _bases(
         [{"input_ids": batch["input_ids"]} for batch in batches], base_model(dtype=torch.float64)
     )
-    scores = logits(base, batches[0]["input_ids"])[0, :4].log_softmax(-1)
-    assert loss == pytest.approx(-float(scores.max(-1).values.mean()))
+    assert loss == pytest.approx(nats / count)
     assert 0.05 < loss < 5
     assert without is None
     torch.testing.assert_close(near, far * loss / 5, rtol=1e-9, atol=0)
