@@ -27,7 +27,7 @@ from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.tokenizer import load_tokenizer
 from prefixtune_cli.train import Summary, train
 from prefixtune_cli.train.preference import PairCollator, Reference, SafeDPOTrainer
-from prefixtune_cli.train.prepare import prepare_data
+from prefixtune_cli.train.prepare import content, prepare_data
 from prefixtune_cli.train.stop import StopRequest
 from prefixtune_cli.train.summary import both_fell_warning
 from tests.heard import Heard
@@ -144,8 +144,8 @@ def test_a_reference_is_computed_once_for_the_same_content(tmp_path: Path) -> No
         asked.append(file.exists())
         return [(-1.1, math.nan), (-1 / 3, 0.0)]
 
-    for content in (of, of, {**of, "start": "b"}):
-        found = Reference(file, content, Processes()).of_rows("train_dataset", find)
+    for what in (of, of, {**of, "start": "b"}):
+        found = Reference(file, what, Processes()).of_rows("train_dataset", find)
         assert [tuple(map(repr, pair)) for pair in found] == [
             ("-1.1", "nan"),
             (repr(-1 / 3), "0.0"),
@@ -185,11 +185,20 @@ def test_from_an_adapter_the_reference_is_the_adapter_itself(
     assert found.loss < 0.67
 
     # What the start says of the held-out pairs, by another way: `ptp eval` and the like load it so.
-    kept = json.loads(run_dir.reference.read_text())["pairs"]
+    stored = json.loads(run_dir.reference.read_text())
+    kept = stored["pairs"]
     base = AutoModelForCausalLM.from_pretrained(random_base, dtype=torch.float32)
     model = load_adapter(base, trained_start / "adapter").eval()
     tokenizer = load_tokenizer(chosen.model, trained_start / "adapter")
-    held_out = prepare_data(chosen, tokenizer, Heard()).held_out
+    data = prepare_data(chosen, tokenizer, Heard())
+    held_out, about = data.held_out, json.loads(run_dir.environment.read_text())
+    assert stored["of"] == {
+        "base": about["base_sha256"],
+        "start": about["start"]["sha256"],
+        "train": content(data.train),
+        "held_out": content(held_out),
+        "precision": "32 bits on cpu",
+    }
     of_start = likelihoods(
         model,
         tokenizer,
