@@ -246,8 +246,8 @@ def test_a_signal_at_an_odd_moment_is_heard_and_loses_nothing(
     moment: str, random_base: Path, colours: Path, tmp_path: Path
 ) -> None:
     from prefixtune_cli.errors import Preempted
-    from prefixtune_cli.train import run as training
     from prefixtune_cli.train import train
+    from prefixtune_cli.train.judge import Judge
     from prefixtune_cli.train.trainer import SafeTrainer
 
     settings = {"save_steps": 100, "eval_steps": 3}
@@ -256,7 +256,7 @@ def test_a_signal_at_an_odd_moment_is_heard_and_loses_nothing(
     owner, name, when, step = {
         "in the last step": (SafeTrainer, "plain_training_step", 1 + 8, 8),
         "in an evaluation": (SafeTrainer, "prediction_step", 1, 3),
-        "while it is scored": (training, "score", 1, 8),
+        "while it is scored": (Judge, "score", 1, 8),
     }[moment]
     plain, calls = getattr(owner, name), iter(range(1, 100))
 
