@@ -124,6 +124,7 @@ FLAGS = (
         ),
         Flag("--objective", "train.objective"),
         Flag("--beta", "train.beta"),
+        Flag("--gamma", "train.gamma"),
         Flag("--first-tokens", "train.first_tokens"),
         Flag("--epochs", "train.epochs"),
         Flag("--steps", "train.max_steps", help="Optimizer steps, instead of --epochs."),

@@ -49,7 +49,8 @@ def train(
         )
     if find_learning_rate and settings.on_pairs:
         raise UsageError(
-            "--find-learning-rate does not try rates for objective dpo yet. Give --learning-rate, or leave both out."
+            f"--find-learning-rate does not try rates for objective {settings.train.objective} yet. Give "
+            "--learning-rate, or leave both out."
         )
     _check(settings, resume, overwrite)
     if _launches(settings, nodes, node_rank, rendezvous):
@@ -197,9 +198,9 @@ def _print_summary(summary: Summary, data: DataSection) -> None:
 
 def _print_preferences(found: Preferences) -> None:
     from prefixtune_cli.cli import console
-    from prefixtune_cli.evaluate.preferences import BASE_LOSS
 
-    console.say(f"On {found.pairs} held-out pairs of answers (mean log-probabilities in nats):\n")
+    unit = "nats" if found.gamma is None else "nats per token"
+    console.say(f"On {found.pairs} held-out pairs of answers (mean log-probabilities in {unit}):\n")
     console.print_table(
         ["", "chosen is likelier", "chosen", "rejected"],
         [
@@ -214,12 +215,15 @@ def _print_preferences(found: Preferences) -> None:
     )
     against = found.compared_with
     more, reward, margin = found.accuracy_difference, found.reward_interval, found.margin_interval
+    objective, by = "DPO", f"implicit reward against the {against}"
+    if found.gamma is not None:
+        objective, by = "SimPO", "adapter's reward"
     console.say(
         f"\nDifference from the {against}: {100 * more.value:+.1f} points (95 % interval {100 * more.low:+.1f} to "
-        f"{100 * more.high:+.1f}). By the implicit reward against the {against}, the chosen answer is ahead in "
-        f"{100 * found.reward_accuracy:.1f} % of the pairs ({100 * reward.low:.1f} to {100 * reward.high:.1f}), by a "
-        f"margin of {found.margin:+.3f} ({margin.low:+.3f} to {margin.high:+.3f}). DPO's loss is {found.loss:.4f}, the "
-        f"{against}'s {BASE_LOSS:.4f}."
+        f"{100 * more.high:+.1f}). By the {by}, the chosen answer is ahead in {100 * found.reward_accuracy:.1f} % of "
+        f"the pairs ({100 * reward.low:.1f} to {100 * reward.high:.1f}), by a margin of {found.margin:+.3f} "
+        f"({margin.low:+.3f} to {margin.high:+.3f}). {objective}'s loss is {found.loss:.4f}, the {against}'s "
+        f"{found.reference_loss:.4f}."
     )
 
 

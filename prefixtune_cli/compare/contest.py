@@ -161,8 +161,8 @@ def entries(settings: Settings) -> list[Entry]:
             recipe = _recipe(settings, method, typed | chosen)
             if recipe.on_pairs:
                 raise UsageError(
-                    "`ptp compare` does not train with objective dpo yet: it compares answers and their losses. Leave "
-                    "train.objective out."
+                    f"`ptp compare` does not train with objective {recipe.train.objective} yet: it compares answers "
+                    "and their losses. Leave train.objective out."
                 )
             if recipe.train.start_from is not None:
                 raise UsageError(

@@ -143,8 +143,8 @@ def _of_the_other_kind(
             f"alone: {_suggestion(row, mapping)}."
         )
     return DataError(
-        f"{what}, and --objective dpo learns from pairs of answers: prompt, chosen and rejected. Name their columns, "
-        f"{_MAP_OF_PAIRS}, or leave --objective out."
+        f"{what}, and --objective dpo and simpo learn from pairs of answers: prompt, chosen and rejected. Name their "
+        f"columns, {_MAP_OF_PAIRS}, or leave --objective out."
     )
 
 

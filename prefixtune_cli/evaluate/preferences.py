@@ -1,8 +1,10 @@
 """Held-out pairs of answers: how often, and by how much, a model prefers the chosen one to the rejected one.
 
-A model prefers the answer that is likelier to it. What training has added is the implicit reward
+A model prefers the answer that is likelier to it. For DPO, what training has added is the implicit reward
 β·(log π(y|x) − log π₀(y|x)) of an answer y to a prompt x, with π the adapted model and π₀ the reference: its base, or
-the adapter that training went on from (Rafailov et al. 2023, arXiv 2305.18290).
+the adapter that training went on from (Rafailov et al. 2023, arXiv 2305.18290). For SimPO, the reward is
+β·log π(y|x)/|y|, with |y| the tokens of the answer (Meng et al. 2024, arXiv 2405.14734), so all log-probabilities are
+those per token.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefixtune_cli.data.row_encoder import MASKED
 from prefixtune_cli.evaluate.held_out import shared_losses
 from prefixtune_cli.evaluate.paired import (
     Floats,
@@ -42,8 +45,8 @@ class Preference:
     """What one model prefers.
 
     Attributes:
-        accuracy: fraction of the pairs whose chosen answer is likelier to it.
-        chosen, rejected: mean log-probability of an answer, in nats.
+        accuracy: fraction of the pairs whose chosen answer is likelier to it; for SimPO, per token.
+        chosen, rejected: mean log-probability of an answer, in nats; for SimPO, per token.
     """
 
     accuracy: float
@@ -62,7 +65,9 @@ class Preferences:
         accuracy_difference: the adapter's accuracy less the reference's.
         reward_accuracy: fraction of the pairs whose chosen answer has the higher reward; `reward_interval` is its own.
         margin: the mean by which the chosen answer's reward is above the rejected one's; `margin_interval` is its own.
-        loss: DPO's, in nats a pair.
+        loss: the objective's, in nats a pair.
+        reference_loss: the reference's.
+        gamma: γ of SimPO; None for DPO.
     """
 
     pairs: int
@@ -76,6 +81,8 @@ class Preferences:
     margin_interval: Interval
     loss: float
     start: Preference | None = None
+    reference_loss: float = BASE_LOSS
+    gamma: float | None = None
 
     @property
     def reference(self) -> Preference:
@@ -86,6 +93,13 @@ class Preferences:
     def compared_with(self) -> str:
         """The name of the reference."""
         return "base" if self.start is None else "start"
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether training has brought the chosen answers ahead in more pairs than it has set back."""
+        if self.gamma is None:
+            return self.reward_accuracy > 0.5
+        return self.accuracy_difference.value > 0
 
     @property
     def both_fell(self) -> bool:
@@ -137,12 +151,35 @@ def likelihoods(
     return Likelihoods(found[: len(pairs)], found[len(pairs) :])
 
 
+def per_token(found: Likelihoods, pairs: Dataset) -> Likelihoods:
+    """The log-probabilities divided by the numbers of trained tokens of the answers, [pairs]."""
+    columns = ("labels", "rejected_labels")
+    tokens = [[sum(x != MASKED for x in labels) for labels in pairs[name]] for name in columns]
+    return Likelihoods(*(found / np.array(tokens)))
+
+
 def compared(
-    base: Likelihoods, adapter: Likelihoods, beta: float, start: Likelihoods | None = None
+    base: Likelihoods,
+    adapter: Likelihoods,
+    beta: float,
+    start: Likelihoods | None = None,
+    gamma: float | None = None,
 ) -> Preferences:
-    """The adapter against its reference, on the same pairs: `start` if there is one, or else the base."""
+    """The adapter against its reference, on the same pairs.
+
+    Args:
+        base, adapter: their log-probabilities; for SimPO, per token.
+        beta: β.
+        start: the reference's; None if that is the base.
+        gamma: γ of SimPO; None for DPO.
+    """
     before = base if start is None else start
-    margins = beta * ((adapter.chosen - before.chosen) - (adapter.rejected - before.rejected))
+
+    def loss(ahead: Floats) -> float:
+        return float(np.logaddexp(0, (gamma or 0) - ahead).mean())
+
+    ahead, ahead_before = (beta * (found.chosen - found.rejected) for found in (adapter, before))
+    margins = ahead - ahead_before if gamma is None else ahead
     rewarded = _hits(margins)
 
     def preference(found: Likelihoods) -> Preference:
@@ -162,7 +199,9 @@ def compared(
         reward_interval=mean_interval([rewarded]),
         margin=float(margins.mean()),
         margin_interval=mean_interval([margins]),
-        loss=float(np.logaddexp(0, -margins).mean()),
+        loss=loss(margins),
+        reference_loss=BASE_LOSS if gamma is None else loss(ahead_before),
+        gamma=gamma,
     )
 
 

@@ -210,7 +210,7 @@ def _without_what_is_replaced(
     if isinstance(train, Mapping) and "epochs" in train:
         replaced["train"] |= {"max_steps"}
     if isinstance(train, Mapping) and train.get("objective", was := _objective(values)) != was:
-        replaced["train"] |= {"learning_rate", "beta"}
+        replaced["train"] |= {"learning_rate", "beta", "gamma"}
     return {
         key: {k: v for k, v in value.items() if k not in replaced.get(key, set())}
         if isinstance(value, Mapping)

@@ -2,11 +2,11 @@
 
 Help shows the first clause of a setting's description, up to a semicolon (see `settings`).
 
-A recipe is frozen once validated, and unknown keys are forbidden. `adapter` is a union, and
-`adapter.method` chooses its member. `METHOD_DEFAULTS` has the training defaults that depend on the
-method; `RATES` has the learning rates, which also depend on the base's width. Four methods have their
-own section. Any other name is a method of peft's. This layer does not import peft, so `peft_methods`
-checks the name and its settings.
+A recipe is frozen once validated, and unknown keys are forbidden. `adapter` is a union, and `adapter.method` chooses
+its member. `METHOD_DEFAULTS` and `OBJECTIVE_DEFAULTS` have the training defaults that depend on the method and on the
+objective; `RATES` has the learning rates, which also depend on the base's width. Four methods have their own section.
+Any other name is a method of peft's. This layer does not import peft, so `peft_methods` checks the name and its
+settings.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pydantic import (
 
 Method = Literal["prefix-tuning-plus", "lora", "prefix-tuning", "full"]
 METHODS_WITH_SECTIONS: tuple[Method, ...] = get_args(Method)
-Objective = Literal["sft", "dpo"]
+Objective = Literal["sft", "dpo", "simpo"]
 DataFormat = Literal[
     "auto", "messages", "conversations", "prompt-completion", "alpaca", "question-answer", "text",
     "preference",
@@ -38,6 +38,11 @@ DataFormat = Literal[
 
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "full": {"save_minutes": None},  # a checkpoint is six times as large as the base
+}
+OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "simpo": {
+        "beta": 2.0
+    },  # of mean log-probabilities, which are smaller than those of whole answers
 }
 
 
@@ -74,7 +79,7 @@ RATES: dict[str, Rate] = {
     "prompt-tuning": Rate(3e-2, 0, "the rate of peft's example"),
     "osf": Rate(5e-5, 0.781, "the rate of full, as it trains nearly every weight"),
 }
-# DPO's gradient is that of whole answers, not of one token: at a rate of SFT it leaves the base far behind.
+# Pairs give a gradient of whole answers, not of one token: at a rate of SFT it leaves the base far behind.
 OF_SFT = 0.1
 METHOD_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")  # after `_` became `-`
 
@@ -369,14 +374,19 @@ def method_defaults(method: str) -> dict[str, Any]:
     return METHOD_DEFAULTS.get(method, {})
 
 
+def objective_defaults(objective: str) -> dict[str, Any]:
+    """An objective's own defaults of training settings, besides its learning rate."""
+    return OBJECTIVE_DEFAULTS.get(objective, {})
+
+
 def default_rate(adapter: Section, objective: Objective = "sft") -> Rate:
     """The learning rate of an adapter if the recipe has none; LoRA's for a method that is not in `RATES`."""
     if isinstance(adapter, PrefixTuningPlus):
         rate = IN_THE_BASIS if adapter.basis else WITHOUT_A_BASIS
     else:
         rate = RATES.get(str(getattr(adapter, "method", "")), RATES["lora"])
-    if objective == "dpo":
-        return rate.times(OF_SFT, "a tenth of sft's, as dpo's loss is one of whole answers")
+    if objective != "sft":
+        return rate.times(OF_SFT, f"a tenth of sft's, as {objective} compares whole answers")
     return rate
 
 
@@ -407,11 +417,17 @@ def _is_misspelled(method: str) -> bool:
 class TrainSection(Section):
     objective: Objective = Field(
         "sft",
-        description="What is learned; sft learns answers, dpo to prefer one answer of a pair to the other (Rafailov et "
-        "al. 2023, arXiv 2305.18290).",
+        description="What is learned; sft learns answers, dpo and simpo to prefer one answer of a pair to the other "
+        "(Rafailov et al. 2023, arXiv 2305.18290; Meng et al. 2024, arXiv 2405.14734).",
     )
     beta: float = Field(
-        0.1, gt=0, description="How strongly DPO holds the adapter to its base, or its start (β)."
+        0.1,
+        gt=0,
+        description="How strongly DPO holds the adapter to its base, or its start (β); SimPO's factor of the mean "
+        "log-probabilities, 2.0 there.",
+    )
+    gamma: float = Field(
+        1.0, ge=0, description="By how much SimPO wants the chosen answer ahead (γ)."
     )
     start_from: str | None = Field(
         None,
@@ -554,7 +570,7 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in_what_depends_on_the_method(cls, raw: Any) -> Any:
+    def _fill_in_what_depends_on_method_and_objective(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
         raw = dict(raw)
@@ -566,46 +582,51 @@ class Recipe(Section):
         method = adapter.get("method") if isinstance(adapter, dict) else "prefix-tuning-plus"
         train = raw.get("train", {})
         if isinstance(train, dict) and isinstance(method, str):
-            raw["train"] = {**method_defaults(method), **train}
+            own = objective_defaults(str(train.get("objective")))
+            raw["train"] = {**method_defaults(method), **own, **train}
         return raw
 
     @model_validator(mode="after")
     def _the_objective_goes_with_the_rest(self) -> Recipe:
         train = self.train
         if train.first_tokens is not None and (self.on_pairs or self.data.train_on == "all"):
-            other = "train.objective dpo" if self.on_pairs else "data.train_on all"
+            other = f"train.objective {train.objective}" if self.on_pairs else "data.train_on all"
             raise ValueError(
                 f"train.first_tokens counts tokens of answers, and does not go with {other}. Leave out one of the two."
             )
-        if not self.on_pairs:
-            if train.beta != TrainSection.model_fields["beta"].default:
+        for name, objectives in (("beta", ("dpo", "simpo")), ("gamma", ("simpo",))):
+            chosen = getattr(train, name) != TrainSection.model_fields[name].default
+            if chosen and train.objective not in objectives:
                 raise ValueError(
-                    "train.beta belongs to objective dpo. Leave it out, or type --objective dpo."
+                    f"train.{name} belongs to objective {' and '.join(objectives)}. Leave it out, or type --objective "
+                    f"{objectives[0]}."
                 )
+        if not self.on_pairs:
             return self
+        objective = train.objective
         if self.adapter.method == "full":
             raise ValueError(
-                "train.objective dpo does not go with method full, which changes the base that its answers are "
-                "compared with. Use another method."
+                f"train.objective {objective} does not go with method full, which changes the base that its answers "
+                "are compared with. Use another method."
             )
         if train.packing:
             raise ValueError(
-                "train.packing does not go with objective dpo, which compares whole answers, each in a row of its "
-                "own. Type --no-packing."
+                f"train.packing does not go with objective {objective}, which compares whole answers, each in a row "
+                "of its own. Type --no-packing."
             )
         if train.parallel != "ddp":
             raise ValueError(
-                f"train.parallel {train.parallel} does not go with objective dpo yet. Type --parallel ddp."
+                f"train.parallel {train.parallel} does not go with objective {objective} yet. Type --parallel ddp."
             )
         settings = self.adapter.model_dump()
         for name, value in {**settings, **(settings.get("config") or {})}.items():
-            if name.endswith("dropout") and value:
+            if name.endswith("dropout") and value and objective == "dpo":
                 raise ValueError(
-                    f"{name} does not go with objective dpo, which compares answers without noise. Leave it out."
+                    f"{name} does not go with objective dpo, whose reference has no noise. Leave it out."
                 )
         if self.data.train_on == "all":
             raise ValueError(
-                "data.train_on all does not go with objective dpo, which compares answers alone. Leave it out."
+                f"data.train_on all does not go with objective {objective}, which compares answers alone. Leave it out."
             )
         return self
 
@@ -687,7 +708,7 @@ class Recipe(Section):
     @property
     def on_pairs(self) -> bool:
         """Whether the training rows are pairs of answers."""
-        return self.train.objective == "dpo"
+        return self.train.objective != "sft"
 
     @property
     def data_of_answers(self) -> DataSection:

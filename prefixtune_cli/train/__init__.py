@@ -7,7 +7,7 @@ prepare          the run's data
 judge            the scores of base, start and adapter
 fit              the training itself, from the newest whole checkpoint
 trainer          transformers' Trainer made safe: checkpoints, stops, losses that are no numbers
-sft, preference  the trainers of the two objectives, and a recipe in TRL's terms
+sft, preference  the trainers of the objectives, and a recipe in TRL's terms
 basis, prefix    how Prefix-Tuning+ and Prefix-Tuning begin
 trial            one step of the longest batch before the first
 order            the order of the rows, for any number of processes

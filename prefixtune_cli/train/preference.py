@@ -1,8 +1,13 @@
-"""Training on pairs of answers by DPO (Rafailov et al. 2023, arXiv 2305.18290): TRL's DPOTrainer, made safe.
+"""Training on pairs of answers by DPO or SimPO: TRL's DPOTrainer, made safe.
 
-With π the adapted model, π₀ the reference, and a prompt x with a chosen answer y⁺ and a rejected one y⁻, the loss of a
-pair is −log σ(β·(log π(y⁺|x)/π₀(y⁺|x) − log π(y⁻|x)/π₀(y⁻|x))). The reference is the base, or the adapter that training
-goes on from. It does not change, so that its log-probabilities are computed once, before the first step, and kept.
+π is the adapted model, π₀ the reference, and a prompt x has a chosen answer y⁺ and a rejected one y⁻. The loss of a
+pair is
+
+    −log σ(β·(log π(y⁺|x)/π₀(y⁺|x) − log π(y⁻|x)/π₀(y⁻|x)))        DPO (Rafailov et al. 2023, arXiv 2305.18290)
+    −log σ(β·(log π(y⁺|x)/|y⁺| − log π(y⁻|x)/|y⁻|) − γ)            SimPO (Meng et al. 2024, arXiv 2405.14734)
+
+where |y| counts an answer's tokens. The reference is the base, or the adapter that training goes on from. It does not
+change, so its log-probabilities are computed once, before the first step, and kept.
 """
 
 from __future__ import annotations
@@ -36,10 +41,8 @@ from prefixtune_cli.train.trial import OutOfMemory
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # as DPOTrainer calls them
 # TRL's means over the pairs of a step, to which a blank pair adds nothing.
-MEANS = (
-    "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen",
-    "logps/rejected",
-)  # fmt: skip
+REWARDS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+MEANS = (*REWARDS, "logps/chosen", "logps/rejected")
 
 
 # Log-probabilities of a chosen and of a rejected answer, in nats.
@@ -167,11 +170,15 @@ class SafeDPOTrainer(SafeTrainer, DPOTrainer):
 
     def _with_reference(self, rows: Dataset, name: str) -> Dataset:
         count = self.real_rows if name == "train_dataset" else len(rows)
-        known = self._reference.of_rows(name, lambda: self._of_reference(rows, count))
+        known = self._known(rows, name, count)
         blanks = [(0.0, 0.0)] * (len(rows) - count)
         for column, values in zip(COLUMNS, zip(*known, *blanks, strict=True), strict=True):
             rows = rows.add_column(column, list(values))
         return rows
+
+    def _known(self, rows: Dataset, name: str, count: int) -> Pairs:
+        """What the first `count` rows are compared with, under this name."""
+        return self._reference.of_rows(name, lambda: self._of_reference(rows, count))
 
     def _of_reference(self, rows: Dataset, count: int) -> Pairs:
         """The log-probabilities of the first `count` rows, as a step computes them."""
@@ -208,11 +215,40 @@ class SafeDPOTrainer(SafeTrainer, DPOTrainer):
         return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
 
 
+class SafeSimPOTrainer(SafeDPOTrainer):
+    """DPOTrainer with the loss of SimPO, made safe.
+
+    TRL's loss `sigmoid_norm` divides what an answer is ahead of the reference by the answer's length. It is SimPO's for
+    a reference with log π₀(y⁺|x) = |y⁺|·γ/β and log π₀(y⁻|x) = 0, which needs no model.
+
+    Args:
+        gamma: γ.
+        **arguments: those of `SafeDPOTrainer`; its reference is only asked for the held-out pairs, by others.
+    """
+
+    def __init__(self, *, gamma: float, **arguments: Any) -> None:
+        self._ahead = gamma / arguments["args"].beta  # in nats per token
+        super().__init__(**arguments)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        for name in REWARDS:  # TRL's are those of DPO
+            self._metrics["train" if self.model.training else "eval"].pop(name)
+        return loss
+
+    def _known(self, rows: Dataset, name: str, count: int) -> Pairs:
+        return [
+            (self._ahead * sum(label != MASKED for label in labels), 0.0)
+            for labels in rows[:count]["labels"]
+        ]
+
+
 def training_arguments(recipe: Recipe, run_dir: RunDir) -> DPOConfig:
     """The recipe in the terms of TRL; where there are several processes, their group is formed already."""
     return DPOConfig(
         **shared_arguments(recipe, run_dir),
         beta=recipe.train.beta,
+        loss_type=["sigmoid_norm" if recipe.train.objective == "simpo" else "sigmoid"],
         router_aux_loss_coef=0.0,  # the routers of a mixture of experts are the base's, and frozen
         max_length=None,  # rows are cut already
         remove_unused_columns=False,  # a pair's are known to the collator

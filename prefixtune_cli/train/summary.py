@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from prefixtune_cli.evaluate.held_out import Score
 from prefixtune_cli.evaluate.matching import match_rule
-from prefixtune_cli.evaluate.preferences import BASE_LOSS, Preferences
+from prefixtune_cli.evaluate.preferences import Preferences
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir, json_line, write_atomically, write_json
 from prefixtune_cli.train.callbacks import slower
@@ -61,21 +61,21 @@ class Summary:
     def losses(self) -> tuple[float, float]:
         """The held-out losses of what the adapter is compared with and of the adapter, by the run's own objective."""
         if self.preferences is not None:
-            return BASE_LOSS, self.preferences.loss
+            return self.preferences.reference_loss, self.preferences.loss
         return self.base.loss, self.adapter.loss
 
     @property
     def verdict(self) -> Literal["better", "no better", "worse"]:
         """Judged by the held-out loss; but an adapter with more right answers than its base is not worse.
 
-        Nor is one whose reward prefers the chosen answer in more than half of the pairs.
+        Nor is one that has brought more chosen answers ahead than it has set back.
         """
         base, adapter = self.losses
         margin = LEAST_GAIN * base
         if adapter < base - margin:
             return "better"
         if self.preferences is not None:
-            is_right = self.preferences.reward_accuracy > 0.5
+            is_right = self.preferences.is_ahead
         else:
             is_right = (self.adapter.exact_match or 0) > (self.base.exact_match or 0)
         as_good = adapter <= base + margin  # False for NaN, too
@@ -124,11 +124,12 @@ def conclude(
 def both_fell_warning(found: Preferences) -> str:
     """The warning that chosen and rejected answers have both become less likely."""
     before, adapter = found.reference, found.adapter
+    closer = "a larger --beta or " if found.gamma is None else ""
     return (
         "Both answers of the held-out pairs have become less likely, not only the rejected ones: the mean "
         f"log-probability of the chosen ones fell from {before.chosen:.2f} to {adapter.chosen:.2f}, that of the "
-        f"rejected ones from {before.rejected:.2f} to {adapter.rejected:.2f}. Look at what the model says now; a "
-        f"larger --beta or a smaller --learning-rate keeps it closer to its {found.compared_with}."
+        f"rejected ones from {before.rejected:.2f} to {adapter.rejected:.2f}. Look at what the model says now; "
+        f"{closer}a smaller --learning-rate keeps it closer to its {found.compared_with}."
     )
 
 

@@ -38,6 +38,24 @@ def test_the_sample_is_learned_and_both_models_preferences_are_printed(
     assert f"by a margin of {found.margin:+.3f}" in printed
 
 
+def test_by_simpo_the_figures_are_per_token_and_each_model_has_a_loss(
+    ptp: Ptp, random_base: Path, tmp_path: Path
+) -> None:
+    typed = ["train", "--model", random_base, "--bits", 32, "--data", "sample:preferences"]
+    short = ["--steps", 4, "--batch-size", 8, "--eval-split", 0.2, "--max-length", 256]
+    code, printed, said = ptp(*typed, *short, "--objective", "simpo", "--out", tmp_path / "run")
+    assert code == 0, said
+    assert "a tenth of sft's, as simpo compares whole answers" in said
+    found = Preferences.of_json(
+        json.loads(RunDir(tmp_path / "run").summary.read_text())["preferences"]
+    )
+    assert (found.beta, found.gamma) == (2.0, 1.0)
+    words = " ".join(printed.split())
+    assert "(mean log-probabilities in nats per token)" in words
+    assert f"SimPO's loss is {found.loss:.4f}, the base's {found.reference_loss:.4f}." in words
+    assert f"ahead in {100 * found.adapter.accuracy:.1f} % of the pairs" in words
+
+
 def test_rates_are_not_tried_for_pairs(ptp: Ptp) -> None:
     typed = ["train", "--data", "sample:preferences", "--objective", "dpo"]
     code, _, said = ptp(*typed, "--find-learning-rate")

@@ -7,8 +7,16 @@ import math
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
-from prefixtune_cli.evaluate.preferences import BASE_LOSS, Likelihoods, Preferences, compared
+from prefixtune_cli.data.row_encoder import MASKED
+from prefixtune_cli.evaluate.preferences import (
+    BASE_LOSS,
+    Likelihoods,
+    Preferences,
+    compared,
+    per_token,
+)
 
 BASE = Likelihoods(np.array([-5.0, -4.0, -9.0, -2.0]), np.array([-4.0, -6.0, -3.0, -1.0]))
 MORE = np.array([2.0, 1.0, -1.0, 3.0])  # by which the chosen answers are likelier to the adapter
@@ -61,7 +69,33 @@ def test_with_a_start_everything_is_against_it() -> None:
     assert not compared(BASE, risen, 0.5).both_fell
 
 
+def test_by_simpo_the_reward_needs_no_reference_and_the_reference_has_a_loss() -> None:
+    found = compared(BASE, ADAPTER, beta=0.5, gamma=0.25)
+
+    def loss(ahead: list[float]) -> float:
+        return sum(math.log1p(math.exp(0.25 - 0.5 * x)) for x in ahead) / 4
+
+    # The chosen answers are ahead by −1, 2, −6 and −1 for the base; then by 2, 0, −7 and 3.
+    assert found.margin == pytest.approx(0.5 * -0.5)
+    assert found.margin_interval.low < found.margin < found.margin_interval.high
+    assert found.reward_accuracy == found.adapter.accuracy == 0.5
+    assert found.loss == pytest.approx(loss([2, 0, -7, 3]))
+    assert found.reference_loss == pytest.approx(loss([-1, 2, -6, -1]))
+    assert found.is_ahead
+    assert not compared(ADAPTER, BASE, beta=0.5, gamma=0.25).is_ahead
+    against_start = compared(BASE, ADAPTER, 0.5, start=ADAPTER, gamma=0.25)
+    assert against_start.reference_loss == against_start.loss == found.loss
+
+
+def test_per_token_a_longer_answer_is_not_less_likely() -> None:
+    rows = {"labels": [[MASKED, 5, 6], [MASKED, 7]], "rejected_labels": [[MASKED, 5], [8, 8, 8, 8]]}
+    found = Likelihoods(np.array([-3.0, -2.0]), np.array([-4.0, -2.0]))
+    mean = per_token(found, Dataset.from_dict(rows))
+    assert (mean.chosen.tolist(), mean.rejected.tolist()) == ([-1.5, -2.0], [-4.0, -0.5])
+
+
+@pytest.mark.parametrize("gamma", [None, 0.5])
 @pytest.mark.parametrize("start", [None, ADAPTER])
-def test_what_is_written_is_read_back(start: Likelihoods | None) -> None:
-    found = compared(BASE, ADAPTER, 0.5, start)
+def test_what_is_written_is_read_back(start: Likelihoods | None, gamma: float | None) -> None:
+    found = compared(BASE, ADAPTER, 0.5, start, gamma)
     assert Preferences.of_json(json.loads(json.dumps(found.to_json()))) == found

@@ -272,12 +272,19 @@ def test_a_learning_rate_belongs_to_the_recipes_objective(write: Any) -> None:
     of_dpo = write("train: {objective: dpo, learning_rate: 0.002, beta: 0.5}\n")
     found = resolve(of_dpo, ["train.objective=sft"]).train
     assert (found.learning_rate, found.beta) == (None, 0.1)
+    assert resolve(of_dpo, ["train.objective=simpo"]).train.beta == 2.0
+    assert resolve(of_dpo, ["train.objective=simpo", "train.beta=3.0"]).train.beta == 3.0
 
 
 @pytest.mark.parametrize(
     ("sets", "told"),
     [
-        (["train.beta=0.2"], "train.beta belongs to objective dpo"),
+        (["train.beta=0.2"], "train.beta belongs to objective dpo and simpo"),
+        (
+            ["train.gamma=0.2", "train.objective=dpo"],
+            "train.gamma belongs to objective simpo. Leave it out, or type --objective simpo",
+        ),
+        (["train.packing=true", "train.objective=simpo"], "does not go with objective simpo"),
         (["train.objective=dpo", "adapter.method=full"], "does not go with method full"),
         (
             ["train.objective=dpo", "adapter.method=vera", "adapter.config.vera_dropout=0.1"],

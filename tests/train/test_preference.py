@@ -26,7 +26,12 @@ from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.tokenizer import load_tokenizer
 from prefixtune_cli.train import Summary, train
-from prefixtune_cli.train.preference import PairCollator, Reference, SafeDPOTrainer
+from prefixtune_cli.train.preference import (
+    PairCollator,
+    Reference,
+    SafeDPOTrainer,
+    SafeSimPOTrainer,
+)
 from prefixtune_cli.train.prepare import content, prepare_data
 from prefixtune_cli.train.stop import StopRequest
 from prefixtune_cli.train.summary import both_fell_warning
@@ -41,6 +46,36 @@ SETTINGS: dict[str, Any] = {
     "objective": "dpo", "max_steps": 8, "batch_size": 8, "log_steps": 1, "save_steps": 4,
     "learning_rate": 0.05, "eval_steps": 8,
 }  # fmt: skip
+
+
+ONE_STEP: dict[str, Any] = dict(
+    max_steps=1, per_device_train_batch_size=6, learning_rate=1.0, optim="sgd",
+    lr_scheduler_type="constant", max_grad_norm=0, use_cpu=True, report_to="none",
+    disable_tqdm=True, bf16=False, save_total_limit=2, gradient_checkpointing=False, max_length=None,
+)  # fmt: skip
+
+
+def adapted(base: Path) -> Any:
+    """The base with a LoRA that is no fresh one."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+
+
+def of_run(run_dir: RunDir, base: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a trainer of pairs needs besides a model and arguments."""
+    return dict(
+        reference=Reference(run_dir.reference, None, Processes()),
+        reporter=Heard(),
+        run_dir=run_dir,
+        origin=str,
+        processes=Processes(),
+        stop=StopRequest(run_dir),
+        save_minutes=None,
+        group_by_length=False,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )
 
 
 def adapter_of(run_dir: RunDir) -> dict[str, torch.Tensor]:
@@ -118,10 +153,98 @@ def test_the_summary_has_the_trainers_figures_and_the_pairs_decide(
         assert made.verdict == made.to_json()["verdict"] == verdict
 
 
-def test_a_resumed_run_ends_with_the_same_bytes(
-    finished: tuple[RunDir, Heard, Recipe], tmp_path: Path
+@pytest.fixture(scope="module")
+def by_simpo(
+    random_base: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunDir, Heard, Recipe]:
+    heard, steps = Heard(), {**SETTINGS, "objective": "simpo", "beta": 2.5, "gamma": 0.5}
+    folder = tmp_path_factory.mktemp("runs") / "simpo"
+    chosen = of_pairs(random_base, pairs, folder, train=steps)
+    train(chosen, reporter=heard)
+    return RunDir(chosen.folder), heard, chosen
+
+
+def test_simpo_asks_the_base_for_the_held_out_pairs_alone_and_has_a_loss_of_its_own(
+    by_simpo: tuple[RunDir, Heard, Recipe],
 ) -> None:
-    whole, _, chosen = finished
+    run_dir, heard, _ = by_simpo
+    rows = run_dir.read_metrics()
+    trained = [row for row in rows if "loss" in row]
+    assert trained[-1]["loss"] < 0.9 * trained[0]["loss"]
+    assert not {"margin", "preference_accuracy"} & {name for row in rows for name in row}
+    (evaluated,) = (row["eval_loss"] for row in rows if "eval_loss" in row)
+    summary = Summary.read(run_dir)
+    found = summary.preferences
+    assert found is not None
+    assert (found.beta, found.gamma) == (2.5, 0.5)
+    assert found.loss == pytest.approx(evaluated, rel=1e-4)
+    assert summary.losses == (found.reference_loss, found.loss)
+    assert found.reference_loss > 1.05 * found.loss
+    assert abs(found.reference_loss - math.log(2)) > 0.1
+    # The first step's loss is the base's on other pairs of the same kind.
+    assert trained[0]["loss"] == pytest.approx(found.reference_loss, rel=0.2)
+    assert summary.verdict == "better"
+    for gain, verdict in ((-0.1, "worse"), (0.1, "no better")):
+        more = replace(found.accuracy_difference, value=gain)
+        made = replace(found, loss=2 * found.reference_loss, accuracy_difference=more)
+        assert replace(summary, preferences=made).verdict == verdict
+    assert [*json.loads(run_dir.reference.read_text())["pairs"]] == ["held_out"]
+    assert "--beta" not in both_fell_warning(found)
+    assert "log-probabilities of the base" in heard.tasks
+
+
+def test_simpo_takes_the_step_of_its_formula(random_base: Path, tmp_path: Path) -> None:
+    """−log σ(β·(log π(y⁺|x)/|y⁺| − log π(y⁻|x)/|y⁻|) − γ), by autograd over the model's own logits."""
+    beta, gamma, run_dir = 2.5, 0.75, RunDir(tmp_path / "run")
+    arguments = DPOConfig(
+        **ONE_STEP, output_dir=str(run_dir.path), beta=beta, loss_type=["sigmoid_norm"],
+        remove_unused_columns=False,
+    )  # fmt: skip
+    rows = [
+        {
+            "input_ids": [1, 2, 3, *[10 + i] * (1 + i)],
+            "labels": [MASKED] * 3 + [10 + i] * (1 + i),
+            "rejected_ids": [1, 2, 3, 30, 31],
+            "rejected_labels": [MASKED] * 3 + [30, 31],
+            "row": i,
+        }
+        for i in range(6)
+    ]
+    trainer = SafeSimPOTrainer(
+        gamma=gamma,
+        model=adapted(random_base),
+        args=arguments,
+        **of_run(run_dir, random_base, rows),
+    )
+    trainer.train()
+
+    model = adapted(random_base)
+
+    def mean_log_probability(ids: list[int]) -> torch.Tensor:
+        logits = model(input_ids=torch.tensor([ids])).logits[0, 2:-1].log_softmax(-1)
+        return logits.gather(1, torch.tensor(ids[3:])[:, None]).mean()
+
+    ahead = [
+        mean_log_probability(row["input_ids"]) - mean_log_probability(row["rejected_ids"])
+        for row in rows
+    ]
+    loss = torch.stack([-torch.nn.functional.logsigmoid(beta * a - gamma) for a in ahead]).mean()
+    loss.backward()
+    assert trainer.losses[0] == pytest.approx(loss.item(), rel=1e-5)
+    found = dict(trainer.model.named_parameters())
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    for name, start in adapted(random_base).named_parameters():
+        if name in gradients:
+            step = found[name] - start
+            torch.testing.assert_close(step, -gradients[name], rtol=1e-3, atol=1e-6)
+    assert max(float(g.abs().max()) for g in gradients.values()) > 1e-3
+
+
+@pytest.mark.parametrize("objective", ["finished", "by_simpo"])
+def test_a_resumed_run_ends_with_the_same_bytes(
+    objective: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    whole, _, chosen = request.getfixturevalue(objective)
     run_dir = RunDir(tmp_path / "run")
     shutil.copytree(whole.path, run_dir.path)
     shutil.rmtree(run_dir.checkpoints()[-1])
@@ -270,25 +393,27 @@ def test_a_lora_of_a_4_bit_base_goes_on_to_preferences_in_two_processes(
 
 
 def test_two_processes_make_the_weights_of_one(
-    finished: tuple[RunDir, Heard, Recipe], random_base: Path, pairs: Path, tmp_path: Path
+    finished: tuple[RunDir, Heard, Recipe],
+    by_simpo: tuple[RunDir, Heard, Recipe],
+    tmp_path: Path,
 ) -> None:
-    shares = {**SETTINGS, "batch_size": 4}
-    chosen = of_pairs(random_base, pairs, tmp_path / "two", train=shares)
-    job = {
-        "recipe": chosen.model_dump(),
-        "port": free_port(),
-        "seen": str(tmp_path / "seen"),
-    }
-    in_two_processes([job], tmp_path / "jobs.json")
-    one, two = adapter_of(finished[0]), adapter_of(RunDir(chosen.folder))
-    far = max(float((one[k] - two[k]).abs().max() / one[k].abs().max()) for k in one)
-    assert far < 1e-3, far
-    for name in ("loss", "preference_accuracy", "margin"):
-        said = [
-            [row[name] for row in run_dir.read_metrics() if "loss" in row]
-            for run_dir in (finished[0], RunDir(chosen.folder))
-        ]
-        assert said[1] == pytest.approx(said[0], rel=1e-3, abs=1e-5), name
+    shared, jobs = {}, []
+    for run_dir, _, chosen in (finished, by_simpo):
+        halved = chosen.train.model_copy(update={"batch_size": 4})
+        out = tmp_path / run_dir.path.name
+        two = chosen.model_copy(update={"train": halved, "out": str(out)})
+        seen = str(tmp_path / f"seen-{out.name}")
+        jobs.append({"recipe": two.model_dump(), "port": free_port(), "seen": seen})
+        shared[run_dir] = RunDir(out)
+    in_two_processes(jobs, tmp_path / "jobs.json")
+    for alone, together in shared.items():
+        one, two_ = adapter_of(alone), adapter_of(together)
+        far = max(float((one[k] - two_[k]).abs().max() / one[k].abs().max()) for k in one)
+        assert far < 1e-3, (alone, far)
+        rows = [[row for row in run.read_metrics() if "loss" in row] for run in (alone, together)]
+        for name in {"loss", "preference_accuracy", "margin"} & {*rows[0][0]}:
+            said = [[row[name] for row in of_run] for of_run in rows]
+            assert said[1] == pytest.approx(said[0], rel=1e-3, abs=1e-5), (alone, name)
 
 
 def test_a_reference_that_does_not_fit_halves_the_batch_at_its_longest_rows(
@@ -360,28 +485,15 @@ def test_the_step_is_that_of_trl_with_the_base_as_an_explicit_reference(
     random_base: Path, tmp_path: Path
 ) -> None:
     """The adapter is no fresh one, so that the margin counts; plain descent shows the gradient."""
-    arguments: dict[str, Any] = dict(
-        output_dir=str(tmp_path / "run"), max_steps=1, per_device_train_batch_size=6, beta=0.3,
-        learning_rate=1.0, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0,
-        use_cpu=True, report_to="none", disable_tqdm=True, bf16=False, save_total_limit=2,
-        gradient_checkpointing=False, max_length=None,
-    )  # fmt: skip
-
-    def base() -> Any:
-        return AutoModelForCausalLM.from_pretrained(random_base, dtype=torch.float32)
-
-    def adapted() -> Any:
-        torch.manual_seed(0)
-        return get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
-
+    arguments = dict(**ONE_STEP, output_dir=str(tmp_path / "run"), beta=0.3)
     tokenizer = AutoTokenizer.from_pretrained(random_base)
     texts = [
         {"prompt": f"Say it, {i}.", "chosen": " RED" * (1 + i), "rejected": " blue sea"}
         for i in range(6)
     ]
     plain = DPOTrainer(
-        model=adapted(),
-        ref_model=base(),
+        model=adapted(random_base),
+        ref_model=AutoModelForCausalLM.from_pretrained(random_base, dtype=torch.float32),
         args=DPOConfig(**arguments),
         train_dataset=Dataset.from_list(texts),
         processing_class=tokenizer,
@@ -398,18 +510,9 @@ def test_the_step_is_that_of_trl_with_the_base_as_an_explicit_reference(
     ]
     run_dir = RunDir(tmp_path / "run")
     ours = SafeDPOTrainer(
-        reference=Reference(run_dir.reference, None, Processes()),
-        reporter=Heard(),
-        run_dir=run_dir,
-        origin=str,
-        processes=Processes(),
-        stop=StopRequest(run_dir),
-        save_minutes=None,
-        group_by_length=False,
-        model=adapted(),
+        model=adapted(random_base),
         args=DPOConfig(**arguments, remove_unused_columns=False),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
+        **of_run(run_dir, random_base, rows),
     )
     before = {n: p.detach().clone() for n, p in ours.model.named_parameters() if p.requires_grad}
     for trainer in (plain, ours):
