@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -120,9 +118,7 @@ def test_a_precision_that_is_slow_here_is_told_though_the_cells_are_silent(
 ) -> None:
     monkeypatch.setattr(devices, "multiplies_bfloat16", lambda _: False)
     heard = Heard()
-    made = settings(
-        random_base, data, tmp_path / "out", methods=("lora",), seeds=1, sweep=1, workers=2
-    )
+    made = settings(random_base, data, tmp_path / "out", methods=("lora",), seeds=1, sweep=1)
     made.flags["model"]["bits"] = 16
     compare(made, reporter=heard)
     assert [n for n in heard.notices if "--bits 32 is several times as fast" in n]
@@ -222,32 +218,22 @@ def test_a_folder_of_something_else_is_left_alone(
         found(settings(random_base, data, tmp_path / "thesis"))
 
 
-COMMAND = (
-    "-m",
-    "prefixtune_cli",
-    "compare",
-    "--methods",
-    "lora,prefix-tuning-plus",
-    "--sweep",
-    "1",
-)
+COMMAND = ("compare", "--methods", "lora,prefix-tuning-plus", "--sweep", 1)
 
 
 def test_a_signal_ends_all_processes_and_begins_no_further_cell(
-    random_base: Path, data: Path, tmp_path: Path
+    start: Start, random_base: Path, data: Path, tmp_path: Path
 ) -> None:
-    command = [
-        sys.executable, *COMMAND, "--seeds", "3", "--no-speed", "--workers", "2", "--model",
-        random_base, "--bits", "32", "--data", data, "--steps", "2000", "--batch-size", "4",
-        "--out", tmp_path / "out",
-    ]  # fmt: skip
+    run = start(
+        *COMMAND, "--seeds", 3, "--no-speed", "--workers", 2, "--model", random_base, "--bits", 32,
+        "--data", data, "--steps", 2000, "--batch-size", 4, "--out", tmp_path / "out",
+    )  # fmt: skip
     begun = "out/cells/*/*/*/metrics.jsonl"
-    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as run:
-        while len(list(tmp_path.glob(begun))) < 2:
-            assert run.poll() is None, run.communicate()
-            time.sleep(0.05)
-        run.send_signal(signal.SIGTERM)
-        _, said = run.communicate()
+    while len(list(tmp_path.glob(begun))) < 2:
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    _, said = run.communicate()
     assert run.returncode == 0
     assert "the same command goes on" in said
     assert len(list(tmp_path.glob(begun))) == 2
@@ -259,7 +245,7 @@ def test_the_same_command_goes_on_where_a_signal_stopped_it(
     number: int, start: Start, random_base: Path, data: Path, tmp_path: Path
 ) -> None:
     typed = [
-        *COMMAND[2:], "--seeds", 1, "--no-speed", "--workers", 1, "--model", random_base,
+        *COMMAND, "--seeds", 1, "--no-speed", "--workers", 1, "--model", random_base,
         "--bits", 32, "--data", data, "--steps", 100, "--batch-size", 4, "--set",
         "train.save_steps=5", "--set", "evaluate.max_rows=8", "--set",
         "evaluate.max_new_tokens=8", "--out", tmp_path / "out",
@@ -287,30 +273,23 @@ def test_the_same_command_goes_on_where_a_signal_stopped_it(
 
 
 def test_a_signal_while_costs_are_measured_loses_no_cell(
-    random_base: Path, data: Path, tmp_path: Path
+    start: Start, random_base: Path, data: Path, tmp_path: Path
 ) -> None:
-    command = [
-        sys.executable, *COMMAND, "--seeds", "1", "--workers", "1", "--model", random_base,
-        "--bits", "32", "--data", data, "--steps", "2", "--batch-size", "4", "--max-length", "64",
-        "--prompt-tokens", "16", "--set", "evaluate.max_rows=8", "--out", tmp_path / "out",
+    typed = [
+        *COMMAND, "--seeds", 1, "--workers", 1, "--model", random_base, "--bits", 32,
+        "--data", data, "--steps", 2, "--batch-size", 4, "--max-length", 64,
+        "--prompt-tokens", 16, "--set", "evaluate.max_rows=8", "--out", tmp_path / "out",
     ]  # fmt: skip
-    typed = list(map(str, command))
-    many = [*typed, "--rounds", "10000"]
-    with subprocess.Popen(many, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        assert run.stderr is not None
-        before = []
-        for line in run.stderr:
-            before.append(line)
-            if line.startswith("measuring"):
-                break
-        assert before[-1].startswith("measuring"), before
-        run.send_signal(signal.SIGTERM)
-        _, said = run.communicate(timeout=120)
+    run = start(*typed, "--rounds", 10000)
+    while "\nmeasuring" not in run.said():
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    _, said = run.communicate(timeout=120)
     assert run.returncode == 0, said
     assert "the same command goes on" in said
-    done = subprocess.run(
-        [*typed, "--rounds", "1"], capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 of 2 cells are finished already" in done.stderr
+    done = start(*typed, "--rounds", 1)
+    _, said = done.communicate()
+    assert done.returncode == 0, said
+    assert "2 of 2 cells are finished already" in said
     assert (tmp_path / "out/results.json").exists()

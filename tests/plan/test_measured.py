@@ -87,11 +87,11 @@ SETTINGS = [
     Setting("gqa", "prefix-tuning-plus", 4, rows=4, tokens=128, checkpointing=True),
     Setting("gqa", "lora", 8, rows=2, tokens=256, checkpointing=True),
     Setting("mha", "prefix-tuning", 32, rows=4, tokens=128),
-    Setting("gqa", "full", 16, rows=2, tokens=256, accumulation=2),
     Setting("moe", "prefix-tuning-plus", 16, rows=2, tokens=256),
-    Setting("mla", "lora", 4, rows=2, tokens=128),
 ]
 MORE_SETTINGS = [
+    Setting("gqa", "full", 16, rows=2, tokens=256, accumulation=2),
+    Setting("mla", "lora", 4, rows=2, tokens=128),
     Setting("gqa", "prefix-tuning-plus", 32, 1, 256, adapter=(("layers", "last:2"),)),
     Setting("mla", "prefix-tuning-plus", 16, rows=2, tokens=256, checkpointing=True),
     Setting("moe", "full", 16, rows=4, tokens=128, checkpointing=True),

@@ -359,61 +359,70 @@ def test_from_an_adapter_the_reference_is_the_adapter_itself(
         shutil.rmtree(killed.path)
 
 
-def test_a_lora_of_a_4_bit_base_goes_on_to_preferences_in_two_processes(
-    random_base: Path, colours: Path, pairs: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def of_4_bits(
+    random_base: Path, colours: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunDir, Heard, Recipe]:
+    """A LoRA of a 4-bit base that learned answers, and goes on to preferences."""
+    folder, heard = tmp_path_factory.mktemp("4-bit"), Heard()
     lora, bits = {"method": "lora", "r": 4}, {"bits": 4}
     steps = {"max_steps": 6, "learning_rate": 0.01}
-    start = recipe(random_base, colours, tmp_path / "sft", train=steps, adapter=lora, model=bits)
+    start = recipe(random_base, colours, folder / "sft", train=steps, adapter=lora, model=bits)
     train(start)
     further = {**SETTINGS, "start_from": start.folder, "learning_rate": 1e-3}
-    one = of_pairs(random_base, pairs, tmp_path / "one", train=further, adapter=lora, model=bits)
-    train(one)
-    first = RunDir(one.folder).read_metrics()[0]
+    on = of_pairs(random_base, pairs, folder / "4-bit", train=further, adapter=lora, model=bits)
+    train(on, reporter=heard)
+    return RunDir(on.folder), heard, on
+
+
+RUNS = ("finished", "by_simpo", "of_4_bits")
+
+
+@pytest.fixture(scope="module")
+def in_two(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, RunDir]:
+    """Each run of one process again, with half of a step's rows in each of two; one launch does all."""
+    folder, found, jobs = tmp_path_factory.mktemp("two"), dict[str, RunDir](), []
+    for name in RUNS:
+        chosen = request.getfixturevalue(name)[2]
+        halved = chosen.train.model_copy(update={"batch_size": 4})
+        shared = chosen.model_copy(update={"train": halved, "out": str(folder / name)})
+        seen = str(folder / f"seen-{name}")
+        jobs.append({"recipe": shared.model_dump(), "port": free_port(), "seen": seen})
+        found[name] = RunDir(folder / name)
+    in_two_processes(jobs, folder / "jobs.json")
+    return found
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_make_the_weights_of_one(
+    name: str, in_two: dict[str, RunDir], request: pytest.FixtureRequest
+) -> None:
+    by_one, by_two = request.getfixturevalue(name)[0], in_two[name]
+    one, two = adapter_of(by_one), adapter_of(by_two)
+    far = max(float((one[k] - two[k]).abs().max() / one[k].abs().max()) for k in one)
+    assert far < (0.05 if name == "of_4_bits" else 1e-3), far
+    if name == "of_4_bits":
+        return
+    rows = [[row for row in run.read_metrics() if "loss" in row] for run in (by_one, by_two)]
+    for figure in {"loss", "preference_accuracy", "margin"} & {*rows[0][0]}:
+        said = [[row[figure] for row in of_run] for of_run in rows]
+        assert said[1] == pytest.approx(said[0], rel=1e-3, abs=1e-5), figure
+
+
+def test_a_lora_of_a_4_bit_base_goes_on_to_preferences_in_two_processes(
+    of_4_bits: tuple[RunDir, Heard, Recipe], in_two: dict[str, RunDir]
+) -> None:
+    run_dir = of_4_bits[0]
+    first = run_dir.read_metrics()[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-2)
-    two = of_pairs(
-        random_base,
-        pairs,
-        tmp_path / "two",
-        train={**further, "batch_size": 4},
-        adapter=lora,
-        model=bits,
-    )
-    job = {"recipe": two.model_dump(), "port": free_port(), "seen": str(tmp_path / "seen")}
-    in_two_processes([job], tmp_path / "jobs.json")
-    by_one, by_two = adapter_of(RunDir(one.folder)), adapter_of(RunDir(two.folder))
-    far = max(float((by_one[k] - by_two[k]).abs().max() / by_one[k].abs().max()) for k in by_one)
-    assert far < 0.05, far
     kept = [
-        torch.tensor(json.loads(RunDir(run.folder).reference.read_text())["pairs"]["train_dataset"])
-        for run in (one, two)
+        torch.tensor(json.loads(run.reference.read_text())["pairs"]["train_dataset"])
+        for run in (run_dir, in_two["of_4_bits"])
     ]
     assert len(kept[0]) == 54
     torch.testing.assert_close(kept[0], kept[1], rtol=2e-2, atol=2e-2)
-
-
-def test_two_processes_make_the_weights_of_one(
-    finished: tuple[RunDir, Heard, Recipe],
-    by_simpo: tuple[RunDir, Heard, Recipe],
-    tmp_path: Path,
-) -> None:
-    shared, jobs = {}, []
-    for run_dir, _, chosen in (finished, by_simpo):
-        halved = chosen.train.model_copy(update={"batch_size": 4})
-        out = tmp_path / run_dir.path.name
-        two = chosen.model_copy(update={"train": halved, "out": str(out)})
-        seen = str(tmp_path / f"seen-{out.name}")
-        jobs.append({"recipe": two.model_dump(), "port": free_port(), "seen": seen})
-        shared[run_dir] = RunDir(out)
-    in_two_processes(jobs, tmp_path / "jobs.json")
-    for alone, together in shared.items():
-        one, two_ = adapter_of(alone), adapter_of(together)
-        far = max(float((one[k] - two_[k]).abs().max() / one[k].abs().max()) for k in one)
-        assert far < 1e-3, (alone, far)
-        rows = [[row for row in run.read_metrics() if "loss" in row] for run in (alone, together)]
-        for name in {"loss", "preference_accuracy", "margin"} & {*rows[0][0]}:
-            said = [[row[name] for row in of_run] for of_run in rows]
-            assert said[1] == pytest.approx(said[0], rel=1e-3, abs=1e-5), (alone, name)
 
 
 def test_a_reference_that_does_not_fit_halves_the_batch_at_its_longest_rows(

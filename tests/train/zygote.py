@@ -129,6 +129,11 @@ class Command:
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def said(self) -> str:
+        """What it has written to stderr so far."""
+        file = self._said.with_suffix(".err")
+        return file.read_text() if file.exists() else ""
+
     def communicate(self, timeout: float = 300) -> tuple[str, str]:
         """What it has written to stdout and to stderr, once it has ended."""
         if self._wait(timeout) is None:
