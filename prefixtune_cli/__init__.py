@@ -11,7 +11,7 @@ below: each imports only what stands before it in this list, and tests/test_laye
     sampling        how an answer's tokens are chosen
     smoothing       curves of losses for pictures
 2. What was meant
-    recipe/         every setting with its default and its help, in schema.py; recipes, flags and `--set` become one;
+    recipe/         every setting with its default and its help, in schema/; recipes, flags and `--set` become one;
                     foreign names
     run_list        the runs below a folder
     pointed         a run, a checkpoint, an adapter folder or a base: which of them a path or a name is

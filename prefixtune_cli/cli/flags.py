@@ -1,6 +1,6 @@
 """The table of flags: those that set a key of the recipe, and the other flags of `ptp train`.
 
-A flag that sets a key of the recipe takes its type, choices, default and description from recipe/schema.py.
+A flag that sets a key of the recipe takes its type, choices, default and description from recipe/schema/.
 """
 
 from __future__ import annotations
