@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 
 from prefixtune_cli.data.format import FORMATS, PAIRS, Format, by_values, fitting
 from prefixtune_cli.data.lines import Row
-from prefixtune_cli.errors import DataError
+from prefixtune_cli.errors import DataError, PairsError
 from prefixtune_cli.recipe.schema import DataSection
 
 # The fields of all formats. In a row, only the optional ones may be missing.
@@ -92,8 +92,9 @@ def recognise(
         pairs: of answers, and no other rows, are wanted.
 
     Raises:
-        DataError: no format fits, the format does not have a mapped field, or a text may be half of a pair; or the
-            rows are pairs of answers and others are wanted, or the other way round.
+        PairsError: the rows are pairs of answers, and others are wanted.
+        DataError: no format fits, the format does not have a mapped field, or a text may be half of a pair; or pairs
+            are wanted, and the rows are none.
     """
     known, others = (PAIRS, FORMATS) if pairs else (FORMATS, PAIRS)
     by_map = fitting(mapping.keys(), known)
@@ -138,7 +139,7 @@ def _of_the_other_kind(
     """The error for pairs of answers where one answer a row is wanted, and the reverse."""
     what = f"{where}: the format is {format.name} ({' + '.join(format.columns)})"
     if format.is_of_pairs:
-        return DataError(
+        return PairsError(
             f"{what}, pairs of answers, from which `ptp train --objective dpo` learns. To use the chosen answers "
             f"alone: {_suggestion(row, mapping)}."
         )

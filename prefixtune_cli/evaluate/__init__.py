@@ -6,7 +6,8 @@ training run needs only `held_out`, and only a benchmark imports lm-eval.
 run, settings               `ptp eval`, from top to bottom, and its settings
 evaluations, subjects       what is asked, and who answers: a base and adapters on it
 held_out, preferences       the held-out rows, and pairs of answers, of a training run
-own_data, forgetting        the user's test data; text that has nothing to do with the task
+read_data, own_data, own_pairs    the user's test data: rows with one answer, or pairs of answers
+forgetting                  text that has nothing to do with the task
 benchmarks, catalogue, tasks, language_model    lm-eval's benchmarks
 questions, matching, labels, confusion_plot     rows as questions, right answers, classes
 scorer, batches, shared_prefix, answer_cache    how losses and answers are computed, batched and kept

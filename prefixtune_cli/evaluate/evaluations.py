@@ -5,6 +5,7 @@ It refuses whatever it can before the base loads: first wrong names, then wrong 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,16 +15,18 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prefixtune_cli.data.template import chat_template
-from prefixtune_cli.errors import UsageError
-from prefixtune_cli.evaluate import forgetting, own_data
+from prefixtune_cli.errors import DataError, PairsError, UsageError
+from prefixtune_cli.evaluate import forgetting, own_data, own_pairs
 from prefixtune_cli.evaluate.catalogue import Catalogue, load_catalogue
 from prefixtune_cli.evaluate.outcome import Outcome
+from prefixtune_cli.evaluate.own_data import OwnData
+from prefixtune_cli.evaluate.own_pairs import OwnPairs
 from prefixtune_cli.evaluate.scorer import Scorer
 from prefixtune_cli.evaluate.settings import FORGETTING, OWN_BENCHMARKS, QUICKSTART, Settings, stem
 from prefixtune_cli.evaluate.subjects import Cast
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.load import resolve
-from prefixtune_cli.recipe.schema import EvaluateSection
+from prefixtune_cli.recipe.schema import DataSection, EvaluateSection
 from prefixtune_cli.tokenizer import check_ids, load_config
 
 SAMPLES = {"intents": "sample:intents-test", "records": "sample:records-test"}
@@ -58,7 +61,7 @@ def prepare(
     if catalogue is not None:
         catalogue.check(from_hub, OWN_BENCHMARKS)
     for source in settings.data:
-        yield _of_data({f"data-{stem(source)}": source}, None, settings, cast, tokenizer, reporter)
+        yield _of_own(source, settings, cast, tokenizer, reporter)
     local: dict[str, Path] = {}
     if catalogue is not None:
         from prefixtune_cli.evaluate.tasks import local_data
@@ -79,6 +82,61 @@ def prepare(
             yield _of_benchmark(name, catalogue, local, settings, cast, tokenizer)
 
 
+def _of_own(
+    source: str,
+    settings: Settings,
+    cast: Cast,
+    tokenizer: PreTrainedTokenizerBase,
+    reporter: Reporter,
+) -> Evaluation:
+    """The user's data: pairs of answers, or rows with one answer."""
+    name = f"data-{stem(source)}"
+    if "chosen" in cast.recipe.data.map and "map" not in settings.data_settings:
+        with contextlib.suppress(DataError):  # no pairs with the columns of the run's
+            return _of_pairs(name, source, settings, cast, tokenizer, reporter)
+    try:
+        return _of_data({name: source}, None, settings, cast, tokenizer, reporter)
+    except PairsError:
+        return _of_pairs(name, source, settings, cast, tokenizer, reporter)
+
+
+def _of_pairs(
+    name: str,
+    source: str,
+    settings: Settings,
+    cast: Cast,
+    tokenizer: PreTrainedTokenizerBase,
+    reporter: Reporter,
+) -> Evaluation:
+    section = _section(cast.recipe.data, settings, cast)
+    pairs = own_pairs.prepare(source, section, tokenizer, reporter, name=name, limit=settings.limit)
+    _check_ids(pairs, cast, tokenizer)
+    return Evaluation(
+        name,
+        len(pairs.examples),
+        lambda scorer, who, _: own_pairs.judge(scorer, pairs, f"{who} on {name}"),
+        lambda judged, _: own_pairs.compare(pairs, judged),
+    )
+
+
+def _section(section: DataSection, settings: Settings, cast: Cast) -> DataSection:
+    """How own data is read: as the run reads its data, changed by what was typed."""
+    if len(set(cast.readings)) > 1:
+        raise UsageError(
+            "The adapters read and render data differently (data.max_length, map, train_on, the chat template or the "
+            "like), so one call cannot compare them fairly. Evaluate each by itself on --data and quickstart; if only "
+            "their templates differ, give one with --chat-template."
+        )
+    return section.model_copy(update={"chat_template": cast.template, **settings.data_settings})
+
+
+def _check_ids(data: OwnData | OwnPairs, cast: Cast, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ModelError if the base has no embedding for a token."""
+    ids = [row["input_ids"] for row in data.examples]
+    i = max(range(len(ids)), key=lambda i: max(ids[i]))
+    check_ids(cast.recipe.model, tokenizer, ids[i], data.origin(i))
+
+
 def _of_data(
     sources: Mapping[str, str],
     bench: str | None,
@@ -87,16 +145,8 @@ def _of_data(
     tokenizer: PreTrainedTokenizerBase,
     reporter: Reporter,
 ) -> Evaluation:
-    """The user's data, or our samples, rendered as the run renders its own data."""
-    if len(set(cast.readings)) > 1:
-        raise UsageError(
-            "The adapters read and render data differently (data.max_length, map, train_on, the chat template or the "
-            "like), so one call cannot compare them fairly. Evaluate each by itself on --data and quickstart; if only "
-            "their templates differ, give one with --chat-template."
-        )
-    section = cast.recipe.data_of_answers.model_copy(
-        update={"chat_template": cast.template, **settings.data_settings}
-    )
+    """Rows with one answer: the user's, or our samples."""
+    section = _section(cast.recipe.data_of_answers, settings, cast)
     judging = _judging(cast.recipe.evaluate, settings.judging if bench is None else NO_PATTERN)
     parts = [
         own_data.prepare(
@@ -111,9 +161,7 @@ def _of_data(
         for name, source in sources.items()
     ]
     for part in parts:
-        ids = [row["input_ids"] for row in part.examples]
-        i = max(range(len(ids)), key=lambda i: max(ids[i]))
-        check_ids(cast.recipe.model, tokenizer, ids[i], part.rows.row_origin(i))
+        _check_ids(part, cast, tokenizer)
 
     def judge(scorer: Scorer, who: str, _: Any) -> Any:
         return [own_data.judge(scorer, part, f"{who} on {part.name}") for part in parts]

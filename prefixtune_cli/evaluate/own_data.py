@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from prefixtune_cli.data.inspect import check, warnings
-from prefixtune_cli.data.load import LoadedData, evenly_spread, load_rows
-from prefixtune_cli.data.tokenized_data import tokenize
 from prefixtune_cli.evaluate.confusion_plot import draw_confusion
 from prefixtune_cli.evaluate.labels import confusion, label_codes, label_of, macro_f1
 from prefixtune_cli.evaluate.losses import (
@@ -35,8 +33,8 @@ from prefixtune_cli.evaluate.paired import (
     mean_interval,
 )
 from prefixtune_cli.evaluate.questions import Question, short_questions
-from prefixtune_cli.evaluate.scorer import Scorer
-from prefixtune_cli.evaluate.settings import check_limit
+from prefixtune_cli.evaluate.read_data import ReadData, read_data
+from prefixtune_cli.evaluate.scorer import Example, Scorer
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import DataSection, EvaluateSection
 from prefixtune_cli.run_dir import json_line
@@ -50,10 +48,7 @@ class OwnData:
 
     Attributes:
         name: the name of the evaluation, and of its files.
-        rows: the rows to judge, in the order of the file.
-        fingerprint: sha256 of the whole data.
-        total: rows of the whole data.
-        skipped: chosen rows that have no token with a loss, or are too long.
+        read: the rows to judge, and what they are a part of.
         examples: token ids and labels of each row.
         questions: the same rows as prompts with their answers; empty if there are no answers, or if they are long.
             Then `why_none` says which.
@@ -62,11 +57,8 @@ class OwnData:
     """
 
     name: str
-    rows: LoadedData
-    fingerprint: str
-    total: int
-    skipped: int
-    examples: list[dict[str, list[int]]]
+    read: ReadData
+    examples: list[Example]
     questions: list[Question]
     max_new_tokens: int
     end_id: int | None
@@ -75,6 +67,10 @@ class OwnData:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def origin(self, example: int) -> str:
+        """Where an example came from."""
+        return self.read.rows.row_origin(example)
 
     @property
     def labels(self) -> list[str]:
@@ -106,31 +102,19 @@ def prepare(
         limit: the most rows, evenly spread; None takes all.
 
     Raises:
+        PairsError: the rows are pairs of answers: see `own_pairs`.
         DataError: the data is missing or wrong, or no row has a token with a loss.
         ResourceError: the hub cannot be reached, or the disk is full.
         UsageError: the limit is below 1.
     """
-    check_limit(limit)
-    rows = load_rows(source, section)
-    fingerprint, total = rows.fingerprint, len(rows)
-    if limit is not None:
-        rows = rows.select(evenly_spread(total, limit))
-    tokenized = tokenize(rows, tokenizer, section)
-    for notice in (*rows.notices, *tokenized.notices):
-        reporter.notice(notice)
-    for warning in warnings(tokenized.statistics):
-        reporter.warning(warning)
-    check(tokenized, tokenizer)
-    kept = tokenized.kept()
-    questions = short_questions(kept, tokenized.encoder, evaluation)
+    read = read_data(source, section, tokenizer, reporter, limit=limit)
+    tokenized = read.tokenized
+    questions = short_questions(read.rows, tokenized.encoder, evaluation)
     if questions.notice is not None:
         reporter.notice(questions.notice)
     return OwnData(
         name=name,
-        rows=kept,
-        fingerprint=fingerprint,
-        total=total,
-        skipped=len(rows) - len(kept),
+        read=read,
         examples=tokenized.dataset.select_columns(["input_ids", "labels"]).to_list(),
         questions=questions.asked,
         max_new_tokens=questions.room,
@@ -166,18 +150,8 @@ def compare(data: OwnData, judged: Mapping[str, Judged]) -> Outcome:
         judged: model → what it did; the base is under BASE.
     """
     losses = {model: found.losses for model, found in judged.items()}
-    origins = [data.rows.row_origin(i) for i in range(len(data))]
-    items = loss_items(origins, losses)
-    record = {
-        "data": {
-            "source": data.rows.source,
-            "sha256": data.fingerprint,
-            "rows": data.total,
-            "evaluated": len(data),
-            "skipped": data.skipped,
-        },
-        "items": items,
-    }
+    items = loss_items([data.origin(i) for i in range(len(data))], losses)
+    record: dict[str, Any] = {"data": data.read.facts, "items": items}
     lines = loss_lines(data.name, losses)
     if not data.questions:
         record["why_no_exact_match"] = str(data.why_none)

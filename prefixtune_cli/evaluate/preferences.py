@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixtune_cli.data.row_encoder import MASKED
 from prefixtune_cli.evaluate.held_out import shared_losses
+from prefixtune_cli.evaluate.losses import Losses
 from prefixtune_cli.evaluate.paired import (
     Floats,
     Interval,
@@ -26,6 +27,7 @@ from prefixtune_cli.evaluate.paired import (
     mean_difference,
     mean_interval,
 )
+from prefixtune_cli.evaluate.scorer import Example
 from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import EvaluateSection
@@ -139,16 +141,24 @@ def likelihoods(
     Args:
         pairs: `input_ids` and `labels` of the chosen answers, `rejected_ids` and `rejected_labels` of the others.
     """
+    task, rows = f"log-probabilities of the {name}", rows_of_pairs(pairs)
+    return likelihoods_of(shared_losses(model, tokenizer, rows, section, task, processes, reporter))
+
+
+def rows_of_pairs(pairs: Dataset) -> list[Example]:
+    """The chosen answers of pairs as rows, and behind them the rejected ones."""
     columns = (("input_ids", "labels"), ("rejected_ids", "rejected_labels"))
-    rows = [
+    return [
         {"input_ids": ids, "labels": labels}
         for side in columns
         for ids, labels in zip(*(pairs[column] for column in side), strict=True)
     ]
-    task = f"log-probabilities of the {name}"
-    losses = shared_losses(model, tokenizer, rows, section, task, processes, reporter)
-    found = -np.array([nats for nats, _ in losses])
-    return Likelihoods(found[: len(pairs)], found[len(pairs) :])
+
+
+def likelihoods_of(losses: Losses) -> Likelihoods:
+    """The log-probabilities, from the losses of `rows_of_pairs`."""
+    chosen, rejected = np.split(-np.array([nats for nats, _ in losses]), 2)
+    return Likelihoods(chosen, rejected)
 
 
 def per_token(found: Likelihoods, pairs: Dataset) -> Likelihoods:
@@ -180,11 +190,11 @@ def compared(
 
     ahead, ahead_before = (beta * (found.chosen - found.rejected) for found in (adapter, before))
     margins = ahead - ahead_before if gamma is None else ahead
-    rewarded = _hits(margins)
+    rewarded = hits(margins)
 
     def preference(found: Likelihoods) -> Preference:
-        hits = _hits(found.chosen - found.rejected)
-        return Preference(*(float(values.mean()) for values in (hits, *found)))
+        likelier = hits(found.chosen - found.rejected)
+        return Preference(*(float(values.mean()) for values in (likelier, *found)))
 
     return Preferences(
         pairs=len(margins),
@@ -193,7 +203,7 @@ def compared(
         start=None if start is None else preference(start),
         adapter=preference(adapter),
         accuracy_difference=mean_difference(
-            [_hits(before.chosen - before.rejected)], [_hits(adapter.chosen - adapter.rejected)]
+            [hits(before.chosen - before.rejected)], [hits(adapter.chosen - adapter.rejected)]
         ),
         reward_accuracy=float(rewarded.mean()),
         reward_interval=mean_interval([rewarded]),
@@ -205,6 +215,6 @@ def compared(
     )
 
 
-def _hits(found: Floats) -> Floats:
+def hits(found: Floats) -> Floats:
     """1 where the chosen answer is ahead, 0 elsewhere."""
     return np.asarray(found > 0, dtype=np.float64)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from prefixtune_cli.evaluate.preferences import Preferences
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.run_dir import RunDir
@@ -54,6 +56,42 @@ def test_by_simpo_the_figures_are_per_token_and_each_model_has_a_loss(
     assert "(mean log-probabilities in nats per token)" in words
     assert f"SimPO's loss is {found.loss:.4f}, the base's {found.reference_loss:.4f}." in words
     assert f"ahead in {100 * found.adapter.accuracy:.1f} % of the pairs" in words
+
+
+def test_eval_finds_on_pairs_what_the_run_has_found_whatever_their_columns(
+    ptp: Ptp, random_base: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"asked": f"Say {word}, {i}.", "better": word.upper(), "worse": f"{word} {word}"}
+        for i in range(12)
+        for word in ("red", "blue", "green")
+    ]
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    for file, some in ((train, rows[9:]), (test, rows[:9])):
+        file.write_text("".join(json.dumps(row) + "\n" for row in some))
+    run = RunDir(tmp_path / "run")
+    typed = ["train", "--model", random_base, "--bits", 32, "--data", train, "--eval-data", test]
+    columns = ["--map", "prompt=asked,chosen=better,rejected=worse", "--objective", "dpo"]
+    code, _, said = ptp(*typed, *columns, "--steps", 4, "--lr", 0.03, "--out", run.path)
+    assert code == 0, said
+    code, printed, said = ptp("eval", "--run", run.path, "--data", test)
+    assert code == 0, said
+    assert "chosen is likelier per token" in printed
+    of_run = Preferences.of_json(json.loads(run.summary.read_text())["preferences"])
+    found = json.loads(run.eval_result("data-test").read_text())
+    lines = {line["metric"]: line for line in found["lines"]}
+    [adapter] = {*lines["chosen"]["values"]} - {"base"}
+    for model, one in (("base", of_run.base), (adapter, of_run.adapter)):
+        assert lines["chosen is likelier"]["values"][model] == pytest.approx(one.accuracy)
+        assert lines["chosen"]["values"][model] == pytest.approx(one.chosen, rel=1e-4)
+        assert lines["rejected"]["values"][model] == pytest.approx(one.rejected, rel=1e-4)
+    [more] = lines["margin"]["differences"].values()
+    assert 0.1 * more["value"] == pytest.approx(of_run.margin, rel=1e-2)
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps({"asked": "a", "completion": "b"}) + "\n"))
+    code, printed, said = ptp("eval", "--run", run.path, "--data", answers)
+    assert code == 0, said
+    assert "perplexity" in printed
 
 
 def test_rates_are_not_tried_for_pairs(ptp: Ptp) -> None:

@@ -177,7 +177,7 @@ def test_an_evaluation_finds_what_it_says(
     listener = Listener()
     data = prepare(str(colours), tokenizer, limit=12, listener=listener)
     assert len(data) == len(data.questions) == 12
-    assert data.total == 64
+    assert data.read.total == 64
     judged = {
         "base": judge(base, tokenizer, data, listener=listener),
         "runs/x": judge(adapted, tokenizer, data, listener=listener),
@@ -200,7 +200,7 @@ def test_an_evaluation_finds_what_it_says(
     assert {found.items for found in outcome.lines} == {12}
     assert json.loads(json.dumps(outcome.to_json()))["data"] == {
         "source": str(colours),
-        "sha256": data.fingerprint,
+        "sha256": data.read.fingerprint,
         "rows": 64,
         "evaluated": 12,
         "skipped": 0,
@@ -329,7 +329,7 @@ def test_exact_match_compares_as_its_rule_says_and_every_answer_is_written_out(
     assert list(outcome.files) == ["mine.answers.jsonl"]
     written = [json.loads(row) for row in str(outcome.files["mine.answers.jsonl"]).splitlines()]
     assert written[1] == {
-        "origin": data.rows.row_origin(1),
+        "origin": data.origin(1),
         "prompt": "Question 1?",
         "reference": "void 3",
         "answers": {"base": "Void 3", "runs/x": "void 3"},
@@ -481,8 +481,10 @@ def test_rows_without_a_trained_token_are_skipped_and_counted(
     listener = Listener()
     data = prepare(str(file), tokenizer, listener=listener)
     assert [question.answer for question in data.questions] == ["RED", "BLUE", "GREEN"]
-    assert (data.total, len(data), data.skipped) == (4, 3, 1)
-    assert data.rows.row_origin(1).endswith("line 3")
+    facts = data.read.facts
+    assert (facts["rows"], facts["evaluated"], facts["skipped"]) == (4, 3, 1)
+    assert len(data) == 3
+    assert data.origin(1).endswith("line 3")
     assert "1 of 4 rows (25.0 %) have nothing to train on" in listener.warnings[0]
     assert any("Format: prompt-completion" in notice for notice in listener.notices)
 
@@ -491,8 +493,8 @@ def test_a_limit_takes_rows_evenly_and_names_the_whole_data(prepared: Any) -> No
     rows = pairs(*[f"answer {i}" for i in range(9)])
     whole, some = prepared(rows), prepared(rows, limit=3)
     assert [question.answer[-1] for question in some.questions] == ["0", "4", "8"]
-    assert some.fingerprint == whole.fingerprint
-    assert some.total == whole.total == 9
+    assert some.read.fingerprint == whole.read.fingerprint
+    assert some.read.total == whole.read.total == 9
     assert prepared(rows, limit=50).examples == whole.examples
 
 

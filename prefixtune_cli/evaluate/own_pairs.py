@@ -1,0 +1,126 @@
+"""A user's own pairs of answers: how often, and by how much, a model prefers the chosen one.
+
+A line's difference between adapter and base needs no β: where the margin has grown by x nats, DPO's implicit reward is
+ahead by β·x (Rafailov et al. 2023, arXiv 2305.18290). Per token, the figures are SimPO's (Meng et al. 2024, arXiv
+2405.14734). The three functions are those of `own_data`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from prefixtune_cli.evaluate.losses import check_numbers, compared_line
+from prefixtune_cli.evaluate.outcome import BASE, Line, Outcome
+from prefixtune_cli.evaluate.paired import Floats, mean_difference, mean_interval
+from prefixtune_cli.evaluate.preferences import (
+    Likelihoods,
+    hits,
+    likelihoods_of,
+    per_token,
+    rows_of_pairs,
+)
+from prefixtune_cli.evaluate.read_data import ReadData, read_data
+from prefixtune_cli.evaluate.scorer import Example, Scorer
+from prefixtune_cli.progress import Reporter
+from prefixtune_cli.recipe.schema import DataSection
+
+
+@dataclass(frozen=True)
+class OwnPairs:
+    """Pairs of answers, ready for a model.
+
+    Attributes:
+        name: the name of the evaluation, and of its files.
+        read: the pairs.
+        examples: token ids and labels of the chosen answers, and behind them of the rejected ones.
+    """
+
+    name: str
+    read: ReadData
+    examples: list[Example]
+
+    def origin(self, example: int) -> str:
+        """Where an example came from."""
+        return self.read.rows.row_origin(example % len(self.read.rows))
+
+
+def prepare(
+    source: str,
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    reporter: Reporter,
+    *,
+    name: str,
+    limit: int | None,
+) -> OwnPairs:
+    """Load, check and tokenize, before a model loads."""
+    read = read_data(source, section, tokenizer, reporter, limit=limit, pairs=True)
+    return OwnPairs(name, read, rows_of_pairs(read.tokenized.dataset))
+
+
+def judge(scorer: Scorer, data: OwnPairs, name: str) -> Likelihoods:
+    """Ask one model."""
+    losses = scorer.losses(data.examples, task := f"log-probabilities of {name}")
+    check_numbers([nats for nats, _ in losses], task)
+    return likelihoods_of(losses)
+
+
+def compare(data: OwnPairs, judged: Mapping[str, Likelihoods]) -> Outcome:
+    """The table; if the base took part, every model is compared with it, otherwise each has its own interval."""
+    pairs = data.read.tokenized.dataset
+    means = {model: per_token(found, pairs) for model, found in judged.items()}
+    ahead = {model: found.chosen - found.rejected for model, found in judged.items()}
+    ahead_per_token = {model: found.chosen - found.rejected for model, found in means.items()}
+
+    def line(metric: str, values: Mapping[str, Floats], **how: Any) -> Line:
+        return compared_line(
+            data.name,
+            metric,
+            len(pairs),
+            {model: float(found.mean()) for model, found in values.items()},
+            lambda a, b: mean_difference([values[b]], [values[a]]),
+            lambda a: mean_interval([values[a]]),
+            **how,
+        )
+
+    def right(values: Mapping[str, Floats]) -> dict[str, Floats]:
+        return {model: hits(found) for model, found in values.items()}
+
+    lines = [
+        line("chosen is likelier", right(ahead), percent=True),
+        line("chosen is likelier per token", right(ahead_per_token), percent=True),
+        line("margin", ahead),
+        line("margin per token", ahead_per_token),
+        line("chosen", {model: found.chosen for model, found in judged.items()}),
+        line(
+            "rejected",
+            {model: found.rejected for model, found in judged.items()},
+            higher_is_better=None,
+        ),
+    ]
+    items = [
+        {
+            "origin": data.origin(i),
+            "nats": {
+                model: {side: -float(values[i]) for side, values in found._asdict().items()}
+                for model, found in judged.items()
+            },
+        }
+        for i in range(len(pairs))
+    ]
+    notices = [
+        "Log-probabilities of whole answers in nats. DPO's implicit reward is β times the margin's difference from the "
+        "base."
+    ]
+    notices += [
+        f"Both answers have become less likely to {model} than to the base, not only the rejected ones."
+        for model, found in judged.items()
+        if BASE in judged
+        and found.chosen.mean() < judged[BASE].chosen.mean()
+        and found.rejected.mean() < judged[BASE].rejected.mean()
+    ]
+    return Outcome(data.name, lines, {"data": data.read.facts, "items": items}, tuple(notices))
