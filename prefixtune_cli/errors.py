@@ -7,7 +7,7 @@ message without a traceback and exits with `exit_code`.
     ├── UsageError            the command line itself (exit code 2)
     ├── RecipeError           a recipe, a flag's value, a --set (exit code 2)
     ├── DataError             a row, a file or a data set, with file and line if known
-    │   └── PairsError        pairs of answers where rows with one answer are wanted
+    │   └── OtherRowsError    pairs of answers where rows with one answer are wanted, or the reverse
     ├── ModelError            a base model that cannot be found, read or adapted
     │   └── AdapterError      an adapter folder that does not fit the base, or is too new
     ├── RunDirError           an output directory that is taken, incomplete or of another recipe
@@ -44,8 +44,8 @@ class DataError(PtpError):
     """A data file or a row of it is wrong."""
 
 
-class PairsError(DataError):
-    """Each row is a pair of answers, and rows with one answer are wanted."""
+class OtherRowsError(DataError):
+    """Each row is a pair of answers, and rows with one answer are wanted; or the reverse."""
 
 
 class ModelError(PtpError):

@@ -191,7 +191,7 @@ def _print_summary(summary: Summary, data: DataSection) -> None:
     console.say(f"\nThe run is in {summary.run}. Next:\n")
     for command in _next_commands(summary, data):
         console.say(f"  {shlex.join(command)}")
-    if preferences is None and data.eval is None and not (data.train or "").startswith("sample:"):
+    if data.eval is None and not (data.train or "").startswith("sample:"):
         run = shlex.quote(summary.run)
         console.say(f"\nWith test data of your own: ptp eval --run {run} --data FILE")
 
@@ -234,9 +234,8 @@ def _next_commands(summary: Summary, data: DataSection) -> Iterator[list[str]]:
     if asked := [part for name, text in summary.example.items() for part in (f"--{name}", text)]:
         yield ["ptp", "generate", *run, *asked]
         yield ["ptp", "generate", *run, *asked, "--no-adapter"]
-    if summary.preferences is not None:
-        return
     if (data.train or "").startswith("sample:"):
-        yield ["ptp", "eval", *run, "--bench", "quickstart"]
+        if summary.preferences is None:
+            yield ["ptp", "eval", *run, "--bench", "quickstart"]
     elif data.eval is not None:
         yield ["ptp", "eval", *run, "--data", data.eval]

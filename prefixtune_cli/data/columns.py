@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 
 from prefixtune_cli.data.format import FORMATS, PAIRS, Format, by_values, fitting
 from prefixtune_cli.data.lines import Row
-from prefixtune_cli.errors import DataError, PairsError
+from prefixtune_cli.errors import DataError, OtherRowsError
 from prefixtune_cli.recipe.schema import DataSection
 
 # The fields of all formats. In a row, only the optional ones may be missing.
@@ -39,13 +39,16 @@ def rename(row: Row, mapping: Mapping[str, str], where: str) -> Row:
     """The row with its columns renamed by {field: column}; other columns stay.
 
     Raises:
+        OtherRowsError: both columns of pairs of answers are missing.
         DataError: the column of a field that every row needs is missing.
     """
     if not mapping:
         return row
     for field, column in mapping.items():
         if column not in row and field not in OPTIONAL:
-            raise missing(field, column, row, where)
+            error = missing(field, column, row, where)
+            pair = [mapping[name] for name in ("chosen", "rejected") if name in mapping]
+            raise OtherRowsError(str(error)) if pair and not {*pair} & {*row} else error
     kept = {name: value for name, value in row.items() if name not in mapping.values()}
     return kept | {field: row[column] for field, column in mapping.items() if column in row}
 
@@ -92,9 +95,8 @@ def recognise(
         pairs: of answers, and no other rows, are wanted.
 
     Raises:
-        PairsError: the rows are pairs of answers, and others are wanted.
-        DataError: no format fits, the format does not have a mapped field, or a text may be half of a pair; or pairs
-            are wanted, and the rows are none.
+        OtherRowsError: the rows are pairs of answers, and others are wanted; or the reverse.
+        DataError: no format fits, the format does not have a mapped field, or a text may be half of a pair.
     """
     known, others = (PAIRS, FORMATS) if pairs else (FORMATS, PAIRS)
     by_map = fitting(mapping.keys(), known)
@@ -135,15 +137,15 @@ _MAP_OF_PAIRS = "--map prompt=COLUMN,chosen=COLUMN,rejected=COLUMN"
 
 def _of_the_other_kind(
     format: Format, row: Row, mapping: Mapping[str, str], where: str
-) -> DataError:
+) -> OtherRowsError:
     """The error for pairs of answers where one answer a row is wanted, and the reverse."""
     what = f"{where}: the format is {format.name} ({' + '.join(format.columns)})"
     if format.is_of_pairs:
-        return PairsError(
-            f"{what}, pairs of answers, from which `ptp train --objective dpo` learns. To use the chosen answers "
-            f"alone: {_suggestion(row, mapping)}."
+        return OtherRowsError(
+            f"{what}, pairs of answers, from which `ptp train --objective dpo` (or simpo) learns. To use the "
+            f"chosen answers alone: {_suggestion(row, mapping)}."
         )
-    return DataError(
+    return OtherRowsError(
         f"{what}, and --objective dpo and simpo learn from pairs of answers: prompt, chosen and rejected. Name their "
         f"columns, {_MAP_OF_PAIRS}, or leave --objective out."
     )

@@ -5,8 +5,8 @@ It refuses whatever it can before the base loads: first wrong names, then wrong 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prefixtune_cli.data.template import chat_template
-from prefixtune_cli.errors import DataError, PairsError, UsageError
+from prefixtune_cli.errors import OtherRowsError, UsageError
 from prefixtune_cli.evaluate import forgetting, own_data, own_pairs
 from prefixtune_cli.evaluate.catalogue import Catalogue, load_catalogue
 from prefixtune_cli.evaluate.outcome import Outcome
@@ -91,13 +91,20 @@ def _of_own(
 ) -> Evaluation:
     """The user's data: pairs of answers, or rows with one answer."""
     name = f"data-{stem(source)}"
-    if "chosen" in cast.recipe.data.map and "map" not in settings.data_settings:
-        with contextlib.suppress(DataError):  # no pairs with the columns of the run's
-            return _of_pairs(name, source, settings, cast, tokenizer, reporter)
+    rest = (settings, cast, tokenizer, reporter)
+    kinds = [
+        lambda: _of_data({name: source}, None, *rest),
+        lambda: _of_pairs(name, source, *rest),
+    ]
+    if cast.pairs or "chosen" in settings.data_settings.get("map", {}):
+        kinds.reverse()
     try:
-        return _of_data({name: source}, None, settings, cast, tokenizer, reporter)
-    except PairsError:
-        return _of_pairs(name, source, settings, cast, tokenizer, reporter)
+        return kinds[0]()
+    except OtherRowsError as error:
+        try:
+            return kinds[1]()
+        except OtherRowsError:
+            raise error from None
 
 
 def _of_pairs(
@@ -108,9 +115,18 @@ def _of_pairs(
     tokenizer: PreTrainedTokenizerBase,
     reporter: Reporter,
 ) -> Evaluation:
-    section = _section(cast.recipe.data, settings, cast)
+    ways = {json.dumps([way.map, way.format], sort_keys=True): way for way in cast.pairs}
+    if len(ways) > 1 and "map" not in settings.data_settings:
+        raise UsageError(
+            "The runs read the columns of pairs differently. Name them: --map prompt=COLUMN,chosen=COLUMN,"
+            "rejected=COLUMN."
+        )
+    of_run = next(iter(ways.values()), cast.recipe.data_of_answers)
+    section = _section(of_run, settings, cast).model_copy(update={"train_on": "completion"})
     pairs = own_pairs.prepare(source, section, tokenizer, reporter, name=name, limit=settings.limit)
     _check_ids(pairs, cast, tokenizer)
+    if settings.judging.get("answer_pattern"):
+        reporter.warning(f"--answer-pattern judges generated answers, of which {name} has none.")
     return Evaluation(
         name,
         len(pairs.examples),

@@ -102,7 +102,7 @@ def prepare(
         limit: the most rows, evenly spread; None takes all.
 
     Raises:
-        PairsError: the rows are pairs of answers: see `own_pairs`.
+        OtherRowsError: the rows are pairs of answers: see `own_pairs`.
         DataError: the data is missing or wrong, or no row has a token with a loss.
         ResourceError: the hub cannot be reached, or the disk is full.
         UsageError: the limit is below 1.

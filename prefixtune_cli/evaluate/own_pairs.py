@@ -18,10 +18,12 @@ from prefixtune_cli.evaluate.outcome import BASE, Line, Outcome
 from prefixtune_cli.evaluate.paired import Floats, mean_difference, mean_interval
 from prefixtune_cli.evaluate.preferences import (
     Likelihoods,
+    Preference,
     hits,
     likelihoods_of,
     per_token,
     rows_of_pairs,
+    trained_tokens,
 )
 from prefixtune_cli.evaluate.read_data import ReadData, read_data
 from prefixtune_cli.evaluate.scorer import Example, Scorer
@@ -102,9 +104,11 @@ def compare(data: OwnPairs, judged: Mapping[str, Likelihoods]) -> Outcome:
             higher_is_better=None,
         ),
     ]
+    tokens = trained_tokens(pairs)
     items = [
         {
             "origin": data.origin(i),
+            "tokens": {"chosen": tokens[0][i], "rejected": tokens[1][i]},
             "nats": {
                 model: {side: -float(values[i]) for side, values in found._asdict().items()}
                 for model, found in judged.items()
@@ -112,15 +116,16 @@ def compare(data: OwnPairs, judged: Mapping[str, Likelihoods]) -> Outcome:
         }
         for i in range(len(pairs))
     ]
-    notices = [
-        "Log-probabilities of whole answers in nats. DPO's implicit reward is β times the margin's difference from the "
-        "base."
-    ]
-    notices += [
-        f"Both answers have become less likely to {model} than to the base, not only the rejected ones."
-        for model, found in judged.items()
-        if BASE in judged
-        and found.chosen.mean() < judged[BASE].chosen.mean()
-        and found.rejected.mean() < judged[BASE].rejected.mean()
-    ]
+    notices = ["Log-probabilities are in nats, of whole answers unless it says per token."]
+    if base := judged.get(BASE):
+        others = {model: found for model, found in judged.items() if model != BASE}
+        if others:
+            notices.append(
+                "DPO's implicit reward is β times the margin's difference from the base."
+            )
+        notices += [
+            f"Both answers are less likely to {model} than to the base, not only the rejected ones."
+            for model, found in others.items()
+            if Preference.of(found).has_both_below(Preference.of(base))
+        ]
     return Outcome(data.name, lines, {"data": data.read.facts, "items": items}, tuple(notices))

@@ -55,6 +55,16 @@ class Preference:
     chosen: float
     rejected: float
 
+    @classmethod
+    def of(cls, found: Likelihoods) -> Preference:
+        """What a model with these log-probabilities prefers."""
+        likelier = hits(found.chosen - found.rejected)
+        return cls(*(float(values.mean()) for values in (likelier, *found)))
+
+    def has_both_below(self, other: Preference) -> bool:
+        """Whether not the rejected answers alone are less likely than to the other, but the chosen ones as well."""
+        return self.chosen < other.chosen and self.rejected < other.rejected
+
 
 @dataclass(frozen=True)
 class Preferences:
@@ -106,8 +116,7 @@ class Preferences:
     @property
     def both_fell(self) -> bool:
         """Whether training has made not the rejected answers alone less likely, but the chosen ones as well."""
-        before, adapter = self.reference, self.adapter
-        return adapter.chosen < before.chosen and adapter.rejected < before.rejected
+        return self.adapter.has_both_below(self.reference)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -161,11 +170,15 @@ def likelihoods_of(losses: Losses) -> Likelihoods:
     return Likelihoods(chosen, rejected)
 
 
-def per_token(found: Likelihoods, pairs: Dataset) -> Likelihoods:
-    """The log-probabilities divided by the numbers of trained tokens of the answers, [pairs]."""
+def trained_tokens(pairs: Dataset) -> list[list[int]]:
+    """The numbers of trained tokens of the chosen answers and of the rejected ones, [pairs] each."""
     columns = ("labels", "rejected_labels")
-    tokens = [[sum(x != MASKED for x in labels) for labels in pairs[name]] for name in columns]
-    return Likelihoods(*(found / np.array(tokens)))
+    return [[sum(x != MASKED for x in labels) for labels in pairs[name]] for name in columns]
+
+
+def per_token(found: Likelihoods, pairs: Dataset) -> Likelihoods:
+    """The log-probabilities divided by the numbers of trained tokens of the answers."""
+    return Likelihoods(*(np.array(found) / np.array(trained_tokens(pairs))))
 
 
 def compared(
@@ -192,16 +205,12 @@ def compared(
     margins = ahead - ahead_before if gamma is None else ahead
     rewarded = hits(margins)
 
-    def preference(found: Likelihoods) -> Preference:
-        likelier = hits(found.chosen - found.rejected)
-        return Preference(*(float(values.mean()) for values in (likelier, *found)))
-
     return Preferences(
         pairs=len(margins),
         beta=beta,
-        base=preference(base),
-        start=None if start is None else preference(start),
-        adapter=preference(adapter),
+        base=Preference.of(base),
+        start=None if start is None else Preference.of(start),
+        adapter=Preference.of(adapter),
         accuracy_difference=mean_difference(
             [hits(before.chosen - before.rejected)], [hits(adapter.chosen - adapter.rejected)]
         ),

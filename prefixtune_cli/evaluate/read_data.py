@@ -65,7 +65,7 @@ def read_data(
         pairs: of answers are read, and other rows refused; else the reverse.
 
     Raises:
-        PairsError: the rows are pairs of answers, and others are wanted.
+        OtherRowsError: the rows are pairs of answers, and others are wanted; or the reverse.
         DataError: the data is missing or wrong, or no row has a token with a loss.
         ResourceError: the hub cannot be reached, or the disk is full.
         UsageError: the limit is below 1.

@@ -72,6 +72,7 @@ COUNTERPARTS = {
     # training
     "stage": "train.objective",
     "rl": "train.objective",
+    "pref_loss": "train.objective",
     "pref_beta": "train.beta",
     "rl_beta": "train.beta",
     "simpo_gamma": "train.gamma",
@@ -109,7 +110,7 @@ NOTES = {
         ("load_in_4bit", "load_in_8bit", "train_on_inputs", "train_on_prompt", "use_peft"),
         "if it is true; otherwise leave it out",
     ),
-    **dict.fromkeys(("stage", "rl"), "sft, dpo or simpo"),
+    **dict.fromkeys(("stage", "rl", "pref_loss"), "sft, dpo or simpo"),
     "warmup_steps": "a fraction of all steps",
     "bf16": "which is bfloat16, and the default",
     "fp16": "which is bfloat16, and the default",

@@ -196,7 +196,7 @@ def _without_what_is_replaced(
 
     The recipe's held-out data, columns and format belong to its own training data. Its number of steps would win over
     the epochs that were asked for. A preset replaces all settings of the adapter. A learning rate is an objective's
-    own.
+    own, and so are beta and gamma if the recipe names one.
     """
     data, train = chosen.get("data") or {}, chosen.get("train") or {}
     adapter = chosen.get("adapter") or {}
@@ -210,7 +210,9 @@ def _without_what_is_replaced(
     if isinstance(train, Mapping) and "epochs" in train:
         replaced["train"] |= {"max_steps"}
     if isinstance(train, Mapping) and train.get("objective", was := _objective(values)) != was:
-        replaced["train"] |= {"learning_rate", "beta", "gamma"}
+        replaced["train"] |= {"learning_rate"}
+        if isinstance(values.get("train"), Mapping) and "objective" in values["train"]:
+            replaced["train"] |= {"beta", "gamma"}
     return {
         key: {k: v for k, v in value.items() if k not in replaced.get(key, set())}
         if isinstance(value, Mapping)

@@ -20,7 +20,7 @@ from prefixtune_cli.progress import Reporter
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.loss_plot import draw_loss
 
-# What metrics.jsonl has of what the trainers log, under our names; the last two are those of pairs of answers.
+# What metrics.jsonl has of what the trainers log, under our names; the last two are DPO's.
 FIGURES = {
     "loss": "loss",
     "learning_rate": "learning_rate",

@@ -7,7 +7,7 @@ pair is
     −log σ(β·(log π(y⁺|x)/|y⁺| − log π(y⁻|x)/|y⁻|) − γ)            SimPO (Meng et al. 2024, arXiv 2405.14734)
 
 where |y| counts an answer's tokens. The reference is the base, or the adapter that training goes on from. It does not
-change, so its log-probabilities are computed once, before the first step, and kept.
+change, so DPO computes its log-probabilities once, before the first step, and keeps them.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ class SafeSimPOTrainer(SafeDPOTrainer):
 
     Args:
         gamma: γ.
-        **arguments: those of `SafeDPOTrainer`; its reference is only asked for the held-out pairs, by others.
+        **arguments: those of `SafeDPOTrainer`. Only the judge asks the reference, for the held-out pairs.
     """
 
     def __init__(self, *, gamma: float, **arguments: Any) -> None:
@@ -239,7 +239,7 @@ class SafeSimPOTrainer(SafeDPOTrainer):
     def _known(self, rows: Dataset, name: str, count: int) -> Pairs:
         return [
             (self._ahead * sum(label != MASKED for label in labels), 0.0)
-            for labels in rows[:count]["labels"]
+            for labels in rows.select_columns("labels")[:count]["labels"]
         ]
 
 
@@ -249,6 +249,7 @@ def training_arguments(recipe: Recipe, run_dir: RunDir) -> DPOConfig:
         **shared_arguments(recipe, run_dir),
         beta=recipe.train.beta,
         loss_type=["sigmoid_norm" if recipe.train.objective == "simpo" else "sigmoid"],
+        disable_dropout=recipe.train.objective == "dpo",  # whose reference has none
         router_aux_loss_coef=0.0,  # the routers of a mixture of experts are the base's, and frozen
         max_length=None,  # rows are cut already
         remove_unused_columns=False,  # a pair's are known to the collator

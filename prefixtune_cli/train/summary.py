@@ -124,12 +124,14 @@ def conclude(
 def both_fell_warning(found: Preferences) -> str:
     """The warning that chosen and rejected answers have both become less likely."""
     before, adapter = found.reference, found.adapter
-    closer = "a larger --beta or " if found.gamma is None else ""
+    closer, of, digits = "a larger --beta or ", "", 2
+    if found.gamma is not None:
+        closer, of, digits = "", " per token", 4
     return (
-        "Both answers of the held-out pairs have become less likely, not only the rejected ones: the mean "
-        f"log-probability of the chosen ones fell from {before.chosen:.2f} to {adapter.chosen:.2f}, that of the "
-        f"rejected ones from {before.rejected:.2f} to {adapter.rejected:.2f}. Look at what the model says now; "
-        f"{closer}a smaller --learning-rate keeps it closer to its {found.compared_with}."
+        f"Both answers of the held-out pairs have become less likely{of}, not only the rejected ones: the mean "
+        f"log-probability{of} of the chosen ones fell from {before.chosen:.{digits}f} to {adapter.chosen:.{digits}f}, "
+        f"that of the rejected ones from {before.rejected:.{digits}f} to {adapter.rejected:.{digits}f}. Look at what "
+        f"the model says now; {closer}a smaller --learning-rate keeps it closer to its {found.compared_with}."
     )
 
 

@@ -45,13 +45,14 @@ def test_by_simpo_the_figures_are_per_token_and_each_model_has_a_loss(
 ) -> None:
     typed = ["train", "--model", random_base, "--bits", 32, "--data", "sample:preferences"]
     short = ["--steps", 4, "--batch-size", 8, "--eval-split", 0.2, "--max-length", 256]
-    code, printed, said = ptp(*typed, *short, "--objective", "simpo", "--out", tmp_path / "run")
+    chosen = ["--objective", "simpo", "--gamma", 0.75]
+    code, printed, said = ptp(*typed, *short, *chosen, "--out", tmp_path / "run")
     assert code == 0, said
-    assert "a tenth of sft's, as simpo compares whole answers" in said
+    assert "a tenth of sft's for simpo" in said
     found = Preferences.of_json(
         json.loads(RunDir(tmp_path / "run").summary.read_text())["preferences"]
     )
-    assert (found.beta, found.gamma) == (2.0, 1.0)
+    assert (found.beta, found.gamma) == (2.0, 0.75)
     words = " ".join(printed.split())
     assert "(mean log-probabilities in nats per token)" in words
     assert f"SimPO's loss is {found.loss:.4f}, the base's {found.reference_loss:.4f}." in words
@@ -72,8 +73,9 @@ def test_eval_finds_on_pairs_what_the_run_has_found_whatever_their_columns(
     run = RunDir(tmp_path / "run")
     typed = ["train", "--model", random_base, "--bits", 32, "--data", train, "--eval-data", test]
     columns = ["--map", "prompt=asked,chosen=better,rejected=worse", "--objective", "dpo"]
-    code, _, said = ptp(*typed, *columns, "--steps", 4, "--lr", 0.03, "--out", run.path)
+    code, printed, said = ptp(*typed, *columns, "--steps", 4, "--lr", 0.03, "--out", run.path)
     assert code == 0, said
+    assert f"ptp eval --run {run.path} --data {test}" in printed
     code, printed, said = ptp("eval", "--run", run.path, "--data", test)
     assert code == 0, said
     assert "chosen is likelier per token" in printed
@@ -88,10 +90,22 @@ def test_eval_finds_on_pairs_what_the_run_has_found_whatever_their_columns(
     [more] = lines["margin"]["differences"].values()
     assert 0.1 * more["value"] == pytest.approx(of_run.margin, rel=1e-2)
     answers = tmp_path / "answers.jsonl"
-    answers.write_text("".join(json.dumps({"asked": "a", "completion": "b"}) + "\n"))
+    answers.write_text(json.dumps({"asked": "a", "completion": "b"}) + "\n")
     code, printed, said = ptp("eval", "--run", run.path, "--data", answers)
     assert code == 0, said
     assert "perplexity" in printed
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows[:2], {"asked": "a", "better": "b"}])
+    )
+    code, _, said = ptp("eval", "--run", run.path, "--data", broken)
+    assert code == 1
+    assert "line 3: --map rejected=worse names a column that is missing" in " ".join(said.split())
+    both = tmp_path / "both.jsonl"
+    both.write_text(json.dumps({**rows[0], "messages": [{"role": "user", "content": "a"}]}) + "\n")
+    code, printed, said = ptp("eval", "--run", run.path, "--data", both)
+    assert code == 0, said
+    assert "chosen is likelier" in printed
 
 
 def test_rates_are_not_tried_for_pairs(ptp: Ptp) -> None:

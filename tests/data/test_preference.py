@@ -142,7 +142,7 @@ def test_data_whose_pairs_are_all_alike_is_refused(write, make_tokenizer):
     [
         (
             {"prompt": "a", "completion": "b"},
-            "learns from pairs of answers: prompt, chosen and rej",
+            "learn from pairs of answers: prompt, chosen and rej",
         ),
         ({"text": "a"}, "or leave --objective out"),
         ({"chosen": "a", "rejected": "b"}, "the column 'prompt' is missing"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from prefixtune_cli.errors import DataError, PairsError
+from prefixtune_cli.errors import OtherRowsError
 from prefixtune_cli.evaluate import own_data, own_pairs
 from prefixtune_cli.evaluate.outcome import Outcome
 from prefixtune_cli.evaluate.own_pairs import OwnPairs
@@ -69,25 +69,31 @@ def test_the_figures_are_those_of_whole_answers_and_of_tokens(
         assert line(outcome, "rejected").values[model] == pytest.approx(found.rejected.mean())
     assert 0 < likelier.values["base"] < 1  # the third chosen answer is long
     assert line(outcome, "chosen is likelier per token").values["base"] == 1
-    assert line(outcome, "margin per token").values["base"] == pytest.approx(1.0)
+    by_token = line(outcome, "margin per token").values
+    assert by_token["base"] == pytest.approx(1.0)
+    expected = np.mean(adapter.chosen / chosen - adapter.rejected / rejected)
+    assert by_token["x"] == pytest.approx(expected) != by_token["base"]
     margin = line(outcome, "margin")
     assert margin.differences["x"].value == pytest.approx(np.mean([4.0, 3.0, 2.0]))
     assert margin.higher_is_better
     assert line(outcome, "rejected").higher_is_better is None
     assert any(
-        text.startswith("Both answers have become less likely to x") for text in outcome.notices
+        text.startswith("Both answers are less likely to x than to the base")
+        for text in outcome.notices
     )
     record = json.loads(json.dumps(outcome.to_json()))
     assert record["data"]["rows"] == 4
     assert (record["data"]["evaluated"], record["data"]["skipped"]) == (3, 1)
     assert record["items"][1]["nats"]["x"]["chosen"] == pytest.approx(-adapter.chosen[1])
     assert record["items"][1]["origin"].endswith("line 3")
+    assert record["items"][1]["tokens"] == {"chosen": tokens[1], "rejected": tokens[4]}
 
     alone = own_pairs.compare(data, {"x": adapter})
     assert line(alone, "margin").intervals["x"].low <= line(alone, "margin").values["x"]
     risen = Likelihoods(base.chosen + 1, base.rejected - 1)
-    assert len(own_pairs.compare(data, {"base": base, "x": risen}).notices) == 1
+    assert len(own_pairs.compare(data, {"base": base, "x": risen}).notices) == 2
     assert len(own_pairs.compare(data, {"x": adapter}).notices) == 1
+    assert len(own_pairs.compare(data, {"base": base}).notices) == 1
 
 
 def test_the_limit_counts_pairs(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -97,9 +103,9 @@ def test_the_limit_counts_pairs(file: Path, tokenizer: PreTrainedTokenizerBase) 
 def test_each_reader_refuses_what_is_the_other_ones(
     file: Path, tokenizer: PreTrainedTokenizerBase, colours: Path
 ) -> None:
-    with pytest.raises(DataError, match="learn from pairs of answers"):
+    with pytest.raises(OtherRowsError, match="learn from pairs of answers"):
         prepare(colours, tokenizer)
-    with pytest.raises(PairsError):
+    with pytest.raises(OtherRowsError, match="To use the chosen answers alone"):
         own_data.prepare(
             str(file), DataSection(), EvaluateSection(), tokenizer, Heard(), name="x", limit=None
         )

@@ -269,6 +269,12 @@ def test_a_learning_rate_belongs_to_the_recipes_objective(write: Any) -> None:
     assert resolve(file, ["train.objective=sft"]).train.learning_rate == 0.002
     found = resolve(file, ["train.objective=dpo"]).train
     assert (found.learning_rate, found.seed) == (None, 3)
+    of_simpo = write("train: {objective: simpo, beta: 3.0, gamma: 0.5}\n")
+    found = resolve(of_simpo, ["train.objective=dpo"]).train
+    assert (found.beta, found.gamma) == (0.1, 1.0)
+    of_none = write("train: {learning_rate: 0.002, beta: 3.0, gamma: 0.5}\n")
+    found = resolve(of_none, ["train.objective=simpo"]).train
+    assert (found.learning_rate, found.beta, found.gamma) == (None, 3.0, 0.5)
     of_dpo = write("train: {objective: dpo, learning_rate: 0.002, beta: 0.5}\n")
     found = resolve(of_dpo, ["train.objective=sft"]).train
     assert (found.learning_rate, found.beta) == (None, 0.1)

@@ -189,8 +189,31 @@ def test_simpo_asks_the_base_for_the_held_out_pairs_alone_and_has_a_loss_of_its_
         made = replace(found, loss=2 * found.reference_loss, accuracy_difference=more)
         assert replace(summary, preferences=made).verdict == verdict
     assert [*json.loads(run_dir.reference.read_text())["pairs"]] == ["held_out"]
-    assert "--beta" not in both_fell_warning(found)
+    told = both_fell_warning(replace(found, adapter=replace(found.base, chosen=-1.236)))
+    assert f"per token of the chosen ones fell from {found.base.chosen:.4f} to -1.2360" in told
+    assert "--beta" not in told
     assert "log-probabilities of the base" in heard.tasks
+
+
+def test_dropout_acts_in_simpo_and_the_start_is_what_its_figures_are_against(
+    trained_start: Path, random_base: Path, pairs: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for dropout in (0.0, 0.5):
+        steps = {**SETTINGS, "objective": "simpo", "max_steps": 2, "eval_steps": None}
+        lora = {"method": "lora", "dropout": dropout}
+        chosen = of_pairs(random_base, pairs, tmp_path / str(dropout), train=steps, adapter=lora)
+        train(chosen)
+        found[dropout] = adapter_of(RunDir(chosen.folder))
+    assert any(not torch.equal(found[0.0][name], found[0.5][name]) for name in found[0.0])
+    steps = {**SETTINGS, "objective": "simpo", "start_from": str(trained_start), "max_steps": 4}
+    chosen = of_pairs(random_base, pairs, tmp_path / "on", train=steps)
+    against = train(chosen).preferences
+    first = RunDir(chosen.folder).read_metrics()[0]["loss"]
+    assert against is not None
+    assert against.start is not None
+    assert against.reference_loss == pytest.approx(first, rel=0.2)
+    assert against.start.chosen != pytest.approx(against.base.chosen, rel=0.05)
 
 
 def test_simpo_takes_the_step_of_its_formula(random_base: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ RATES: dict[str, Rate] = {
     "prompt-tuning": Rate(3e-2, 0, "the rate of peft's example"),
     "osf": Rate(5e-5, 0.781, "the rate of full, as it trains nearly every weight"),
 }
-# Pairs give a gradient of whole answers, not of one token: at a rate of SFT it leaves the base far behind.
+# For objectives that learn from pairs of answers.
 OF_SFT = 0.1
 
 
@@ -54,5 +54,5 @@ def default_rate(adapter: Section, objective: Objective = "sft") -> Rate:
     else:
         rate = RATES.get(str(getattr(adapter, "method", "")), RATES["lora"])
     if objective != "sft":
-        return rate.times(OF_SFT, f"a tenth of sft's, as {objective} compares whole answers")
+        return rate.times(OF_SFT, f"a tenth of sft's for {objective}")
     return rate

@@ -29,11 +29,8 @@ from prefixtune_cli.recipe.schema.sections import (
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "full": {"save_minutes": None},  # a checkpoint is six times as large as the base
 }
-OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "simpo": {
-        "beta": 2.0
-    },  # of log-probabilities per token, which are smaller than those of answers
-}
+# SimPO's β multiplies log-probabilities per token, which are smaller than those of answers.
+OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {"simpo": {"beta": 2.0}}
 
 # Methods that do not go with a way of spreading a run over GPUs, and why.
 NOT_SPREAD = {

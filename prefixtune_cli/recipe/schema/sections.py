@@ -89,11 +89,11 @@ class TrainSection(Section):
     beta: float = Field(
         0.1,
         gt=0,
-        description="How strongly DPO holds the adapter to its base, or its start (β); SimPO's factor of the mean "
-        "log-probabilities, 2.0 there.",
+        description="β: how strongly DPO holds the adapter to its base or start, or SimPO's factor of "
+        "log-probabilities per token, whose default is 2.0.",
     )
     gamma: float = Field(
-        1.0, ge=0, description="By how much SimPO wants the chosen answer ahead (γ)."
+        1.0, ge=0, description="γ: by how much SimPO wants the chosen answer ahead."
     )
     start_from: str | None = Field(
         None,
