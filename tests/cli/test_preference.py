@@ -22,7 +22,7 @@ def test_the_sample_is_learned_and_both_models_preferences_are_printed(
     typed = ["train", "--data", "sample:preferences", "--objective", "dpo", "--out", out]
     code, printed, said = ptp(*typed, "--bits", 32, "--steps", 12, "--eval-split", 0.2)
     assert code == 0, said
-    assert "a tenth of sft's" in said
+    assert "a third of sft's for dpo" in said
     stored = json.loads(RunDir(out).summary.read_text())
     assert stored["verdict"] == "better"
     found = Preferences.of_json(stored["preferences"])

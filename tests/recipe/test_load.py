@@ -256,12 +256,18 @@ def test_the_rate_of_a_relative_change_is_one_for_all_widths() -> None:
 
 
 @pytest.mark.parametrize("method", ["prefix-tuning-plus", "lora", "vera"])
-def test_a_rate_for_preferences_is_a_tenth_and_says_why(method: str) -> None:
+def test_a_rate_for_preferences_is_a_part_of_sfts_and_says_why(method: str) -> None:
     found = resolve(None, [f"adapter.method={method}"])
     of_dpo = resolve(None, [f"adapter.method={method}", "train.objective=dpo"])
-    rates = [one.with_learning_rate(192).train.learning_rate or 0 for one in (found, of_dpo)]
-    assert rates[1] == pytest.approx(rates[0] / 10, rel=0.05)
-    assert "a tenth of sft's" in default_rate(of_dpo.adapter, "dpo").why
+    of_simpo = resolve(None, [f"adapter.method={method}", "train.objective=simpo"])
+    whole, third, part = (
+        one.with_learning_rate(192).train.learning_rate or 0 for one in (found, of_dpo, of_simpo)
+    )
+    assert third == pytest.approx(whole / 3, rel=0.05)
+    assert "a third of sft's for dpo" in default_rate(of_dpo.adapter, "dpo").why
+    divisor, word = (10, "tenth") if method == "prefix-tuning-plus" else (3, "third")
+    assert part == pytest.approx(whole / divisor, rel=0.05)
+    assert f"a {word} of sft's for simpo" in default_rate(of_simpo.adapter, "simpo").why
 
 
 def test_a_learning_rate_belongs_to_the_recipes_objective(write: Any) -> None:
