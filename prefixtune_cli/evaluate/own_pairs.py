@@ -110,7 +110,7 @@ def compare(data: OwnPairs, judged: Mapping[str, Likelihoods]) -> Outcome:
             "origin": data.origin(i),
             "tokens": {"chosen": tokens[0][i], "rejected": tokens[1][i]},
             "nats": {
-                model: {side: -float(values[i]) for side, values in found._asdict().items()}
+                model: {"chosen": -float(found.chosen[i]), "rejected": -float(found.rejected[i])}
                 for model, found in judged.items()
             },
         }

@@ -366,14 +366,14 @@ def test_tiny_learns_the_quickstart_at_4_and_8_bits_as_well_as_at_16(tmp_path: P
 
 
 def test_tiny_begins_to_learn_at_4_and_8_bits_as_at_32(tmp_path: Path) -> None:
-    """48 examples: 6.3 nats are learned, to within 0.2 whatever the precision."""
-    short = {"max_steps": 24, "batch_size": 2}
+    """32 examples: 6 nats are learned, to within 0.2 whatever the precision."""
+    short = {"max_steps": 16, "batch_size": 2}
     losses = {}
     for bits in (32, 8, 4):
         summary = train(
             quickstart(tmp_path, bits, train=short, evaluate={"max_rows": 16, "max_new_tokens": 1})
         )
-        assert summary.adapter.loss < summary.base.loss - 6
+        assert summary.adapter.loss < summary.base.loss - 5.5
         losses[bits] = summary.adapter.loss
     assert abs(losses[8] - losses[32]) < 0.2
     assert abs(losses[4] - losses[32]) < 0.2

@@ -102,7 +102,7 @@ def long_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def limited(
     base: Path, data: Path, out: Path, mebibytes: int, *flags: str
 ) -> subprocess.CompletedProcess[str]:
-    typed = ["train", "--model", base, "--data", data, "--out", out, "--bits", 32, "--steps", 2]
+    typed = ["train", "--model", base, "--data", data, "--out", out, "--bits", 32, "--steps", 1]
     more = ["--batch-size", 32, "--max-length", 256, "--set", "evaluate.max_rows=2", *flags]
     return subprocess.run(
         [sys.executable, "-c", LIMITED, *map(str, typed + more), str(mebibytes)],
@@ -137,4 +137,4 @@ def test_auto_batch_halves_the_batch_keeps_the_step_and_says_so(
     said = [line for line in done.stderr.splitlines() if "does not fit in memory" in line]
     assert said
     assert "--batch-size 16 --gradient-accumulation 2 instead" in said[0]
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
