@@ -199,7 +199,7 @@ def _print_summary(summary: Summary, data: DataSection) -> None:
 def _print_preferences(found: Preferences) -> None:
     from prefixtune_cli.cli import console
 
-    unit = "nats" if found.gamma is None else "nats per token"
+    unit = "nats per token" if found.of_simpo else "nats"
     console.say(f"On {found.pairs} held-out pairs of answers (mean log-probabilities in {unit}):\n")
     console.print_table(
         ["", "chosen is likelier", "chosen", "rejected"],
@@ -216,7 +216,7 @@ def _print_preferences(found: Preferences) -> None:
     against = found.compared_with
     more, reward, margin = found.accuracy_difference, found.reward_interval, found.margin_interval
     objective, by = "DPO", f"implicit reward against the {against}"
-    if found.gamma is not None:
+    if found.of_simpo:
         objective, by = "SimPO", "adapter's reward"
     console.say(
         f"\nDifference from the {against}: {100 * more.value:+.1f} points (95 % interval {100 * more.low:+.1f} to "

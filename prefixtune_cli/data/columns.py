@@ -39,24 +39,30 @@ def rename(row: Row, mapping: Mapping[str, str], where: str) -> Row:
     """The row with its columns renamed by {field: column}; other columns stay.
 
     Raises:
-        OtherRowsError: both columns of pairs of answers are missing.
+        OtherRowsError: the columns of both answers of a pair are missing.
         DataError: the column of a field that every row needs is missing.
     """
     if not mapping:
         return row
-    for field, column in mapping.items():
-        if column not in row and field not in OPTIONAL:
-            error = missing(field, column, row, where)
-            pair = [mapping[name] for name in ("chosen", "rejected") if name in mapping]
-            raise OtherRowsError(str(error)) if pair and not {*pair} & {*row} else error
+    absent = [f for f, column in mapping.items() if column not in row and f not in OPTIONAL]
+    if absent:
+        of_pairs = mapping.keys() & {"chosen", "rejected"}
+        kind = OtherRowsError if of_pairs and of_pairs <= {*absent} else DataError
+        raise missing(absent[0], mapping[absent[0]], row, where, kind)
     kept = {name: value for name, value in row.items() if name not in mapping.values()}
     return kept | {field: row[column] for field, column in mapping.items() if column in row}
 
 
-def missing(field: str, column: str, columns: Collection[str], where: str) -> DataError:
+def missing(
+    field: str,
+    column: str,
+    columns: Collection[str],
+    where: str,
+    kind: type[DataError] = DataError,
+) -> DataError:
     """The error for a column that `--map` names and the file does not have."""
     near = difflib.get_close_matches(column, columns, n=1)
-    return DataError(
+    return kind(
         f"{where}: --map {field}={column} names a column that is missing; the columns are "
         f"{', '.join(columns) or 'none'}. "
         + (

@@ -107,11 +107,14 @@ class Preferences:
         return "base" if self.start is None else "start"
 
     @property
+    def of_simpo(self) -> bool:
+        """Whether the objective is SimPO, whose log-probabilities are per token and whose reward has no reference."""
+        return self.gamma is not None
+
+    @property
     def is_ahead(self) -> bool:
         """Whether training has brought the chosen answers ahead in more pairs than it has set back."""
-        if self.gamma is None:
-            return self.reward_accuracy > 0.5
-        return self.accuracy_difference.value > 0
+        return self.accuracy_difference.value > 0 if self.of_simpo else self.reward_accuracy > 0.5
 
     @property
     def both_fell(self) -> bool:

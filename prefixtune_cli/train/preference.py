@@ -170,14 +170,14 @@ class SafeDPOTrainer(SafeTrainer, DPOTrainer):
 
     def _with_reference(self, rows: Dataset, name: str) -> Dataset:
         count = self.real_rows if name == "train_dataset" else len(rows)
-        known = self._known(rows, name, count)
+        known = self._reference_of(rows, name, count)
         blanks = [(0.0, 0.0)] * (len(rows) - count)
         for column, values in zip(COLUMNS, zip(*known, *blanks, strict=True), strict=True):
             rows = rows.add_column(column, list(values))
         return rows
 
-    def _known(self, rows: Dataset, name: str, count: int) -> Pairs:
-        """What the first `count` rows are compared with, under this name."""
+    def _reference_of(self, rows: Dataset, name: str, count: int) -> Pairs:
+        """The reference's log-probabilities of the first `count` rows of the data set with this name."""
         return self._reference.of_rows(name, lambda: self._of_reference(rows, count))
 
     def _of_reference(self, rows: Dataset, count: int) -> Pairs:
@@ -236,7 +236,7 @@ class SafeSimPOTrainer(SafeDPOTrainer):
             self._metrics["train" if self.model.training else "eval"].pop(name)
         return loss
 
-    def _known(self, rows: Dataset, name: str, count: int) -> Pairs:
+    def _reference_of(self, rows: Dataset, name: str, count: int) -> Pairs:
         return [
             (self._ahead * sum(label != MASKED for label in labels), 0.0)
             for labels in rows.select_columns("labels")[:count]["labels"]
