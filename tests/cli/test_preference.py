@@ -9,8 +9,11 @@ import pytest
 
 from prefixtune_cli.evaluate.preferences import Preferences
 from prefixtune_cli.recipe.load import resolve
+from prefixtune_cli.recipe.schema import ModelSection, PrefixTuningPlus
 from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.tokenizer import load_tokenizer
 from tests.cli.conftest import Ptp
+from tests.cli.test_eval import save_adapter, save_run
 
 ROWS = ("base", "start", "adapter")
 
@@ -106,6 +109,32 @@ def test_eval_finds_on_pairs_what_the_run_has_found_whatever_their_columns(
     code, printed, said = ptp("eval", "--run", run.path, "--data", both)
     assert code == 0, said
     assert "chosen is likelier" in printed
+
+
+def test_pairs_are_read_by_the_runs_on_pairs_and_their_answers_alone_count(
+    ptp: Ptp, random_base: Path, tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    row = {"prompt": "Say red.", "chosen": "RED", "rejected": "blue"}
+    pairs.write_text(json.dumps(row) + "\n")
+    adapter = save_adapter(tmp_path / "adapter", random_base, PrefixTuningPlus(), seed=1)
+    whole = save_run(tmp_path / "whole", random_base, adapter, data={"train_on": "all"})
+    code, _, said = ptp("eval", "--run", whole, "--data", pairs, "--answer-pattern", "(R.*)")
+    assert code == 0, said
+    assert "--answer-pattern judges generated answers, of which data-pairs has none" in said
+    [item] = json.loads(RunDir(whole).eval_result("data-pairs").read_text())["items"]
+    tokens = load_tokenizer(ModelSection(name=str(random_base)))
+    assert item["tokens"]["chosen"] <= len(tokens.encode("RED")) + 1  # and the end of the turn
+
+    maps = ({"chosen": "chosen"}, {"chosen": "rejected", "rejected": "chosen"})
+    runs = []
+    for i, columns in enumerate(maps):
+        other = save_adapter(tmp_path / f"adapter-{i}", random_base, PrefixTuningPlus(), seed=i)
+        sections = {"data": {"map": columns}, "train": {"objective": "dpo"}}
+        runs += ["--run", save_run(tmp_path / f"run-{i}", random_base, other, **sections)]
+    code, _, said = ptp("eval", *runs, "--data", pairs)
+    assert code == 2
+    assert "The runs read the columns of pairs differently" in said
 
 
 def test_rates_are_not_tried_for_pairs(ptp: Ptp) -> None:
