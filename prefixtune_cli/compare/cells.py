@@ -115,6 +115,7 @@ def _is_of(run_dir: RunDir, recipe: Recipe) -> bool:
     sources = {"train": recipe.data.train, "eval": recipe.data.eval}
     return all(
         source is not None
-        and about["data"].get(name, {}).get("sha256") == load_rows(source, recipe.data).fingerprint
+        and about["data"].get(name, {}).get("sha256")
+        == load_rows(source, recipe.data, pairs=recipe.on_pairs).fingerprint
         for name, source in sources.items()
     )

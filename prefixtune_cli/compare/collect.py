@@ -11,6 +11,7 @@ from prefixtune_cli import model as models
 from prefixtune_cli.compare.cells import judged
 from prefixtune_cli.compare.comparison import FORGETTING, OOD, TEST, Cell, Comparison, Contestant
 from prefixtune_cli.compare.contest import Entry, Settings
+from prefixtune_cli.compare.fairness import shared_objective
 from prefixtune_cli.compare.finished_run import ADAPTER, BASE, result_of
 from prefixtune_cli.compare.rows import VALIDATION, Rows
 from prefixtune_cli.compare.stages import Stages, summary
@@ -19,6 +20,8 @@ from prefixtune_cli.evaluate.matching import rule_sentence
 from prefixtune_cli.evaluate.settings import Settings as EvalSettings
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.environment import describe_environment
+
+Items = Sequence[Mapping[str, Any]]  # the rows of an eval file
 
 
 def collect(
@@ -31,8 +34,9 @@ def collect(
 ) -> Comparison:
     """What the stages found, once all of them have ended; the runs were judged by the settings `judging`."""
     recipe = contest[0].recipe
-    contestants = [_contestant(entry, stages, judging) for entry in contest]
     of_base = {} if stages.judged_base is None else judged(stages.judged_base, judging)
+    items_of_base = {name: found["items"] for name, found in of_base.items()}
+    contestants = [_contestant(entry, stages, judging, items_of_base) for entry in contest]
     notices = list(rows.notices)
     if pattern := recipe.evaluate.answer_pattern:
         notices.append(rule_sentence(pattern))
@@ -43,6 +47,8 @@ def collect(
     steps = {cell.steps for cell in cells if cell.steps is not None}
     if len(steps) > 1:
         notices.append("The contestants took different numbers of steps, as the grid asks for.")
+    if settings.speed and recipe.on_pairs:
+        notices.append("What steps on pairs of answers cost is not measured.")
     if settings.few_shot is not None and settings.sweep > 1:
         labelled = rows.about[VALIDATION]["rows"]
         notices.append(f"The learning rates were chosen on {labelled} labelled rows beside those.")
@@ -64,9 +70,10 @@ def collect(
             "sweep": settings.sweep,
             "sweep_chosen_on": VALIDATION,
             "few_shot": settings.few_shot,
+            **shared_objective([entry.recipe for entry in contest]),
         },
         environment=describe_environment({}, 1),
-        base={name: result_of(found["items"], BASE) for name, found in of_base.items()},
+        base={name: result_of(items, BASE, recipe) for name, items in items_of_base.items()},
         contestants=contestants,
         notices=notices,
     )
@@ -85,9 +92,12 @@ def _data(rows: Rows, most: int, forgetting: Mapping[str, Any] | None) -> dict[s
     return about
 
 
-def _contestant(entry: Entry, stages: Stages, judging: EvalSettings) -> Contestant:
+def _contestant(
+    entry: Entry, stages: Stages, judging: EvalSettings, of_base: Mapping[str, Items]
+) -> Contestant:
     cells = [
-        _cell(seed, run, stages.failures.get(run), judging) for seed, run in stages.chosen(entry)
+        _cell(entry, seed, run, stages.failures.get(run), judging, of_base)
+        for seed, run in stages.chosen(entry)
     ]
     whole = next((summary(cell.run) for cell in cells if cell.failure is None), {})
     return Contestant(
@@ -102,7 +112,14 @@ def _contestant(entry: Entry, stages: Stages, judging: EvalSettings) -> Contesta
     )
 
 
-def _cell(seed: int, run: str, failure: str | None, judging: EvalSettings) -> Cell:
+def _cell(
+    entry: Entry,
+    seed: int,
+    run: str,
+    failure: str | None,
+    judging: EvalSettings,
+    of_base: Mapping[str, Items],
+) -> Cell:
     run_dir = RunDir(run)
     if not run_dir.finished:
         return Cell(seed, run, failure=failure)
@@ -112,6 +129,9 @@ def _cell(seed: int, run: str, failure: str | None, judging: EvalSettings) -> Ce
         run=run,
         steps=summary(run)["steps"],
         failure=failure,
-        results={name: result_of(rows, ADAPTER) for name, rows in items.items()},
+        results={
+            name: result_of(rows, ADAPTER, entry.recipe, of_base.get(name))
+            for name, rows in items.items()
+        },
         losses=[(row["step"], row["loss"]) for row in run_dir.read_metrics() if "loss" in row],
     )

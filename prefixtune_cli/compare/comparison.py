@@ -25,17 +25,23 @@ class Result:
     """What one model did on one data set.
 
     The rows are the same, in the same order, for every model of a comparison. A run that kept no losses of its rows
-    has their mean in `nats`, as one row of one token; `right` has all rows even then.
+    has their mean in `nats`, as one row of one token; `right` has all rows even then. Of pairs of answers, `nats` and
+    `tokens` are those of the chosen answers; a run that kept no figures of its pairs has their means, as one pair.
 
     Attributes:
         nats: the cross-entropy of each row, summed over its predicted tokens.
         tokens: the number of predicted tokens of each row.
         right: whether each row's answer is right; None where answers are long, or there are none.
+        losses: the objective's loss of each pair, in nats; None where it is not known, or not comparable.
+        ahead: 1 for each pair whose chosen answer has the higher reward, else 0; None where it is not known, as for
+            the base of DPO, which rewards nothing.
     """
 
     nats: Sequence[float]
     tokens: Sequence[int]
     right: Sequence[bool] | None = None
+    losses: Sequence[float] | None = None
+    ahead: Sequence[float] | None = None
 
     @property
     def loss(self) -> float:
@@ -45,7 +51,35 @@ class Result:
     @property
     def exact_match(self) -> float | None:
         """The fraction of right answers."""
-        return None if self.right is None else sum(self.right) / len(self.right)
+        return _mean(self.right)
+
+    @property
+    def preference_loss(self) -> float | None:
+        """Mean loss of the objective, in nats a pair."""
+        return _mean(self.losses)
+
+    @property
+    def chosen_ahead(self) -> float | None:
+        """The fraction of the pairs whose chosen answer has the higher reward."""
+        return _mean(self.ahead)
+
+    def each(self, figure: str) -> Sequence[float]:
+        """One value for each row; their mean is the figure of this name, which must be known."""
+        if figure == "loss":
+            a_row = sum(self.tokens) / len(self.tokens)
+            return [nats / a_row for nats in self.nats]
+        kept = {
+            "exact_match": self.right,
+            "preference_loss": self.losses,
+            "chosen_ahead": self.ahead,
+        }
+        values = kept[figure]
+        assert values is not None
+        return values
+
+
+def _mean(values: Sequence[float] | None) -> float | None:
+    return None if values is None else sum(values) / len(values)
 
 
 @dataclass(frozen=True)
@@ -138,7 +172,8 @@ class Comparison:
         model: name, revision and bits of the base, and its parameters where known.
         data: data set (`train`, `validation`, TEST, OOD, FORGETTING, or another name) → source, rows, sha256, and
             `same_rows`: false where the contestants were judged on different rows, which cannot be paired.
-        protocol: what all contestants shared: steps, batch, seeds, sweep, few_shot, schedule.
+        protocol: what all contestants shared: steps, batch, seeds, sweep, few_shot, schedule; and of runs on pairs of
+            answers, `objective`, `beta` and `gamma`.
         environment: versions and hardware.
         base: the base's results by data set; empty where it was not judged.
         contestants: the others are compared with the first.
@@ -162,6 +197,11 @@ class Comparison:
     notices: Sequence[str] = ()
     unmeasured: Mapping[str, str] = field(default_factory=dict)
     groups: Sequence[Group] = ()
+
+    @property
+    def on_pairs(self) -> bool:
+        """Whether the contestants were trained on pairs of answers."""
+        return "objective" in self.protocol
 
     @property
     def measured_together(self) -> Sequence[Group]:

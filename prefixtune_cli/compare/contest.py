@@ -22,7 +22,7 @@ from prefixtune_cli.recipe import load, read
 from prefixtune_cli.recipe.explain import METHODS
 from prefixtune_cli.recipe.schema import Peft, Recipe
 
-DEFAULT_METHODS = ("prefix-tuning-plus", "lora", "prefix-tuning", "full")
+DEFAULT_METHODS = ("prefix-tuning-plus", "lora", "prefix-tuning", "full")  # pairs go without full
 FACTOR = 10**0.5  # between two learning rates of a sweep
 NEVER = 10**9  # steps: more than any run has
 OF_A_CELL = {"gpus": None, "parallel": "ddp", "track": "none", "keep_checkpoints": 1}
@@ -81,7 +81,8 @@ class Settings:
 
     Attributes:
         recipe, sets, flags: the recipe, `--set`, and flags nested as a recipe is; all methods share them.
-        methods: the others are compared with the first; `lora(r=8)` is one with settings of its own.
+        methods: the others are compared with the first; `lora(r=8)` is one with settings of its own. None are
+            DEFAULT_METHODS.
         grids: dotted recipe key → values; every combination is a contestant.
         seeds: cells of each contestant: train.seed and those after it.
         sweep: learning rates of each contestant, on the first seed; 1 is the default alone.
@@ -98,7 +99,7 @@ class Settings:
     recipe: str | None = None
     sets: Sequence[str] = ()
     flags: Mapping[str, Any] = field(default_factory=dict)
-    methods: Sequence[str] = DEFAULT_METHODS
+    methods: Sequence[str] | None = None
     grids: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     seeds: int = 3
     sweep: int = 3
@@ -140,16 +141,21 @@ def entries(settings: Settings) -> list[Entry]:
 
     Raises:
         UsageError: a number is below 1, there is no method, one is named twice, two are the same run, or no method has
-            a setting; or the objective is not sft, or the recipe goes on from an adapter.
+            a setting; objectives differ, pairs of answers do not go with the rest, or the recipe goes on from an
+            adapter.
         RecipeError: the recipe of one of them is wrong.
     """
     settings.check()
-    if not settings.methods:
+    methods = settings.methods
+    if methods is None:
+        on_pairs = _recipe(settings, DEFAULT_METHODS[0], {}).on_pairs
+        methods = [name for name in DEFAULT_METHODS if not (on_pairs and name == "full")]
+    if not methods:
         raise UsageError("--methods names none. Type, say, --methods prefix-tuning-plus,lora")
     grids, adapter = settings.grids, _typed_of_the_adapter(settings)
     used: set[str] = set()
     found: list[Entry] = []
-    for method, own_settings in map(parse_method, settings.methods):
+    for method, own_settings in map(parse_method, methods):
         typed = {key: value for key, value in adapter.items() if _has(method, key)}
         given = {f"adapter.{key}": [value] for key, value in own_settings.items()}
         varied = {key: v for key, v in grids.items() if _has(method, key) and key not in given}
@@ -159,11 +165,6 @@ def entries(settings: Settings) -> list[Entry]:
             chosen = dict(zip(values, combination, strict=True))
             label = " ".join([method, *(spelled(key, value) for key, value in chosen.items())])
             recipe = _recipe(settings, method, typed | chosen)
-            if recipe.on_pairs:
-                raise UsageError(
-                    f"`ptp compare` does not train with objective {recipe.train.objective} yet: it compares answers "
-                    "and their losses. Leave train.objective out."
-                )
             if recipe.train.start_from is not None:
                 raise UsageError(
                     "`ptp compare` trains fresh adapters. Leave train.start_from out, or compare finished runs."
@@ -172,15 +173,30 @@ def entries(settings: Settings) -> list[Entry]:
     for key in (*grids, *adapter):
         if key not in used:
             raise UsageError(
-                f"{key} is a setting of none of the methods ({', '.join(settings.methods)}). `ptp recipe-schema` lists "
+                f"{key} is a setting of none of the methods ({', '.join(methods)}). `ptp recipe-schema` lists "
                 "what each of them has."
             )
+    _check_objectives(settings, [entry.recipe for entry in found])
     for one, other in itertools.combinations(found, 2):
         if one.label == other.label:
             raise UsageError(f"--methods and --grid name {one.label} twice. Give each once.")
         if one.recipe == other.recipe:
             raise UsageError(f"{one.label} and {other.label} are the same run. Leave one out.")
     return found
+
+
+def _check_objectives(settings: Settings, recipes: Sequence[Recipe]) -> None:
+    objectives = sorted({recipe.train.objective for recipe in recipes})
+    if len(objectives) > 1:
+        raise UsageError(
+            f"The objectives {' and '.join(objectives)} share no figure by which they could be compared. Compare with "
+            "one at a time."
+        )
+    if settings.few_shot is not None and recipes[0].on_pairs:
+        raise UsageError(
+            f"--few-shot draws rows of each class, and the pairs of answers of objective {objectives[0]} have none. "
+            "Leave it out."
+        )
 
 
 def _typed_of_the_adapter(settings: Settings) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from prefixtune_cli.compare.speed import (
     random_base,
 )
 from prefixtune_cli.compare.wording import reason
-from prefixtune_cli.errors import Interrupted
+from prefixtune_cli.errors import Interrupted, UsageError
 from prefixtune_cli.optimizer import check_optimizer
 from prefixtune_cli.progress import Reporter, Silent
 from prefixtune_cli.recipe.schema import ModelSection, Recipe
@@ -57,6 +57,11 @@ def compare_costs(settings: Settings, reporter: Reporter | None = None) -> tuple
     reporter = reporter or Silent()
     groups = _groups(entries(settings))
     contest = [entry for group in groups.values() for entry in group]
+    if contest[0].recipe.on_pairs:
+        raise UsageError(
+            f"--speed measures steps on answers, not on pairs of them. Leave objective "
+            f"{contest[0].recipe.train.objective} out."
+        )
     for entry in contest:
         models.peft_config(entry.recipe.adapter)
         check_optimizer(entry.recipe.train.optimizer)

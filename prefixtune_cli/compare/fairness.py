@@ -11,6 +11,7 @@ from typing import Any
 from prefixtune_cli.compare.contest import spelled
 from prefixtune_cli.compare.finished_run import FinishedRun
 from prefixtune_cli.pointed import base_key
+from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
 
 # Settings that do not make another contestant: how a run is carried out and recorded, and its seed.
@@ -105,6 +106,15 @@ def twins(runs: Sequence[FinishedRun]) -> Iterator[tuple[FinishedRun, FinishedRu
             yield run, earlier
 
 
+def shared_objective(recipes: Sequence[Recipe]) -> dict[str, Any]:
+    """What runs on pairs of answers share, each None where they differ: objective, beta, gamma. Empty of others."""
+    if not any(recipe.on_pairs for recipe in recipes):
+        return {}
+    keys = ("objective", "beta", "gamma")
+    found = {key: {getattr(recipe.train, key) for recipe in recipes} for key in keys}
+    return {key: values.pop() if len(values) == 1 else None for key, values in found.items()}
+
+
 def base(run: FinishedRun) -> Hashable:
     """Runs with the same base have the same of this."""
     model = run.recipe.model
@@ -114,6 +124,8 @@ def base(run: FinishedRun) -> Hashable:
 def _aspects(runs: Sequence[FinishedRun]) -> Iterator[tuple[str, list[tuple[Hashable, str]]]]:
     """What has to be the same: its name, and for each run a key and how a sentence shows it."""
     yield "bases", [(base(run), _shown_base(run)) for run in runs]
+    objectives = [run.recipe.train.objective for run in runs]
+    yield "objectives", [(objective, objective) for objective in objectives]
     yield "starts", [(run.start.get("sha256"), _shown_start(run)) for run in runs]
     trained_on = [run.fingerprints["train"] for run in runs]
     yield "training data", [(data["sha256"], _shown_data(data)) for data in trained_on]

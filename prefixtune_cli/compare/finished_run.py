@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from prefixtune_cli.compare.comparison import FORGETTING, TEST, Result
 from prefixtune_cli.errors import PtpError, RunDirError
 from prefixtune_cli.evaluate.matching import exactly_matches
+from prefixtune_cli.evaluate.preferences import (
+    Likelihoods,
+    Preferences,
+    hits,
+    losses,
+    reward_margins,
+)
 from prefixtune_cli.pointed import nothing_at, run_of
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import Recipe
@@ -90,6 +99,8 @@ class FinishedRun:
 
     def held_out(self, who: str) -> Result:
         """The result of `who` on the held-out rows. A run keeps the mean of their losses alone, so that is one row."""
+        if self.recipe.on_pairs:
+            return _of_pairs_alone(self.summary, who)
         pattern = self.recipe.evaluate.answer_pattern
         right = [exactly_matches(row[who], row["answer"], pattern) for row in self.answers]
         return Result([float(self.summary[who]["loss"])], [1], right or None)
@@ -99,7 +110,7 @@ def open_run(given: str) -> FinishedRun:
     """Read a run directory, finished or not; `given` may also be its adapter/.
 
     Raises:
-        RunDirError: there is no run, its objective is not sft, or one of its files cannot be read.
+        RunDirError: there is no run, or one of its files cannot be read.
     """
     run_dir = run_of(Path(given).expanduser())
     if run_dir is None:
@@ -107,11 +118,6 @@ def open_run(given: str) -> FinishedRun:
     given = str(run_dir.path)
     try:
         recipe = resolve(str(run_dir.recipe))
-        if recipe.on_pairs:
-            raise RunDirError(
-                f"its objective is {recipe.train.objective}, and what is compared are answers and their losses. Leave "
-                "it out; its preference accuracy is in its summary.json"
-            )
         environment = _json(run_dir.environment)
         environment["data"]["train"]["sha256"]
         if not run_dir.finished:
@@ -119,10 +125,13 @@ def open_run(given: str) -> FinishedRun:
         summary = _json(run_dir.summary)
         for who in (BASE, ADAPTER):
             float(summary[who]["loss"])
+            if recipe.on_pairs:
+                _of_pairs_alone(summary, who)
         evaluated = {
             name: found
             for file in sorted(run_dir.summary.parent.glob("eval/*.json"))
-            if (name := _data_set(file.stem)) and (found := _evaluated(run_dir, _json(file)))
+            if (name := _data_set(file.stem))
+            and (found := _evaluated(run_dir, _json(file), recipe))
         }
         return FinishedRun(
             given,
@@ -164,7 +173,20 @@ def _data_set(bench: str) -> str | None:
     return bench if name in (TEST, "train", "validation") else name
 
 
-def _evaluated(run_dir: RunDir, found: Mapping[str, Any]) -> Evaluated | None:
+def _of_pairs_alone(summary: Mapping[str, Any], who: str) -> Result:
+    """The result of `who` on the held-out pairs, of which a run keeps the means alone, so that is one pair."""
+    found = Preferences.of_json(summary["preferences"])
+    loss = [float(summary[who]["loss"])]
+    if who == ADAPTER:
+        return Result(loss, [1], None, [found.loss], [found.reward_accuracy])
+    if found.start is not None:  # the figures are against it, and not against the base
+        return Result(loss, [1])
+    return Result(
+        loss, [1], None, [found.reference_loss], [found.base.accuracy] if found.of_simpo else None
+    )
+
+
+def _evaluated(run_dir: RunDir, found: Mapping[str, Any], recipe: Recipe) -> Evaluated | None:
     """The content of an eval file; None where this run is not among its subjects."""
     about = found.get("text") or found["data"]
     own = _subject(run_dir, found["subjects"])
@@ -177,18 +199,70 @@ def _evaluated(run_dir: RunDir, found: Mapping[str, Any]) -> Evaluated | None:
         about["source"],
         about["sha256"],
         [item["origin"] for item in found["items"]],
-        {who: result_of(found["items"], name) for who, name in names.items()},
+        {who: result_of(found["items"], name, recipe) for who, name in names.items()},
     )
 
 
-def result_of(items: Sequence[Mapping[str, Any]], who: str) -> Result:
-    """The result of one model, from the rows of an eval file."""
+def result_of(
+    items: Sequence[Mapping[str, Any]],
+    who: str,
+    recipe: Recipe,
+    of_base: Sequence[Mapping[str, Any]] | None = None,
+) -> Result:
+    """The result of one model, from the rows of an eval file.
+
+    Args:
+        items: the rows.
+        who: the model's name in them.
+        recipe: the run's; of pairs of answers, it has the objective.
+        of_base: the same rows with the base's figures, where `items` are without.
+    """
+    if items and isinstance(items[0]["tokens"], Mapping):
+        return _result_of_pairs(items, who, recipe, of_base or items)
     has_answers = bool(items) and all("right" in item for item in items)
     return Result(
         nats=[float(item["nats"][who]) for item in items],
         tokens=[int(item["tokens"]) for item in items],
         right=[bool(item["right"][who]) for item in items] if has_answers else None,
     )
+
+
+def _result_of_pairs(
+    items: Sequence[Mapping[str, Any]],
+    who: str,
+    recipe: Recipe,
+    of_base: Sequence[Mapping[str, Any]],
+) -> Result:
+    def likelihoods(items: Sequence[Mapping[str, Any]], who: str) -> Likelihoods:
+        """In nats; for SimPO, per token."""
+        per_token = train.objective == "simpo"
+        return Likelihoods(
+            *(
+                -np.array(
+                    [
+                        item["nats"][who][side] / (item["tokens"][side] if per_token else 1)
+                        for item in items
+                    ]
+                )
+                for side in ("chosen", "rejected")
+            )
+        )
+
+    train = recipe.train
+    nats = [float(item["nats"][who]["chosen"]) for item in items]
+    result = Result(nats, [int(item["tokens"]["chosen"]) for item in items])
+    if not recipe.on_pairs:
+        return result
+    found = likelihoods(items, who)
+    if train.objective == "simpo":
+        margins, gamma = reward_margins(found, train.beta), train.gamma
+    else:
+        if train.start_from is not None or BASE not in of_base[0]["nats"]:
+            return result  # the reference's figures are not there
+        margins, gamma = reward_margins(found, train.beta, likelihoods(of_base, BASE)), None
+    of_itself = who == BASE and train.objective == "dpo"
+    ahead = None if of_itself else hits(margins).tolist()
+    return replace(result, losses=losses(margins, gamma).tolist(), ahead=ahead)
 
 
 def _subject(run_dir: RunDir, subjects: Sequence[Mapping[str, Any]]) -> str | None:

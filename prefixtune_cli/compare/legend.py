@@ -10,7 +10,7 @@ from typing import Any
 
 from prefixtune_cli.compare import wording
 from prefixtune_cli.compare.comparison import Comparison
-from prefixtune_cli.compare.metrics import COSTS, EXACT_MATCH, FORGOTTEN, KV_CACHE
+from prefixtune_cli.compare.metrics import COSTS, FORGOTTEN, KV_CACHE
 from prefixtune_cli.compare.standing import Standings, standings
 
 
@@ -76,8 +76,8 @@ def _losses(every: list[Standings]) -> Iterator[str]:
                 f"Forgetting: by how much the loss on {where} is above the base's {base} nats a token; "
                 "less is better."
             )
-        elif found.metric is not EXACT_MATCH:
-            yield f"Loss on {where}: nats a token; less is better."
+        elif found.metric.legend:
+            yield found.metric.legend.format(where=where)
 
 
 def _costs(comparison: Comparison) -> Iterator[str]:
@@ -124,8 +124,14 @@ def _model_and_protocol(comparison: Comparison) -> Iterator[str]:
 
 def _protocol(protocol: Mapping[str, Any]) -> Iterator[str]:
     if (steps := protocol.get("steps")) is not None:
-        batch = protocol.get("batch")
-        yield f"{steps:,} steps" + (f" of {batch} examples" if batch is not None else "")
+        batch, rows = protocol.get("batch"), "pairs" if "objective" in protocol else "examples"
+        yield f"{steps:,} steps" + (f" of {batch} {rows}" if batch is not None else "")
+    if (objective := protocol.get("objective")) is not None:
+        names = ("beta", "gamma") if objective == "simpo" else ("beta",)
+        given = [f"{name} {protocol[name]:g}" for name in names if protocol[name] is not None]
+        yield " ".join(
+            ["objective", objective, *(["with", wording.listed(given)] if given else [])]
+        )
     if schedule := protocol.get("schedule"):
         yield f"{schedule} schedule"
     if seeds := protocol.get("seeds"):

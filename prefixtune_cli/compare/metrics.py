@@ -81,6 +81,7 @@ class Metric:
         best: how the verdict ends a sentence about who is best, as in `trains fastest`; empty where it has none.
         difference: the unit of a difference.
         said, said_of_difference: what follows a figure, and a difference, in a sentence.
+        legend: what it is, as a sentence of the legend with `{where}` for the data set; empty where it needs none.
     """
 
     key: str
@@ -97,6 +98,7 @@ class Metric:
     difference: str = ""
     said: str = ""
     said_of_difference: str = ""
+    legend: str = ""
 
     @property
     def heading(self) -> str:
@@ -181,9 +183,29 @@ EXACT_MATCH = Metric(
 LOSS = Metric(
     "loss", "loss", "nats", places=3, axis="loss (nats a token, less is better)",
     difference="nats", said="nats a token of loss", said_of_difference="nats a token",
+    legend="Loss on {where}: nats a token; less is better.",
 )  # fmt: skip
 LOSS_ON_TEXT = replace(LOSS, name="loss on unrelated text")
 FORGOTTEN = replace(LOSS, name="forgetting", said="nats a token more loss than the base")
+PREFERENCE_LOSS = Metric(
+    "preference_loss", "preference loss", "nats", places=3,
+    axis="preference loss (nats a pair, less is better)",
+    difference="nats", said="nats a pair of preference loss", said_of_difference="nats a pair",
+    legend="Preference loss on {where}: the objective's, in nats a pair; less is better.",
+)  # fmt: skip
+CHOSEN_AHEAD = Metric(
+    "chosen_ahead", "chosen ahead", "%", up=True, places=1, axis="pairs with the chosen answer ahead (%)",
+    difference="points", said="% of the pairs with the chosen answer ahead", said_of_difference="points",
+    legend="Chosen ahead on {where}: the pairs whose chosen answer has the higher reward.",
+)  # fmt: skip
+LOSS_OF_CHOSEN = replace(
+    LOSS,
+    name="loss of chosen answers",
+    axis="loss of chosen answers (nats a token, less is better)",
+    said="nats a token of loss on the chosen answers",
+    legend="Loss of the chosen answers on {where}: nats a token; where it rises, both answers may have become less "
+    "likely.",
+)
 
 # Of a Contestant.
 PARAMETERS = Metric(

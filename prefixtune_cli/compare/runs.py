@@ -54,6 +54,11 @@ def read_runs(runs: Sequence[str], *, anyway: bool = False, command: str = "") -
         except RunDirError as error:
             unreadable.append(str(error))
     differences = fairness.differences(opened)
+    if len({run.recipe.on_pairs for run in opened}) > 1:
+        unreadable.append(
+            "Some of the runs learned from answers, others from pairs of answers: they share no figure. Compare each "
+            "kind by itself."
+        )
     if unreadable or (differences and not anyway):
         raise RunDirError(_refusal(unreadable, differences))
     finished = [run for run in opened if run.finished]
@@ -243,11 +248,13 @@ def _protocol(finished: Sequence[FinishedRun]) -> dict[str, Any]:
         "sweep": None,
         "few_shot": None,
         "schedule": equal([run.recipe.train.schedule for run in finished]),
+        **fairness.shared_objective([run.recipe for run in finished]),
     }
 
 
 def _of_matching(finished: Sequence[FinishedRun]) -> list[str]:
-    """The pattern by which answers were matched, and why answers were not matched."""
+    """The pattern by which answers were matched, and why answers were not matched; of pairs none are."""
+    finished = [run for run in finished if not run.recipe.on_pairs]
     patterns = [run.recipe.evaluate.answer_pattern for run in finished]
     rules = [rule_sentence(pattern) for pattern in patterns if pattern]
     reasons = [str(why) for run in finished if (why := run.summary.get("why_no_exact_match"))]

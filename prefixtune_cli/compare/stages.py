@@ -139,9 +139,10 @@ class Stages:
         run = self._run(entry, self._seeds[0], rate)
         if run in self.failures:
             return Point(rate, None, None, run, self.failures[run])
-        score = summary(run)["adapter"]
+        found = summary(run)
+        score = found["preferences"] or found["adapter"]
         failure = None if score["loss"] is not None else "Its held-out loss is not a number."
-        return Point(rate, score["loss"], score["exact_match"], run, failure)
+        return Point(rate, score["loss"], score.get("exact_match"), run, failure)
 
 
 def _merit(point: Point) -> tuple[bool, float, float]:

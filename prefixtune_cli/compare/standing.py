@@ -30,7 +30,16 @@ from prefixtune_cli.compare.comparison import (
     Contestant,
     Result,
 )
-from prefixtune_cli.compare.metrics import EXACT_MATCH, FORGOTTEN, LOSS, LOSS_ON_TEXT, Metric
+from prefixtune_cli.compare.metrics import (
+    CHOSEN_AHEAD,
+    EXACT_MATCH,
+    FORGOTTEN,
+    LOSS,
+    LOSS_OF_CHOSEN,
+    LOSS_ON_TEXT,
+    PREFERENCE_LOSS,
+    Metric,
+)
 
 Floats = NDArray[np.float64]
 
@@ -143,14 +152,21 @@ def standings(comparison: Comparison) -> list[Standings]:
         name for c in comparison.contestants for cell in c.cells for name in cell.results
     )
     others = [name for name in found if name not in (TEST, OOD, FORGETTING)]
-    order = [TEST, *others, OOD, FORGETTING]
-    return [standings_on(comparison, name) for name in order if name in found]
+    order = [name for name in (TEST, *others, OOD, FORGETTING) if name in found]
+    return [
+        _standings(comparison, name, metric)
+        for name in order
+        for metric in _metrics(comparison, name)
+    ]
 
 
 def standings_on(comparison: Comparison, data: str) -> Standings:
-    """How the contestants stand on one data set: by exact match if every result has it, else by loss."""
+    """How the contestants stand on one data set, by its first metric."""
+    return _standings(comparison, data, _metrics(comparison, data)[0])
+
+
+def _standings(comparison: Comparison, data: str, metric: Metric) -> Standings:
     contestants = comparison.contestants
-    metric = _metric(comparison, data)
     base = comparison.base.get(data)
     origin = base.loss if base is not None and metric is FORGOTTEN else 0.0
     untested = _why_untested(comparison, data, metric)
@@ -171,11 +187,18 @@ def standings_on(comparison: Comparison, data: str) -> Standings:
     return Standings(data, metric, metric.median(base), each, untested)
 
 
-def _metric(comparison: Comparison, data: str) -> Metric:
+def _metrics(comparison: Comparison, data: str) -> list[Metric]:
+    """What the contestants are compared by: exact match if every result has it, else the loss; more of pairs."""
     if data == FORGETTING:
-        return FORGOTTEN if FORGETTING in comparison.base else LOSS_ON_TEXT
+        return [FORGOTTEN if FORGETTING in comparison.base else LOSS_ON_TEXT]
     found = [result for c in comparison.contestants for result in c.results(data)]
-    return EXACT_MATCH if all(r.right is not None for r in found) else LOSS
+    if comparison.on_pairs:
+        shared = comparison.protocol
+        of_pairs = [PREFERENCE_LOSS] if None not in (shared["beta"], shared["gamma"]) else []
+        of_pairs += [CHOSEN_AHEAD] if shared["objective"] is not None else []
+        known = [m for m in of_pairs if all(m.median(result) is not None for result in found)]
+        return [*known, LOSS_OF_CHOSEN]
+    return [EXACT_MATCH if all(r.right is not None for r in found) else LOSS]
 
 
 def _standing(contestant: Contestant, data: str, metric: Metric, origin: float) -> Standing:
@@ -189,18 +212,11 @@ def _standing(contestant: Contestant, data: str, metric: Metric, origin: float) 
     )
 
 
-def _rows(result: Result, metric: Metric) -> Floats:
-    """[rows], whose mean is the figure."""
-    if metric is EXACT_MATCH:
-        assert result.right is not None
-        return np.array(result.right, dtype=float)
-    return np.array(result.nats, dtype=float) / (sum(result.tokens) / len(result.tokens))
-
-
 def _why_untested(comparison: Comparison, data: str, metric: Metric) -> str | None:
     """Why rows cannot be paired; None where they can."""
     found = [result for c in comparison.contestants for result in c.results(data)]
-    shapes = {len(r.right or ()) if metric is EXACT_MATCH else tuple(r.tokens) for r in found}
+    of_loss = metric.key == LOSS.key
+    shapes = {tuple(r.tokens) if of_loss else len(r.each(metric.key)) for r in found}
     same = comparison.data.get(data, {}).get("same_rows", True) and len(shapes) < 2
     return None if same else "not every run was judged on the same rows"
 
@@ -220,6 +236,10 @@ def _difference(
     return crossed_difference(
         np.stack([_rows(theirs[s], metric) - _rows(ours[s], metric) for s in seeds])
     )
+
+
+def _rows(result: Result, metric: Metric) -> Floats:
+    return np.array(result.each(metric.key), dtype=float)
 
 
 def crossed_difference(found: Floats) -> Difference:

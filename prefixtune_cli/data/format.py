@@ -266,18 +266,43 @@ def convert(row: Row, format: Format, where: str, *, needs_assistant: bool) -> R
 def as_written(row: Row, format: str) -> Row:
     """A converted row in the form of its format. Read and converted again, it is the same.
 
-    Pairs with other names become prompt and completion.
+    A question and an answer with other names become prompt and completion. Two answers of messages stand behind their
+    prompt.
     """
     if "text" in row:
         return {"text": row["text"]}
     tools = {"tools": json.loads(row["tools"])} if row["tools"] else {}
     if "messages" in row:
-        return {"messages": [message.as_written(turn) for turn in row["messages"]], **tools}
+        turns = {"messages": row["messages"]}
+        if "rejected" in row:
+            asked = _in_common(row["messages"], row["rejected"])
+            turns = {
+                "prompt": row["messages"][:asked],
+                "chosen": row["messages"][asked:],
+                "rejected": row["rejected"][asked:],
+            }
+        return {k: [message.as_written(turn) for turn in v] for k, v in turns.items()} | tools
     before = row["before"] or []
     said = [turn["content"] for turn in before if turn["role"] != "system"]
     system = {"system": before[0]["content"]} if len(said) < len(before) else {}
+    if "rejected" in row:
+        answers = {"chosen": row["completion"], "rejected": row["rejected"]}
+        return {"prompt": row["prompt"], **answers, **system}
     if format != "alpaca":
         return {"prompt": row["prompt"], "completion": row["completion"], **system}
     history = {"history": [*map(list, zip(said[::2], said[1::2], strict=True))]} if said else {}
     pair = {"instruction": row["prompt"], "output": row["completion"]}
     return {**pair, **system, **history, **tools}
+
+
+def _in_common(chosen: list[Row], rejected: list[Row]) -> int:
+    """The number of turns that may be the prompt of both conversations: equal ones, of which no answer is learned."""
+
+    def last_answer(turns: list[Row]) -> int:
+        return max(i for i, turn in enumerate(turns) if turn["role"] in ANSWERS)
+
+    most = min(last_answer(chosen), last_answer(rejected))
+    for i, (turn, other) in enumerate(zip(chosen[:most], rejected[:most], strict=True)):
+        if turn != other or (turn["role"] in ANSWERS and turn["trained"] is not False):
+            return i
+    return most

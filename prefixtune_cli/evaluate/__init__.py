@@ -5,7 +5,8 @@ training run needs only `held_out`, and only a benchmark imports lm-eval.
 
 run, settings               `ptp eval`, from top to bottom, and its settings
 evaluations, subjects       what is asked, and who answers: a base and adapters on it
-held_out, preferences       the held-out rows, and pairs of answers, of a training run
+held_out                    the held-out rows of a training run
+likelihoods, preferences    what models make of pairs of answers, and the figures of it
 read_data, own_data, own_pairs    the user's test data: rows with one answer, or pairs of answers
 forgetting                  text that has nothing to do with the task
 benchmarks, catalogue, tasks, language_model    lm-eval's benchmarks

@@ -13,18 +13,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from prefixtune_cli.evaluate.losses import check_numbers, compared_line
-from prefixtune_cli.evaluate.outcome import BASE, Line, Outcome
-from prefixtune_cli.evaluate.paired import Floats, mean_difference, mean_interval
-from prefixtune_cli.evaluate.preferences import (
-    Likelihoods,
-    Preference,
-    hits,
+from prefixtune_cli.evaluate.likelihoods import (
     likelihoods_of,
     per_token,
     rows_of_pairs,
     trained_tokens,
 )
+from prefixtune_cli.evaluate.losses import check_numbers, compared_line
+from prefixtune_cli.evaluate.outcome import BASE, Line, Outcome
+from prefixtune_cli.evaluate.paired import Floats, mean_difference, mean_interval
+from prefixtune_cli.evaluate.preferences import Likelihoods, Preference, hits
 from prefixtune_cli.evaluate.read_data import ReadData, read_data
 from prefixtune_cli.evaluate.scorer import Example, Scorer
 from prefixtune_cli.progress import Reporter

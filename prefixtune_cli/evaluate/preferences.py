@@ -14,12 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefixtune_cli.data.row_encoder import MASKED
-from prefixtune_cli.evaluate.held_out import shared_losses
-from prefixtune_cli.evaluate.losses import Losses
 from prefixtune_cli.evaluate.paired import (
     Floats,
     Interval,
@@ -27,10 +22,6 @@ from prefixtune_cli.evaluate.paired import (
     mean_difference,
     mean_interval,
 )
-from prefixtune_cli.evaluate.scorer import Example
-from prefixtune_cli.parallel.processes import Processes
-from prefixtune_cli.progress import Reporter
-from prefixtune_cli.recipe.schema import EvaluateSection
 
 BASE_LOSS = math.log(2)  # of DPO, where the adapter is the reference
 
@@ -138,52 +129,6 @@ class Preferences:
         return cls(**{k: parts[k](**v) if k in parts and v else v for k, v in found.items()})
 
 
-def likelihoods(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Dataset,
-    section: EvaluateSection,
-    *,
-    name: str,
-    processes: Processes,
-    reporter: Reporter,
-) -> Likelihoods:
-    """One model's log-probabilities of the answers; the arguments are those of `held_out.score`.
-
-    Args:
-        pairs: `input_ids` and `labels` of the chosen answers, `rejected_ids` and `rejected_labels` of the others.
-    """
-    task, rows = f"log-probabilities of the {name}", rows_of_pairs(pairs)
-    return likelihoods_of(shared_losses(model, tokenizer, rows, section, task, processes, reporter))
-
-
-def rows_of_pairs(pairs: Dataset) -> list[Example]:
-    """The chosen answers of pairs as rows, and behind them the rejected ones."""
-    columns = (("input_ids", "labels"), ("rejected_ids", "rejected_labels"))
-    return [
-        {"input_ids": ids, "labels": labels}
-        for side in columns
-        for ids, labels in zip(*(pairs[column] for column in side), strict=True)
-    ]
-
-
-def likelihoods_of(losses: Losses) -> Likelihoods:
-    """The log-probabilities, from the losses of `rows_of_pairs`."""
-    chosen, rejected = np.split(-np.array([nats for nats, _ in losses]), 2)
-    return Likelihoods(chosen, rejected)
-
-
-def trained_tokens(pairs: Dataset) -> list[list[int]]:
-    """The numbers of trained tokens of the chosen answers and of the rejected ones, [pairs] each."""
-    columns = ("labels", "rejected_labels")
-    return [[sum(x != MASKED for x in labels) for labels in pairs[name]] for name in columns]
-
-
-def per_token(found: Likelihoods, pairs: Dataset) -> Likelihoods:
-    """The log-probabilities divided by the numbers of trained tokens of the answers."""
-    return Likelihoods(*(np.array(found) / np.array(trained_tokens(pairs))))
-
-
 def compared(
     base: Likelihoods,
     adapter: Likelihoods,
@@ -201,11 +146,8 @@ def compared(
     """
     before = base if start is None else start
 
-    def loss(ahead: Floats) -> float:
-        return float(np.logaddexp(0, (gamma or 0) - ahead).mean())
-
-    ahead, ahead_before = (beta * (found.chosen - found.rejected) for found in (adapter, before))
-    margins = ahead - ahead_before if gamma is None else ahead
+    of_dpo = gamma is None
+    margins = reward_margins(adapter, beta, before if of_dpo else None)
     rewarded = hits(margins)
 
     return Preferences(
@@ -221,10 +163,30 @@ def compared(
         reward_interval=mean_interval([rewarded]),
         margin=float(margins.mean()),
         margin_interval=mean_interval([margins]),
-        loss=loss(margins),
-        reference_loss=BASE_LOSS if gamma is None else loss(ahead_before),
+        loss=float(losses(margins, gamma).mean()),
+        reference_loss=BASE_LOSS
+        if of_dpo
+        else float(losses(reward_margins(before, beta), gamma).mean()),
         gamma=gamma,
     )
+
+
+def reward_margins(found: Likelihoods, beta: float, reference: Likelihoods | None = None) -> Floats:
+    """By how much the reward of each chosen answer is above the rejected one's [pairs].
+
+    Args:
+        found: log-probabilities; for SimPO, per token.
+        beta: β.
+        reference: the reference's, for DPO; None for SimPO.
+    """
+    ahead = found.chosen - found.rejected
+    before = 0.0 if reference is None else reference.chosen - reference.rejected
+    return beta * (ahead - before)
+
+
+def losses(margins: Floats, gamma: float | None = None) -> Floats:
+    """The objective's loss of each pair, in nats; `gamma` is SimPO's."""
+    return np.logaddexp(0, (gamma or 0.0) - margins)
 
 
 def hits(found: Floats) -> Floats:

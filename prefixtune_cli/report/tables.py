@@ -69,7 +69,15 @@ def sweep(comparison: Comparison) -> Table | None:
     ]
     if not rows:
         return None
-    head = ("Contestant", "Learning rate", "Loss (nats a token)", "Right answers", "Outcome", "Run")
+    what = "pair" if comparison.on_pairs else "token"
+    head = (
+        "Contestant",
+        "Learning rate",
+        f"Loss (nats a {what})",
+        "Right answers",
+        "Outcome",
+        "Run",
+    )
     return Table("Every learning rate that was tried, judged on the validation rows", head, rows)
 
 
@@ -107,8 +115,11 @@ def _outcome(cell: Cell) -> Text:
 def _result(found: Result | None) -> str:
     if found is None:
         return "–"
-    loss = _loss(found.loss)
-    return loss if found.exact_match is None else f"{_share(found.exact_match)}, loss {loss}"
+    ahead = None if found.chosen_ahead is None else f"chosen ahead {_share(found.chosen_ahead)}"
+    right = None if found.exact_match is None else _share(found.exact_match)
+    loss = found.loss if found.preference_loss is None else found.preference_loss
+    share = ahead or right
+    return _loss(loss) if share is None else f"{share}, loss {_loss(loss)}"
 
 
 def protocol(comparison: Comparison) -> Table:

@@ -10,13 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixtune_cli import model as models
 from prefixtune_cli.evaluate.held_out import Score, score
-from prefixtune_cli.evaluate.preferences import (
-    Likelihoods,
-    Preferences,
-    compared,
-    likelihoods,
-    per_token,
-)
+from prefixtune_cli.evaluate.likelihoods import likelihoods, per_token
+from prefixtune_cli.evaluate.preferences import Likelihoods, Preferences, compared
 from prefixtune_cli.evaluate.subjects import hash_of_base
 from prefixtune_cli.parallel.devices import device
 from prefixtune_cli.parallel.processes import Processes

@@ -1,6 +1,7 @@
 """The contestants and their recipes."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,19 @@ def test_all_methods_share_everything_but_their_own_settings_and_rate() -> None:
     assert {entry.recipe.train.learning_rate for entry in found} == {None}, "the base's width tells"
 
 
-def test_another_objective_than_sft_is_refused() -> None:
-    with pytest.raises(UsageError, match="does not train with objective dpo yet"):
-        contest(train={"objective": "dpo"})
+def test_on_pairs_of_answers_full_is_left_out_unless_it_is_typed() -> None:
+    settings = Settings(flags={"train": {"objective": "dpo"}, "data": {"train": "pairs.jsonl"}})
+    assert [entry.method for entry in entries(settings)] == list(DEFAULT_METHODS[:-1])
+    with pytest.raises(RecipeError, match="does not go with method full"):
+        entries(replace(settings, methods=("lora", "full")))
+
+
+def test_contestants_share_the_objective_and_pairs_have_no_classes() -> None:
+    with pytest.raises(UsageError, match="The objectives dpo and simpo share no figure"):
+        contest(("lora",), {"train.objective": ["dpo", "simpo"]})
+    with pytest.raises(UsageError, match="--few-shot draws rows of each class"):
+        entries(Settings(flags={"train": {"objective": "simpo"}}, methods=("lora",), few_shot=1))
+    assert len(contest(("lora",), {"train.beta": [0.1, 0.5]}, train={"objective": "dpo"})) == 2
 
 
 def test_a_recipe_that_goes_on_from_an_adapter_is_refused() -> None:

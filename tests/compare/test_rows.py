@@ -164,3 +164,50 @@ def test_a_drawn_row_keeps_all_that_its_file_says(tmp_path: Path, row: dict[str,
     original, again = (load_rows(str(file), DataSection()) for file in (data, found.train[0]))
     columns = ["file", "line"]
     assert again.dataset.remove_columns(columns)[0] == original.dataset.remove_columns(columns)[0]
+
+
+def said(*turns: tuple[str, str], **more: Any) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content, **more} for role, content in turns]
+
+
+ASKED = said(("user", "hello"), ("assistant", "hi"), ("user", "a colour?"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a colour?", "chosen": "red", "rejected": "no", "system": "Be short."},
+        {
+            "prompt": ASKED,
+            "chosen": said(("assistant", "red")),
+            "rejected": said(("assistant", "no")),
+        },
+        {
+            "chosen": [*ASKED, *said(("assistant", "red"))],
+            "rejected": [*ASKED, *said(("assistant", "no"))],
+        },
+        {
+            "prompt": ASKED,
+            "chosen": said(("assistant", "red"), ("user", "and?"), ("assistant", "blue")),
+            "rejected": said(("assistant", "red"), ("user", "and?"), ("assistant", "no")),
+        },
+        {
+            "prompt": said(("system", "Be short."), ("user", "a colour?")),
+            "chosen": [*said(("assistant", "red"), weight=0), *said(("user", "and?"))],
+            "rejected": [*said(("assistant", "red"), weight=0), *said(("user", "so?"))],
+        },
+    ],
+    ids=["texts", "messages", "conversations", "several turns", "no learned answer"],
+)
+def test_pairs_are_written_as_rows_that_read_the_same(row: dict[str, Any], tmp_path: Path) -> None:
+    data = write(tmp_path / "pairs.jsonl", [row] * 30)
+    section = {"train": str(data)}
+    recipe = resolve(flags={"data": section, "train": {"objective": "dpo"}})
+    found = draw_rows(recipe, tmp_path / "out", [0], few_shot=None, ood=None, reporter=Silent())
+    first, again = (
+        load_rows(str(file), DataSection(), pairs=True).dataset[0] for file in (data, found.test)
+    )
+    for place in ("file", "line"):
+        first.pop(place)
+        again.pop(place)
+    assert again == first

@@ -147,12 +147,6 @@ def test_how_a_run_was_logged_and_where_it_lies_make_no_contestant(tmp_path: Pat
     assert [len(c.cells) for c in made.contestants] == [2, 1]
 
 
-def test_a_run_on_preferences_is_refused_by_name(tmp_path: Path) -> None:
-    of_dpo = run(tmp_path / "b", train={"objective": "dpo"})
-    with pytest.raises(RunDirError, match=f"{of_dpo} cannot be read: its objective is dpo"):
-        read_runs([run(tmp_path / "a"), of_dpo], anyway=True)
-
-
 def test_the_same_data_under_another_path_is_the_same(tmp_path: Path) -> None:
     moved = {
         "data": {

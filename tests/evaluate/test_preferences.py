@@ -10,13 +10,8 @@ import pytest
 from datasets import Dataset
 
 from prefixtune_cli.data.row_encoder import MASKED
-from prefixtune_cli.evaluate.preferences import (
-    BASE_LOSS,
-    Likelihoods,
-    Preferences,
-    compared,
-    per_token,
-)
+from prefixtune_cli.evaluate.likelihoods import per_token
+from prefixtune_cli.evaluate.preferences import BASE_LOSS, Likelihoods, Preferences, compared
 
 BASE = Likelihoods(np.array([-5.0, -4.0, -9.0, -2.0]), np.array([-4.0, -6.0, -3.0, -1.0]))
 MORE = np.array([2.0, 1.0, -1.0, 3.0])  # by which the chosen answers are likelier to the adapter

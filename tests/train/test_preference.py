@@ -20,7 +20,7 @@ from trl import DPOConfig, DPOTrainer
 from prefixtune_cli.adapter_folder import load_adapter
 from prefixtune_cli.data.row_encoder import MASKED
 from prefixtune_cli.errors import DataError
-from prefixtune_cli.evaluate.preferences import likelihoods
+from prefixtune_cli.evaluate.likelihoods import likelihoods
 from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir

@@ -1,0 +1,191 @@
+"""On pairs of answers, methods are compared by the objective, by who is ahead, and by the chosen answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune_cli.compare.comparison import OOD, TEST, Comparison
+from prefixtune_cli.compare.contest import Settings
+from prefixtune_cli.compare.costs import compare_costs
+from prefixtune_cli.compare.finished_run import BASE, result_of
+from prefixtune_cli.compare.legend import legend
+from prefixtune_cli.compare.metrics import CHOSEN_AHEAD, LOSS_OF_CHOSEN, PREFERENCE_LOSS
+from prefixtune_cli.compare.run import compare
+from prefixtune_cli.compare.runs import read_runs
+from prefixtune_cli.compare.standing import standings
+from prefixtune_cli.compare.table import columns
+from prefixtune_cli.errors import RunDirError, UsageError
+from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.report import publish
+from prefixtune_cli.run_dir import RunDir
+from tests.compare import test_run, test_runs
+from tests.heard import Heard
+
+COLOURS = ("red", "blue", "green", "white")
+# Two pairs: nats and tokens of both answers, to a base and to a model.
+ITEMS = [
+    {
+        "tokens": {"chosen": 2, "rejected": 4},
+        "nats": {
+            "base": {"chosen": 6.0, "rejected": 4.0},
+            "model": {"chosen": 4.0, "rejected": 7.0},
+        },
+    },
+    {
+        "tokens": {"chosen": 1, "rejected": 1},
+        "nats": {
+            "base": {"chosen": 1.0, "rejected": 2.0},
+            "model": {"chosen": 3.0, "rejected": 1.5},
+        },
+    },
+]
+
+
+def recipe(**train: Any) -> Recipe:
+    return Recipe.model_validate({"train": train})
+
+
+def by(comparison: Comparison) -> list[tuple[str, str]]:
+    """By what the contestants are compared: data set, metric."""
+    return [(found.data, found.metric.name) for found in standings(comparison)]
+
+
+def test_dpo_is_worked_out_against_the_base() -> None:
+    of_dpo = recipe(objective="dpo", beta=0.5)
+    found = result_of(ITEMS, "model", of_dpo)
+    # By 2 nats less than the rejected answer, and then by 3 more: 5 nats. By 1 more, and then by 1.5 less.
+    margins = [0.5 * 5, 0.5 * -2.5]
+    assert found.losses == pytest.approx([math.log1p(math.exp(-margin)) for margin in margins])
+    assert found.ahead == [1, 0]
+    assert (found.nats, found.tokens, found.right) == ([4, 3], [2, 1], None)
+    assert found.loss == pytest.approx(7 / 3)
+    of_base = result_of(ITEMS, BASE, of_dpo)
+    assert of_base.losses == pytest.approx([math.log(2)] * 2)
+    assert of_base.ahead is None, "the reference rewards nothing"
+    alone = [{**item, "nats": {"model": item["nats"]["model"]}} for item in ITEMS]
+    assert result_of(alone, "model", of_dpo, ITEMS) == found
+    assert result_of(alone, "model", of_dpo).losses is None
+    gone_on = recipe(objective="dpo", start_from="runs/sft")
+    assert result_of(ITEMS, "model", gone_on).losses is None, "the reference is another adapter"
+
+
+def test_simpo_is_worked_out_per_token_and_without_a_base() -> None:
+    of_simpo = recipe(objective="simpo", beta=2.0, gamma=0.5)
+    alone = [{**item, "nats": {"model": item["nats"]["model"]}} for item in ITEMS]
+    found = result_of(alone, "model", of_simpo)
+    margins = [2.0 * (7 / 4 - 4 / 2), 2.0 * (1.5 - 3.0)]
+    assert found.losses == pytest.approx([math.log1p(math.exp(0.5 - m)) for m in margins])
+    assert found.ahead == [0, 0]
+    of_base = result_of(ITEMS, BASE, of_simpo)
+    assert of_base.ahead == [0, 1]
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    rows = [
+        {"prompt": f"say {COLOURS[i % 4]} {i}", "chosen": COLOURS[i % 4], "rejected": f"no {i}"}
+        for i in range(60)
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def test_methods_are_trained_and_judged_on_pairs(
+    random_base: Path, pairs: Path, tmp_path: Path
+) -> None:
+    typed = test_run.settings(random_base, pairs, tmp_path / "out")
+    flags = {**typed.flags, "train": {**typed.flags["train"], "objective": "dpo", "beta": 0.5}}
+    methods = ("prefix-tuning-plus", "lora")
+    made = replace(typed, flags=flags, methods=methods, speed=True, ood=str(pairs))
+    told, folder = compare(made)
+    assert not told.failed
+    assert {k: told.protocol[k] for k in ("objective", "beta")} == {"objective": "dpo", "beta": 0.5}
+    names = [metric.name for metric in (PREFERENCE_LOSS, CHOSEN_AHEAD, LOSS_OF_CHOSEN)]
+    assert by(told) == [(data, name) for data in (TEST, OOD) for name in names]
+    assert told.base[TEST].preference_loss == pytest.approx(math.log(2))
+    for one in told.contestants:
+        best = min(one.sweep, key=lambda point: point.loss or math.inf)
+        assert one.learning_rate == best.learning_rate
+        found = json.loads(RunDir(best.run).summary.read_text())["preferences"]
+        assert best.loss == found["loss"]
+        assert best.exact_match is None
+        for cell in one.cells:
+            result = cell.results[TEST]
+            assert len(result.losses or ()) == len(result.ahead or ()) == len(result.nats) == 6
+            items = json.loads(RunDir(cell.run).eval_result("data-test").read_text())["items"]
+            [who] = {*items[0]["nats"]} - {BASE}
+            assert result.nats == [item["nats"][who]["chosen"] for item in items]
+    first = told.contestants[0]
+    assert first.results()[0].losses != first.results()[1].losses
+    words = " ".join(legend(told))
+    assert "2 steps of 4 pairs, objective dpo with beta 0.5" in words
+    assert "What steps on pairs of answers cost is not measured." in words
+    head, rows = columns(told)
+    assert [one for one in head if one.startswith(("preference", "chosen", "loss"))] == [
+        "preference loss, nats", "chosen ahead, %", "loss of chosen answers, nats",
+    ]  # fmt: skip
+    assert rows[0][head.index("preference loss, nats")] == "0.693"
+    assert rows[0][head.index("chosen ahead, %")] == ""
+    publish(told, folder)
+    page = (folder / "report.html").read_text()
+    assert "nats a pair of preference loss" in page
+    assert "Loss (nats a pair)" in page
+
+    heard = Heard()
+    again, _ = compare(made, heard)
+    assert again.contestants == told.contestants
+    assert "4 of 4 cells are finished already." in heard.notices
+
+    runs = [cell.run for one in told.contestants for cell in one.cells]
+    of_runs = read_runs(runs)
+    assert by(of_runs)[:3] == [(TEST, name) for name in names]
+    assert ("data-test", PREFERENCE_LOSS.name) not in by(of_runs), "the base was judged once"
+    for one in of_runs.contestants:
+        for cell in one.cells:
+            summary = json.loads(RunDir(cell.run).summary.read_text())["preferences"]
+            assert cell.results[TEST].preference_loss == summary["loss"]
+            assert cell.results[TEST].chosen_ahead == summary["reward_accuracy"]
+
+
+def test_the_losses_of_other_betas_are_not_compared(tmp_path: Path) -> None:
+    runs = [of_pairs(tmp_path / f"{beta}", beta=beta) for beta in (0.1, 0.5)]
+    made = read_runs(runs)
+    assert by(made) == [(TEST, CHOSEN_AHEAD.name), (TEST, LOSS_OF_CHOSEN.name)]
+    assert "objective dpo, cosine" in " ".join(legend(made))
+    with pytest.raises(RunDirError, match=r"different objectives: dpo in .*; simpo in "):
+        read_runs([runs[0], of_pairs(tmp_path / "simpo", objective="simpo")])
+    anyway = read_runs([runs[0], str(tmp_path / "simpo")], anyway=True)
+    assert by(anyway) == [(TEST, LOSS_OF_CHOSEN.name)]
+
+
+def test_runs_on_pairs_are_not_compared_with_runs_on_answers(tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match="others from pairs of answers: they share no figure"):
+        read_runs([test_runs.run(tmp_path / "a"), of_pairs(tmp_path / "b")], anyway=True)
+
+
+def test_costs_alone_are_of_steps_on_answers() -> None:
+    flags = {"train": {"objective": "dpo"}}
+    with pytest.raises(UsageError, match="--speed measures steps on answers, not on pairs of them"):
+        compare_costs(Settings(flags=flags, methods=("lora",)))
+
+
+def of_pairs(out: Path, **train: Any) -> str:
+    """A finished run on pairs."""
+    run = test_runs.run(out, train={"objective": "dpo", **train})
+    summary = RunDir(out).summary
+    ends = {"low": 0.0, "high": 1.0}
+    one = {"accuracy": 0.5, "chosen": -3.0, "rejected": -4.0}
+    found = {
+        "pairs": 4, "beta": 0.1, "base": one, "adapter": one, "start": None, "gamma": None,
+        "accuracy_difference": {"value": 0.0, **ends}, "reward_accuracy": 0.75, "reward_interval": ends,
+        "margin": 0.1, "margin_interval": ends, "loss": 0.6, "reference_loss": math.log(2),
+    }  # fmt: skip
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"preferences": found}))
+    return run
