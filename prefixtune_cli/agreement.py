@@ -7,7 +7,8 @@ would notice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
@@ -108,13 +109,33 @@ def _apart(model: Any, prompt: list[int]) -> tuple[float, float]:
     )
     made = torch.cat(output.logits).float()
     read = output.sequences[:, :-1]
-    computed = _logits(model, read)[-TOKENS:]
+    with _multiplied_in(model) as precisions:
+        computed = _logits(model, read)[-TOKENS:]
     apart = _distance(made, computed)
-    unit = max(torch.finfo(model.dtype).eps, FEWEST_UNIT)
+    unit = max(FEWEST_UNIT, *(torch.finfo(precision).eps for precision in precisions))
     allowed = UNITS * unit
     if not apart <= allowed:
         allowed += ROUNDINGS * _rounding(model, read, computed)
     return apart, allowed
+
+
+@contextmanager
+def _multiplied_in(model: Any) -> Iterator[set[torch.dtype]]:
+    """The precisions in which a pass within the block multiplies: that of the weights, and autocast's.
+
+    Method full keeps float32 weights, and training leaves its autocast to bfloat16 around the model.
+    """
+    found, kind = {model.dtype}, model.device.type
+
+    def look(*_: Any) -> None:
+        if torch.is_autocast_enabled(kind):
+            found.add(torch.get_autocast_dtype(kind))
+
+    hook = model.get_input_embeddings().register_forward_pre_hook(look)
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 def _rounding(model: Any, read: torch.Tensor, computed: torch.Tensor) -> float:

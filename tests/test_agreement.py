@@ -207,6 +207,36 @@ def test_full_fine_tuning_is_checked_too(
     assert said in listener.notices
 
 
+def test_full_in_16_bits_is_allowed_the_rounding_of_its_autocast(
+    random_base: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are float32. If a CPU rounds passes of one token by themselves, no other pass tells by how much."""
+    found: list[float] = []
+
+    def look(model: Any, prompt: Any, *, then: str) -> None:
+        assert model.dtype == torch.float32
+        with torch.no_grad(), models.evaluating(model):
+            found.append(agreement._apart(model, list(prompt))[1])
+
+    monkeypatch.setattr(agreement, "_rounding", lambda *_: 0.0)
+    monkeypatch.setattr("prefixtune_cli.train.run.check_generation", look)
+    for bits in (16, 32):
+        out = tmp_path / f"{bits}"
+        made = recipe(
+            random_base,
+            colours,
+            out,
+            model={"bits": bits},
+            adapter={"method": "full"},
+            train={"max_steps": 1},
+        )
+        train(made)
+    units = [
+        agreement.UNITS * unit for unit in (torch.finfo(torch.bfloat16).eps, agreement.FEWEST_UNIT)
+    ]
+    assert found == pytest.approx(units)
+
+
 def test_evaluation_and_answers_are_refused_where_generation_loses_the_adapter(
     random_base: Path, tmp_path: Path, crippled: pytest.MonkeyPatch
 ) -> None:
