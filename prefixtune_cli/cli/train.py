@@ -199,7 +199,7 @@ def _print_summary(summary: Summary, data: DataSection) -> None:
 def _print_preferences(found: Preferences) -> None:
     from prefixtune_cli.cli import console
 
-    unit = "nats per token" if found.of_simpo else "nats"
+    unit = "nats per token" if found.is_per_token else "nats"
     console.say(f"On {found.pairs} held-out pairs of answers (mean log-probabilities in {unit}):\n")
     console.print_table(
         ["", "chosen is likelier", "chosen", "rejected"],
@@ -215,14 +215,12 @@ def _print_preferences(found: Preferences) -> None:
     )
     against = found.compared_with
     more, reward, margin = found.accuracy_difference, found.reward_interval, found.margin_interval
-    objective, by = "DPO", f"implicit reward against the {against}"
-    if found.of_simpo:
-        objective, by = "SimPO", "adapter's reward"
+    by = "adapter's reward" if found.is_per_token else f"implicit reward against the {against}"
     console.say(
         f"\nDifference from the {against}: {100 * more.value:+.1f} points (95 % interval {100 * more.low:+.1f} to "
         f"{100 * more.high:+.1f}). By the {by}, the chosen answer is ahead in {100 * found.reward_accuracy:.1f} % of "
         f"the pairs ({100 * reward.low:.1f} to {100 * reward.high:.1f}), by a margin of {found.margin:+.3f} "
-        f"({margin.low:+.3f} to {margin.high:+.3f}). {objective}'s loss is {found.loss:.4f}, the {against}'s "
+        f"({margin.low:+.3f} to {margin.high:+.3f}). {found.title}'s loss is {found.loss:.4f}, the {against}'s "
         f"{found.reference_loss:.4f}."
     )
 

@@ -13,13 +13,7 @@ import numpy as np
 from prefixtune_cli.compare.comparison import FORGETTING, TEST, Result
 from prefixtune_cli.errors import PtpError, RunDirError
 from prefixtune_cli.evaluate.matching import exactly_matches
-from prefixtune_cli.evaluate.preferences import (
-    Likelihoods,
-    Preferences,
-    hits,
-    losses,
-    reward_margins,
-)
+from prefixtune_cli.evaluate.preferences import Likelihoods, Objective, Preferences, hits
 from prefixtune_cli.pointed import nothing_at, run_of
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import Recipe
@@ -181,9 +175,8 @@ def _of_pairs_alone(summary: Mapping[str, Any], who: str) -> Result:
         return Result(loss, [1], None, [found.loss], [found.reward_accuracy])
     if found.start is not None:  # the figures are against it, and not against the base
         return Result(loss, [1])
-    return Result(
-        loss, [1], None, [found.reference_loss], [found.base.accuracy] if found.of_simpo else None
-    )
+    ahead = [found.base.accuracy] if found.is_per_token else None  # DPO's reference rewards nothing
+    return Result(loss, [1], None, [found.reference_loss], ahead)
 
 
 def _evaluated(run_dir: RunDir, found: Mapping[str, Any], recipe: Recipe) -> Evaluated | None:
@@ -233,36 +226,29 @@ def _result_of_pairs(
     recipe: Recipe,
     of_base: Sequence[Mapping[str, Any]],
 ) -> Result:
-    def likelihoods(items: Sequence[Mapping[str, Any]], who: str) -> Likelihoods:
-        """In nats; for SimPO, per token."""
-        per_token = train.objective == "simpo"
-        return Likelihoods(
-            *(
-                -np.array(
-                    [
-                        item["nats"][who][side] / (item["tokens"][side] if per_token else 1)
-                        for item in items
-                    ]
-                )
-                for side in ("chosen", "rejected")
-            )
-        )
-
-    train = recipe.train
     nats = [float(item["nats"][who]["chosen"]) for item in items]
     result = Result(nats, [int(item["tokens"]["chosen"]) for item in items])
     if not recipe.on_pairs:
         return result
-    found = likelihoods(items, who)
-    if train.objective == "simpo":
-        margins, gamma = reward_margins(found, train.beta), train.gamma
-    else:
-        if train.start_from is not None or BASE not in of_base[0]["nats"]:
+    objective, reference = Objective.of(recipe.train), None
+    if objective.has_reference:
+        if recipe.train.start_from is not None or BASE not in of_base[0]["nats"]:
             return result  # the reference's figures are not there
-        margins, gamma = reward_margins(found, train.beta, likelihoods(of_base, BASE)), None
-    of_itself = who == BASE and train.objective == "dpo"
-    ahead = None if of_itself else hits(margins).tolist()
-    return replace(result, losses=losses(margins, gamma).tolist(), ahead=ahead)
+        reference = _likelihoods(of_base, BASE, objective)
+    found = _likelihoods(items, who, objective)
+    rewards_nothing = objective.has_reference and who == BASE
+    ahead = None if rewards_nothing else hits(objective.margins(found, reference)).tolist()
+    return replace(result, losses=objective.losses(found, reference).tolist(), ahead=ahead)
+
+
+def _likelihoods(items: Sequence[Mapping[str, Any]], who: str, objective: Objective) -> Likelihoods:
+    """A model's log-probabilities, per token where the objective takes such."""
+
+    def of(side: str) -> list[float]:
+        tokens = [item["tokens"][side] if objective.is_per_token else 1 for item in items]
+        return [-item["nats"][who][side] / n for item, n in zip(items, tokens, strict=True)]
+
+    return Likelihoods(np.array(of("chosen")), np.array(of("rejected")))
 
 
 def _subject(run_dir: RunDir, subjects: Sequence[Mapping[str, Any]]) -> str | None:

@@ -148,12 +148,12 @@ def _of_the_other_kind(
     what = f"{where}: the format is {format.name} ({' + '.join(format.columns)})"
     if format.is_of_pairs:
         return OtherRowsError(
-            f"{what}, pairs of answers, from which `ptp train --objective dpo` (or simpo) learns. To use the "
+            f"{what}, pairs of answers, from which `ptp train --objective dpo` (simpo, orpo) learns. To use the "
             f"chosen answers alone: {_suggestion(row, mapping)}."
         )
     return OtherRowsError(
-        f"{what}, and --objective dpo and simpo learn from pairs of answers: prompt, chosen and rejected. Name their "
-        f"columns, {_MAP_OF_PAIRS}, or leave --objective out."
+        f"{what}, and --objective dpo, simpo and orpo learn from pairs of answers: prompt, chosen and rejected. Name "
+        f"their columns, {_MAP_OF_PAIRS}, or leave --objective out."
     )
 
 

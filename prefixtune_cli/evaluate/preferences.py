@@ -1,10 +1,6 @@
 """Held-out pairs of answers: how often, and by how much, a model prefers the chosen one to the rejected one.
 
-A model prefers the answer that is likelier to it. For DPO, what training has added is the implicit reward
-β·(log π(y|x) − log π₀(y|x)) of an answer y to a prompt x, with π the adapted model and π₀ the reference: its base, or
-the adapter that training went on from (Rafailov et al. 2023, arXiv 2305.18290). For SimPO, the reward is
-β·log π(y|x)/|y|, with |y| the tokens of the answer (Meng et al. 2024, arXiv 2405.14734), so all log-probabilities are
-those per token.
+A model prefers the answer that is likelier to it. What an objective rewards is another thing, see `Objective`.
 """
 
 from __future__ import annotations
@@ -22,8 +18,13 @@ from prefixtune_cli.evaluate.paired import (
     mean_difference,
     mean_interval,
 )
+from prefixtune_cli.recipe.schema import TrainSection
 
 BASE_LOSS = math.log(2)  # of DPO, where the adapter is the reference
+TITLES = {"dpo": "DPO", "simpo": "SimPO", "orpo": "ORPO"}
+CERTAIN = (
+    -1e-7
+)  # the highest log-probability per token whose odds are taken: those of certainty are infinite
 
 
 class Likelihoods(NamedTuple):
@@ -34,12 +35,69 @@ class Likelihoods(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What is learned from pairs of a chosen answer y⁺ and a rejected one y⁻ to a prompt x.
+
+    With π the adapted model, π₀ the reference, which is the base or the adapter that training went on from, and |y| the
+    tokens of an answer, the reward r of an answer and the loss of a pair are
+
+        dpo     r = β·log π(y|x)/π₀(y|x)      −log σ(r⁺ − r⁻)                  (Rafailov et al. 2023, arXiv 2305.18290)
+        simpo   r = β·log π(y|x)/|y|          −log σ(r⁺ − r⁻ − γ)              (Meng et al. 2024, arXiv 2405.14734)
+        orpo    r = log p/(1 − p)             −log p⁺ − β·log σ(r⁺ − r⁻)       (Hong et al. 2024, arXiv 2403.07691)
+
+    where log p = log π(y|x)/|y|. The last two have no reference, and take log-probabilities per token.
+    """
+
+    name: str
+    beta: float
+    gamma: float = 0.0
+
+    @classmethod
+    def of(cls, train: TrainSection) -> Objective:
+        """The objective of a run on pairs."""
+        return cls(train.objective, train.beta, train.gamma if train.objective == "simpo" else 0.0)
+
+    @property
+    def has_reference(self) -> bool:
+        return self.name == "dpo"
+
+    @property
+    def is_per_token(self) -> bool:
+        return not self.has_reference
+
+    def margins(self, found: Likelihoods, reference: Likelihoods | None = None) -> Floats:
+        """By how much the reward of each chosen answer is above the rejected one's, r⁺ − r⁻ [pairs].
+
+        Args:
+            found: the model's log-probabilities, per token where the objective takes such.
+            reference: the reference's, where the objective has one.
+        """
+        if self.name == "orpo":
+            return log_odds(found.chosen) - log_odds(found.rejected)
+        margins = self.beta * (found.chosen - found.rejected)
+        return margins if reference is None else margins - self.margins(reference)
+
+    def losses(self, found: Likelihoods, reference: Likelihoods | None = None) -> Floats:
+        """The loss of each pair, in nats; the arguments are those of `margins`."""
+        margins = self.margins(found, reference)
+        if self.name == "orpo":
+            return self.beta * np.logaddexp(0, -margins) - found.chosen
+        return np.logaddexp(0, self.gamma - margins)
+
+
+def log_odds(log_p: Floats) -> Floats:
+    """log p/(1 − p)."""
+    known = np.minimum(log_p, CERTAIN)
+    return known - np.log(-np.expm1(known))
+
+
+@dataclass(frozen=True)
 class Preference:
     """What one model prefers.
 
     Attributes:
-        accuracy: fraction of the pairs whose chosen answer is likelier to it; for SimPO, per token.
-        chosen, rejected: mean log-probability of an answer, in nats; for SimPO, per token.
+        accuracy: fraction of the pairs whose chosen answer is likelier to it; by SimPO and ORPO, per token.
+        chosen, rejected: mean log-probability of an answer, in nats; by SimPO and ORPO, per token.
     """
 
     accuracy: float
@@ -70,7 +128,7 @@ class Preferences:
         margin: the mean by which the chosen answer's reward is above the rejected one's; `margin_interval` is its own.
         loss: the objective's, in nats a pair.
         reference_loss: the reference's.
-        gamma: γ of SimPO; None for DPO.
+        objective: dpo, simpo or orpo; `beta` is its β, and `gamma` SimPO's γ.
     """
 
     pairs: int
@@ -85,7 +143,8 @@ class Preferences:
     loss: float
     start: Preference | None = None
     reference_loss: float = BASE_LOSS
-    gamma: float | None = None
+    objective: str = "dpo"
+    gamma: float = 0.0
 
     @property
     def reference(self) -> Preference:
@@ -98,14 +157,21 @@ class Preferences:
         return "base" if self.start is None else "start"
 
     @property
-    def of_simpo(self) -> bool:
-        """Whether the objective is SimPO, whose log-probabilities are per token and whose reward has no reference."""
-        return self.gamma is not None
+    def title(self) -> str:
+        """The objective as it is written."""
+        return TITLES[self.objective]
+
+    @property
+    def is_per_token(self) -> bool:
+        """Whether log-probabilities are per token, and rewards have no reference."""
+        return Objective(self.objective, self.beta, self.gamma).is_per_token
 
     @property
     def is_ahead(self) -> bool:
         """Whether training has brought the chosen answers ahead in more pairs than it has set back."""
-        return self.accuracy_difference.value > 0 if self.of_simpo else self.reward_accuracy > 0.5
+        return (
+            self.accuracy_difference.value > 0 if self.is_per_token else self.reward_accuracy > 0.5
+        )
 
     @property
     def both_fell(self) -> bool:
@@ -132,27 +198,24 @@ class Preferences:
 def compared(
     base: Likelihoods,
     adapter: Likelihoods,
-    beta: float,
+    objective: Objective,
     start: Likelihoods | None = None,
-    gamma: float | None = None,
 ) -> Preferences:
     """The adapter against its reference, on the same pairs.
 
     Args:
-        base, adapter: their log-probabilities; for SimPO, per token.
-        beta: β.
-        start: the reference's; None if that is the base.
-        gamma: γ of SimPO; None for DPO.
+        base, adapter: their log-probabilities, per token where the objective takes such.
+        objective: what was learned.
+        start: those of the adapter that training went on from; None if it began with a fresh one.
     """
     before = base if start is None else start
-
-    of_dpo = gamma is None
-    margins = reward_margins(adapter, beta, before if of_dpo else None)
+    reference = before if objective.has_reference else None
+    margins = objective.margins(adapter, reference)
     rewarded = hits(margins)
 
     return Preferences(
         pairs=len(margins),
-        beta=beta,
+        beta=objective.beta,
         base=Preference.of(base),
         start=None if start is None else Preference.of(start),
         adapter=Preference.of(adapter),
@@ -163,30 +226,11 @@ def compared(
         reward_interval=mean_interval([rewarded]),
         margin=float(margins.mean()),
         margin_interval=mean_interval([margins]),
-        loss=float(losses(margins, gamma).mean()),
-        reference_loss=BASE_LOSS
-        if of_dpo
-        else float(losses(reward_margins(before, beta), gamma).mean()),
-        gamma=gamma,
+        loss=float(objective.losses(adapter, reference).mean()),
+        reference_loss=float(objective.losses(before, reference).mean()),
+        objective=objective.name,
+        gamma=objective.gamma,
     )
-
-
-def reward_margins(found: Likelihoods, beta: float, reference: Likelihoods | None = None) -> Floats:
-    """By how much the reward of each chosen answer is above the rejected one's [pairs].
-
-    Args:
-        found: log-probabilities; for SimPO, per token.
-        beta: β.
-        reference: the reference's, for DPO; None for SimPO.
-    """
-    ahead = found.chosen - found.rejected
-    before = 0.0 if reference is None else reference.chosen - reference.rejected
-    return beta * (ahead - before)
-
-
-def losses(margins: Floats, gamma: float | None = None) -> Floats:
-    """The objective's loss of each pair, in nats; `gamma` is SimPO's."""
-    return np.logaddexp(0, (gamma or 0.0) - margins)
 
 
 def hits(found: Floats) -> Floats:

@@ -110,7 +110,7 @@ NOTES = {
         ("load_in_4bit", "load_in_8bit", "train_on_inputs", "train_on_prompt", "use_peft"),
         "if it is true; otherwise leave it out",
     ),
-    **dict.fromkeys(("stage", "rl", "pref_loss"), "sft, dpo or simpo"),
+    **dict.fromkeys(("stage", "rl", "pref_loss"), "sft, dpo, simpo or orpo"),
     "warmup_steps": "a fraction of all steps",
     "bf16": "which is bfloat16, and the default",
     "fp16": "which is bfloat16, and the default",

@@ -28,7 +28,7 @@ from prefixtune_cli.train.basis import Basis
 from prefixtune_cli.train.callbacks import Journal, LossWatch, WeightWatch
 from prefixtune_cli.train.checks import does_not_fit
 from prefixtune_cli.train.loss_plot import draw_loss
-from prefixtune_cli.train.preference import Reference, SafeDPOTrainer, SafeSimPOTrainer
+from prefixtune_cli.train.preference import Reference
 from prefixtune_cli.train.prepare import Data
 from prefixtune_cli.train.sft import SafeSFTTrainer
 from prefixtune_cli.train.start import Start
@@ -132,11 +132,7 @@ def _trainer(
             trainer = SafeSFTTrainer(**given)
         else:
             given |= dict(reference=reference, reporter=job.reporter)
-            trainer = (
-                SafeSimPOTrainer(gamma=recipe.train.gamma, **given)
-                if recipe.train.objective == "simpo"
-                else SafeDPOTrainer(**given)
-            )
+            trainer = preference.trainer_of(recipe, **given)
     if Basis.is_for(recipe.adapter):
         trainer.add_callback(Basis(trainer, job.reporter, checkpoint))
     for callback in (

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefixtune_cli import model as models
 from prefixtune_cli.evaluate.held_out import Score, score
 from prefixtune_cli.evaluate.likelihoods import likelihoods, per_token
-from prefixtune_cli.evaluate.preferences import Likelihoods, Preferences, compared
+from prefixtune_cli.evaluate.preferences import Likelihoods, Objective, Preferences, compared
 from prefixtune_cli.evaluate.subjects import hash_of_base
 from prefixtune_cli.parallel.devices import device
 from prefixtune_cli.parallel.processes import Processes
@@ -86,15 +86,15 @@ class Judge:
 
     def preferences(self, model: PeftModel | PreTrainedModel, reference: Reference) -> Preferences:
         """What the trained adapter prefers, against the reference."""
-        train, held_out = self._job.recipe.train, self._job.data.held_out
+        held_out = self._job.data.held_out
         found = [reference.held_out, self._likelihoods(model, "adapter")]
         if reference.who == "start":
             found.insert(0, self._likelihoods(model, "base"))
-        gamma = None
-        if train.objective == "simpo":
-            found, gamma = [per_token(nats, held_out) for nats in found], train.gamma
+        objective = Objective.of(self._job.recipe.train)
+        if objective.is_per_token:
+            found = [per_token(nats, held_out) for nats in found]
         base, *start, adapter = found
-        return compared(base, adapter, train.beta, start[0] if start else None, gamma)
+        return compared(base, adapter, objective, start[0] if start else None)
 
     def _likelihoods(self, model: PeftModel | PreTrainedModel, who: Who) -> Likelihoods:
         with _as(model, who):

@@ -1,13 +1,7 @@
-"""Training on pairs of answers by DPO or SimPO: TRL's DPOTrainer, made safe.
+"""Training on pairs of answers by DPO, SimPO or ORPO: TRL's DPOTrainer, made safe.
 
-π is the adapted model, π₀ the reference, and a prompt x has a chosen answer y⁺ and a rejected one y⁻. The loss of a
-pair is
-
-    −log σ(β·(log π(y⁺|x)/π₀(y⁺|x) − log π(y⁻|x)/π₀(y⁻|x)))        DPO (Rafailov et al. 2023, arXiv 2305.18290)
-    −log σ(β·(log π(y⁺|x)/|y⁺| − log π(y⁻|x)/|y⁻|) − γ)            SimPO (Meng et al. 2024, arXiv 2405.14734)
-
-where |y| counts an answer's tokens. The reference is the base, or the adapter that training goes on from. It does not
-change, so DPO computes its log-probabilities once, before the first step, and keeps them.
+`evaluate.preferences.Objective` has the losses. DPO's reference does not change, so its log-probabilities are computed
+once, before the first step, and kept.
 """
 
 from __future__ import annotations
@@ -21,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
@@ -28,7 +23,7 @@ from trl import DPOConfig, DPOTrainer
 
 from prefixtune_cli import model as models
 from prefixtune_cli.data.row_encoder import MASKED
-from prefixtune_cli.evaluate.preferences import Likelihoods
+from prefixtune_cli.evaluate.preferences import CERTAIN, Likelihoods
 from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.schema import Recipe
@@ -160,13 +155,25 @@ class SafeDPOTrainer(SafeTrainer, DPOTrainer):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if not self._order.blanks or not self.model.training:
             return loss
-        # The mean over the real pairs of all processes, of which each takes the mean over its own and blank ones.
-        pairs = len(inputs["completion_mask"]) // 2
-        real = inputs["completion_mask"][:pairs].any(dim=1).sum()
-        share = self.processes.size / self.accelerator.gather(real).sum()
+        real = self._real_pairs(inputs)
+        pairs, share = len(real), self._share(real)
         for name in MEANS:
             self._metrics["train"][name][-1] *= pairs * share.item()
-        return (pairs * loss - math.log(2) * (pairs - real)) * share
+        return (pairs * loss - math.log(2) * (pairs - real.sum())) * share
+
+    def _real_pairs(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Which pairs of a batch are not blank, bool [pairs]."""
+        mask = inputs["completion_mask"]
+        real: torch.Tensor = mask[: len(mask) // 2].any(dim=1)
+        return real
+
+    def _share(self, real: torch.Tensor) -> torch.Tensor:
+        """What the sum over this process's real pairs is multiplied by.
+
+        The processes' mean is then the mean over the real pairs of all of them.
+        """
+        share: torch.Tensor = self.processes.size / self.accelerator.gather(real.sum()).sum()
+        return share
 
     def _with_reference(self, rows: Dataset, name: str) -> Dataset:
         count = self.real_rows if name == "train_dataset" else len(rows)
@@ -226,7 +233,7 @@ class SafeSimPOTrainer(SafeDPOTrainer):
         **arguments: those of `SafeDPOTrainer`. Only the judge asks the reference, for the held-out pairs.
     """
 
-    def __init__(self, *, gamma: float, **arguments: Any) -> None:
+    def __init__(self, *, gamma: float = 0.0, **arguments: Any) -> None:
         self._ahead = gamma / arguments["args"].beta  # in nats per token
         super().__init__(**arguments)
 
@@ -243,12 +250,55 @@ class SafeSimPOTrainer(SafeDPOTrainer):
         ]
 
 
+class SafeORPOTrainer(SafeSimPOTrainer):
+    """DPOTrainer with the loss of ORPO, made safe.
+
+    Its loss is computed here, from the log-probabilities of TRL's pass, whose own loss nothing uses. TRL's ORPOTrainer
+    is experimental, makes tokens of the rows once more, and builds the logits of whole rows.
+
+    Args:
+        **arguments: those of `SafeSimPOTrainer`.
+    """
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        passed: list[torch.Tensor] = []
+        hook = model.register_forward_hook(lambda _m, _i, out: passed.append(out.log_probs))
+        try:
+            super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            hook.remove()
+        trained = inputs["completion_mask"][:, 1:]
+        lengths = trained.sum(dim=1)
+        real = self._real_pairs(inputs)
+        means = passed[0][:, -trained.shape[1] :].sum(dim=1) / lengths.clamp(min=1)
+        chosen, rejected = torch.where(lengths > 0, means, -1.0).chunk(2)
+        margins = _log_odds(chosen) - _log_odds(rejected)
+        losses = -chosen - self.beta * F.logsigmoid(margins)
+        if not self._order.blanks or not self.model.training:
+            return losses.mean()
+        return (losses * real).sum() * self._share(real)
+
+
+def _log_odds(log_p: torch.Tensor) -> torch.Tensor:
+    """log p/(1 − p), as in `evaluate.preferences`."""
+    known = log_p.clamp(max=CERTAIN)
+    return known - torch.log(-torch.expm1(known))
+
+
+def trainer_of(recipe: Recipe, **arguments: Any) -> SafeDPOTrainer:
+    """The trainer of the recipe's objective."""
+    if recipe.train.objective == "simpo":
+        return SafeSimPOTrainer(gamma=recipe.train.gamma, **arguments)
+    kind = SafeORPOTrainer if recipe.train.objective == "orpo" else SafeDPOTrainer
+    return kind(**arguments)
+
+
 def training_arguments(recipe: Recipe, run_dir: RunDir) -> DPOConfig:
     """The recipe in the terms of TRL; where there are several processes, their group is formed already."""
     return DPOConfig(
         **shared_arguments(recipe, run_dir),
         beta=recipe.train.beta,
-        loss_type=["sigmoid_norm" if recipe.train.objective == "simpo" else "sigmoid"],
+        loss_type=["sigmoid" if recipe.train.objective == "dpo" else "sigmoid_norm"],
         disable_dropout=recipe.train.objective == "dpo",  # whose reference has none
         router_aux_loss_coef=0.0,  # the routers of a mixture of experts are the base's, and frozen
         max_length=None,  # rows are cut already

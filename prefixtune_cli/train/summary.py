@@ -125,7 +125,7 @@ def both_fell_warning(found: Preferences) -> str:
     """The warning that chosen and rejected answers have both become less likely."""
     before, adapter = found.reference, found.adapter
     closer, of, digits = "a larger --beta or ", "", 2
-    if found.of_simpo:
+    if found.is_per_token:
         closer, of, digits = "", " per token", 4
     return (
         f"Both answers of the held-out pairs have become less likely{of}, not only the rejected ones: the mean "

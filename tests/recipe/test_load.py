@@ -291,7 +291,7 @@ def test_a_learning_rate_belongs_to_the_recipes_objective(write: Any) -> None:
 @pytest.mark.parametrize(
     ("sets", "told"),
     [
-        (["train.beta=0.2"], "train.beta belongs to objective dpo and simpo"),
+        (["train.beta=0.2"], "train.beta belongs to objective dpo, simpo, orpo"),
         (
             ["train.gamma=0.2", "train.objective=dpo"],
             "train.gamma belongs to objective simpo. Leave it out, or type --objective simpo",

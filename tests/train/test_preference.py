@@ -30,7 +30,7 @@ from prefixtune_cli.train.preference import (
     PairCollator,
     Reference,
     SafeDPOTrainer,
-    SafeSimPOTrainer,
+    trainer_of,
 )
 from prefixtune_cli.train.prepare import content, prepare_data
 from prefixtune_cli.train.stop import StopRequest
@@ -164,6 +164,17 @@ def by_simpo(
     return RunDir(chosen.folder), heard, chosen
 
 
+@pytest.fixture(scope="module")
+def by_orpo(
+    random_base: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunDir, Heard, Recipe]:
+    """As `by_simpo`, by ORPO."""
+    heard, steps = Heard(), {**SETTINGS, "objective": "orpo", "beta": 0.3}
+    chosen = of_pairs(random_base, pairs, tmp_path_factory.mktemp("runs") / "orpo", train=steps)
+    train(chosen, reporter=heard)
+    return RunDir(chosen.folder), heard, chosen
+
+
 def test_simpo_asks_the_base_for_the_held_out_pairs_alone_and_has_a_loss_of_its_own(
     by_simpo: tuple[RunDir, Heard, Recipe],
 ) -> None:
@@ -195,6 +206,25 @@ def test_simpo_asks_the_base_for_the_held_out_pairs_alone_and_has_a_loss_of_its_
     assert "log-probabilities of the base" in heard.tasks
 
 
+def test_orpo_learns_the_chosen_answers_too_and_its_loss_is_the_judges(
+    by_orpo: tuple[RunDir, Heard, Recipe],
+) -> None:
+    run_dir = by_orpo[0]
+    rows = run_dir.read_metrics()
+    trained = [row for row in rows if "loss" in row]
+    assert trained[-1]["loss"] < 0.98 * trained[0]["loss"]
+    assert not {"margin", "preference_accuracy"} & {name for row in rows for name in row}
+    (evaluated,) = (row["eval_loss"] for row in rows if "eval_loss" in row)
+    summary = Summary.read(run_dir)
+    found = summary.preferences
+    assert found is not None
+    assert (found.objective, found.beta) == ("orpo", 0.3)
+    assert found.loss == pytest.approx(evaluated, rel=1e-4)
+    assert trained[0]["loss"] == pytest.approx(found.reference_loss, rel=0.2)
+    assert found.adapter.chosen > found.base.chosen
+    assert summary.verdict == "better"
+
+
 def test_dropout_acts_in_simpo_and_the_start_is_what_its_figures_are_against(
     trained_start: Path, random_base: Path, pairs: Path, tmp_path: Path
 ) -> None:
@@ -216,9 +246,17 @@ def test_dropout_acts_in_simpo_and_the_start_is_what_its_figures_are_against(
     assert against.start.chosen != pytest.approx(against.base.chosen, rel=0.05)
 
 
-def test_simpo_takes_the_step_of_its_formula(random_base: Path, tmp_path: Path) -> None:
-    """−log σ(β·(log π(y⁺|x)/|y⁺| − log π(y⁻|x)/|y⁻|) − γ), by autograd over the model's own logits."""
+@pytest.mark.parametrize("objective", ["simpo", "orpo"])
+def test_without_a_reference_the_step_is_that_of_the_formula(
+    objective: str, random_base: Path, tmp_path: Path
+) -> None:
+    """By autograd over the model's own logits; `evaluate.preferences.Objective` has the formulas."""
     beta, gamma, run_dir = 2.5, 0.75, RunDir(tmp_path / "run")
+    train = {
+        "objective": objective,
+        "beta": beta,
+        **({"gamma": gamma} if objective == "simpo" else {}),
+    }
     arguments = DPOConfig(
         **ONE_STEP, output_dir=str(run_dir.path), beta=beta, loss_type=["sigmoid_norm"],
         remove_unused_columns=False,
@@ -233,8 +271,8 @@ def test_simpo_takes_the_step_of_its_formula(random_base: Path, tmp_path: Path) 
         }
         for i in range(6)
     ]
-    trainer = SafeSimPOTrainer(
-        gamma=gamma,
+    trainer = trainer_of(
+        Recipe.model_validate({"train": train}),
         model=adapted(random_base),
         args=arguments,
         **of_run(run_dir, random_base, rows),
@@ -247,11 +285,16 @@ def test_simpo_takes_the_step_of_its_formula(random_base: Path, tmp_path: Path) 
         logits = model(input_ids=torch.tensor([ids])).logits[0, 2:-1].log_softmax(-1)
         return logits.gather(1, torch.tensor(ids[3:])[:, None]).mean()
 
-    ahead = [
-        mean_log_probability(row["input_ids"]) - mean_log_probability(row["rejected_ids"])
-        for row in rows
-    ]
-    loss = torch.stack([-torch.nn.functional.logsigmoid(beta * a - gamma) for a in ahead]).mean()
+    chosen, rejected = (
+        torch.stack([mean_log_probability(row[side]) for row in rows])
+        for side in ("input_ids", "rejected_ids")
+    )
+    logsigmoid = torch.nn.functional.logsigmoid
+    if objective == "simpo":
+        loss = -logsigmoid(beta * (chosen - rejected) - gamma).mean()
+    else:
+        odds = [side.exp() / (1 - side.exp()) for side in (chosen, rejected)]
+        loss = (-chosen - beta * logsigmoid(torch.log(odds[0] / odds[1]))).mean()
     loss.backward()
     assert trainer.losses[0] == pytest.approx(loss.item(), rel=1e-5)
     found = dict(trainer.model.named_parameters())
@@ -263,7 +306,7 @@ def test_simpo_takes_the_step_of_its_formula(random_base: Path, tmp_path: Path) 
     assert max(float(g.abs().max()) for g in gradients.values()) > 1e-3
 
 
-@pytest.mark.parametrize("objective", ["finished", "by_simpo"])
+@pytest.mark.parametrize("objective", ["finished", "by_simpo", "by_orpo"])
 def test_a_resumed_run_ends_with_the_same_bytes(
     objective: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -398,7 +441,7 @@ def of_4_bits(
     return RunDir(on.folder), heard, on
 
 
-RUNS = ("finished", "by_simpo", "of_4_bits")
+RUNS = ("finished", "by_simpo", "by_orpo", "of_4_bits")
 
 
 @pytest.fixture(scope="module")

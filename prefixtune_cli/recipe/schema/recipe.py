@@ -88,11 +88,11 @@ class Recipe(Section):
             raise ValueError(
                 f"train.first_tokens counts tokens of answers, and does not go with {other}. Leave out one of the two."
             )
-        for name, objectives in (("beta", ("dpo", "simpo")), ("gamma", ("simpo",))):
+        for name, objectives in (("beta", ("dpo", "simpo", "orpo")), ("gamma", ("simpo",))):
             chosen = getattr(train, name) != TrainSection.model_fields[name].default
             if chosen and train.objective not in objectives:
                 raise ValueError(
-                    f"train.{name} belongs to objective {' and '.join(objectives)}. Leave it out, or type --objective "
+                    f"train.{name} belongs to objective {', '.join(objectives)}. Leave it out, or type --objective "
                     f"{objectives[0]}."
                 )
         if not self.on_pairs:

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from prefixtune_cli.recipe.schema.section import Section
 
-Objective = Literal["sft", "dpo", "simpo"]
+Objective = Literal["sft", "dpo", "simpo", "orpo"]
 DataFormat = Literal[
     "auto", "messages", "conversations", "prompt-completion", "alpaca", "question-answer", "text",
     "preference",
@@ -83,14 +83,14 @@ class DataSection(Section):
 class TrainSection(Section):
     objective: Objective = Field(
         "sft",
-        description="What is learned; sft learns answers, dpo and simpo to prefer one answer of a pair to the other "
-        "(Rafailov et al. 2023, arXiv 2305.18290; Meng et al. 2024, arXiv 2405.14734).",
+        description="What is learned; sft learns answers, dpo, simpo and orpo to prefer one answer of a pair to the "
+        "other (arXiv 2305.18290, 2405.14734, 2403.07691).",
     )
     beta: float = Field(
         0.1,
         gt=0,
-        description="β: how strongly DPO holds the adapter to its base or start, or SimPO's factor of "
-        "log-probabilities per token, whose default is 2.0.",
+        description="β: how strongly DPO holds the adapter to its base or start; SimPO's factor of log-probabilities "
+        "per token, whose default is 2.0; or the weight of ORPO's odds ratio, which its paper calls λ.",
     )
     gamma: float = Field(
         1.0, ge=0, description="γ: by how much SimPO wants the chosen answer ahead."
