@@ -50,11 +50,6 @@ def plan(
     if gpu_memory is not None and not 0 < gpu_memory < math.inf:
         raise UsageError(f"--gpu-memory must be above 0, in GiB, got {gpu_memory:g}.")
     settings = given.recipe()
-    if settings.on_pairs:
-        raise UsageError(
-            f"`ptp plan` does not know the memory of objective {settings.train.objective} yet. A pair of answers takes "
-            "about that of two rows: leave --objective out, and double --batch-size."
-        )
     if gpu_memory is not None:
         on_gpu = settings.model.model_copy(update={"device": "cuda"})
         settings = settings.model_copy(update={"model": on_gpu})
@@ -100,6 +95,7 @@ def _found(recipe: Recipe, gpu_memory_gib: float | None) -> dict[str, Any]:
     return {
         "model": recipe.model.name,
         "method": recipe.adapter.method,
+        "objective": recipe.train.objective,
         "batch_size": recipe.train.batch_size,
         "max_length": recipe.data.max_length,
         "gpus": processes(recipe.train),
@@ -144,8 +140,9 @@ def _print(recipe: Recipe, found: dict[str, Any]) -> None:
         rows.append(["fits", *("yes" if plan["fits"] else "no" for plan in plans)])
         rows.append(["largest batch", *(str(plan["largest_batch"]) for plan in plans)])
     per = f" on each of {found['gpus']} GPUs ({found['parallel']})" if found["gpus"] > 1 else ""
+    what = "pairs of answers, each two rows" if recipe.on_pairs else "rows"
     console.say(
-        f"GiB{per} for {recipe.model.name} with {found['batch_size']} rows of {found['max_length']} tokens a forward "
+        f"GiB{per} for {recipe.model.name} with {found['batch_size']} {what} of {found['max_length']} tokens a forward "
         "pass, at the fullest moment of a step:\n"
     )
     console.print_table(["", *(plan["method"] for plan in plans)], rows, by_column=True)
@@ -166,16 +163,16 @@ def _verdict(recipe: Recipe, found: dict[str, Any]) -> list[str]:
         ]
     chosen = next(plan for plan in found["plans"] if plan["method"] == found["method"])
     fits = "fits" if chosen["fits"] else "does not fit"
-    rows = chosen["largest_batch"]
+    rows, row = chosen["largest_batch"], "pair" if recipe.on_pairs else "row"
     from prefixtune_cli.plan import MOST_ROWS
 
     largest = f"{rows} or more" if rows == MOST_ROWS else str(rows)
     lines = [
         f"{found['method']} {fits} a GPU of {_gib(available)} GiB: it takes {_gib(chosen['total_bytes'])} GiB. "
         + (
-            f"The largest batch is {largest} row{'s' * (rows > 1)}."
+            f"The largest batch is {largest} {row}{'s' * (rows > 1)}."
             if rows
-            else "Not even one row fits."
+            else f"Not even one {row} fits."
         )
     ]
     if not chosen["fits"]:

@@ -97,13 +97,17 @@ def plan(recipe: Recipe, *, methods: Sequence[str] | None = None) -> list[Method
 
 
 def methods_beside(recipe: Recipe) -> tuple[str, ...]:
-    """The methods to plan side by side: `METHODS`, after the recipe's own if it is not one of them."""
+    """The methods to plan side by side: `METHODS`, after the recipe's own if it is not one of them.
+
+    Pairs of answers go without full.
+    """
     own = recipe.adapter.method
-    return METHODS if own in METHODS else (own, *METHODS)
+    methods = tuple(m for m in METHODS if not (recipe.on_pairs and m == "full"))
+    return methods if own in methods else (own, *methods)
 
 
 def largest_batch(recipe: Recipe, available_bytes: int) -> int:
-    """The most rows of a forward pass that fit, up to `MOST_ROWS`; 0 if not even one fits.
+    """The most rows, or pairs of answers, of a forward pass that fit, up to `MOST_ROWS`; 0 if not even one fits.
 
     Raises:
         PtpError: as `plan`.
@@ -193,15 +197,16 @@ class Planner:
         """The parts at the memory peak.
 
         Args:
-            rows: rows of a forward pass; None takes the recipe's.
+            rows: rows of a forward pass, or pairs of answers, each of which takes two; None takes the recipe's.
             checkpointing: None takes the recipe's.
         """
         section = self.recipe.train
         rows = section.batch_size if rows is None else rows
+        pairs = self.recipe.on_pairs
         batch = Batch(
-            rows=rows,
+            rows=2 * rows if pairs else rows,
             tokens=self.recipe.data.max_length,
-            padded=rows > 1 and not section.packing and not self._padding_free,
+            padded=pairs or (rows > 1 and not section.packing and not self._padding_free),
             accumulated=section.gradient_accumulation > 1,
             checkpointing=section.gradient_checkpointing
             if checkpointing is None
@@ -209,6 +214,7 @@ class Planner:
             max_grad_norm=section.max_grad_norm,
             # A packed row has several examples.
             learned=None if section.packing else section.first_tokens,
+            balanced=not pairs,
         )
         if batch not in self._known:
             self._known[batch] = self._peaks(batch)

@@ -152,17 +152,16 @@ def does_not_fit(recipe: Recipe) -> ResourceError:
     from prefixtune_cli.plan import remedies
 
     section = recipe.train
-    found = [] if recipe.on_pairs else remedies(recipe)  # pairs are not planned yet
+    found = remedies(recipe)
     helps = (
         f"By `ptp plan`, {found[0].flag} helps most."
         if found
-        else "--gradient-checkpointing, a smaller --max-length and --bits 4 help."
-        if recipe.on_pairs
         else "It needs a smaller base, or a larger GPU: see `ptp plan`."
     )
+    rows = "pairs of answers" if recipe.on_pairs else "rows"
     smaller = "--auto-batch finds a batch that fits." if section.batch_size > 1 else ""
     return ResourceError(
-        f"The longest batch ({section.batch_size} rows of up to {recipe.data.max_length} tokens) does not fit in "
+        f"The longest batch ({section.batch_size} {rows} of up to {recipe.data.max_length} tokens) does not fit in "
         f"memory. {helps} {smaller}".rstrip()
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,18 @@ def cells(printed: str, row: str) -> list[str]:
     return line.removeprefix(row).split()
 
 
-def test_the_memory_of_another_objective_is_not_guessed(ptp: Ptp, bare: Path) -> None:
-    code, _, said = ptp("plan", "--model", bare, "--objective", "dpo")
-    assert code == 2
-    assert "does not know the memory of objective dpo yet" in said
+def test_a_pair_of_answers_takes_two_rows_and_pairs_go_without_full(ptp: Ptp, bare: Path) -> None:
+    typed = ["plan", "--model", bare, "--gpu-memory", 1.2, "--max-length", 64, "--batch-size"]
+    code, printed, said = ptp(*typed, 3, "--objective", "dpo")
+    assert code == 0, said
+    assert "with 3 pairs of answers, each two rows of 64 tokens" in " ".join(printed.split())
+    head = next(line for line in printed.splitlines() if "lora" in line)
+    assert head.split() == [method for method in METHODS if method != "full"]
+    [largest] = re.findall(r"The largest batch is (\d+) pairs\.", printed)
+    _, of_rows, _ = ptp(*typed, 6)
+    assert cells(of_rows, "total")[: len(head.split())] == cells(printed, "total")
+    [rows] = re.findall(r"The largest batch is (\d+) rows\.", of_rows)
+    assert int(largest) == int(rows) // 2
 
 
 def test_the_table_has_a_column_a_method_whose_parts_add_up(ptp: Ptp, bare: Path) -> None:

@@ -38,17 +38,32 @@ def write_rows(file: Path, rows: int, tokens: int) -> Path:
     return file
 
 
+def write_pairs(file: Path, pairs: int, tokens: int) -> Path:
+    """As `write_rows`: pairs of answers to a short question."""
+    rows = [
+        {
+            "prompt": "red",
+            "chosen": " green" * (tokens + 20),
+            "rejected": " blue" * (tokens - 7 - i),
+        }
+        for i in range(pairs)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 def recipe_for(base: Path, folder: Path, settings: dict[str, Any]) -> Recipe:
     """Two steps, each on all rows; `settings` is nested as a recipe is."""
     train = settings.get("train", {})
     rows = train.get("batch_size", 1) * train.get("gradient_accumulation", 1)
     tokens = settings["data"]["max_length"]
+    write = write_rows if train.get("objective", "sft") == "sft" else write_pairs
     values = {
         **settings,
         "model": {"name": str(base), **settings.get("model", {})},
         "data": {
-            "train": str(write_rows(folder / "train.jsonl", rows, tokens)),
-            "eval": str(write_rows(folder / "eval.jsonl", 1, tokens)),
+            "train": str(write(folder / "train.jsonl", rows, tokens)),
+            "eval": str(write(folder / "eval.jsonl", 1, tokens)),
             **settings.get("data", {}),
         },
         "train": {"max_steps": STEPS, "save_steps": 1000, **train},

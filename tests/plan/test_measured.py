@@ -62,11 +62,13 @@ class Setting:
     checkpointing: bool = False
     accumulation: int = 1
     adapter: tuple[tuple[str, Any], ...] = ()
+    objective: str = "sft"
 
     def __str__(self) -> str:
         words = [self.base, self.method, f"{self.bits}bit", f"{self.rows}x{self.tokens}"]
         words += ["checkpointing"] * self.checkpointing
         words += [f"accumulation{self.accumulation}"] * (self.accumulation > 1)
+        words += [self.objective] * (self.objective != "sft")
         return "-".join([*words, *(f"{key}={value}" for key, value in self.adapter)])
 
     def recipe(self) -> dict[str, Any]:
@@ -78,6 +80,7 @@ class Setting:
                 "batch_size": self.rows,
                 "gradient_accumulation": self.accumulation,
                 "gradient_checkpointing": self.checkpointing,
+                "objective": self.objective,
             },
         }
 
@@ -88,6 +91,7 @@ SETTINGS = [
     Setting("gqa", "lora", 8, rows=2, tokens=256, checkpointing=True),
     Setting("mha", "prefix-tuning", 32, rows=4, tokens=128),
     Setting("moe", "prefix-tuning-plus", 16, rows=2, tokens=256),
+    Setting("gqa", "prefix-tuning-plus", 16, rows=1, tokens=256, objective="dpo"),
 ]
 MORE_SETTINGS = [
     Setting("gqa", "full", 16, rows=2, tokens=256, accumulation=2),
@@ -98,6 +102,9 @@ MORE_SETTINGS = [
     Setting("balanced moe", "prefix-tuning-plus", 16, rows=2, tokens=256),
     Setting("mha", "lora", 32, rows=4, tokens=128),
     Setting("mha", "full", 32, rows=2, tokens=256),
+    Setting("balanced moe", "lora", 16, rows=1, tokens=256, objective="orpo"),
+    Setting("mha", "prefix-tuning", 32, rows=2, tokens=128, objective="simpo"),
+    Setting("gqa", "lora", 4, rows=2, tokens=128, checkpointing=True, objective="dpo"),
 ]
 ALL_SETTINGS = [*SETTINGS, *(pytest.param(s, marks=pytest.mark.slow) for s in MORE_SETTINGS)]
 
