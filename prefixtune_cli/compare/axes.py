@@ -42,7 +42,7 @@ class Axis:
 
 
 def quality(comparison: Comparison, data: str = TEST) -> Axis:
-    """Right answers in per cent if every result has answers, else the loss."""
+    """The contestants' figures by the data set's first metric."""
     found = standings_on(comparison, data)
     metric = found.metric
     values = {

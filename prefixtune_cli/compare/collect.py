@@ -38,7 +38,7 @@ def collect(
     items_of_base = {name: found["items"] for name, found in of_base.items()}
     contestants = [_contestant(entry, stages, judging, items_of_base) for entry in contest]
     notices = list(rows.notices)
-    if pattern := recipe.evaluate.answer_pattern:
+    if (pattern := recipe.evaluate.answer_pattern) and not recipe.on_pairs:
         notices.append(rule_sentence(pattern))
     for name, found in of_base.items():
         if why := found.get("why_no_exact_match"):
@@ -47,6 +47,8 @@ def collect(
     steps = {cell.steps for cell in cells if cell.steps is not None}
     if len(steps) > 1:
         notices.append("The contestants took different numbers of steps, as the grid asks for.")
+    if recipe.train.objective == "dpo" and TEST not in of_base:
+        notices.append("The base was not judged, so DPO's loss and its rewards are not known.")
     if settings.speed and recipe.on_pairs:
         notices.append("What steps on pairs of answers cost is not measured.")
     if settings.few_shot is not None and settings.sweep > 1:

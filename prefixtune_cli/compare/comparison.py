@@ -32,6 +32,7 @@ class Result:
         nats: the cross-entropy of each row, summed over its predicted tokens.
         tokens: the number of predicted tokens of each row.
         right: whether each row's answer is right; None where answers are long, or there are none.
+        of_pairs: the rows are pairs of answers.
         losses: the objective's loss of each pair, in nats; None where it is not known, or not comparable.
         ahead: 1 for each pair whose chosen answer has the higher reward, else 0; None where it is not known, as for
             the base of DPO, which rewards nothing.
@@ -40,6 +41,7 @@ class Result:
     nats: Sequence[float]
     tokens: Sequence[int]
     right: Sequence[bool] | None = None
+    of_pairs: bool = False
     losses: Sequence[float] | None = None
     ahead: Sequence[float] | None = None
 
@@ -173,7 +175,7 @@ class Comparison:
         data: data set (`train`, `validation`, TEST, OOD, FORGETTING, or another name) → source, rows, sha256, and
             `same_rows`: false where the contestants were judged on different rows, which cannot be paired.
         protocol: what all contestants shared: steps, batch, seeds, sweep, few_shot, schedule; and of runs on pairs of
-            answers, `objective`, `beta` and `gamma`.
+            answers, what they share of `objective`, `beta` and SimPO's `gamma`.
         environment: versions and hardware.
         base: the base's results by data set; empty where it was not judged.
         contestants: the others are compared with the first.
@@ -201,7 +203,8 @@ class Comparison:
     @property
     def on_pairs(self) -> bool:
         """Whether the contestants were trained on pairs of answers."""
-        return "objective" in self.protocol
+        of_pairs = (result.of_pairs for c in self.contestants for result in c.results())
+        return "objective" in self.protocol or any(of_pairs)
 
     @property
     def measured_together(self) -> Sequence[Group]:

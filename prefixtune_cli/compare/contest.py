@@ -120,9 +120,9 @@ class Settings:
         if self.out is not None:
             return Path(self.out)
         shot = f"-{self.few_shot}-shot" if self.few_shot else ""
-        return (
-            Path("compare") / f"{recipe.run_name.removesuffix(f'-{recipe.adapter.method}')}{shot}"
-        )
+        objective = f"-{recipe.train.objective}" if recipe.on_pairs else ""
+        name = recipe.run_name.removesuffix(f"-{recipe.adapter.method}{objective}")
+        return Path("compare") / f"{name}{objective}{shot}"
 
     def check(self) -> None:
         """Raise UsageError for a number below 1."""
@@ -148,7 +148,8 @@ def entries(settings: Settings) -> list[Entry]:
     settings.check()
     methods = settings.methods
     if methods is None:
-        on_pairs = _recipe(settings, DEFAULT_METHODS[0], {}).on_pairs
+        shared = {k: v[0] for k, v in settings.grids.items() if not k.startswith("adapter.")}
+        on_pairs = _recipe(settings, DEFAULT_METHODS[0], shared).on_pairs
         methods = [name for name in DEFAULT_METHODS if not (on_pairs and name == "full")]
     if not methods:
         raise UsageError("--methods names none. Type, say, --methods prefix-tuning-plus,lora")

@@ -107,12 +107,11 @@ def twins(runs: Sequence[FinishedRun]) -> Iterator[tuple[FinishedRun, FinishedRu
 
 
 def shared_objective(recipes: Sequence[Recipe]) -> dict[str, Any]:
-    """What runs on pairs of answers share, each None where they differ: objective, beta, gamma. Empty of others."""
-    if not any(recipe.on_pairs for recipe in recipes):
-        return {}
-    keys = ("objective", "beta", "gamma")
+    """What runs on pairs of answers share of objective, beta and SimPO's gamma; nothing of other runs."""
+    keys = ["objective", "beta"] if any(recipe.on_pairs for recipe in recipes) else []
+    keys += ["gamma"] if {recipe.train.objective for recipe in recipes} == {"simpo"} else []
     found = {key: {getattr(recipe.train, key) for recipe in recipes} for key in keys}
-    return {key: values.pop() if len(values) == 1 else None for key, values in found.items()}
+    return {key: values.pop() for key, values in found.items() if len(values) == 1}
 
 
 def base(run: FinishedRun) -> Hashable:

@@ -169,14 +169,15 @@ def _data_set(bench: str) -> str | None:
 
 def _of_pairs_alone(summary: Mapping[str, Any], who: str) -> Result:
     """The result of `who` on the held-out pairs, of which a run keeps the means alone, so that is one pair."""
-    found = Preferences.of_json(summary["preferences"])
-    loss = [float(summary[who]["loss"])]
+    found = Preferences.of_json(dict(summary["preferences"]))
+    result = Result([float(summary[who]["loss"])], [1], of_pairs=True)
     if who == ADAPTER:
-        return Result(loss, [1], None, [found.loss], [found.reward_accuracy])
+        ahead, loss = [float(found.reward_accuracy)], float(found.loss)
+        return replace(result, losses=[loss], ahead=ahead)
     if found.start is not None:  # the figures are against it, and not against the base
-        return Result(loss, [1])
-    ahead = [found.base.accuracy] if found.is_per_token else None  # DPO's reference rewards nothing
-    return Result(loss, [1], None, [found.reference_loss], ahead)
+        return result
+    of_base = [float(found.base.accuracy)] if found.is_per_token else None  # DPO's rewards nothing
+    return replace(result, losses=[float(found.reference_loss)], ahead=of_base)
 
 
 def _evaluated(run_dir: RunDir, found: Mapping[str, Any], recipe: Recipe) -> Evaluated | None:
@@ -227,7 +228,8 @@ def _result_of_pairs(
     of_base: Sequence[Mapping[str, Any]],
 ) -> Result:
     nats = [float(item["nats"][who]["chosen"]) for item in items]
-    result = Result(nats, [int(item["tokens"]["chosen"]) for item in items])
+    tokens = [int(item["tokens"]["chosen"]) for item in items]
+    result = Result(nats, tokens, of_pairs=recipe.on_pairs)
     if not recipe.on_pairs:
         return result
     objective, reference = Objective.of(recipe.train), None

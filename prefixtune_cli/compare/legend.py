@@ -52,10 +52,10 @@ def _figures(every: list[Standings], best: str) -> Iterator[str]:
 
 def _tests(comparison: Comparison, every: list[Standings]) -> Iterator[str]:
     """How differences were tested; data sets that were tested alike share a line."""
-    alike: dict[str, list[str]] = {}
+    alike: dict[str, dict[str, None]] = {}  # how → the names, each once
     for found in every:
         if len(found.each) > 1 and (found.untested or any(s.difference for s in found.each)):
-            alike.setdefault(wording.how_tested(found), []).append(wording.data_name(found.data))
+            alike.setdefault(wording.how_tested(found), {})[wording.data_name(found.data)] = None
     for how, names in alike.items():
         on = f" on {', '.join(names)}" if len(alike) > 1 else ""
         yield f"Differences from {comparison.contestants[0].label}{on} {how}"
@@ -127,8 +127,7 @@ def _protocol(protocol: Mapping[str, Any]) -> Iterator[str]:
         batch, rows = protocol.get("batch"), "pairs" if "objective" in protocol else "examples"
         yield f"{steps:,} steps" + (f" of {batch} {rows}" if batch is not None else "")
     if (objective := protocol.get("objective")) is not None:
-        names = ("beta", "gamma") if objective == "simpo" else ("beta",)
-        given = [f"{name} {protocol[name]:g}" for name in names if protocol[name] is not None]
+        given = [f"{name} {protocol[name]:g}" for name in ("beta", "gamma") if name in protocol]
         yield " ".join(
             ["objective", objective, *(["with", wording.listed(given)] if given else [])]
         )

@@ -206,6 +206,7 @@ LOSS_OF_CHOSEN = replace(
     legend="Loss of the chosen answers on {where}: nats a token; where it rises, both answers may have become less "
     "likely.",
 )
+OF_PAIRS = (PREFERENCE_LOSS, CHOSEN_AHEAD, LOSS_OF_CHOSEN)
 
 # Of a Contestant.
 PARAMETERS = Metric(

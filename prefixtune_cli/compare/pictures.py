@@ -136,10 +136,11 @@ def _losses(comparison: Comparison) -> Picture | None:
     if not curves:
         return None
     ends = "; ".join(f"{label} {curve[-1][1]:.3g}" for label, curve in curves.items())
-    text = f"Line plot of the training loss by step. At the end, in nats a token: {ends}."
+    unit = "nats a pair" if comparison.on_pairs else "nats a token"
+    text = f"Line plot of the training loss by step. At the end, in {unit}: {ends}."
     title = "Training loss, smoothed: mean and range of the seeds"
     styles = plots.styles([contestant.label for contestant in comparison.contestants])
-    paint = partial(plots.paint_losses, curves=curves, styles=styles)
+    paint = partial(plots.paint_losses, curves=curves, styles=styles, unit=unit)
     return Picture(FILES[4], title, text, 4.0 + plots.legend_height(list(curves)), paint)
 
 

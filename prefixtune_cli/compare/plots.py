@@ -137,6 +137,7 @@ def paint_losses(
     *,
     curves: Mapping[str, Sequence[tuple[int, float, float, float]]],
     styles: Mapping[str, Style],
+    unit: str,
 ) -> None:
     """A line for each contestant through (step, mean, lowest, highest loss), with the range as a shade."""
     axes = figure.subplots()
@@ -149,21 +150,22 @@ def paint_losses(
         )  # fmt: skip
         if lows != highs:
             axes.fill_between(steps, lows, highs, color=style.colour, alpha=0.15, lw=0)
-    _scale_losses(axes, [loss for curve in curves.values() for _, *of in curve for loss in of])
+    every_loss = [loss for curve in curves.values() for _, *of in curve for loss in of]
+    _scale_losses(axes, every_loss, unit)
     axes.set_xlabel("optimizer step")
     axes.grid(alpha=0.3)
     _legend(figure, axes)
 
 
-def _scale_losses(axes: Axes, losses: Sequence[float]) -> None:
+def _scale_losses(axes: Axes, losses: Sequence[float], unit: str) -> None:
     """A log axis where the losses differ much; losses below a thousandth of a nat are cut off."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = max(min(losses), 1e-3), max(losses)
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel(f"loss ({unit})")
     if high < 3 * low:
         return
-    axes.set(yscale="log", ylabel="loss (nats a token, log scale)", ylim=(low / 1.1, high * 1.1))
+    axes.set(yscale="log", ylabel=f"loss ({unit}, log scale)", ylim=(low / 1.1, high * 1.1))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())

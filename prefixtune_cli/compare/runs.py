@@ -213,6 +213,12 @@ def _in_common(finished: Sequence[FinishedRun]) -> tuple[list[str], list[str]]:
         elif len({run.evaluated[name].rows for run in having}) > 1:
             left_out.append(f"{file} is left out: the runs were judged on different rows.")
         else:
+            results = [run.evaluated[name].results[ADAPTER] for run in having]
+            if any(result.of_pairs and result.losses is None for result in results):
+                left_out.append(
+                    f"Of {file} DPO's loss and its rewards are left out: the reference's figures are not beside those "
+                    "of every run."
+                )
             common.append(name)
     return common, left_out
 
@@ -241,6 +247,9 @@ def _protocol(finished: Sequence[FinishedRun]) -> dict[str, Any]:
     def equal(values: Sequence[Any]) -> Any:
         return values[0] if all(value == values[0] for value in values) else None
 
+    of_pairs = fairness.shared_objective([run.recipe for run in finished])
+    if of_pairs.get("objective") == "dpo" and equal([run.start for run in finished]) is None:
+        del of_pairs["objective"]  # the figures are against different references
     return {
         "steps": equal([run.summary["steps"] for run in finished]),
         "batch": equal([run.batch for run in finished]),
@@ -248,7 +257,7 @@ def _protocol(finished: Sequence[FinishedRun]) -> dict[str, Any]:
         "sweep": None,
         "few_shot": None,
         "schedule": equal([run.recipe.train.schedule for run in finished]),
-        **fairness.shared_objective([run.recipe for run in finished]),
+        **of_pairs,
     }
 
 

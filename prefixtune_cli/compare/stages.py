@@ -77,7 +77,7 @@ class Stages:
         self._train("seeds", cells)
 
     def judge(self, settings: EvalSettings) -> None:
-        """Have the chosen runs answer the test rows of the settings, and the base beside the first of them."""
+        """Have the chosen runs answer the test rows of the settings, and the base beside the first that can do so."""
         named = {
             run: f"{entry.label}, seed {seed}"
             for entry in self._contest
@@ -90,6 +90,10 @@ class Stages:
             for run, name in named.items()
         }
         self._do("test", judge_cell, jobs)
+        sound = [run for run in named if run not in self.failures]
+        if sound and self.judged_base in self.failures:
+            self.judged_base = run = sound[0]
+            self._do("base", judge_cell, {run: (named[run], (run, replace(settings, base=True)))})
 
     def chosen(self, entry: Entry) -> list[tuple[int, str]]:
         """The seeds, and the run directories of the cells at the chosen rate."""

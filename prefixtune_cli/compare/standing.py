@@ -153,16 +153,22 @@ def standings(comparison: Comparison) -> list[Standings]:
     )
     others = [name for name in found if name not in (TEST, OOD, FORGETTING)]
     order = [name for name in (TEST, *others, OOD, FORGETTING) if name in found]
-    return [
-        _standings(comparison, name, metric)
-        for name in order
-        for metric in _metrics(comparison, name)
-    ]
+    return [standings for name in order for standings in _of_data(comparison, name)]
 
 
 def standings_on(comparison: Comparison, data: str) -> Standings:
     """How the contestants stand on one data set, by its first metric."""
-    return _standings(comparison, data, _metrics(comparison, data)[0])
+    return _of_data(comparison, data)[0]
+
+
+def _of_data(comparison: Comparison, data: str) -> list[Standings]:
+    """One for each metric of the data set; the p values are adjusted for the number of all differences on it."""
+    found = [_standings(comparison, data, metric) for metric in _metrics(comparison, data)]
+    adjusted = iter(_holm_adjusted([s.difference for one in found for s in one.each]))
+    return [
+        replace(one, each=[replace(s, difference=next(adjusted)) for s in one.each])
+        for one in found
+    ]
 
 
 def _standings(comparison: Comparison, data: str, metric: Metric) -> Standings:
@@ -182,7 +188,7 @@ def _standings(comparison: Comparison, data: str, metric: Metric) -> Standings:
     best = better((s.mean for s in each if s.mean is not None), default=None)
     each = [
         replace(s, best=is_level(s.mean, best), difference=difference)
-        for s, difference in zip(each, _holm_adjusted(differences), strict=True)
+        for s, difference in zip(each, differences, strict=True)
     ]
     return Standings(data, metric, metric.median(base), each, untested)
 
@@ -192,10 +198,11 @@ def _metrics(comparison: Comparison, data: str) -> list[Metric]:
     if data == FORGETTING:
         return [FORGOTTEN if FORGETTING in comparison.base else LOSS_ON_TEXT]
     found = [result for c in comparison.contestants for result in c.results(data)]
-    if comparison.on_pairs:
-        shared = comparison.protocol
-        of_pairs = [PREFERENCE_LOSS] if None not in (shared["beta"], shared["gamma"]) else []
-        of_pairs += [CHOSEN_AHEAD] if shared["objective"] is not None else []
+    if found and all(result.of_pairs for result in found):
+        shared, needed = comparison.protocol, {"objective", "beta"}
+        needed |= {"gamma"} if shared.get("objective") == "simpo" else set()
+        of_pairs = [PREFERENCE_LOSS] if needed <= shared.keys() else []
+        of_pairs += [CHOSEN_AHEAD] if "objective" in shared else []
         known = [m for m in of_pairs if all(m.median(result) is not None for result in found)]
         return [*known, LOSS_OF_CHOSEN]
     return [EXACT_MATCH if all(r.right is not None for r in found) else LOSS]

@@ -192,7 +192,10 @@ class Preferences:
             "margin_interval": Interval,
             "start": Preference,
         }
-        return cls(**{k: parts[k](**v) if k in parts and v else v for k, v in found.items()})
+        # Runs from before ORPO do not name their objective, and SimPO's alone have a gamma.
+        before = {"objective": "dpo" if found.get("gamma") is None else "simpo", "gamma": 0.0}
+        known = before | {k: v for k, v in found.items() if v is not None}
+        return cls(**{k: parts[k](**v) if k in parts else v for k, v in known.items()})
 
 
 def compared(

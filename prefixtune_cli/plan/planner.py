@@ -214,7 +214,6 @@ class Planner:
             max_grad_norm=section.max_grad_norm,
             # A packed row has several examples.
             learned=None if section.packing else section.first_tokens,
-            balanced=not pairs,
         )
         if batch not in self._known:
             self._known[batch] = self._peaks(batch)

@@ -50,7 +50,6 @@ class Batch:
         checkpointing: the backward pass recomputes activations.
         max_grad_norm: the norm to clip gradients to; 0 does not clip.
         learned: the most trained tokens of a row; None means all but the first.
-        balanced: the load-balancing loss of a mixture of experts is learned, too.
     """
 
     rows: int
@@ -60,7 +59,6 @@ class Batch:
     checkpointing: bool
     max_grad_norm: float
     learned: int | None = None
-    balanced: bool = True
 
 
 def peaks(
@@ -204,8 +202,7 @@ def _with_fused_head(
 ) -> Callable[..., Tensor]:
     config = skeleton.base.config.get_text_config()
     weight_of_balance = getattr(config, "router_aux_loss_coef", 0.0)
-    has_balance = hasattr(config, "output_router_logits") and weight_of_balance != 0.0
-    balanced = batch.balanced and has_balance
+    balanced = hasattr(config, "output_router_logits") and weight_of_balance != 0.0
 
     def forward(self: Any, *args: Any, labels: Tensor, **kwargs: Any) -> Tensor:
         if balanced:

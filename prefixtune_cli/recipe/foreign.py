@@ -76,6 +76,7 @@ COUNTERPARTS = {
     "pref_beta": "train.beta",
     "rl_beta": "train.beta",
     "simpo_gamma": "train.gamma",
+    "orpo_alpha": "train.beta",
     "num_train_epochs": "train.epochs",
     "num_epochs": "train.epochs",
     "max_steps": "train.max_steps",

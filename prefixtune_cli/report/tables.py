@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prefixtune_cli.compare.comparison import OOD, TEST, Cell, Comparison, Contestant, Point, Result
 from prefixtune_cli.compare.legend import legend
-from prefixtune_cli.compare.metrics import EXACT_MATCH, LOSS
+from prefixtune_cli.compare.metrics import EXACT_MATCH, LOSS, OF_PAIRS, Metric
+from prefixtune_cli.compare.standing import standings
 from prefixtune_cli.compare.table import entries
 
 
@@ -91,13 +92,20 @@ def runs(comparison: Comparison) -> Table | None:
     """Every cell with its run directory, or why it failed; None where nothing was trained."""
     every = {name for c in comparison.contestants for cell in c.cells for name in cell.results}
     judged = [name for name in (TEST, OOD) if name in every]
+    compared = {(found.data, found.metric) for found in standings(comparison)}
     head = [f"{_title(name)} data" for name in judged]
     rows = [
         [
             Text(contestant.label),
             Text(str(cell.seed), "number"),
             Text("–" if cell.steps is None else f"{cell.steps:,}", "number"),
-            *(Text(_result(cell.results.get(name)), "number") for name in judged),
+            *(
+                Text(
+                    _result(cell.results.get(name), by=[m for d, m in compared if d == name]),
+                    "number",
+                )
+                for name in judged
+            ),
             _outcome(cell),
             Text(cell.run, "path"),
         ]
@@ -112,14 +120,15 @@ def _outcome(cell: Cell) -> Text:
     return Text("finished") if cell.failure is None else Text(f"failed: {cell.failure}", "reason")
 
 
-def _result(found: Result | None) -> str:
+def _result(found: Result | None, by: Collection[Metric]) -> str:
+    """The figures of a run; of pairs, those `by` which the contestants are compared."""
     if found is None:
         return "–"
-    ahead = None if found.chosen_ahead is None else f"chosen ahead {_share(found.chosen_ahead)}"
-    right = None if found.exact_match is None else _share(found.exact_match)
-    loss = found.loss if found.preference_loss is None else found.preference_loss
-    share = ahead or right
-    return _loss(loss) if share is None else f"{share}, loss {_loss(loss)}"
+    if found.of_pairs:
+        figures = [f"{m.name} {m.with_unit(m.value(found))}" for m in OF_PAIRS if m in by]
+        return ", ".join(figures)
+    loss = _loss(found.loss)
+    return loss if found.exact_match is None else f"{_share(found.exact_match)}, loss {loss}"
 
 
 def protocol(comparison: Comparison) -> Table:

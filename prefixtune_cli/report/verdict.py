@@ -6,7 +6,7 @@ The others are compared with the first contestant. Where it is not the best, the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefixtune_cli.compare import wording
 from prefixtune_cli.compare.comparison import Comparison
@@ -30,7 +30,11 @@ class Said:
 
 def verdict(comparison: Comparison) -> list[Said]:
     """The findings, the most important one first; there is at least one."""
-    said = [_of_data(found) for found in standings(comparison)]
+    said: list[Said] = []
+    for found in standings(comparison):
+        known = {detail for one in said for detail in one.details}
+        of_data = _of_data(found)
+        said.append(replace(of_data, details=[d for d in of_data.details if d not in known]))
     if not said:
         speed = "No quality was measured: this comparison tells what the methods cost."
         said = [

@@ -271,7 +271,7 @@ class SafeORPOTrainer(SafeSimPOTrainer):
         lengths = trained.sum(dim=1)
         real = self._real_pairs(inputs)
         means = passed[0][:, -trained.shape[1] :].sum(dim=1) / lengths.clamp(min=1)
-        chosen, rejected = torch.where(lengths > 0, means, -1.0).chunk(2)
+        chosen, rejected = means.chunk(2)
         margins = _log_odds(chosen) - _log_odds(rejected)
         losses = -chosen - self.beta * F.logsigmoid(margins)
         if not self._order.blanks or not self.model.training:

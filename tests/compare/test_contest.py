@@ -44,6 +44,13 @@ def test_on_pairs_of_answers_full_is_left_out_unless_it_is_typed() -> None:
     assert [entry.method for entry in entries(settings)] == list(DEFAULT_METHODS[:-1])
     with pytest.raises(RecipeError, match="does not go with method full"):
         entries(replace(settings, methods=("lora", "full")))
+    by_grid = Settings(grids={"train.objective": ["orpo"], "train.beta": [0.1, 0.2]})
+    assert len(entries(by_grid)) == 2 * len(DEFAULT_METHODS[:-1])
+    folders = {
+        str(settings.folder(entries(replace(settings, methods=methods))[0].recipe))
+        for methods in (None, ("lora",))
+    }
+    assert folders == {"compare/tiny-pairs-dpo"}
 
 
 def test_contestants_share_the_objective_and_pairs_have_no_classes() -> None:

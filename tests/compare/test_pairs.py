@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from prefixtune_cli.compare.comparison import OOD, TEST, Comparison
+from prefixtune_cli.compare.cells import judge_cell
+from prefixtune_cli.compare.comparison import OOD, TEST, Cell, Comparison, Result
 from prefixtune_cli.compare.contest import Settings
 from prefixtune_cli.compare.costs import compare_costs
 from prefixtune_cli.compare.finished_run import BASE, result_of
 from prefixtune_cli.compare.legend import legend
-from prefixtune_cli.compare.metrics import CHOSEN_AHEAD, LOSS_OF_CHOSEN, PREFERENCE_LOSS
+from prefixtune_cli.compare.metrics import CHOSEN_AHEAD, LOSS_OF_CHOSEN, OF_PAIRS, PREFERENCE_LOSS
+from prefixtune_cli.compare.pictures import pictures
 from prefixtune_cli.compare.run import compare
 from prefixtune_cli.compare.runs import read_runs
-from prefixtune_cli.compare.standing import standings
+from prefixtune_cli.compare.standing import crossed_difference, standings
 from prefixtune_cli.compare.table import columns
 from prefixtune_cli.errors import RunDirError, UsageError
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.report import publish
 from prefixtune_cli.run_dir import RunDir
 from tests.compare import test_run, test_runs
+from tests.compare.made import comparison
 from tests.heard import Heard
 
 COLOURS = ("red", "blue", "green", "white")
@@ -98,7 +103,7 @@ def pairs(tmp_path: Path) -> Path:
 
 
 def test_methods_are_trained_and_judged_on_pairs(
-    random_base: Path, pairs: Path, tmp_path: Path
+    random_base: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     typed = test_run.settings(random_base, pairs, tmp_path / "out")
     flags = {**typed.flags, "train": {**typed.flags["train"], "objective": "dpo", "beta": 0.5}}
@@ -127,6 +132,8 @@ def test_methods_are_trained_and_judged_on_pairs(
     words = " ".join(legend(told))
     assert "2 steps of 4 pairs, objective dpo with beta 0.5" in words
     assert "What steps on pairs of answers cost is not measured." in words
+    assert "on the test data, the test data" not in words
+    assert any("At the end, in nats a pair" in picture.text for picture in pictures(told))
     head, rows = columns(told)
     assert [one for one in head if one.startswith(("preference", "chosen", "loss"))] == [
         "preference loss, nats", "chosen ahead, %", "loss of chosen answers, nats",
@@ -143,6 +150,19 @@ def test_methods_are_trained_and_judged_on_pairs(
     assert again.contestants == told.contestants
     assert "4 of 4 cells are finished already." in heard.notices
 
+    lost: list[str] = []
+
+    def judge(run: str, *args: Any, **kwargs: Any) -> str | None:
+        if not lost:
+            lost.append(run)
+            return "It was lost."
+        return judge_cell(run, *args, **kwargs)
+
+    monkeypatch.setattr("prefixtune_cli.compare.stages.judge_cell", judge)
+    without, _ = compare(made)
+    assert without.base == told.base, "the base is judged beside the next run"
+    assert without.contestants[1] == told.contestants[1]
+
     runs = [cell.run for one in told.contestants for cell in one.cells]
     of_runs = read_runs(runs)
     assert by(of_runs)[:3] == [(TEST, name) for name in names]
@@ -157,12 +177,79 @@ def test_methods_are_trained_and_judged_on_pairs(
 def test_the_losses_of_other_betas_are_not_compared(tmp_path: Path) -> None:
     runs = [of_pairs(tmp_path / f"{beta}", beta=beta) for beta in (0.1, 0.5)]
     made = read_runs(runs)
+    assert made.base[TEST].preference_loss == pytest.approx(math.log(2))
+    assert made.base[TEST].chosen_ahead is None, "the reference rewards nothing"
     assert by(made) == [(TEST, CHOSEN_AHEAD.name), (TEST, LOSS_OF_CHOSEN.name)]
+    assert made.notices == []
     assert "objective dpo, cosine" in " ".join(legend(made))
     with pytest.raises(RunDirError, match=r"different objectives: dpo in .*; simpo in "):
         read_runs([runs[0], of_pairs(tmp_path / "simpo", objective="simpo")])
-    anyway = read_runs([runs[0], str(tmp_path / "simpo")], anyway=True)
-    assert by(anyway) == [(TEST, LOSS_OF_CHOSEN.name)]
+    for objective in ("simpo", "orpo"):  # which has DPO's beta
+        other = of_pairs(tmp_path / f"as-{objective}", objective=objective)
+        anyway = read_runs([runs[0], other], anyway=True)
+        assert by(anyway) == [(TEST, LOSS_OF_CHOSEN.name)]
+
+
+def test_against_different_starts_dpo_is_not_compared(tmp_path: Path) -> None:
+    runs = []
+    for sha in ("a", "b"):
+        start = {"start": {"folder": f"runs/{sha}", "sha256": sha}}
+        runs.append(of_pairs(tmp_path / sha, environment=start, start_from=f"runs/{sha}"))
+    assert by(read_runs(runs, anyway=True)) == [(TEST, LOSS_OF_CHOSEN.name)]
+
+
+def test_pairs_that_a_run_does_not_tell_are_an_error(tmp_path: Path) -> None:
+    runs = [of_pairs(tmp_path / name, seed=i) for i, name in enumerate("ab")]
+    summary = RunDir(runs[1]).summary
+    found = json.loads(summary.read_text())
+    for broken in (None, {**found["preferences"], "loss": None}):
+        summary.write_text(json.dumps(found | {"preferences": broken}))
+        with pytest.raises(RunDirError, match=r"The run .*b cannot be read"):
+            read_runs(runs)
+
+
+def test_other_data_of_runs_on_pairs_is_compared_as_it_is(tmp_path: Path) -> None:
+    runs = [of_pairs(tmp_path / name, seed=i) for i, name in enumerate("ab")]
+    for run in runs:
+        folder = str(RunDir(run).adapter)
+        subjects = [{"name": "adapter", "folder": folder}]
+        qa = {"origin": "qa.jsonl, line 1", "tokens": 2, "nats": {"adapter": 3.0}}
+        found = {"data": {"source": "qa.jsonl", "sha256": "c"}, "subjects": subjects}
+        for name, items in (("qa", [qa | {"right": {"adapter": True}}]), ("long", [qa])):
+            file = RunDir(run).eval_result(f"data-{name}")
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps({**found, "items": items}))
+    told = by(read_runs(runs))
+    assert [one for one in told if one[0] != TEST] == [("long", "loss"), ("qa", "exact match")]
+
+
+def test_p_values_are_adjusted_for_all_metrics_of_a_data_set() -> None:
+    made = comparison(base={}, protocol={"objective": "dpo", "beta": 0.1, "seeds": [0, 1]})
+    draw = random.Random(0)
+
+    def cells(ahead: float) -> list[Cell]:
+        noise = [[draw.gauss(0, 1) for _ in range(20)] for _ in range(2)]
+        return [
+            Cell(i, f"run-{i}", results={TEST: Result(
+                [5 + n + ahead for n in of], [4] * 20, of_pairs=True,
+                losses=[1 + n / 9 + ahead for n in of], ahead=[float(n > 0) for n in of],
+            )})
+            for i, of in enumerate(noise)
+        ]  # fmt: skip
+
+    two = [replace(c, cells=cells(0.1 * i)) for i, c in enumerate(made.contestants[:2])]
+    found = standings(replace(made, contestants=two))
+    assert [one.metric.name for one in found] == [m.name for m in OF_PAIRS]
+    p_values = [one.each[1].difference.p_value for one in found if one.each[1].difference]
+    alone = [
+        crossed_difference(
+            np.array([c.results[TEST].each(m.key) for c in two[1].cells])
+            - np.array([c.results[TEST].each(m.key) for c in two[0].cells])
+        ).p_value
+        for m in OF_PAIRS
+    ]
+    smallest = min(range(3), key=lambda i: alone[i] or 0)
+    assert p_values[smallest] == pytest.approx(min(1.0, 3 * (alone[smallest] or 0)))
 
 
 def test_runs_on_pairs_are_not_compared_with_runs_on_answers(tmp_path: Path) -> None:
@@ -176,9 +263,12 @@ def test_costs_alone_are_of_steps_on_answers() -> None:
         compare_costs(Settings(flags=flags, methods=("lora",)))
 
 
-def of_pairs(out: Path, **train: Any) -> str:
+def of_pairs(
+    out: Path, *, seed: int = 0, environment: dict[str, Any] | None = None, **train: Any
+) -> str:
     """A finished run on pairs."""
-    run = test_runs.run(out, train={"objective": "dpo", **train})
+    steps = {"objective": "dpo", **train}
+    run = test_runs.run(out, seed=seed, environment=environment, train=steps)
     summary = RunDir(out).summary
     ends = {"low": 0.0, "high": 1.0}
     one = {"accuracy": 0.5, "chosen": -3.0, "rejected": -4.0}
@@ -187,5 +277,6 @@ def of_pairs(out: Path, **train: Any) -> str:
         "accuracy_difference": {"value": 0.0, **ends}, "reward_accuracy": 0.75, "reward_interval": ends,
         "margin": 0.1, "margin_interval": ends, "loss": 0.6, "reference_loss": math.log(2),
     }  # fmt: skip
-    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"preferences": found}))
+    more = {"preferences": found, "why_no_exact_match": "No answer is matched."}
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | more))
     return run

@@ -133,4 +133,11 @@ def test_what_is_written_is_read_back(start: Likelihoods | None, name: str) -> N
     train = TrainSection.model_validate({"objective": name, "beta": 0.5, "gamma": 0.25})
     found = compared(BASE, ADAPTER, Objective.of(train), start)
     assert (found.objective, found.gamma) == (name, 0.25 if name == "simpo" else 0.0)
-    assert Preferences.of_json(json.loads(json.dumps(found.to_json()))) == found
+    written = json.loads(json.dumps(found.to_json()))
+    assert Preferences.of_json(written) == found
+    if name != "orpo":  # as runs before ORPO wrote it
+        older = {k: v for k, v in written.items() if k != "objective"}
+        assert (
+            Preferences.of_json({**older, "gamma": found.gamma if name == "simpo" else None})
+            == found
+        )
