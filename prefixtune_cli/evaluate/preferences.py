@@ -120,6 +120,7 @@ class Preferences:
     """What base and adapter prefer on the same held-out pairs.
 
     Attributes:
+        objective: dpo, simpo or orpo; `beta` is its β, and `gamma` SimPO's γ.
         base, adapter: of each.
         start: of the adapter that training went on from, which is then the reference; None if it began with a fresh
             one, whose reference is the base.
@@ -128,11 +129,12 @@ class Preferences:
         margin: the mean by which the chosen answer's reward is above the rejected one's; `margin_interval` is its own.
         loss: the objective's, in nats a pair.
         reference_loss: the reference's.
-        objective: dpo, simpo or orpo; `beta` is its β, and `gamma` SimPO's γ.
     """
 
     pairs: int
+    objective: str
     beta: float
+    gamma: float
     base: Preference
     adapter: Preference
     accuracy_difference: PairedDifference
@@ -143,8 +145,6 @@ class Preferences:
     loss: float
     start: Preference | None = None
     reference_loss: float = BASE_LOSS
-    objective: str = "dpo"
-    gamma: float = 0.0
 
     @property
     def reference(self) -> Preference:
