@@ -189,19 +189,19 @@ LOSS_ON_TEXT = replace(LOSS, name="loss on unrelated text")
 FORGOTTEN = replace(LOSS, name="forgetting", said="nats a token more loss than the base")
 PREFERENCE_LOSS = Metric(
     "preference_loss", "preference loss", "nats", places=3,
-    axis="preference loss (nats a pair, less is better)",
+    axis="preference loss (less is better)",
     difference="nats", said="nats a pair of preference loss", said_of_difference="nats a pair",
     legend="Preference loss on {where}: the objective's, in nats a pair; less is better.",
 )  # fmt: skip
 CHOSEN_AHEAD = Metric(
-    "chosen_ahead", "chosen ahead", "%", up=True, places=1, axis="pairs with the chosen answer ahead (%)",
+    "chosen_ahead", "chosen ahead", "%", up=True, places=1, axis="chosen ahead (%)",
     difference="points", said="% of the pairs with the chosen answer ahead", said_of_difference="points",
     legend="Chosen ahead on {where}: the pairs whose chosen answer has the higher reward.",
 )  # fmt: skip
 LOSS_OF_CHOSEN = replace(
     LOSS,
     name="loss of chosen answers",
-    axis="loss of chosen answers (nats a token, less is better)",
+    axis="loss of chosen answers (nats a token)",
     said="nats a token of loss on the chosen answers",
     legend="Loss of the chosen answers on {where}: nats a token; where it rises, both answers may have become less "
     "likely.",

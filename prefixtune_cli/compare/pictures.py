@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, DPI = 5.6, 200  # inches: the text is readable at 700 px and, just, at the 330 px of a phone
+LOOK = {"font.size": 11.5, "text.parse_math": False}
 FILES = (
     "quality.png",
     "quality-against-parameters.png",
@@ -68,7 +69,7 @@ def draw(comparison: Comparison, folder: Path) -> list[Path]:
 
     drawn = []
     for picture in pictures(comparison):
-        with matplotlib.rc_context({"font.size": 11.5, "text.parse_math": False}):
+        with matplotlib.rc_context(LOOK):
             figure = Figure(
                 figsize=(WIDTH, picture.height),
                 dpi=DPI,

@@ -6,13 +6,15 @@ import struct
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
-from prefixtune_cli.compare.axes import front
+from prefixtune_cli.compare.axes import Axis, front
 from prefixtune_cli.compare.comparison import OOD, TEST, Cell, Comparison, Result
-from prefixtune_cli.compare.pictures import FILES, _curve, draw, pictures
-from prefixtune_cli.compare.plots import _count_in_thousands
+from prefixtune_cli.compare.metrics import EXACT_MATCH, LOSS, OF_PAIRS, Metric
+from prefixtune_cli.compare.pictures import DPI, FILES, LOOK, WIDTH, _curve, draw, pictures
+from prefixtune_cli.compare.plots import _count_in_thousands, paint_quality, styles
 
 from .made import comparison, contestant
 
@@ -185,3 +187,15 @@ def test_no_numbers_of_the_axis_of_parameters_lie_on_each_other(counts) -> None:
     assert len(shown) >= 2
     boxes = sorted(shown, key=lambda box: box.x0)
     assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize("metric", [EXACT_MATCH, LOSS, *OF_PAIRS], ids=lambda metric: metric.name)
+def test_the_name_of_an_axis_lies_within_the_picture(metric: Metric) -> None:
+    picture = next(p for p in pictures(comparison()) if p.file == FILES[0])
+    axis = Axis(metric, f"test data: {metric.axis}", {"prefix-tuning-plus": [0.1, 0.2]})
+    with matplotlib.rc_context(LOOK):
+        figure = Figure(figsize=(WIDTH, picture.height), dpi=DPI, layout="constrained")
+        paint_quality(figure, axis=axis, styles=styles(["prefix-tuning-plus", "lora"]))
+        figure.draw_without_rendering()
+    label = figure.axes[0].xaxis.label.get_window_extent()
+    assert 0 <= label.x0 < label.x1 <= figure.bbox.x1
