@@ -163,7 +163,7 @@ def standings_on(comparison: Comparison, data: str) -> Standings:
 
 def _of_data(comparison: Comparison, data: str) -> list[Standings]:
     """One for each metric of the data set; the p values are adjusted for the number of all differences on it."""
-    found = [_standings(comparison, data, metric) for metric in _metrics(comparison, data)]
+    found = [_standings(comparison, data, metric) for metric in _compared_by(comparison, data)]
     adjusted = iter(_holm_adjusted([s.difference for one in found for s in one.each]))
     return [
         replace(one, each=[replace(s, difference=next(adjusted)) for s in one.each])
@@ -193,7 +193,7 @@ def _standings(comparison: Comparison, data: str, metric: Metric) -> Standings:
     return Standings(data, metric, metric.median(base), each, untested)
 
 
-def _metrics(comparison: Comparison, data: str) -> list[Metric]:
+def _compared_by(comparison: Comparison, data: str) -> list[Metric]:
     """What the contestants are compared by: exact match if every result has it, else the loss; more of pairs."""
     if data == FORGETTING:
         return [FORGOTTEN if FORGETTING in comparison.base else LOSS_ON_TEXT]
