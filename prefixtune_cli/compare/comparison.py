@@ -33,7 +33,7 @@ class Result:
         tokens: the number of predicted tokens of each row.
         right: whether each row's answer is right; None where answers are long, or there are none.
         of_pairs: the rows are pairs of answers.
-        losses: the objective's loss of each pair, in nats; None where it is not known, or not comparable.
+        losses: the objective's loss of each pair, in nats; None where it is not known.
         ahead: 1 for each pair whose chosen answer has the higher reward, else 0; None where it is not known, as for
             the base of DPO, which rewards nothing.
     """

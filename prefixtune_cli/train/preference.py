@@ -222,19 +222,19 @@ class SafeDPOTrainer(SafeTrainer, DPOTrainer):
         return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
 
 
-class SafeSimPOTrainer(SafeDPOTrainer):
-    """DPOTrainer with the loss of SimPO, made safe.
+class SafeReferenceFreeTrainer(SafeDPOTrainer):
+    """DPOTrainer for an objective without a reference, made safe.
 
-    TRL's loss `sigmoid_norm` divides what an answer is ahead of the reference by the answer's length. It is SimPO's for
-    a reference with log π₀(y⁺|x) = |y⁺|·γ/β and log π₀(y⁻|x) = 0, which needs no model.
+    TRL is given one that needs no model, with log π₀(y⁺|x) = |y⁺|·`ahead` and log π₀(y⁻|x) = 0. Only the judge asks the
+    real one, for the held-out pairs.
 
     Args:
-        gamma: γ.
-        **arguments: those of `SafeDPOTrainer`. Only the judge asks the reference, for the held-out pairs.
+        ahead: in nats per token.
+        **arguments: those of `SafeDPOTrainer`.
     """
 
-    def __init__(self, *, gamma: float = 0.0, **arguments: Any) -> None:
-        self._ahead = gamma / arguments["args"].beta  # in nats per token
+    def __init__(self, *, ahead: float = 0.0, **arguments: Any) -> None:
+        self._ahead = ahead
         super().__init__(**arguments)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -250,14 +250,29 @@ class SafeSimPOTrainer(SafeDPOTrainer):
         ]
 
 
-class SafeORPOTrainer(SafeSimPOTrainer):
+class SafeSimPOTrainer(SafeReferenceFreeTrainer):
+    """DPOTrainer with the loss of SimPO, made safe.
+
+    TRL's loss `sigmoid_norm` divides what an answer is ahead of the reference by the answer's length. It is SimPO's if
+    the chosen answers of the reference are ahead by γ/β.
+
+    Args:
+        gamma: γ.
+        **arguments: those of `SafeDPOTrainer`.
+    """
+
+    def __init__(self, *, gamma: float, **arguments: Any) -> None:
+        super().__init__(ahead=gamma / arguments["args"].beta, **arguments)
+
+
+class SafeORPOTrainer(SafeReferenceFreeTrainer):
     """DPOTrainer with the loss of ORPO, made safe.
 
     Its loss is computed here, from the log-probabilities of TRL's pass, whose own loss nothing uses. TRL's ORPOTrainer
     is experimental, makes tokens of the rows once more, and builds the logits of whole rows.
 
     Args:
-        **arguments: those of `SafeSimPOTrainer`.
+        **arguments: those of `SafeDPOTrainer`.
     """
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -175,54 +175,51 @@ def by_orpo(
     return RunDir(chosen.folder), heard, chosen
 
 
-def test_simpo_asks_the_base_for_the_held_out_pairs_alone_and_has_a_loss_of_its_own(
-    by_simpo: tuple[RunDir, Heard, Recipe],
+@pytest.mark.parametrize("name", ["by_simpo", "by_orpo"])
+def test_without_a_reference_the_loss_is_the_judges_and_the_base_has_one(
+    name: str, request: pytest.FixtureRequest
 ) -> None:
-    run_dir, heard, _ = by_simpo
+    run_dir, heard, chosen = request.getfixturevalue(name)
     rows = run_dir.read_metrics()
-    trained = [row for row in rows if "loss" in row]
-    assert trained[-1]["loss"] < 0.9 * trained[0]["loss"]
-    assert not {"margin", "preference_accuracy"} & {name for row in rows for name in row}
+    trained = [row["loss"] for row in rows if "loss" in row]
+    assert not {"margin", "preference_accuracy"} & {figure for row in rows for figure in row}
     (evaluated,) = (row["eval_loss"] for row in rows if "eval_loss" in row)
     summary = Summary.read(run_dir)
     found = summary.preferences
     assert found is not None
-    assert (found.beta, found.gamma) == (2.5, 0.5)
+    assert (found.objective, found.beta) == (chosen.train.objective, chosen.train.beta)
     assert found.loss == pytest.approx(evaluated, rel=1e-4)
     assert summary.losses == (found.reference_loss, found.loss)
-    assert found.reference_loss > 1.05 * found.loss
     assert abs(found.reference_loss - math.log(2)) > 0.1
     # The first step's loss is the base's on other pairs of the same kind.
-    assert trained[0]["loss"] == pytest.approx(found.reference_loss, rel=0.2)
+    assert trained[0] == pytest.approx(found.reference_loss, rel=0.2)
+    assert trained[-1] < (0.9 if name == "by_simpo" else 0.98) * trained[0]
+    assert found.reference_loss > (1.05 if name == "by_simpo" else 1.01) * found.loss
     assert summary.verdict == "better"
+    assert [*json.loads(run_dir.reference.read_text())["pairs"]] == ["held_out"]
+    assert "log-probabilities of the base" in heard.tasks
+
+
+def test_orpo_learns_the_chosen_answers_as_well(by_orpo: tuple[RunDir, Heard, Recipe]) -> None:
+    found = Summary.read(by_orpo[0]).preferences
+    assert found is not None
+    assert found.adapter.chosen > found.base.chosen
+
+
+def test_simpo_is_judged_by_who_is_ahead_per_token(
+    by_simpo: tuple[RunDir, Heard, Recipe],
+) -> None:
+    summary = Summary.read(by_simpo[0])
+    found = summary.preferences
+    assert found is not None
+    assert found.gamma == 0.5
     for gain, verdict in ((-0.1, "worse"), (0.1, "no better")):
         more = replace(found.accuracy_difference, value=gain)
         made = replace(found, loss=2 * found.reference_loss, accuracy_difference=more)
         assert replace(summary, preferences=made).verdict == verdict
-    assert [*json.loads(run_dir.reference.read_text())["pairs"]] == ["held_out"]
     told = both_fell_warning(replace(found, adapter=replace(found.base, chosen=-1.236)))
     assert f"per token of the chosen ones fell from {found.base.chosen:.4f} to -1.2360" in told
     assert "--beta" not in told
-    assert "log-probabilities of the base" in heard.tasks
-
-
-def test_orpo_learns_the_chosen_answers_too_and_its_loss_is_the_judges(
-    by_orpo: tuple[RunDir, Heard, Recipe],
-) -> None:
-    run_dir = by_orpo[0]
-    rows = run_dir.read_metrics()
-    trained = [row for row in rows if "loss" in row]
-    assert trained[-1]["loss"] < 0.98 * trained[0]["loss"]
-    assert not {"margin", "preference_accuracy"} & {name for row in rows for name in row}
-    (evaluated,) = (row["eval_loss"] for row in rows if "eval_loss" in row)
-    summary = Summary.read(run_dir)
-    found = summary.preferences
-    assert found is not None
-    assert (found.objective, found.beta) == ("orpo", 0.3)
-    assert found.loss == pytest.approx(evaluated, rel=1e-4)
-    assert trained[0]["loss"] == pytest.approx(found.reference_loss, rel=0.2)
-    assert found.adapter.chosen > found.base.chosen
-    assert summary.verdict == "better"
 
 
 def test_dropout_acts_in_simpo_and_the_start_is_what_its_figures_are_against(
