@@ -81,7 +81,7 @@ class Judge:
             }
         who: Literal["base", "start"] = "base" if start is None else "start"
         reference = Reference(self._job.run_dir.reference, of, self._job.processes, who)
-        reference.find_held_out(lambda: self._likelihoods(model, who))
+        reference.find_held_out(len(data.held_out), lambda: self._likelihoods(model, who))
         return reference
 
     def preferences(self, model: PeftModel | PreTrainedModel, reference: Reference) -> Preferences:

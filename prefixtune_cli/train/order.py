@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import pyarrow.compute as pc
@@ -45,12 +47,27 @@ class Order(Sampler[int]):
         return self.rows + self.blanks
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from self._of_epoch(self.epoch)
+        yield from range(self.rows, self.rows + self.blanks)
+
+    def taken(self, *, steps: int, epochs: float) -> list[int]:
+        """The rows that training takes, in ascending order, without blank ones.
+
+        Args:
+            steps: of the optimizer; if not positive, the epochs count.
+            epochs: may be a fraction.
+        """
+        if steps <= 0:
+            steps = math.ceil(epochs * math.ceil(len(self) / self.batch))
+        return sorted(islice(self._of_epoch(0), steps * self.batch))
+
+    def _of_epoch(self, epoch: int) -> Iterator[int]:
+        """All rows but the blank ones."""
+        generator = torch.Generator().manual_seed(self.seed + epoch)
         if self.lengths is None:
             yield from torch.randperm(self.rows, generator=generator).tolist()
         else:
             yield from self._grouped(self.lengths, generator)
-        yield from range(self.rows, self.rows + self.blanks)
 
     def _grouped(self, lengths: Sequence[int], generator: torch.Generator) -> Iterator[int]:
         """Batches of rows of about the same length, in random order; the last may be smaller, and stays last."""

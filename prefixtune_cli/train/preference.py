@@ -64,29 +64,32 @@ class Reference:
         self._file = file
         self._of = of
         self._processes = processes
-        kept: dict[str, Pairs] = {}
+        kept: dict[str, dict[str, tuple[float, float]]] = {}
         if processes.leads:
             with suppress(OSError, ValueError, KeyError, TypeError):
                 found = json.loads(file.read_text(encoding="utf-8"))
-                kept = found["pairs"] if found["of"] == of else {}
+                kept = found["rows"] if found["of"] == of else {}
         self._kept = processes.told(kept)
 
-    def of_rows(self, name: str, find: Callable[[], Pairs]) -> Pairs:
-        """What `find` gave for the rows of this name when they were first asked for."""
-        if name not in self._kept:
-            self._kept[name] = find()
+    def of_rows(
+        self, name: str, rows: Sequence[int], find: Callable[[Sequence[int]], Pairs]
+    ) -> Pairs:
+        """Those of these rows of the data set with this name; `find` gives what has not been asked for before."""
+        known = self._kept.setdefault(name, {})
+        if missing := [row for row in rows if str(row) not in known]:
+            known.update(zip(map(str, missing), find(missing), strict=True))
             if self._processes.leads:
-                write_atomically(self._file, json.dumps({"of": self._of, "pairs": self._kept}))
-        return self._kept[name]
+                write_atomically(self._file, json.dumps({"of": self._of, "rows": self._kept}))
+        return [known[str(row)] for row in rows]
 
-    def find_held_out(self, find: Callable[[], Likelihoods]) -> None:
-        """Have `held_out`, from `find` if need be."""
-        self.of_rows("held_out", lambda: np.stack(find(), axis=1).tolist())
+    def find_held_out(self, rows: int, find: Callable[[], Likelihoods]) -> None:
+        """Have `held_out`, of so many rows, from `find` if need be."""
+        self.of_rows("held_out", range(rows), lambda _: np.stack(find(), axis=1).tolist())
 
     @property
     def held_out(self) -> Likelihoods:
         """Those of the held-out rows."""
-        return Likelihoods(*np.array(self._kept["held_out"]).T)
+        return Likelihoods(*np.array([*self._kept["held_out"].values()]).T)
 
 
 class PairCollator:
@@ -125,7 +128,8 @@ class SafeDPOTrainer(SafeTrainer, DPOTrainer):
 
     Args:
         reference: has the log-probabilities of the rows of `train_dataset` and `eval_dataset`, by these names. What is
-            missing is computed before the first step, when the adapter still is the start.
+            missing is computed before the first step, when the adapter still is the start, for the rows that the steps
+            take.
         reporter: hears how far that is.
         **arguments: those of `SafeTrainer`.
     """
@@ -176,23 +180,28 @@ class SafeDPOTrainer(SafeTrainer, DPOTrainer):
         return share
 
     def _with_reference(self, rows: Dataset, name: str) -> Dataset:
-        count = self.real_rows if name == "train_dataset" else len(rows)
-        known = self._reference_of(rows, name, count)
-        blanks = [(0.0, 0.0)] * (len(rows) - count)
-        for column, values in zip(COLUMNS, zip(*known, *blanks, strict=True), strict=True):
-            rows = rows.add_column(column, list(values))
+        taken: Sequence[int] = range(len(rows))
+        # A step that took a row without a reference would have no finite loss, and the run would end.
+        known = np.full((len(rows), len(COLUMNS)), math.nan)
+        if name == "train_dataset":
+            steps, epochs = self.args.max_steps, self.args.num_train_epochs
+            taken = self._order.taken(steps=steps, epochs=epochs)
+            known[self.real_rows :] = 0.0  # blank
+        known[taken] = self._reference_of(rows, name, taken)
+        for column, values in zip(COLUMNS, known.T, strict=True):
+            rows = rows.add_column(column, values)
         return rows
 
-    def _reference_of(self, rows: Dataset, name: str, count: int) -> Pairs:
-        """The reference's log-probabilities of the first `count` rows of the data set with this name."""
-        return self._reference.of_rows(name, lambda: self._of_reference(rows, count))
+    def _reference_of(self, rows: Dataset, name: str, taken: Sequence[int]) -> Pairs:
+        """The reference's log-probabilities of the rows `taken` from the data set with this name."""
+        return self._reference.of_rows(name, taken, lambda missing: self._of_rows(rows, missing))
 
-    def _of_reference(self, rows: Dataset, count: int) -> Pairs:
-        """The log-probabilities of the first `count` rows, as a step computes them."""
-        lengths, size = row_lengths(rows)[:count], self.args.train_batch_size
+    def _of_rows(self, rows: Dataset, taken: Sequence[int]) -> Pairs:
+        """The model's log-probabilities of the rows `taken`, as a step computes them."""
+        lengths, size = row_lengths(rows), self.args.train_batch_size
         # Little padding, and the longest ones first: where memory does not suffice, it shows at once.
-        order = sorted(range(count), key=lengths.__getitem__, reverse=True)
-        batches = [order[i : i + size] for i in range(0, count, size)]
+        order = sorted(taken, key=lengths.__getitem__, reverse=True)
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
         processes, found = self.processes, dict[int, tuple[float, float]]()
         task = f"log-probabilities of the {self._reference.who}"
         with models.evaluating(self.model), fitted_to(self.args.device):
@@ -207,7 +216,7 @@ class SafeDPOTrainer(SafeTrainer, DPOTrainer):
                     found.update(zip(batches[mine], both, strict=True))
         self._reporter.progress(task, len(batches), len(batches), {})
         found = processes.joined(found)
-        return [found[row] for row in range(count)]
+        return [found[row] for row in taken]
 
     def _of_a_batch(self, rows: Dataset, batch: Sequence[int]) -> list[tuple[float, float]] | None:
         """The log-probabilities of these rows; None if the memory does not suffice."""
@@ -243,10 +252,10 @@ class SafeReferenceFreeTrainer(SafeDPOTrainer):
             self._metrics["train" if self.model.training else "eval"].pop(name)
         return loss
 
-    def _reference_of(self, rows: Dataset, name: str, count: int) -> Pairs:
+    def _reference_of(self, rows: Dataset, name: str, taken: Sequence[int]) -> Pairs:
         return [
             (self._ahead * sum(label != MASKED for label in labels), 0.0)
-            for labels in rows.select_columns("labels")[:count]["labels"]
+            for labels in rows.select_columns("labels").select(taken)["labels"]
         ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,7 @@ def test_without_a_reference_the_loss_is_the_judges_and_the_base_has_one(
     assert trained[-1] < (0.9 if name == "by_simpo" else 0.98) * trained[0]
     assert found.reference_loss > (1.05 if name == "by_simpo" else 1.01) * found.loss
     assert summary.verdict == "better"
-    assert [*json.loads(run_dir.reference.read_text())["pairs"]] == ["held_out"]
+    assert [*json.loads(run_dir.reference.read_text())["rows"]] == ["held_out"]
     assert "log-probabilities of the base" in heard.tasks
 
 
@@ -326,20 +327,39 @@ def test_a_reference_is_computed_once_for_the_same_content(tmp_path: Path) -> No
     file, of = tmp_path / "reference.json", {"base": "a", "start": None}
     asked = []
 
-    def find() -> list[tuple[float, float]]:
-        asked.append(file.exists())
-        return [(-1.1, math.nan), (-1 / 3, 0.0)]
+    def find(rows: Sequence[int]) -> list[tuple[float, float]]:
+        asked.append([*rows])
+        return [(-row / 3, math.nan) for row in rows]
+
+    def told(what: dict[str, Any], rows: list[int]) -> list[tuple[str, str]]:
+        found = Reference(file, what, Processes()).of_rows("train_dataset", rows, find)
+        return [(repr(one), repr(other)) for one, other in found]
 
     for what in (of, of, {**of, "start": "b"}):
-        found = Reference(file, what, Processes()).of_rows("train_dataset", find)
-        assert [tuple(map(repr, pair)) for pair in found] == [
-            ("-1.1", "nan"),
-            (repr(-1 / 3), "0.0"),
-        ]
-    assert asked == [False, True]
+        assert told(what, [7, 2]) == [(repr(-7 / 3), "nan"), (repr(-2 / 3), "nan")]
+    assert asked == [[7, 2], [7, 2]]
+    assert told(what, [2, 4, 7]) == [(repr(-row / 3), "nan") for row in (2, 4, 7)]
+    assert asked[2:] == [[4]]
     file.write_text(file.read_text()[:-9])  # as after a disk's failure
-    Reference(file, of, Processes()).of_rows("train_dataset", find)
-    assert len(asked) == 3
+    told(what, [2])
+    assert asked[3:] == [[2]]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(
+    ("length", "rows"),
+    [({"max_steps": 2}, 32), ({"max_steps": None, "epochs": 0.5}, 32), ({"max_steps": 5}, 54)],
+)
+def test_a_reference_is_computed_of_the_rows_that_the_steps_take(
+    length: dict[str, Any], rows: int, grouped: bool, random_base: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """Any other row has no reference, and would end the run."""
+    steps = {"gradient_accumulation": 2, "eval_steps": None, "group_by_length": grouped}
+    run_dir = RunDir(tmp_path / "run")
+    train(of_pairs(random_base, pairs, run_dir.path, train={**SETTINGS, **steps, **length}))
+    kept = json.loads(run_dir.reference.read_text())["rows"]["train_dataset"]
+    assert len(kept) == rows
+    assert [*map(int, kept)] == sorted({*map(int, kept)})
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +392,7 @@ def test_from_an_adapter_the_reference_is_the_adapter_itself(
 
     # What the start says of the held-out pairs, by another way: `ptp eval` and the like load it so.
     stored = json.loads(run_dir.reference.read_text())
-    kept = stored["pairs"]
+    kept = {name: [*rows.values()] for name, rows in stored["rows"].items()}
     base = AutoModelForCausalLM.from_pretrained(random_base, dtype=torch.float32)
     model = load_adapter(base, trained_start / "adapter").eval()
     tokenizer = load_tokenizer(chosen.model, trained_start / "adapter")
@@ -481,7 +501,7 @@ def test_a_lora_of_a_4_bit_base_goes_on_to_preferences_in_two_processes(
     first = run_dir.read_metrics()[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-2)
     kept = [
-        torch.tensor(json.loads(run.reference.read_text())["pairs"]["train_dataset"])
+        torch.tensor([*json.loads(run.reference.read_text())["rows"]["train_dataset"].values()])
         for run in (run_dir, in_two["of_4_bits"])
     ]
     assert len(kept[0]) == 54
