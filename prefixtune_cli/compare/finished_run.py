@@ -172,12 +172,11 @@ def _of_pairs_alone(summary: Mapping[str, Any], who: str) -> Result:
     found = Preferences.of_json(dict(summary["preferences"]))
     result = Result([float(summary[who]["loss"])], [1], of_pairs=True)
     if who == ADAPTER:
-        ahead, loss = [float(found.reward_accuracy)], float(found.loss)
-        return replace(result, losses=[loss], ahead=ahead)
+        return replace(result, losses=[found.loss], ahead=[found.reward_accuracy])
     if found.start is not None:  # the figures are against it, and not against the base
         return result
-    of_base = [float(found.base.accuracy)] if found.is_per_token else None  # DPO's rewards nothing
-    return replace(result, losses=[float(found.reference_loss)], ahead=of_base)
+    of_base = [found.base.accuracy] if found.is_per_token else None  # DPO's rewards nothing
+    return replace(result, losses=[found.reference_loss], ahead=of_base)
 
 
 def _evaluated(run_dir: RunDir, found: Mapping[str, Any], recipe: Recipe) -> Evaluated | None:

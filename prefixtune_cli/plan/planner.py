@@ -202,11 +202,11 @@ class Planner:
         """
         section = self.recipe.train
         rows = section.batch_size if rows is None else rows
-        pairs = self.recipe.on_pairs
+        rows = 2 * rows if self.recipe.on_pairs else rows
         batch = Batch(
-            rows=2 * rows if pairs else rows,
+            rows=rows,
             tokens=self.recipe.data.max_length,
-            padded=pairs or (rows > 1 and not section.packing and not self._padding_free),
+            padded=rows > 1 and not section.packing and not self._padding_free,
             accumulated=section.gradient_accumulation > 1,
             checkpointing=section.gradient_checkpointing
             if checkpointing is None
@@ -245,8 +245,11 @@ class Planner:
 
     @property
     def _padding_free(self) -> bool:
-        flash = self.recipe.model.attention.startswith("flash_attention")
-        return flash and self.recipe.adapter.method not in IN_THE_CACHE | IN_FRONT
+        recipe = self.recipe
+        flash = recipe.model.attention.startswith("flash_attention")
+        return (
+            flash and not recipe.on_pairs and recipe.adapter.method not in IN_THE_CACHE | IN_FRONT
+        )
 
     def _peaks(self, batch: Batch) -> Peaks:
         try:

@@ -26,7 +26,8 @@ from prefixtune_cli.compare.standing import crossed_difference, standings
 from prefixtune_cli.compare.table import columns
 from prefixtune_cli.errors import RunDirError, UsageError
 from prefixtune_cli.recipe.schema import Recipe
-from prefixtune_cli.report import publish
+from prefixtune_cli.report import publish, tables
+from prefixtune_cli.report.verdict import verdict
 from prefixtune_cli.run_dir import RunDir
 from tests.compare import test_run, test_runs
 from tests.compare.made import comparison
@@ -155,18 +156,27 @@ def test_methods_are_trained_and_judged_on_pairs(
     def judge(run: str, *args: Any, **kwargs: Any) -> str | None:
         if not lost:
             lost.append(run)
+            RunDir(run).eval_result("data-test").unlink()
             return "It was lost."
         return judge_cell(run, *args, **kwargs)
 
     monkeypatch.setattr("prefixtune_cli.compare.stages.judge_cell", judge)
     without, _ = compare(made)
+    assert len(lost) == 1
     assert without.base == told.base, "the base is judged beside the next run"
     assert without.contestants[1] == told.contestants[1]
+    monkeypatch.undo()
+    compare(made)
 
     runs = [cell.run for one in told.contestants for cell in one.cells]
     of_runs = read_runs(runs)
     assert by(of_runs)[:3] == [(TEST, name) for name in names]
     assert ("data-test", PREFERENCE_LOSS.name) not in by(of_runs), "the base was judged once"
+    left_out = [notice for notice in of_runs.notices if "DPO's loss and its rewards" in notice]
+    assert {notice.split()[1] for notice in left_out} == {
+        "eval/data-data-test.json",
+        "eval/data-ood.json",
+    }
     for one in of_runs.contestants:
         for cell in one.cells:
             summary = json.loads(RunDir(cell.run).summary.read_text())["preferences"]
@@ -181,6 +191,9 @@ def test_the_losses_of_other_betas_are_not_compared(tmp_path: Path) -> None:
     assert made.base[TEST].chosen_ahead is None, "the reference rewards nothing"
     assert by(made) == [(TEST, CHOSEN_AHEAD.name), (TEST, LOSS_OF_CHOSEN.name)]
     assert made.notices == []
+    told = str(tables.runs(made))
+    assert CHOSEN_AHEAD.name in told
+    assert PREFERENCE_LOSS.name not in told
     assert "objective dpo, cosine" in " ".join(legend(made))
     with pytest.raises(RunDirError, match=r"different objectives: dpo in .*; simpo in "):
         read_runs([runs[0], of_pairs(tmp_path / "simpo", objective="simpo")])
@@ -221,6 +234,24 @@ def test_other_data_of_runs_on_pairs_is_compared_as_it_is(tmp_path: Path) -> Non
             file.write_text(json.dumps({**found, "items": items}))
     told = by(read_runs(runs))
     assert [one for one in told if one[0] != TEST] == [("long", "loss"), ("qa", "exact match")]
+
+
+def test_the_figures_of_a_data_set_are_told_once_how_they_were_tested(tmp_path: Path) -> None:
+    runs = [of_pairs(tmp_path / method, method=method) for method in ("lora", "ia3")]
+    for run in runs:
+        subjects = [{"name": "adapter", "folder": str(RunDir(run).adapter)}]
+        row = {"origin": "x", "tokens": 2, "nats": {"adapter": 3.0}, "right": {"adapter": True}}
+        found = {"data": {"source": "qa.jsonl", "sha256": "c"}, "subjects": subjects}
+        file = RunDir(run).eval_result("data-qa")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({**found, "items": [row, row]}))
+    made = read_runs(runs)
+    lines = [line for line in legend(made) if line.startswith("Differences")]
+    assert [[name for name in ("the test data", "qa") if f" on {name} " in line] for line in lines] == [
+        ["the test data"], ["qa"],
+    ]  # fmt: skip
+    details = [detail for said in verdict(made) for detail in said.details]
+    assert sum("on the test data are not tested" in detail for detail in details) == 1
 
 
 def test_p_values_are_adjusted_for_all_metrics_of_a_data_set() -> None:
@@ -264,11 +295,16 @@ def test_costs_alone_are_of_steps_on_answers() -> None:
 
 
 def of_pairs(
-    out: Path, *, seed: int = 0, environment: dict[str, Any] | None = None, **train: Any
+    out: Path,
+    method: str = "lora",
+    *,
+    seed: int = 0,
+    environment: dict[str, Any] | None = None,
+    **train: Any,
 ) -> str:
     """A finished run on pairs."""
     steps = {"objective": "dpo", **train}
-    run = test_runs.run(out, seed=seed, environment=environment, train=steps)
+    run = test_runs.run(out, method, seed=seed, environment=environment, train=steps)
     summary = RunDir(out).summary
     ends = {"low": 0.0, "high": 1.0}
     one = {"accuracy": 0.5, "chosen": -3.0, "rejected": -4.0}

@@ -177,6 +177,13 @@ def test_rows_of_one_length_in_flash_attention_take_less_than_padded_ones(
     assert Planner(recipe(model={"attention": "eager"})).parts().total > padded
 
 
+def test_pairs_are_padded_in_flash_attention_too(recipe: MakeRecipe) -> None:
+    pairs = {"train": {"objective": "dpo"}}
+    padded = Planner(recipe(**pairs)).parts().total
+    flash = Planner(recipe(**pairs, model={"attention": "flash_attention_2"}))
+    assert flash.parts().total == padded
+
+
 def test_an_optimizer_counts_what_it_keeps(recipe: MakeRecipe) -> None:
     def kept(name: str) -> int:
         return Planner(with_method(recipe(train={"optimizer": name}), "lora")).parts().optimizer
