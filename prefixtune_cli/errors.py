@@ -7,7 +7,7 @@ message without a traceback and exits with `exit_code`.
     ├── UsageError            the command line itself (exit code 2)
     ├── RecipeError           a recipe, a flag's value, a --set (exit code 2)
     ├── DataError             a row, a file or a data set, with file and line if known
-    │   └── OtherRowsError    pairs of answers where rows with one answer are wanted, or the reverse
+    │   └── OtherRowsError    rows of another kind than is wanted: answers, pairs of them, or labelled ones
     ├── ModelError            a base model that cannot be found, read or adapted
     │   └── AdapterError      an adapter folder that does not fit the base, or is too new
     ├── RunDirError           an output directory that is taken, incomplete or of another recipe
@@ -45,7 +45,7 @@ class DataError(PtpError):
 
 
 class OtherRowsError(DataError):
-    """Each row is a pair of answers, and rows with one answer are wanted; or the reverse."""
+    """The rows are of another kind than is wanted: see `recipe.schema.Kind`."""
 
 
 class ModelError(PtpError):

@@ -167,17 +167,19 @@ def reached_for() -> set[str]:
 
 
 def overridden() -> set[str]:
-    """Private methods of libraries' classes that the package overrides."""
+    """Private methods of libraries' classes that the package overrides, perhaps in a class to mix in."""
     found = set()
     for module in pkgutil.walk_packages([str(PACKAGE)], "prefixtune_cli."):
         if module.name.endswith(("__main__", "triton_kernels")):
             continue
         for kind in vars(importlib.import_module(module.name)).values():
             if inspect.isclass(kind) and kind.__module__ == module.name:
-                bases = [b for b in kind.__mro__ if not b.__module__.startswith("prefixtune_cli")]
+                ours = [c for c in kind.__mro__ if c.__module__.startswith("prefixtune_cli")]
+                bases = [c for c in kind.__mro__ if c not in ours]
                 found |= {
                     name
-                    for name, value in vars(kind).items()
+                    for own in ours
+                    for name, value in vars(own).items()
                     if is_private(name)
                     and not name.endswith("_")  # those are the enums'
                     and inspect.isfunction(getattr(value, "__func__", value))

@@ -60,8 +60,7 @@ def inspect_data(
     from prefixtune_cli.data.load import load_rows
     from prefixtune_cli.data.tokenized_data import tokenize
 
-    pairs = settings.on_pairs
-    rows = load_rows(settings.data.train, settings.data, pairs=pairs)
+    rows = load_rows(settings.data.train, settings.data, settings.kind)
     start = settings.train.start_from
     tokenizer = load_tokenizer(settings.model, start and point_at_start(start).folder)
     tokenized = tokenize(rows, tokenizer, settings.data, settings.train.first_tokens)
@@ -84,9 +83,11 @@ def _print(found: Inspection) -> None:
         console.notice(text)
     for shown in found.examples:
         other = shown.rejected
-        console.say(
-            f"── {shown.origin}{', chosen' if other else ''}: {_counts(shown)}", style="bold"
-        )
+        if shown.desirable is not None:
+            said = ", desirable" if shown.desirable else ", undesirable"
+        else:
+            said = ", chosen" if other else ""
+        console.say(f"── {shown.origin}{said}: {_counts(shown)}", style="bold")
         out.print(_coloured(shown, marks=marks))
         if other is not None:
             console.say(f"── rejected: {_counts(other)}", style="bold")

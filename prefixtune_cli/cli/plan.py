@@ -140,7 +140,7 @@ def _print(recipe: Recipe, found: dict[str, Any]) -> None:
         rows.append(["fits", *("yes" if plan["fits"] else "no" for plan in plans)])
         rows.append(["largest batch", *(str(plan["largest_batch"]) for plan in plans)])
     per = f" on each of {found['gpus']} GPUs ({found['parallel']})" if found["gpus"] > 1 else ""
-    what = "pairs of answers, each two rows" if recipe.on_pairs else "rows"
+    what = "pairs of answers, each two rows" if recipe.kind == "pairs" else "rows"
     console.say(
         f"GiB{per} for {recipe.model.name} with {found['batch_size']} {what} of {found['max_length']} tokens a forward "
         "pass, at the fullest moment of a step:\n"
@@ -163,7 +163,7 @@ def _verdict(recipe: Recipe, found: dict[str, Any]) -> list[str]:
         ]
     chosen = next(plan for plan in found["plans"] if plan["method"] == found["method"])
     fits = "fits" if chosen["fits"] else "does not fit"
-    rows, row = chosen["largest_batch"], "pair" if recipe.on_pairs else "row"
+    rows, row = chosen["largest_batch"], "pair" if recipe.kind == "pairs" else "row"
     from prefixtune_cli.plan import MOST_ROWS
 
     largest = f"{rows} or more" if rows == MOST_ROWS else str(rows)

@@ -47,7 +47,7 @@ def train(
             "--find-learning-rate is for a new run of one process. Leave out --resume and --gpus; for a run on several "
             "GPUs, give the rate that it finds as --learning-rate."
         )
-    if find_learning_rate and settings.on_pairs:
+    if find_learning_rate and settings.on_preferences:
         raise UsageError(
             f"--find-learning-rate does not try rates for objective {settings.train.objective} yet. Give "
             "--learning-rate, or leave both out."
@@ -171,7 +171,7 @@ def _print_summary(summary: Summary, data: DataSection) -> None:
     preferences = summary.preferences
     if preferences is not None:
         _print_preferences(preferences)
-        console.say("\nThe chosen answers by themselves:\n")
+        console.say(f"\nThe {preferences.words[0]} answers by themselves:\n")
     else:
         console.say(f"On {summary.held_out_rows} held-out rows:\n")
     console.print_table(
@@ -200,9 +200,10 @@ def _print_preferences(found: Preferences) -> None:
     from prefixtune_cli.cli import console
 
     unit = "nats per token" if found.is_per_token else "nats"
-    console.say(f"On {found.pairs} held-out pairs of answers (mean log-probabilities in {unit}):\n")
+    rows, (better, worse) = found.rows, found.words
+    console.say(f"On {found.pairs} held-out {rows} (mean log-probabilities in {unit}):\n")
     console.print_table(
-        ["", "chosen is likelier", "chosen", "rejected"],
+        ["", f"{better} is likelier", better, worse],
         [
             [name, f"{100 * one.accuracy:.1f} %", f"{one.chosen:.2f}", f"{one.rejected:.2f}"]
             for name, one in (
@@ -216,10 +217,16 @@ def _print_preferences(found: Preferences) -> None:
     against = found.compared_with
     more, reward, margin = found.accuracy_difference, found.reward_interval, found.margin_interval
     by = "adapter's reward" if found.is_per_token else f"implicit reward against the {against}"
+    what, of = ("the chosen answer", "the pairs")
+    if found.of_labelled:
+        console.say(
+            "\nEach desirable answer is compared with each undesirable one; the likelier one is so per token."
+        )
+        what, of = "the desirable answer", "these pairs"
     console.say(
         f"\nDifference from the {against}: {100 * more.value:+.1f} points (95 % interval {100 * more.low:+.1f} to "
-        f"{100 * more.high:+.1f}). By the {by}, the chosen answer is ahead in {100 * found.reward_accuracy:.1f} % of "
-        f"the pairs ({100 * reward.low:.1f} to {100 * reward.high:.1f}), by a margin of {found.margin:+.3f} "
+        f"{100 * more.high:+.1f}). By the {by}, {what} is ahead in {100 * found.reward_accuracy:.1f} % of "
+        f"{of} ({100 * reward.low:.1f} to {100 * reward.high:.1f}), by a margin of {found.margin:+.3f} "
         f"({margin.low:+.3f} to {margin.high:+.3f}). {found.title}'s loss is {found.loss:.4f}, the {against}'s "
         f"{found.reference_loss:.4f}."
     )

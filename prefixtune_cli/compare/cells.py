@@ -116,6 +116,6 @@ def _is_of(run_dir: RunDir, recipe: Recipe) -> bool:
     return all(
         source is not None
         and about["data"].get(name, {}).get("sha256")
-        == load_rows(source, recipe.data, pairs=recipe.on_pairs).fingerprint
+        == load_rows(source, recipe.data, recipe.kind).fingerprint
         for name, source in sources.items()
     )

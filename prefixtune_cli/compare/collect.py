@@ -17,7 +17,9 @@ from prefixtune_cli.compare.rows import VALIDATION, Rows
 from prefixtune_cli.compare.stages import Stages, summary
 from prefixtune_cli.compare.wording import data_name
 from prefixtune_cli.evaluate.matching import rule_sentence
+from prefixtune_cli.evaluate.preferences import TITLES
 from prefixtune_cli.evaluate.settings import Settings as EvalSettings
+from prefixtune_cli.recipe.schema import WITH_REFERENCE
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.environment import describe_environment
 
@@ -38,7 +40,7 @@ def collect(
     items_of_base = {name: found["items"] for name, found in of_base.items()}
     contestants = [_contestant(entry, stages, judging, items_of_base) for entry in contest]
     notices = list(rows.notices)
-    if (pattern := recipe.evaluate.answer_pattern) and not recipe.on_pairs:
+    if (pattern := recipe.evaluate.answer_pattern) and not recipe.on_preferences:
         notices.append(rule_sentence(pattern))
     for name, found in of_base.items():
         if why := found.get("why_no_exact_match"):
@@ -47,10 +49,11 @@ def collect(
     steps = {cell.steps for cell in cells if cell.steps is not None}
     if len(steps) > 1:
         notices.append("The contestants took different numbers of steps, as the grid asks for.")
-    if recipe.train.objective == "dpo" and TEST not in of_base:
-        notices.append("The base was not judged, so DPO's loss and its rewards are not known.")
-    if settings.speed and recipe.on_pairs:
-        notices.append("What steps on pairs of answers cost is not measured.")
+    if (objective := recipe.train.objective) in WITH_REFERENCE and TEST not in of_base:
+        name = TITLES[objective]
+        notices.append(f"The base was not judged, so {name}'s loss and its rewards are not known.")
+    if settings.speed and recipe.on_preferences:
+        notices.append("What steps on preferences cost is not measured.")
     if settings.few_shot is not None and settings.sweep > 1:
         labelled = rows.about[VALIDATION]["rows"]
         notices.append(f"The learning rates were chosen on {labelled} labelled rows beside those.")

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from prefixtune_cli.compare.metrics import Cost
+from prefixtune_cli.recipe.schema import Kind, kind_of
 
 BASE = "base"
 TEST, OOD, FORGETTING = "test", "ood", "forgetting"
@@ -32,16 +33,17 @@ class Result:
         nats: the cross-entropy of each row, summed over its predicted tokens.
         tokens: the number of predicted tokens of each row.
         right: whether each row's answer is right; None where answers are long, or there are none.
-        of_pairs: the rows are pairs of answers.
-        losses: the objective's loss of each pair, in nats; None where it is not known.
-        ahead: 1 for each pair whose chosen answer has the higher reward, else 0; None where it is not known, as for
-            the base of DPO, which rewards nothing.
+        kind: what the rows are; `answers` also for pairs and labelled answers, if the model did not learn from such.
+        losses: the objective's loss of each pair, in nats, or of each labelled answer; None where it is not known.
+        ahead: 1 for each pair whose chosen answer has the higher reward, else 0; for each desirable answer the fraction
+            of the undesirable ones with a lower reward. None where it is not known, as for the base of DPO and KTO,
+            which rewards nothing.
     """
 
     nats: Sequence[float]
     tokens: Sequence[int]
     right: Sequence[bool] | None = None
-    of_pairs: bool = False
+    kind: Kind = "answers"
     losses: Sequence[float] | None = None
     ahead: Sequence[float] | None = None
 
@@ -57,12 +59,12 @@ class Result:
 
     @property
     def preference_loss(self) -> float | None:
-        """Mean loss of the objective, in nats a pair."""
+        """Mean loss of the objective: in nats a pair, or of a labelled answer."""
         return _mean(self.losses)
 
     @property
     def chosen_ahead(self) -> float | None:
-        """The fraction of the pairs whose chosen answer has the higher reward."""
+        """The fraction of the pairs whose chosen, or desirable, answer has the higher reward."""
         return _mean(self.ahead)
 
     def each(self, figure: str) -> Sequence[float]:
@@ -201,10 +203,11 @@ class Comparison:
     groups: Sequence[Group] = ()
 
     @property
-    def on_pairs(self) -> bool:
-        """Whether the contestants were trained on pairs of answers."""
-        of_pairs = (result.of_pairs for c in self.contestants for result in c.results())
-        return "objective" in self.protocol or any(of_pairs)
+    def learned_from(self) -> Kind:
+        """What the contestants were trained on."""
+        kinds = (result.kind for c in self.contestants for result in c.results())
+        found = next((kind for kind in kinds if kind != "answers"), None)
+        return found or kind_of(str(self.protocol.get("objective", "sft")))
 
     @property
     def measured_together(self) -> Sequence[Group]:

@@ -120,7 +120,7 @@ class Settings:
         if self.out is not None:
             return Path(self.out)
         shot = f"-{self.few_shot}-shot" if self.few_shot else ""
-        objective = f"-{recipe.train.objective}" if recipe.on_pairs else ""
+        objective = f"-{recipe.train.objective}" if recipe.on_preferences else ""
         name = recipe.run_name.removesuffix(f"-{recipe.adapter.method}{objective}")
         return Path("compare") / f"{name}{objective}{shot}"
 
@@ -149,8 +149,8 @@ def entries(settings: Settings) -> list[Entry]:
     methods = settings.methods
     if methods is None:
         shared = {k: v[0] for k, v in settings.grids.items() if not k.startswith("adapter.")}
-        on_pairs = _recipe(settings, DEFAULT_METHODS[0], shared).on_pairs
-        methods = [name for name in DEFAULT_METHODS if not (on_pairs and name == "full")]
+        on_preferences = _recipe(settings, DEFAULT_METHODS[0], shared).on_preferences
+        methods = [name for name in DEFAULT_METHODS if not (on_preferences and name == "full")]
     if not methods:
         raise UsageError("--methods names none. Type, say, --methods prefix-tuning-plus,lora")
     grids, adapter = settings.grids, _typed_of_the_adapter(settings)
@@ -193,9 +193,9 @@ def _check_objectives(settings: Settings, recipes: Sequence[Recipe]) -> None:
             f"The objectives {' and '.join(objectives)} share no figure by which they could be compared. Compare with "
             "one at a time."
         )
-    if settings.few_shot is not None and recipes[0].on_pairs:
+    if settings.few_shot is not None and recipes[0].on_preferences:
         raise UsageError(
-            f"--few-shot draws rows of each class, and the pairs of answers of objective {objectives[0]} have none. "
+            f"--few-shot draws rows of each class, and the preferences of objective {objectives[0]} have none. "
             "Leave it out."
         )
 

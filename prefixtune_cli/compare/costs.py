@@ -57,9 +57,9 @@ def compare_costs(settings: Settings, reporter: Reporter | None = None) -> tuple
     reporter = reporter or Silent()
     groups = _groups(entries(settings))
     contest = [entry for group in groups.values() for entry in group]
-    if contest[0].recipe.on_pairs:
+    if contest[0].recipe.on_preferences:
         raise UsageError(
-            f"--speed measures steps on answers, not on pairs of them. Leave objective "
+            f"--speed measures steps on answers, not on preferences. Leave objective "
             f"{contest[0].recipe.train.objective} out."
         )
     for entry in contest:

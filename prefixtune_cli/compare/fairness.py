@@ -11,7 +11,7 @@ from typing import Any
 from prefixtune_cli.compare.contest import spelled
 from prefixtune_cli.compare.finished_run import FinishedRun
 from prefixtune_cli.pointed import base_key
-from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.recipe.schema import OWN_SETTINGS, Recipe
 from prefixtune_cli.run_dir import RunDir
 
 # Settings that do not make another contestant: how a run is carried out and recorded, and its seed.
@@ -107,9 +107,10 @@ def twins(runs: Sequence[FinishedRun]) -> Iterator[tuple[FinishedRun, FinishedRu
 
 
 def shared_objective(recipes: Sequence[Recipe]) -> dict[str, Any]:
-    """What runs on pairs of answers share of objective, beta and SimPO's gamma; nothing of other runs."""
-    keys = ["objective", "beta"] if any(recipe.on_pairs for recipe in recipes) else []
-    keys += ["gamma"] if {recipe.train.objective for recipe in recipes} == {"simpo"} else []
+    """What runs on preferences share of objective, beta and `OWN_SETTINGS`; nothing of other runs."""
+    keys = ["objective", "beta"] if any(recipe.on_preferences for recipe in recipes) else []
+    objectives = {recipe.train.objective for recipe in recipes}
+    keys += OWN_SETTINGS.get(objectives.pop(), ()) if len(objectives) == 1 else ()
     found = {key: {getattr(recipe.train, key) for recipe in recipes} for key in keys}
     return {key: values.pop() for key, values in found.items() if len(values) == 1}
 

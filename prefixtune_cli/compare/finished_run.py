@@ -12,11 +12,12 @@ import numpy as np
 
 from prefixtune_cli.compare.comparison import FORGETTING, TEST, Result
 from prefixtune_cli.errors import PtpError, RunDirError
+from prefixtune_cli.evaluate import labelled
 from prefixtune_cli.evaluate.matching import exactly_matches
 from prefixtune_cli.evaluate.preferences import Likelihoods, Objective, Preferences, hits
 from prefixtune_cli.pointed import nothing_at, run_of
 from prefixtune_cli.recipe.load import resolve
-from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.recipe.schema import Kind, Recipe, kind_of
 from prefixtune_cli.run_dir import RunDir
 
 BASE, ADAPTER = "base", "adapter"
@@ -93,8 +94,8 @@ class FinishedRun:
 
     def held_out(self, who: str) -> Result:
         """The result of `who` on the held-out rows. A run keeps the mean of their losses alone, so that is one row."""
-        if self.recipe.on_pairs:
-            return _of_pairs_alone(self.summary, who)
+        if self.recipe.on_preferences:
+            return _of_preferences_alone(self.summary, who)
         pattern = self.recipe.evaluate.answer_pattern
         right = [exactly_matches(row[who], row["answer"], pattern) for row in self.answers]
         return Result([float(self.summary[who]["loss"])], [1], right or None)
@@ -119,8 +120,8 @@ def open_run(given: str) -> FinishedRun:
         summary = _json(run_dir.summary)
         for who in (BASE, ADAPTER):
             float(summary[who]["loss"])
-            if recipe.on_pairs:
-                _of_pairs_alone(summary, who)
+            if recipe.on_preferences:
+                _of_preferences_alone(summary, who)
         evaluated = {
             name: found
             for file in sorted(run_dir.summary.parent.glob("eval/*.json"))
@@ -167,15 +168,15 @@ def _data_set(bench: str) -> str | None:
     return bench if name in (TEST, "train", "validation") else name
 
 
-def _of_pairs_alone(summary: Mapping[str, Any], who: str) -> Result:
-    """The result of `who` on the held-out pairs, of which a run keeps the means alone, so that is one pair."""
+def _of_preferences_alone(summary: Mapping[str, Any], who: str) -> Result:
+    """The result of `who` on the held-out rows, of which a run keeps the means alone, so that is one row."""
     found = Preferences.of_json(dict(summary["preferences"]))
-    result = Result([float(summary[who]["loss"])], [1], of_pairs=True)
+    result = Result([float(summary[who]["loss"])], [1], kind=kind_of(found.objective))
     if who == ADAPTER:
         return replace(result, losses=[found.loss], ahead=[found.reward_accuracy])
     if found.start is not None:  # the figures are against it, and not against the base
         return result
-    of_base = [found.base.accuracy] if found.is_per_token else None  # DPO's rewards nothing
+    of_base = [found.base.accuracy] if found.is_per_token else None  # others reward nothing
     return replace(result, losses=[found.reference_loss], ahead=of_base)
 
 
@@ -207,11 +208,11 @@ def result_of(
     Args:
         items: the rows.
         who: the model's name in them.
-        recipe: the run's; of pairs of answers, it has the objective.
+        recipe: the run's; of preferences, it has the objective.
         of_base: the same rows with the base's figures, where `items` are without.
     """
     if items and isinstance(items[0]["tokens"], Mapping):
-        return _result_of_pairs(items, who, recipe, of_base or items)
+        return _result_of_preferences(items, who, recipe, of_base or items)
     has_answers = bool(items) and all("right" in item for item in items)
     return Result(
         nats=[float(item["nats"][who]) for item in items],
@@ -220,16 +221,18 @@ def result_of(
     )
 
 
-def _result_of_pairs(
+def _result_of_preferences(
     items: Sequence[Mapping[str, Any]],
     who: str,
     recipe: Recipe,
     of_base: Sequence[Mapping[str, Any]],
 ) -> Result:
-    nats = [float(item["nats"][who]["chosen"]) for item in items]
-    tokens = [int(item["tokens"]["chosen"]) for item in items]
-    result = Result(nats, tokens, of_pairs=recipe.on_pairs)
-    if not recipe.on_pairs:
+    better = [item for item in items if item.get("desirable", True)]
+    nats = [float(item["nats"][who]["chosen"]) for item in better]
+    tokens = [int(item["tokens"]["chosen"]) for item in better]
+    kind: Kind = "labelled" if "desirable" in items[0] else "pairs"
+    result = Result(nats, tokens, kind=kind if recipe.on_preferences else "answers")
+    if recipe.kind != kind:
         return result
     objective, reference = Objective.of(recipe.train), None
     if objective.has_reference:
@@ -237,9 +240,29 @@ def _result_of_pairs(
             return result  # the reference's figures are not there
         reference = _likelihoods(of_base, BASE, objective)
     found = _likelihoods(items, who, objective)
+    if kind == "labelled":
+        assert reference is not None
+        return _of_labelled(result, items, objective, found, reference, of_base=who == BASE)
     rewards_nothing = objective.has_reference and who == BASE
     ahead = None if rewards_nothing else hits(objective.margins(found, reference)).tolist()
     return replace(result, losses=objective.losses(found, reference).tolist(), ahead=ahead)
+
+
+def _of_labelled(
+    result: Result,
+    items: Sequence[Mapping[str, Any]],
+    objective: Objective,
+    found: Likelihoods,
+    reference: Likelihoods,
+    *,
+    of_base: bool,
+) -> Result:
+    """The result with KTO's figures; the base rewards nothing."""
+    desirable = np.array([item["desirable"] for item in items])
+    above = labelled.rewards(objective, found, reference)
+    losses = labelled.losses(objective, above, desirable).tolist()
+    ahead = None if of_base else labelled.ahead(above, desirable).tolist()
+    return replace(result, losses=losses, ahead=ahead)
 
 
 def _likelihoods(items: Sequence[Mapping[str, Any]], who: str, objective: Objective) -> Likelihoods:

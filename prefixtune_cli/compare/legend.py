@@ -12,6 +12,7 @@ from prefixtune_cli.compare import wording
 from prefixtune_cli.compare.comparison import Comparison
 from prefixtune_cli.compare.metrics import COSTS, FORGOTTEN, KV_CACHE
 from prefixtune_cli.compare.standing import Standings, standings
+from prefixtune_cli.recipe.schema import kind_of
 
 
 def legend(comparison: Comparison, *, bold: bool = False) -> list[str]:
@@ -124,10 +125,14 @@ def _model_and_protocol(comparison: Comparison) -> Iterator[str]:
 
 def _protocol(protocol: Mapping[str, Any]) -> Iterator[str]:
     if (steps := protocol.get("steps")) is not None:
-        batch, rows = protocol.get("batch"), "pairs" if "objective" in protocol else "examples"
+        kind = kind_of(str(protocol.get("objective", "sft")))
+        batch, rows = protocol.get("batch"), "pairs" if kind == "pairs" else "examples"
         yield f"{steps:,} steps" + (f" of {batch} {rows}" if batch is not None else "")
     if (objective := protocol.get("objective")) is not None:
-        given = [f"{name} {protocol[name]:g}" for name in ("beta", "gamma") if name in protocol]
+        settings = ("beta", "gamma", "desirable_weight", "undesirable_weight")
+        given = [
+            f"{name.replace('_', ' ')} {protocol[name]:g}" for name in settings if name in protocol
+        ]
         yield " ".join(
             ["objective", objective, *(["with", wording.listed(given)] if given else [])]
         )

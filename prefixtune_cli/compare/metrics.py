@@ -206,7 +206,26 @@ LOSS_OF_CHOSEN = replace(
     legend="Loss of the chosen answers on {where}: nats a token; where it rises, both answers may have become less "
     "likely.",
 )
+KTO_LOSS = replace(
+    PREFERENCE_LOSS, name="KTO's loss", unit="", axis="KTO's loss (less is better)", difference="",
+    said="of KTO's loss an answer", said_of_difference="of KTO's loss",
+    legend="KTO's loss on {where}: of an answer, without a unit; less is better.",
+)  # fmt: skip
+DESIRABLE_AHEAD = replace(
+    CHOSEN_AHEAD, name="desirable ahead", axis="desirable ahead (%)",
+    said="% of the pairs of a desirable and an undesirable answer with the desirable one ahead",
+    legend="Desirable ahead on {where}: the pairs of each desirable answer with each undesirable one whose desirable "
+    "one has the higher reward. Its tests take the undesirable answers as given.",
+)  # fmt: skip
+LOSS_OF_DESIRABLE = replace(
+    LOSS_OF_CHOSEN, name="loss of desirable answers",
+    axis="loss of desirable answers (nats a token)",
+    said="nats a token of loss on the desirable answers",
+    legend="Loss of the desirable answers on {where}: nats a token; where it rises, all answers may have become less "
+    "likely.",
+)  # fmt: skip
 OF_PAIRS = (PREFERENCE_LOSS, CHOSEN_AHEAD, LOSS_OF_CHOSEN)
+OF_LABELLED = (KTO_LOSS, DESIRABLE_AHEAD, LOSS_OF_DESIRABLE)
 
 # Of a Contestant.
 PARAMETERS = Metric(

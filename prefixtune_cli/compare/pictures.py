@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefixtune_cli.compare import plots
+from prefixtune_cli.compare import plots, wording
 from prefixtune_cli.compare.axes import Axis, cost, front, quality
 from prefixtune_cli.compare.comparison import OOD, Comparison, Contestant
 from prefixtune_cli.compare.metrics import PARAMETERS, TRAINING
@@ -137,8 +137,8 @@ def _losses(comparison: Comparison) -> Picture | None:
     if not curves:
         return None
     ends = "; ".join(f"{label} {curve[-1][1]:.3g}" for label, curve in curves.items())
-    unit = "nats a pair" if comparison.on_pairs else "nats a token"
-    text = f"Line plot of the training loss by step. At the end, in {unit}: {ends}."
+    unit = wording.UNITS_OF_LOSS[comparison.learned_from]
+    text = f"Line plot of the training loss by step. At the end ({unit}): {ends}."
     title = "Training loss, smoothed: mean and range of the seeds"
     styles = plots.styles([contestant.label for contestant in comparison.contestants])
     paint = partial(plots.paint_losses, curves=curves, styles=styles, unit=unit)

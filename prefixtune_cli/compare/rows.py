@@ -76,12 +76,12 @@ def draw_rows(
     section, seed = recipe.data, recipe.train.seed
     if section.train is None:
         raise DataError("data.train is missing. Type --data FILE, or --recipe quickstart.")
-    pairs = recipe.on_pairs
-    rows = load_rows(section.train, section, pairs=pairs)
+    kind = recipe.kind
+    rows = load_rows(section.train, section, kind)
     for notice in rows.notices:
         reporter.notice(notice)
     if section.eval is not None:
-        test, test_source = load_rows(section.eval, section, pairs=pairs), section.eval
+        test, test_source = load_rows(section.eval, section, kind), section.eval
     else:
         rows, test = rows.split(section.held_out_share, seed)
         test_source = f"{section.train} (held out)"
@@ -140,14 +140,14 @@ def _write(folder: Path, name: str, rows: LoadedData, source: str) -> dict[str, 
 
 def _other(source: str, recipe: Recipe) -> LoadedData:
     """Out-of-distribution rows: their columns have the names that the recipe maps, or those of their own format."""
-    pairs = recipe.on_pairs
+    kind = recipe.kind
     try:
-        return load_rows(source, recipe.data, pairs=pairs)
+        return load_rows(source, recipe.data, kind)
     except DataError:
         if not recipe.data.map and recipe.data.format == "auto":
             raise
         as_named = recipe.data.model_copy(update={"map": {}, "format": "auto"})
-        return load_rows(source, as_named, pairs=pairs)
+        return load_rows(source, as_named, kind)
 
 
 def _classes(rows: LoadedData, count: int) -> dict[str, list[int]]:

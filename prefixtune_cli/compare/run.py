@@ -110,7 +110,7 @@ def _compared(
         stages.judge(judging)
     found = collect(settings, contest, rows, folder, stages, judging)
     write_json(folder / RESULTS, found.to_json())
-    if settings.speed and not recipe.on_pairs:
+    if settings.speed and not recipe.on_preferences:
         found = _with_costs(found, contest, settings, reporter)
         write_json(folder / RESULTS, found.to_json())
     return found

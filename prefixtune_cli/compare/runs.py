@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from prefixtune_cli.compare import fairness
+from prefixtune_cli.compare import fairness, wording
 from prefixtune_cli.compare.comparison import (
     FORGETTING,
     TEST,
@@ -27,7 +27,7 @@ from prefixtune_cli.compare.metrics import Cost, Measured
 from prefixtune_cli.errors import RunDirError, UsageError
 from prefixtune_cli.evaluate.matching import rule_sentence
 from prefixtune_cli.pointed import run_of
-from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.recipe.schema import WITH_REFERENCE, Recipe
 from prefixtune_cli.run_dir import RunDir
 
 
@@ -54,10 +54,10 @@ def read_runs(runs: Sequence[str], *, anyway: bool = False, command: str = "") -
         except RunDirError as error:
             unreadable.append(str(error))
     differences = fairness.differences(opened)
-    if len({run.recipe.on_pairs for run in opened}) > 1:
+    if len(kinds := sorted({run.recipe.kind for run in opened})) > 1:
         unreadable.append(
-            "Some of the runs learned from answers, others from pairs of answers: they share no figure. Compare each "
-            "kind by itself."
+            f"Some of the runs learned from {', others from '.join(map(wording.rows_of, kinds))}: they share no "
+            "figure. Compare each kind by itself."
         )
     if unreadable or (differences and not anyway):
         raise RunDirError(_refusal(unreadable, differences))
@@ -214,10 +214,10 @@ def _in_common(finished: Sequence[FinishedRun]) -> tuple[list[str], list[str]]:
             left_out.append(f"{file} is left out: the runs were judged on different rows.")
         else:
             results = [run.evaluated[name].results[ADAPTER] for run in having]
-            if any(result.of_pairs and result.losses is None for result in results):
+            if any(result.kind != "answers" and result.losses is None for result in results):
                 left_out.append(
-                    f"Of {file} DPO's loss and its rewards are left out: the reference's figures are not beside those "
-                    "of every run."
+                    f"Of {file} the objective's loss and rewards are left out: the reference's figures are not "
+                    "beside those of every run."
                 )
             common.append(name)
     return common, left_out
@@ -247,9 +247,10 @@ def _protocol(finished: Sequence[FinishedRun]) -> dict[str, Any]:
     def equal(values: Sequence[Any]) -> Any:
         return values[0] if all(value == values[0] for value in values) else None
 
-    of_pairs = fairness.shared_objective([run.recipe for run in finished])
-    if of_pairs.get("objective") == "dpo" and equal([run.start for run in finished]) is None:
-        del of_pairs["objective"]  # the figures are against different references
+    shared = fairness.shared_objective([run.recipe for run in finished])
+    starts = equal([run.start for run in finished])
+    if shared.get("objective") in WITH_REFERENCE and starts is None:
+        del shared["objective"]  # the figures are against different references
     return {
         "steps": equal([run.summary["steps"] for run in finished]),
         "batch": equal([run.batch for run in finished]),
@@ -257,13 +258,13 @@ def _protocol(finished: Sequence[FinishedRun]) -> dict[str, Any]:
         "sweep": None,
         "few_shot": None,
         "schedule": equal([run.recipe.train.schedule for run in finished]),
-        **of_pairs,
+        **shared,
     }
 
 
 def _of_matching(finished: Sequence[FinishedRun]) -> list[str]:
-    """The pattern by which answers were matched, and why answers were not matched; of pairs none are."""
-    finished = [run for run in finished if not run.recipe.on_pairs]
+    """The pattern by which answers were matched, and why answers were not matched; of preferences none are."""
+    finished = [run for run in finished if not run.recipe.on_preferences]
     patterns = [run.recipe.evaluate.answer_pattern for run in finished]
     rules = [rule_sentence(pattern) for pattern in patterns if pattern]
     reasons = [str(why) for run in finished if (why := run.summary.get("why_no_exact_match"))]

@@ -31,15 +31,15 @@ from prefixtune_cli.compare.comparison import (
     Result,
 )
 from prefixtune_cli.compare.metrics import (
-    CHOSEN_AHEAD,
     EXACT_MATCH,
     FORGOTTEN,
     LOSS,
-    LOSS_OF_CHOSEN,
     LOSS_ON_TEXT,
-    PREFERENCE_LOSS,
+    OF_LABELLED,
+    OF_PAIRS,
     Metric,
 )
+from prefixtune_cli.recipe.schema import OWN_SETTINGS
 
 Floats = NDArray[np.float64]
 
@@ -194,17 +194,18 @@ def _standings(comparison: Comparison, data: str, metric: Metric) -> Standings:
 
 
 def _compared_by(comparison: Comparison, data: str) -> list[Metric]:
-    """What the contestants are compared by: exact match if every result has it, else the loss; more of pairs."""
+    """What the contestants are compared by: exact match if every result has it, else the loss; more of preferences."""
     if data == FORGETTING:
         return [FORGOTTEN if FORGETTING in comparison.base else LOSS_ON_TEXT]
     found = [result for c in comparison.contestants for result in c.results(data)]
-    if found and all(result.of_pairs for result in found):
-        shared, needed = comparison.protocol, {"objective", "beta"}
-        needed |= {"gamma"} if shared.get("objective") == "simpo" else set()
-        of_pairs = [PREFERENCE_LOSS] if needed <= shared.keys() else []
-        of_pairs += [CHOSEN_AHEAD] if "objective" in shared else []
-        known = [m for m in of_pairs if all(m.median(result) is not None for result in found)]
-        return [*known, LOSS_OF_CHOSEN]
+    if found and (kind := found[0].kind) != "answers" and all(r.kind == kind for r in found):
+        shared = comparison.protocol
+        loss, ahead, of_better = OF_PAIRS if kind == "pairs" else OF_LABELLED
+        needed = {"objective", "beta", *OWN_SETTINGS.get(str(shared.get("objective")), ())}
+        by = [loss] if needed <= shared.keys() else []
+        by += [ahead] if "objective" in shared else []
+        known = [m for m in by if all(m.median(result) is not None for result in found)]
+        return [*known, of_better]
     return [EXACT_MATCH if all(r.right is not None for r in found) else LOSS]
 
 

@@ -12,6 +12,7 @@ from prefixtune_cli.compare.comparison import FORGETTING, OOD, TEST, Point
 from prefixtune_cli.compare.metrics import Metric
 from prefixtune_cli.compare.standing import LEVEL, Difference, Standings
 from prefixtune_cli.errors import PtpError
+from prefixtune_cli.recipe.schema import Kind
 
 # The marks of the best figure, and of a difference that is larger than noise.
 BEST, LARGER = "*", "†"
@@ -22,6 +23,20 @@ DATA_NAMES: Mapping[str, str] = {
     OOD: "the out-of-distribution data",
     FORGETTING: "unrelated text",
 }
+
+
+# Of the training loss, by what is learned from.
+UNITS_OF_LOSS: Mapping[Kind, str] = {
+    "answers": "nats a token",
+    "pairs": "nats a pair",
+    "labelled": "KTO's, an answer",
+}
+
+
+def rows_of(kind: Kind) -> str:
+    """What such rows are."""
+    names = {"answers": "answers", "pairs": "pairs of answers", "labelled": "labelled answers"}
+    return names[kind]
 
 
 def data_name(data: str) -> str:

@@ -10,13 +10,13 @@ import re
 import shlex
 from collections.abc import Collection, Mapping
 
-from prefixtune_cli.data.format import FORMATS, PAIRS, Format, by_values, fitting
+from prefixtune_cli.data.format import FORMATS, KINDS, LABELLED, PAIRS, Format, by_values, fitting
 from prefixtune_cli.data.lines import Row
 from prefixtune_cli.errors import DataError, OtherRowsError
-from prefixtune_cli.recipe.schema import DataSection
+from prefixtune_cli.recipe.schema import DataSection, Kind
 
 # The fields of all formats. In a row, only the optional ones may be missing.
-_ALL = (*FORMATS.values(), *PAIRS.values())
+_ALL = (*FORMATS.values(), *PAIRS.values(), *LABELLED.values())
 OPTIONAL = {name for format in _ALL for name in format.optional}
 COLUMNS = dict.fromkeys(name for format in _ALL for name in format.columns)
 FIELDS = (*COLUMNS, *sorted(OPTIONAL))
@@ -89,7 +89,7 @@ def check_map(mapping: Mapping[str, str]) -> None:
 
 
 def recognise(
-    row: Row, mapping: Mapping[str, str], forced: str, where: str, *, pairs: bool = False
+    row: Row, mapping: Mapping[str, str], forced: str, where: str, *, kind: Kind = "answers"
 ) -> Format:
     """The format of rows like this one. The columns that `--map` names decide first.
 
@@ -98,26 +98,33 @@ def recognise(
         mapping: {field: column}, already checked.
         forced: the format's name, or `auto`.
         where: file and line of the row.
-        pairs: of answers, and no other rows, are wanted.
+        kind: of the rows that are wanted.
 
     Raises:
-        OtherRowsError: the rows are pairs of answers, and others are wanted; or the reverse.
+        OtherRowsError: the rows are of another kind.
         DataError: no format fits, the format does not have a mapped field, or a text may be half of a pair.
     """
-    known, others = (PAIRS, FORMATS) if pairs else (FORMATS, PAIRS)
+    known = KINDS[kind]
+    others = {f.name: f for formats in KINDS.values() for f in formats.values()}
+    others = {name: f for name, f in others.items() if f not in known.values()}
     by_map = fitting(mapping.keys(), known)
-    if forced in others:
-        raise _of_the_other_kind(others[forced], row, mapping, where)
-    found = fitting(row, known) if pairs else by_map or fitting(row, known)
-    if forced in known and not (pairs and found):
+    if forced in others and forced not in known:
+        raise _of_another_kind(others[forced], kind, row, mapping, where)
+    found = fitting(row, known) if kind == "pairs" else by_map or fitting(row, known)
+    if forced in known and not (kind == "pairs" and found):
         found = [known[forced]]
+    if kind == "answers" and forced == "auto" and not by_map:
+        labelled = fitting(row, LABELLED)
+        if labelled and ("label" in mapping or isinstance(row["label"], bool)):
+            raise _of_another_kind(labelled[0], kind, row, mapping, where)
     if not found:
         if of_others := fitting(mapping.keys(), others) or fitting(row, others):
-            raise _of_the_other_kind(of_others[0], row, mapping, where)
+            closest = max(of_others, key=lambda format: len(format.columns))
+            raise _of_another_kind(closest, kind, row, mapping, where)
         listed = "; ".join(f"{f.name}: {' + '.join(f.columns)}" for f in known.values())
         raise DataError(
             f"{where}: no known format has the columns {', '.join(row) or '(none)'}. The formats are {listed}. "
-            f"Name the columns: {_MAP_OF_PAIRS if pairs else _suggestion(row, mapping)}."
+            f"Name the columns: {MAPS[kind] or _suggestion(row, mapping)}."
         )
     format = found[0]
     lacking = [name for name in format.columns if name not in row]
@@ -138,22 +145,36 @@ def recognise(
     return format
 
 
-_MAP_OF_PAIRS = "--map prompt=COLUMN,chosen=COLUMN,rejected=COLUMN"
+MAPS: Mapping[Kind, str] = {
+    "answers": "",
+    "pairs": "--map prompt=COLUMN,chosen=COLUMN,rejected=COLUMN",
+    "labelled": "--map prompt=COLUMN,completion=COLUMN,label=COLUMN",
+}
+_LEARN_FROM: Mapping[Kind, str] = {
+    "pairs": "--objective dpo, simpo and orpo learn from pairs of answers: prompt, chosen and rejected",
+    "labelled": "--objective kto learns from answers that are labelled true or false: prompt, completion and label",
+}
 
 
-def _of_the_other_kind(
-    format: Format, row: Row, mapping: Mapping[str, str], where: str
+def _of_another_kind(
+    format: Format, wanted: Kind, row: Row, mapping: Mapping[str, str], where: str
 ) -> OtherRowsError:
-    """The error for pairs of answers where one answer a row is wanted, and the reverse."""
+    """The error for rows of a kind that is not wanted."""
     what = f"{where}: the format is {format.name} ({' + '.join(format.columns)})"
-    if format.is_of_pairs:
+    if wanted != "answers":
+        fits = "type --objective kto" if format.is_labelled else "leave --objective out"
         return OtherRowsError(
-            f"{what}, pairs of answers, from which `ptp train --objective dpo` (simpo, orpo) learns. To use the "
-            f"chosen answers alone: {_suggestion(row, mapping)}."
+            f"{what}, and {_LEARN_FROM[wanted]}. Name their columns, {MAPS[wanted]}, or {fits}."
+        )
+    if format.is_labelled:
+        name = next(name for name, f in LABELLED.items() if f is format)
+        return OtherRowsError(
+            f"{what}, answers that are labelled, from which `ptp train --objective kto` learns. To learn all of them "
+            f"alike: --format {name}."
         )
     return OtherRowsError(
-        f"{what}, and --objective dpo, simpo and orpo learn from pairs of answers: prompt, chosen and rejected. Name "
-        f"their columns, {_MAP_OF_PAIRS}, or leave --objective out."
+        f"{what}, pairs of answers, from which `ptp train --objective dpo` (simpo, orpo, kto) learns. To use the "
+        f"chosen answers alone: {_suggestion(row, mapping)}."
     )
 
 

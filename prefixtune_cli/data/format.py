@@ -2,7 +2,8 @@
 
 The layouts are `messages` (as message.py makes them) and `tools`; `prompt` + `completion`, with the messages
 `before` them, and `tools`; or `text`. A pair of answers has the chosen one in its layout, and the other one in a column
-`rejected` beside it: a completion, or the messages of the whole conversation.
+`rejected` beside it: a completion, or the messages of the whole conversation. A labelled answer has whether it is
+`desirable` beside its layout.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from prefixtune_cli.data import message
 from prefixtune_cli.data.conversation import ANSWERS
 from prefixtune_cli.data.field import named, text, written
 from prefixtune_cli.data.lines import Row
 from prefixtune_cli.errors import DataError
+from prefixtune_cli.recipe.schema import Kind
 
 Layout = Literal["messages", "prompt-completion", "text"]
 
@@ -35,6 +37,11 @@ class Format:
     def is_of_pairs(self) -> bool:
         """Whether a row has a chosen and a rejected answer."""
         return "rejected" in self.columns
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether a row says if its answer is desirable."""
+        return "label" in self.columns
 
 
 def _messages(column: str) -> Callable[[Row, str], Row]:
@@ -104,7 +111,7 @@ def _two_answers(
                 f"{where}: the column {name!r} has no message of the role assistant behind the prompt (the roles are "
                 f"{roles}). Add the answer, or remove the row."
             )
-    prompt = [turn | {"trained": False} if turn["role"] in ANSWERS else turn for turn in asked]
+    prompt = _not_learned(asked, len(asked))["messages"]
     return message.conversation([*prompt, *chosen], row, where) | {
         "rejected": message.conversation([*prompt, *rejected], row, where)["messages"]
     }
@@ -202,12 +209,53 @@ PREFERENCE_OF_CONVERSATIONS = Format(
     ("system", "tools"),
 )
 PAIRS = {f.name: f for f in (PREFERENCE, PREFERENCE_OF_CONVERSATIONS)}
+
+
+LABELLED_BY = "labelled "
+
+
+def _labelled(format: Format) -> Format:
+    """The same with a label. It speaks of the last answer of a conversation, so no other one is learned."""
+
+    def convert(row: Row, where: str) -> Row:
+        found = format.convert(row, where) | {"desirable": _desirable(row["label"], where)}
+        turns = found.get("messages", [])
+        asked = max((i for i, t in enumerate(turns) if t["role"] not in ANSWERS), default=0)
+        return found | _not_learned(turns, asked) if turns else found
+
+    columns = (*format.columns, "label")
+    return Format(LABELLED_BY + format.name, columns, format.layout, convert, format.optional)
+
+
+def _desirable(value: Any, where: str) -> bool:
+    known = {"true": True, "1": True, "false": False, "0": False}
+    if (said := str(value).strip().lower()) not in known:
+        raise DataError(
+            f"{where}: the column 'label' must say whether the answer is desirable, true or false, got {named(value)}. "
+            "Write true or false there, or name another column: --map label=COLUMN."
+        )
+    return known[said]
+
+
+# By the name of the format without a label, which --format takes.
+LABELLED = {name: _labelled(f) for name, f in FORMATS.items() if name != "text"}
+LABELLED_LISTS = _labelled(PAIR_OF_LISTS)
 WITH_MESSAGES_IN_PROMPTS = (
     PAIR_OF_LISTS,
     PREFERENCE_OF_MESSAGES,
     PREFERENCE_OF_CONVERSATIONS,
+    LABELLED_LISTS,
 )
-READ = {**FORMATS, **PAIRS, **{f.name: f for f in WITH_MESSAGES_IN_PROMPTS}}
+KINDS: Mapping[Kind, Mapping[str, Format]] = {
+    "answers": FORMATS,
+    "pairs": PAIRS,
+    "labelled": LABELLED
+    | PAIRS,  # the chosen answer of a pair is desirable, and the rejected one is not
+}
+READ = {
+    f.name: f
+    for f in (*FORMATS.values(), *PAIRS.values(), *LABELLED.values(), *WITH_MESSAGES_IN_PROMPTS)
+}
 
 
 def by_values(format: Format, row: Row) -> Format:
@@ -216,8 +264,8 @@ def by_values(format: Format, row: Row) -> Format:
     def are_lists(*columns: str) -> bool:
         return all(isinstance(row.get(name), list) for name in columns)
 
-    if format.columns == PAIR_OF_LISTS.columns and are_lists(*PAIR_OF_LISTS.columns):
-        return PAIR_OF_LISTS
+    if {*PAIR_OF_LISTS.columns} <= {*format.columns} and are_lists(*PAIR_OF_LISTS.columns):
+        return LABELLED_LISTS if format.is_labelled else PAIR_OF_LISTS
     if format is PREFERENCE and are_lists("chosen", "rejected"):
         return PREFERENCE_OF_MESSAGES if are_lists("prompt") else PREFERENCE_OF_CONVERSATIONS
     return format
@@ -249,10 +297,9 @@ def convert(row: Row, format: Format, where: str, *, needs_assistant: bool) -> R
     converted = format.convert(row, where)
     if needs_assistant and format.layout == "messages":
         turns = converted["messages"]
-        if format is PAIR_OF_LISTS:
+        if format in (PAIR_OF_LISTS, LABELLED_LISTS):
             asked = len(turns) - len(row["completion"])
-            for turn in turns[:asked]:
-                turn["trained"] = False if turn["role"] in ANSWERS else turn["trained"]
+            converted |= _not_learned(turns, asked)
             turns = turns[asked:]
         roles = [turn["role"] for turn in turns]
         if not {*ANSWERS} & {*roles}:
@@ -263,6 +310,23 @@ def convert(row: Row, format: Format, where: str, *, needs_assistant: bool) -> R
     return converted
 
 
+def unpaired(row: Row) -> list[Row]:
+    """A converted pair as two labelled rows; any other row as it is."""
+    if "rejected" not in row:
+        return [row]
+    answers = "messages" if "messages" in row else "completion"
+    rest = {name: value for name, value in row.items() if name != "rejected"}
+    return [
+        rest | {answers: row[name], "desirable": name == answers} for name in (answers, "rejected")
+    ]
+
+
+def _not_learned(turns: list[Row], asked: int) -> Row:
+    """The messages, of which no answer among the first `asked` ones is learned."""
+    prompt = [t | {"trained": False} if t["role"] in ANSWERS else t for t in turns[:asked]]
+    return {"messages": [*prompt, *turns[asked:]]}
+
+
 def as_written(row: Row, format: str) -> Row:
     """A converted row in the form of its format. Read and converted again, it is the same.
 
@@ -271,6 +335,9 @@ def as_written(row: Row, format: str) -> Row:
     """
     if "text" in row:
         return {"text": row["text"]}
+    if "desirable" in row:
+        plain = {name: value for name, value in row.items() if name != "desirable"}
+        return as_written(plain, format.removeprefix(LABELLED_BY)) | {"label": row["desirable"]}
     tools = {"tools": json.loads(row["tools"])} if row["tools"] else {}
     if "messages" in row:
         turns = {"messages": row["messages"]}

@@ -25,6 +25,7 @@ class Example:
         spans: the pieces of the decoded text, each with whether it is trained; together they are the whole text.
         length: tokens before truncation. `tokens` of them are left, and `trained_tokens` of those have a loss.
         rejected: the same prompt with the other answer, of a pair.
+        desirable: the label of a labelled answer.
     """
 
     origin: str
@@ -33,6 +34,7 @@ class Example:
     tokens: int
     trained_tokens: int
     rejected: Example | None = None
+    desirable: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,9 @@ def example(tokenized: TokenizedData, tokenizer: PreTrainedTokenizerBase, i: int
     """Row `i` of the loaded data, decoded."""
     where, rejected = tokenized.rows.row_origin(i), tokenized.rejected
     other = None if rejected is None else _decoded(rejected[i], where, tokenizer)
-    return dataclasses.replace(_decoded(tokenized.every_row[i], where, tokenizer), rejected=other)
+    label = tokenized.rows.dataset[i]["desirable"] if tokenized.rows.labelled else None
+    shown = _decoded(tokenized.every_row[i], where, tokenizer)
+    return dataclasses.replace(shown, rejected=other, desirable=label)
 
 
 def _decoded(row: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -118,9 +122,17 @@ def check(tokenized: TokenizedData, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse data with nothing to train on.
 
     Raises:
-        DataError: no row has a trained token, or no pair two answers; the first row is shown, decoded.
+        DataError: no row has a trained token, no pair two answers, or all labels are the same; the first row is shown,
+            decoded.
     """
     statistics = tokenized.statistics
+    if statistics.kept and statistics.desirable in (0, statistics.kept):
+        label = "true" if statistics.desirable else "false"
+        raise DataError(
+            f"All {statistics.kept:,} labels of {tokenized.rows.source} are {label}, and --objective kto learns from "
+            "how desirable answers differ from others. Add answers with the other label, check the column (--map "
+            "label=COLUMN), or learn the answers alike: leave --objective out."
+        )
     if statistics.kept:
         return
     shown = example(tokenized, tokenizer, 0)
@@ -149,6 +161,8 @@ def facts(statistics: DataStatistics) -> list[str]:
     """The statistics in plain lines; see also `warnings`."""
     s = statistics
     told = [f"{s.rows:,} rows of format {s.format}, {s.kept:,} of them trained on"]
+    if s.desirable is not None:
+        told.append(f"{s.desirable:,} answers are desirable, {s.kept - s.desirable:,} are not")
     if s.rejected is None:
         return told + _sizes(s)
     sides = (("chosen", s), ("rejected", s.rejected))

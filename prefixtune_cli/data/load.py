@@ -21,19 +21,22 @@ from typing import TYPE_CHECKING, Any
 
 from prefixtune_cli.data import locate
 from prefixtune_cli.data.columns import check_map, missing, notices, recognise, rename
-from prefixtune_cli.data.format import READ, WITH_MESSAGES_IN_PROMPTS, Layout, convert
+from prefixtune_cli.data.format import READ, WITH_MESSAGES_IN_PROMPTS, Layout, convert, unpaired
 from prefixtune_cli.data.lines import Row, is_by_line, origin
 from prefixtune_cli.data.message import weight_notices, weights_said
 from prefixtune_cli.data.read import read
 from prefixtune_cli.data.stored import saved_files, without_fillers
 from prefixtune_cli.errors import DataError, ResourceError
-from prefixtune_cli.recipe.schema import DataSection
+from prefixtune_cli.recipe.schema import DataSection, Kind
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 # Part of the cache's key: raise it whenever the same files give other rows than before.
 VERSION = 4
+IN_TWO = (
+    "Each pair is taken for two answers: the chosen one is desirable, and the rejected one is not."
+)
 ROWS_A_BATCH = 1000
 CHARACTERS_A_BATCH = 16 * 2**20
 
@@ -43,8 +46,8 @@ class LoadedData:
     """Checked rows.
 
     Attributes:
-        dataset: columns of one layout (see `format`), of pairs also `rejected`, and `file` and `line`, the row's origin
-            as numbers; memory-mapped.
+        dataset: columns of one layout (see `format`), of pairs also `rejected`, of labelled answers `desirable`, and
+            `file` and `line`, the row's origin as numbers; memory-mapped.
         format: the recognised or forced format of the files.
         layout: the layout of `dataset`.
         fingerprint: sha256 of the files' content and of the settings that read it, but not of names and times.
@@ -73,6 +76,11 @@ class LoadedData:
     def of_pairs(self) -> bool:
         """Whether each row is a pair of answers."""
         return "rejected" in self.dataset.column_names
+
+    @property
+    def labelled(self) -> bool:
+        """Whether each row says if its answer is desirable."""
+        return "desirable" in self.dataset.column_names
 
     @property
     def answers(self) -> str:
@@ -115,31 +123,55 @@ def evenly_spread(count: int, most: int) -> list[int]:
 def split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     """(train, held out): `fraction` of the rows held out at random, the same ones for the same seed.
 
-    Each part has at least one row, and keeps the order of the rows.
+    Each part has at least one row, and keeps the order of the rows. Of labelled answers each part has all labels; the
+    two answers of a pair stay together.
 
     Raises:
-        DataError: there is only one row.
+        DataError: there is only one row, or one with a label.
     """
     import numpy as np
 
-    rows = len(dataset)
+    held_out = np.zeros(len(dataset), bool)
+    if "desirable" in dataset.column_names:
+        lines, kinds = _lines(dataset)
+        for kind in np.unique(kinds):
+            of_kind = np.flatnonzero(kinds == kind)
+            held_out |= np.isin(lines, of_kind[_drawn(len(of_kind), fraction, seed)])
+    else:
+        held_out[_drawn(len(dataset), fraction, seed)] = True
+    return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
+
+
+def _drawn(rows: int, fraction: float, seed: int) -> Any:
+    """The numbers of the rows that are held out (int array)."""
+    import numpy as np
+
     if rows < 2:
         raise DataError(
             f"The data has {rows} row, which cannot be split into training and held-out rows. Add rows, or give "
             "held-out data with --eval-data."
         )
     held_out = min(max(1, round(rows * fraction)), rows - 1)
-    order = np.random.default_rng(seed).permutation(rows)
-    return dataset.select(np.sort(order[held_out:])), dataset.select(np.sort(order[:held_out]))
+    return np.random.default_rng(seed).permutation(rows)[:held_out]
 
 
-def load_rows(source: str, section: DataSection, *, pairs: bool = False) -> LoadedData:
+def _lines(dataset: Dataset) -> tuple[Any, Any]:
+    """For each labelled answer the number of its line (int array), and for each line its labels as a number."""
+    import numpy as np
+
+    file, line, desirable = (np.array(dataset[name]) for name in ("file", "line", "desirable"))
+    of_rows = np.unique(np.column_stack([file, line]), axis=0, return_inverse=True)[1].ravel()
+    kinds = np.bincount(of_rows) * 2 + np.bincount(of_rows, weights=desirable).astype(int)
+    return of_rows, kinds
+
+
+def load_rows(source: str, section: DataSection, kind: Kind = "answers") -> LoadedData:
     """Read and check the rows of a source, and bring them to one layout.
 
     Args:
         source: a file, a folder, `sample:NAME` or a hub data set id.
         section: the recipe's data section: format, map and train_on are used.
-        pairs: of answers are read, and other rows refused; else the reverse.
+        kind: of the rows that are read; others are refused. Of pairs, labelled answers are made.
 
     Raises:
         DataError: the data is missing or wrong; the message has the file and the line.
@@ -154,7 +186,7 @@ def load_rows(source: str, section: DataSection, *, pairs: bool = False) -> Load
     # Name a sample by what the user typed, not by its path inside the package.
     if source.startswith("sample:"):
         names = (f"{source}.jsonl",)
-    key = _key(files, section, pairs) if files is not None else None
+    key = _key(files, section, kind) if files is not None else None
     cache = Path(config.HF_DATASETS_CACHE) / "prefixtune"
     folder = cache / key[:32] if key else None
     if folder is None or not (folder / "about.json").exists():
@@ -162,7 +194,7 @@ def load_rows(source: str, section: DataSection, *, pairs: bool = False) -> Load
             cache.mkdir(parents=True, exist_ok=True)
             beside = Path(tempfile.mkdtemp(prefix=".part-", dir=cache))
             try:
-                written = _write(beside, files, source, names, section, pairs)
+                written = _write(beside, files, source, names, section, kind)
                 key = key or written
                 folder = cache / key[:32]
                 _publish(beside, folder)
@@ -185,9 +217,10 @@ def load_rows(source: str, section: DataSection, *, pairs: bool = False) -> Load
         notices=(
             *([found.notice] if found is not None and found.notice else ()),
             *notices(format, about["columns"], about["numbers"], section),
+            *([IN_TWO] if kind == "labelled" and format.is_of_pairs else ()),
             *weight_notices(
                 about["weights"],
-                in_prompts=format in WITH_MESSAGES_IN_PROMPTS,
+                in_prompts=format in WITH_MESSAGES_IN_PROMPTS or format.is_labelled,
                 train_on=section.train_on,
             ),
         ),
@@ -198,21 +231,21 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _settings(section: DataSection, pairs: bool) -> str:
-    kind = ["pairs"] if pairs else []
+def _settings(section: DataSection, kind: Kind) -> str:
+    kinds = [] if kind == "answers" else [kind]
     return json.dumps(
-        [VERSION, section.format, section.map, section.train_on, *kind], sort_keys=True
+        [VERSION, section.format, section.map, section.train_on, *kinds], sort_keys=True
     )
 
 
-def _key(files: list[Path], section: DataSection, pairs: bool) -> str:
+def _key(files: list[Path], section: DataSection, kind: Kind) -> str:
     try:
         digests = [_digest(path) for path in files]
     except OSError as error:
         raise DataError(
             f"{error.filename or files[0]} cannot be read: {error.strerror or error}."
         ) from error
-    return _sha256(" ".join([_settings(section, pairs), *digests]).encode())
+    return _sha256(" ".join([_settings(section, kind), *digests]).encode())
 
 
 def _digest(path: Path) -> str:
@@ -245,7 +278,7 @@ def _write(
     source: str,
     names: tuple[str, ...],
     section: DataSection,
-    pairs: bool,
+    kind: Kind,
 ) -> str:
     """Write rows.arrow and about.json; return the sha256 of the rows."""
     import pyarrow as pa
@@ -259,13 +292,13 @@ def _write(
         section.map,
         section.format,
         first[2],
-        pairs=pairs,
+        kind=kind,
     )
     columns: Row = {}  # of all rows, each with its first value
     numbers: set[str] = set()
-    schema = _schema(format.layout, pairs)
+    schema = _schema(format.layout, kind)
     needs_assistant = section.train_on == "completion"
-    digest = hashlib.sha256(_settings(section, pairs).encode())
+    digest = hashlib.sha256(_settings(section, kind).encode())
     batch: list[Row] = []
     characters = 0
     weights: Counter[str] = Counter()
@@ -275,7 +308,7 @@ def _write(
                 columns = columns | {k: v for k, v in raw.items() if k not in columns}
             row = rename(raw, section.map, where)
             for name in format.columns:
-                if isinstance(row.get(name), (int, float)):
+                if isinstance(row.get(name), (int, float)) and name != "label":
                     numbers.add(name)
             row = convert(row, format, where, needs_assistant=needs_assistant)
             if files is None:
@@ -283,8 +316,9 @@ def _write(
             if "messages" in row:
                 weights.update(weights_said(row["messages"]))
             characters += _characters(row)
-            batch.append(row | {"file": file, "line": line})
-            if len(batch) == ROWS_A_BATCH or characters >= CHARACTERS_A_BATCH:
+            converted = unpaired(row) if kind == "labelled" else [row]
+            batch += [one | {"file": file, "line": line} for one in converted]
+            if len(batch) >= ROWS_A_BATCH or characters >= CHARACTERS_A_BATCH:
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
                 batch, characters = [], 0
         writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
@@ -309,7 +343,7 @@ def _characters(row: Row) -> int:
     return sum(len(text) for text in texts if isinstance(text, str))
 
 
-def _schema(layout: Layout, pairs: bool) -> Any:
+def _schema(layout: Layout, kind: Kind) -> Any:
     import pyarrow as pa
 
     text = pa.string()
@@ -320,5 +354,9 @@ def _schema(layout: Layout, pairs: bool) -> Any:
         "prompt-completion": {"prompt": text, "completion": text, "before": turns, "tools": text},
         "text": {"text": text},
     }
-    other = {"rejected": turns if layout == "messages" else text} if pairs else {}
-    return pa.schema(columns[layout] | other | {"file": pa.int32(), "line": pa.int64()})
+    of_kind: dict[Kind, dict[str, Any]] = {
+        "answers": {},
+        "pairs": {"rejected": turns if layout == "messages" else text},
+        "labelled": {"desirable": pa.bool_()},
+    }
+    return pa.schema(columns[layout] | of_kind[kind] | {"file": pa.int32(), "line": pa.int64()})

@@ -14,7 +14,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from prefixtune_cli.data.load import LoadedData
-from prefixtune_cli.data.row_encoder import Remark, RowEncoder
+from prefixtune_cli.data.row_encoder import MASKED, Remark, RowEncoder
 from prefixtune_cli.errors import DataError
 from prefixtune_cli.recipe.schema import DataSection
 
@@ -43,6 +43,7 @@ class DataStatistics:
         unprinted_keys: the number of rows by a key of their messages, or `tools`, that the template uses in no row.
         identical, alike_when_cut: pairs left out as both answers are the same, as written or after truncation.
         rejected: of pairs, the same statistics of the rejected answers; the others are of the chosen ones.
+        desirable: of labelled answers, how many of the kept ones are desirable.
     """
 
     format: str
@@ -63,6 +64,7 @@ class DataStatistics:
     identical: int = 0
     alike_when_cut: int = 0
     rejected: DataStatistics | None = None
+    desirable: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +73,9 @@ class TokenizedData:
 
     Attributes:
         dataset: `input_ids` and `labels` (int32 lists; MASKED where not trained) of the kept rows, and
-            `row`, their numbers in `rows`; of pairs these are the chosen answers, and `rejected_ids` and
-            `rejected_labels` the others to the same prompts.
+            `row`, their numbers in `rows`. Of pairs these are the chosen answers, and `other_ids` and `other_labels`
+            the rejected ones. Of labelled answers, `desirable` has the labels, and `other_ids` and `other_labels` are
+            the answer to another prompt, behind this one.
         every_row: the same for all rows, in the order of `rows`, with `length`, `trained`, `ended` and `remarks`.
         statistics: the statistics of both.
         rows, encoder: the rows, and the encoder that tokenized them. It also turns them into questions.
@@ -96,7 +99,7 @@ class TokenizedData:
         """The first row of `dataset` with a token of this id or a higher one: its number, and its highest id."""
         import pyarrow.compute as pc
 
-        columns = ["input_ids", *(["rejected_ids"] if self.rejected is not None else [])]
+        columns = ["input_ids", *(["other_ids"] if self.rejected is not None else [])]
         highest = max(
             pc.max(pc.list_flatten(every_row.data.column("input_ids"))).as_py() or 0
             for every_row in filter(None, (self.every_row, self.rejected))
@@ -129,8 +132,9 @@ def tokenize(
     encoder = RowEncoder(rows, tokenizer, section, first_tokens)
     every_row = _encoded(rows, tokenizer, encoder)
     kept = _kept(every_row, section)
+    rejected = None
     if not rows.of_pairs:
-        statistics, rejected = _count(every_row, kept, rows, section), None
+        statistics = _count(every_row, kept, rows, section)
         dataset = every_row.select_columns(["input_ids", "labels", "row"])
     else:
         rejected = _encoded(rows.rejected(), tokenizer, encoder)
@@ -147,6 +151,10 @@ def tokenize(
         dataset = _beside(every_row, rejected)
     if statistics.kept < statistics.rows:
         dataset = dataset.select(np.flatnonzero(kept))
+    if rows.labelled:
+        labels = np.array(rows.dataset["desirable"])[kept]
+        statistics = dataclasses.replace(statistics, desirable=int(labels.sum()))
+        dataset = _beside_others(dataset, section).add_column("desirable", labels)
     notices = _notices(rows, tokenizer, encoder)
     return TokenizedData(dataset, every_row, statistics, rows, encoder, notices, rejected)
 
@@ -168,11 +176,40 @@ def _beside(chosen: Dataset, rejected: Dataset) -> Dataset:
     """Pairs: the columns of both; nothing is copied."""
     from datasets import concatenate_datasets
 
-    names = {"input_ids": "rejected_ids", "labels": "rejected_labels"}
+    names = {"input_ids": "other_ids", "labels": "other_labels"}
     other = rejected.select_columns(list(names)).rename_columns(names)
     return concatenate_datasets(
         [chosen.select_columns(["input_ids", "labels", "row"]), other], axis=1
     )
+
+
+def _beside_others(dataset: Dataset, section: DataSection) -> Dataset:
+    """Each prompt with its own answer, and with that of the row half the data away.
+
+    KTO estimates from the others how far a model is from its reference (Ethayarajh et al. 2024, arXiv 2402.01306,
+    section 4.1). They depend on the rows alone: neither on batches nor on the number of processes.
+    """
+
+    def with_others(rows: dict[str, list[Any]], at: list[int]) -> dict[str, list[list[int]]]:
+        others = dataset[[(i + len(dataset) // 2) % len(dataset) for i in at]]
+        found: dict[str, list[list[int]]] = {"other_ids": [], "other_labels": []}
+        for ids, labels, other_ids, other_labels in zip(
+            rows["input_ids"], rows["labels"], others["input_ids"], others["labels"], strict=True
+        ):
+            asked, answered = _prompt_tokens(labels), _prompt_tokens(other_labels)
+            found["other_ids"].append([*ids[:asked], *other_ids[answered:]][: section.max_length])
+            masked = [*labels[:asked], *other_labels[answered:]]
+            found["other_labels"].append(masked[: section.max_length])
+        return found
+
+    return dataset.map(
+        with_others, batched=True, with_indices=True, batch_size=ROWS_A_BATCH, desc="Tokenizing"
+    )
+
+
+def _prompt_tokens(labels: list[int]) -> int:
+    """The tokens before the first one that is trained."""
+    return next(i for i, label in enumerate(labels) if label != MASKED)
 
 
 def _numbers(every_row: Dataset, column: str) -> Any:

@@ -6,8 +6,9 @@ training run needs only `held_out`, and only a benchmark imports lm-eval.
 run, settings               `ptp eval`, from top to bottom, and its settings
 evaluations, subjects       what is asked, and who answers: a base and adapters on it
 held_out                    the held-out rows of a training run
-likelihoods, preferences    what models make of pairs of answers, and the figures of it
-read_data, own_data, own_pairs    the user's test data: rows with one answer, or pairs of answers
+likelihoods, preferences, labelled    what models make of pairs and of labelled answers, and the figures of it
+read_data, own_data         the user's test data: rows with one answer
+own_pairs, own_labelled     the user's test data: pairs of answers, labelled answers
 forgetting                  text that has nothing to do with the task
 benchmarks, catalogue, tasks, language_model    lm-eval's benchmarks
 questions, matching, labels, confusion_plot     rows as questions, right answers, classes

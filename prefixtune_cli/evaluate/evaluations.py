@@ -10,13 +10,14 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
+from prefixtune_cli.data.columns import MAPS
 from prefixtune_cli.data.template import chat_template
 from prefixtune_cli.errors import OtherRowsError, UsageError
-from prefixtune_cli.evaluate import forgetting, own_data, own_pairs
+from prefixtune_cli.evaluate import forgetting, own_data, own_labelled, own_pairs
 from prefixtune_cli.evaluate.catalogue import Catalogue, load_catalogue
 from prefixtune_cli.evaluate.outcome import Outcome
 from prefixtune_cli.evaluate.own_data import OwnData
@@ -26,7 +27,7 @@ from prefixtune_cli.evaluate.settings import FORGETTING, OWN_BENCHMARKS, QUICKST
 from prefixtune_cli.evaluate.subjects import Cast
 from prefixtune_cli.progress import Reporter
 from prefixtune_cli.recipe.load import resolve
-from prefixtune_cli.recipe.schema import DataSection, EvaluateSection
+from prefixtune_cli.recipe.schema import DataSection, EvaluateSection, Kind
 from prefixtune_cli.tokenizer import check_ids, load_config
 
 SAMPLES = {"intents": "sample:intents-test", "records": "sample:records-test"}
@@ -89,25 +90,31 @@ def _of_own(
     tokenizer: PreTrainedTokenizerBase,
     reporter: Reporter,
 ) -> Evaluation:
-    """The user's data: pairs of answers, or rows with one answer."""
+    """The user's data: rows with one answer, pairs of answers, or labelled answers, as a run learned from first."""
     name = f"data-{stem(source)}"
     rest = (settings, cast, tokenizer, reporter)
-    kinds = [
-        lambda: _of_data({name: source}, None, *rest),
-        lambda: _of_pairs(name, source, *rest),
-    ]
-    if cast.pairs or "chosen" in settings.data_settings.get("map", {}):
-        kinds.reverse()
-    try:
-        return kinds[0]()
-    except OtherRowsError as error:
+    mapped = settings.data_settings.get("map", {})
+    of_columns: dict[str, Kind] = {"chosen": "pairs", "label": "labelled"}
+    kinds: dict[Kind, None] = dict.fromkeys(
+        (
+            *(kind for kind, _ in cast.preferences),
+            *(kind for column, kind in of_columns.items() if column in mapped),
+            *get_args(Kind),
+        )
+    )
+    errors: list[OtherRowsError] = []
+    for kind in kinds:
         try:
-            return kinds[1]()
-        except OtherRowsError:
-            raise error from None
+            if kind == "answers":
+                return _of_data({name: source}, None, *rest)
+            return _of_preferences(kind, name, source, *rest)
+        except OtherRowsError as error:
+            errors.append(error)
+    raise errors[0]
 
 
-def _of_pairs(
+def _of_preferences(
+    kind: Kind,
     name: str,
     source: str,
     settings: Settings,
@@ -115,15 +122,22 @@ def _of_pairs(
     tokenizer: PreTrainedTokenizerBase,
     reporter: Reporter,
 ) -> Evaluation:
-    ways = {json.dumps([way.map, way.format], sort_keys=True): way for way in cast.pairs}
+    ways = {
+        json.dumps([way.map, way.format], sort_keys=True): way
+        for of_kind, way in cast.preferences
+        if of_kind == kind
+    }
     if len(ways) > 1 and "map" not in settings.data_settings:
         raise UsageError(
-            "The runs read the columns of pairs differently. Name them: --map prompt=COLUMN,chosen=COLUMN,"
-            "rejected=COLUMN."
+            f"The runs read the columns of {'pairs' if kind == 'pairs' else 'labelled answers'} differently. Name "
+            f"them: {MAPS[kind]}."
         )
     of_run = next(iter(ways.values()), cast.recipe.data_of_answers)
     section = _section(of_run, settings, cast).model_copy(update={"train_on": "completion"})
-    pairs = own_pairs.prepare(source, section, tokenizer, reporter, name=name, limit=settings.limit)
+    pairs = own_pairs.prepare(
+        source, section, tokenizer, reporter, name=name, limit=settings.limit, kind=kind
+    )
+    compare = own_pairs.compare if kind == "pairs" else own_labelled.compare
     _check_ids(pairs, cast, tokenizer)
     if settings.judging.get("answer_pattern"):
         reporter.warning(f"--answer-pattern judges generated answers, of which {name} has none.")
@@ -131,7 +145,7 @@ def _of_pairs(
         name,
         len(pairs.examples),
         lambda scorer, who, _: own_pairs.judge(scorer, pairs, f"{who} on {name}"),
-        lambda judged, _: own_pairs.compare(pairs, judged),
+        lambda judged, _: compare(pairs, judged),
     )
 
 

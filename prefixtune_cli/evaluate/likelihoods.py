@@ -29,7 +29,7 @@ def likelihoods(
     """One model's log-probabilities of the answers; the arguments are those of `held_out.score`.
 
     Args:
-        pairs: `input_ids` and `labels` of the chosen answers, `rejected_ids` and `rejected_labels` of the others.
+        pairs: `input_ids` and `labels` of the chosen answers, `other_ids` and `other_labels` of the others.
     """
     task, rows = f"log-probabilities of the {name}", rows_of_pairs(pairs)
     return likelihoods_of(shared_losses(model, tokenizer, rows, section, task, processes, reporter))
@@ -37,7 +37,7 @@ def likelihoods(
 
 def rows_of_pairs(pairs: Dataset) -> list[Example]:
     """The chosen answers of pairs as rows, and behind them the rejected ones."""
-    columns = (("input_ids", "labels"), ("rejected_ids", "rejected_labels"))
+    columns = (("input_ids", "labels"), ("other_ids", "other_labels"))
     return [
         {"input_ids": ids, "labels": labels}
         for side in columns
@@ -53,7 +53,7 @@ def likelihoods_of(losses: Losses) -> Likelihoods:
 
 def trained_tokens(pairs: Dataset) -> list[list[int]]:
     """The numbers of trained tokens of the chosen answers and of the rejected ones, [pairs] each."""
-    columns = ("labels", "rejected_labels")
+    columns = ("labels", "other_labels")
     return [[sum(x != MASKED for x in labels) for labels in pairs[name]] for name in columns]
 
 

@@ -26,17 +26,18 @@ from prefixtune_cli.evaluate.preferences import Likelihoods, Preference, hits
 from prefixtune_cli.evaluate.read_data import ReadData, read_data
 from prefixtune_cli.evaluate.scorer import Example, Scorer
 from prefixtune_cli.progress import Reporter
-from prefixtune_cli.recipe.schema import DataSection
+from prefixtune_cli.recipe.schema import DataSection, Kind
 
 
 @dataclass(frozen=True)
 class OwnPairs:
-    """Pairs of answers, ready for a model.
+    """Pairs of answers, or labelled ones, ready for a model.
 
     Attributes:
         name: the name of the evaluation, and of its files.
-        read: the pairs.
-        examples: token ids and labels of the chosen answers, and behind them of the rejected ones.
+        read: the rows.
+        examples: token ids and labels of the chosen answers, and behind them of the rejected ones; of labelled answers,
+            of those and behind them of the answers to other prompts.
     """
 
     name: str
@@ -56,9 +57,10 @@ def prepare(
     *,
     name: str,
     limit: int | None,
+    kind: Kind = "pairs",
 ) -> OwnPairs:
     """Load, check and tokenize, before a model loads."""
-    read = read_data(source, section, tokenizer, reporter, limit=limit, pairs=True)
+    read = read_data(source, section, tokenizer, reporter, limit=limit, kind=kind)
     return OwnPairs(name, read, rows_of_pairs(read.tokenized.dataset))
 
 

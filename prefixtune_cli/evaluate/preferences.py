@@ -1,6 +1,7 @@
 """Held-out pairs of answers: how often, and by how much, a model prefers the chosen one to the rejected one.
 
-A model prefers the answer that is likelier to it. What an objective rewards is another thing, see `Objective`.
+A model prefers the answer that is likelier to it. What an objective rewards is another thing, see `Objective`. Answers
+that are labelled one by one are in labelled.py.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ from prefixtune_cli.evaluate.paired import (
     mean_difference,
     mean_interval,
 )
-from prefixtune_cli.recipe.schema import TrainSection
+from prefixtune_cli.recipe.schema import WITH_REFERENCE, TrainSection
 
 BASE_LOSS = math.log(2)  # of DPO, where the adapter is the reference
-TITLES = {"dpo": "DPO", "simpo": "SimPO", "orpo": "ORPO"}
+TITLES = {"dpo": "DPO", "simpo": "SimPO", "orpo": "ORPO", "kto": "KTO"}
 CERTAIN = (
     -1e-7
 )  # the highest log-probability per token whose odds are taken: those of certainty are infinite
 
 
 class Likelihoods(NamedTuple):
-    """The log-probabilities of both answers of every pair, in nats [pairs]."""
+    """The log-probabilities of both answers of every pair, in nats [pairs].
+
+    Of labelled answers [rows], `chosen` are their own, and `rejected` those of the answers to other prompts.
+    """
 
     chosen: Floats
     rejected: Floats
@@ -36,7 +40,7 @@ class Likelihoods(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What is learned from pairs of a chosen answer y⁺ and a rejected one y⁻ to a prompt x.
+    """What is learned from pairs of a chosen answer y⁺ and a rejected one y⁻ to a prompt x, or from labelled answers.
 
     With π the adapted model, π₀ the reference, which is the base or the adapter that training went on from, and |y| the
     tokens of an answer, the reward r of an answer and the loss of a pair are
@@ -45,21 +49,32 @@ class Objective:
         simpo   r = β·log π(y|x)/|y|          −log σ(r⁺ − r⁻ − γ)              (Meng et al. 2024, arXiv 2405.14734)
         orpo    r = log p/(1 − p)             −log p⁺ − β·log σ(r⁺ − r⁻)       (Hong et al. 2024, arXiv 2403.07691)
 
-    where log p = log π(y|x)/|y|. The last two have no reference, and take log-probabilities per token.
+    where log p = log π(y|x)/|y|. The last two have no reference, and take log-probabilities per token. With labels, and
+    z, which is the mean reward of answers y′ to other prompts, β·log π(y′|x)/π₀(y′|x), but at least 0, the loss of an
+    answer is
+
+        kto     r = β·log π(y|x)/π₀(y|x)      λ_D·σ(z − r) if it is desirable, else λ_U·σ(r − z)
+                                              (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7)
+
+    Attributes:
+        weights: λ_D and λ_U.
     """
 
     name: str
     beta: float
     gamma: float = 0.0
+    weights: tuple[float, float] = (1.0, 1.0)
 
     @classmethod
     def of(cls, train: TrainSection) -> Objective:
-        """The objective of a run on pairs."""
-        return cls(train.objective, train.beta, train.gamma if train.objective == "simpo" else 0.0)
+        """The objective of a run on preferences."""
+        gamma = train.gamma if train.objective == "simpo" else 0.0
+        weights = (train.desirable_weight, train.undesirable_weight)
+        return cls(train.objective, train.beta, gamma, weights)
 
     @property
     def has_reference(self) -> bool:
-        return self.name == "dpo"
+        return self.name in WITH_REFERENCE
 
     @property
     def is_per_token(self) -> bool:
@@ -93,10 +108,11 @@ def log_odds(log_p: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class Preference:
-    """What one model prefers.
+    """What one model prefers. Of labelled answers, the desirable ones are those chosen, and the others those rejected.
 
     Attributes:
-        accuracy: fraction of the pairs whose chosen answer is likelier to it; by SimPO and ORPO, per token.
+        accuracy: fraction of the pairs whose chosen answer is likelier to it; by SimPO and ORPO, per token. Of labelled
+            answers, every desirable one makes a pair with every other one, likelier per token.
         chosen, rejected: mean log-probability of an answer, in nats; by SimPO and ORPO, per token.
     """
 
@@ -117,17 +133,18 @@ class Preference:
 
 @dataclass(frozen=True)
 class Preferences:
-    """What base and adapter prefer on the same held-out pairs.
+    """What base and adapter prefer on the same held-out pairs, or on the same labelled answers, see `Preference`.
 
     Attributes:
-        objective: dpo, simpo or orpo; `beta` is its β, and `gamma` SimPO's γ.
+        pairs: their number; of labelled answers, that of answers.
+        objective: its name; `beta` is its β, and `gamma` SimPO's γ.
         base, adapter: of each.
         start: of the adapter that training went on from, which is then the reference; None if it began with a fresh
             one, whose reference is the base.
         accuracy_difference: the adapter's accuracy less the reference's.
         reward_accuracy: fraction of the pairs whose chosen answer has the higher reward; `reward_interval` is its own.
         margin: the mean by which the chosen answer's reward is above the rejected one's; `margin_interval` is its own.
-        loss: the objective's, in nats a pair.
+        loss: the objective's, in nats a pair; KTO's has no unit.
         reference_loss: the reference's.
     """
 
@@ -160,6 +177,21 @@ class Preferences:
     def title(self) -> str:
         """The objective as it is written."""
         return TITLES[self.objective]
+
+    @property
+    def of_labelled(self) -> bool:
+        """Whether the answers are labelled one by one, and not pairs."""
+        return self.objective == "kto"
+
+    @property
+    def rows(self) -> str:
+        """What there are `pairs` of."""
+        return "labelled answers" if self.of_labelled else "pairs of answers"
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """What the better and the worse answers are called."""
+        return ("desirable", "undesirable") if self.of_labelled else ("chosen", "rejected")
 
     @property
     def is_per_token(self) -> bool:

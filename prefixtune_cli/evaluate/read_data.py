@@ -12,7 +12,7 @@ from prefixtune_cli.data.load import LoadedData, evenly_spread, load_rows
 from prefixtune_cli.data.tokenized_data import TokenizedData, tokenize
 from prefixtune_cli.evaluate.settings import check_limit
 from prefixtune_cli.progress import Reporter
-from prefixtune_cli.recipe.schema import DataSection
+from prefixtune_cli.recipe.schema import DataSection, Kind
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def read_data(
     reporter: Reporter,
     *,
     limit: int | None,
-    pairs: bool = False,
+    kind: Kind = "answers",
 ) -> ReadData:
     """Load, check and tokenize.
 
@@ -62,16 +62,16 @@ def read_data(
         tokenizer: the base's.
         reporter: hears what was found.
         limit: the most rows, evenly spread; None takes all.
-        pairs: of answers are read, and other rows refused; else the reverse.
+        kind: of the rows that are read.
 
     Raises:
-        OtherRowsError: the rows are pairs of answers, and others are wanted; or the reverse.
+        OtherRowsError: the rows are of another kind.
         DataError: the data is missing or wrong, or no row has a token with a loss.
         ResourceError: the hub cannot be reached, or the disk is full.
         UsageError: the limit is below 1.
     """
     check_limit(limit)
-    rows = load_rows(source, section, pairs=pairs)
+    rows = load_rows(source, section, kind)
     fingerprint, total = rows.fingerprint, len(rows)
     if limit is not None:
         rows = rows.select(evenly_spread(total, limit))

@@ -25,7 +25,7 @@ from prefixtune_cli.evaluate.outcome import BASE
 from prefixtune_cli.parallel.devices import device
 from prefixtune_cli.pointed import Pointed, base_key
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
-from prefixtune_cli.recipe.schema import DataSection, ModelSection, Recipe
+from prefixtune_cli.recipe.schema import DataSection, Kind, ModelSection, Recipe
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.shared_base import SharedBase
 from prefixtune_cli.tokenizer import check_base, load_config, load_tokenizer
@@ -70,7 +70,7 @@ class Cast:
         tokenizer: the adapters', with their chat template, or the base's.
         template: the file of a chat template that wins over the tokenizer's.
         readings: each adapter's way to read and render data, as text.
-        pairs: how the runs that were trained on pairs of answers read them.
+        preferences: how the runs that were trained on preferences read them, and of what kind they are.
         subjects: the models; the base, if it takes part, is the first.
         base_sha256: see `hash_of_base`.
     """
@@ -79,7 +79,7 @@ class Cast:
     tokenizer: PreTrainedTokenizerBase
     template: str | None
     readings: list[str]
-    pairs: list[DataSection]
+    preferences: list[tuple[Kind, DataSection]]
     subjects: list[Subject]
     base_sha256: str
     _base: PreTrainedModel | None = field(default=None, repr=False)
@@ -182,8 +182,9 @@ def assemble(who: Sequence[Pointed], *, base: bool = True, template: str | None 
     its = hash_of_base(recipe.model)
     subjects = [Subject(BASE, sha256=its)] if base else []
     everyone = [*subjects, *_named(trained)]
-    pairs = [one.recipe.data for one in who if one.recipe and one.recipe.on_pairs]
-    return Cast(recipe, tokenizers[0], template, readings, pairs, everyone, its)
+    recipes = [one.recipe for one in who if one.recipe and one.recipe.on_preferences]
+    preferences = [(one.kind, one.data) for one in recipes]
+    return Cast(recipe, tokenizers[0], template, readings, preferences, everyone, its)
 
 
 def _named(trained: Sequence[Pointed]) -> list[Subject]:

@@ -99,10 +99,10 @@ def plan(recipe: Recipe, *, methods: Sequence[str] | None = None) -> list[Method
 def methods_beside(recipe: Recipe) -> tuple[str, ...]:
     """The methods to plan side by side: `METHODS`, after the recipe's own if it is not one of them.
 
-    Pairs of answers go without full.
+    Preferences go without full.
     """
     own = recipe.adapter.method
-    methods = tuple(m for m in METHODS if not (recipe.on_pairs and m == "full"))
+    methods = tuple(m for m in METHODS if not (recipe.on_preferences and m == "full"))
     return methods if own in methods else (own, *methods)
 
 
@@ -202,7 +202,7 @@ class Planner:
         """
         section = self.recipe.train
         rows = section.batch_size if rows is None else rows
-        rows = 2 * rows if self.recipe.on_pairs else rows
+        rows = 2 * rows if self.recipe.kind == "pairs" else rows
         batch = Batch(
             rows=rows,
             tokens=self.recipe.data.max_length,
@@ -248,7 +248,9 @@ class Planner:
         recipe = self.recipe
         flash = recipe.model.attention.startswith("flash_attention")
         return (
-            flash and not recipe.on_pairs and recipe.adapter.method not in IN_THE_CACHE | IN_FRONT
+            flash
+            and not recipe.on_preferences
+            and recipe.adapter.method not in IN_THE_CACHE | IN_FRONT
         )
 
     def _peaks(self, batch: Batch) -> Peaks:

@@ -19,6 +19,7 @@ from prefixtune_cli.errors import RecipeError
 from prefixtune_cli.recipe import read
 from prefixtune_cli.recipe.explain import explain, keys
 from prefixtune_cli.recipe.schema import (
+    OWN_SETTINGS,
     PrefixTuningPlus,
     Recipe,
     TrainSection,
@@ -196,7 +197,7 @@ def _without_what_is_replaced(
 
     The recipe's held-out data, columns and format belong to its own training data. Its number of steps would win over
     the epochs that were asked for. A preset replaces all settings of the adapter. A learning rate is an objective's
-    own, and so are beta and gamma if the recipe names one.
+    own, and so are beta and what `OWN_SETTINGS` has if the recipe names one.
     """
     data, train = chosen.get("data") or {}, chosen.get("train") or {}
     adapter = chosen.get("adapter") or {}
@@ -212,7 +213,7 @@ def _without_what_is_replaced(
     if isinstance(train, Mapping) and train.get("objective", was := _objective(values)) != was:
         replaced["train"] |= {"learning_rate"}
         if isinstance(values.get("train"), Mapping) and "objective" in values["train"]:
-            replaced["train"] |= {"beta", "gamma"}
+            replaced["train"] |= {"beta", *(name for own in OWN_SETTINGS.values() for name in own)}
     return {
         key: {k: v for k, v in value.items() if k not in replaced.get(key, set())}
         if isinstance(value, Mapping)

@@ -6,9 +6,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prefixtune_cli.compare import wording
 from prefixtune_cli.compare.comparison import OOD, TEST, Cell, Comparison, Contestant, Point, Result
 from prefixtune_cli.compare.legend import legend
-from prefixtune_cli.compare.metrics import EXACT_MATCH, LOSS, OF_PAIRS, Metric
+from prefixtune_cli.compare.metrics import EXACT_MATCH, LOSS, OF_LABELLED, OF_PAIRS, Metric
 from prefixtune_cli.compare.standing import standings
 from prefixtune_cli.compare.table import entries
 
@@ -70,11 +71,10 @@ def sweep(comparison: Comparison) -> Table | None:
     ]
     if not rows:
         return None
-    what = "pair" if comparison.on_pairs else "token"
     head = (
         "Contestant",
         "Learning rate",
-        f"Loss (nats a {what})",
+        f"Loss ({wording.UNITS_OF_LOSS[comparison.learned_from]})",
         "Right answers",
         "Outcome",
         "Run",
@@ -121,11 +121,12 @@ def _outcome(cell: Cell) -> Text:
 
 
 def _result(found: Result | None, by: Collection[Metric]) -> str:
-    """The figures of a run; of pairs, those `by` which the contestants are compared."""
+    """The figures of a run; of preferences, those `by` which the contestants are compared."""
     if found is None:
         return "–"
-    if found.of_pairs:
-        figures = [f"{m.name} {m.with_unit(m.value(found))}" for m in OF_PAIRS if m in by]
+    if found.kind != "answers":
+        metrics = (*OF_PAIRS, *OF_LABELLED)
+        figures = [f"{m.name} {m.with_unit(m.value(found))}" for m in metrics if m in by]
         return ", ".join(figures)
     loss = _loss(found.loss)
     return loss if found.exact_match is None else f"{_share(found.exact_match)}, loss {loss}"

@@ -30,7 +30,8 @@ STATE = "basis.safetensors"
 ROWS = 64
 TOKENS = 16_384  # the most tokens; if rows are long, we take fewer rows, but at least one
 # The parts of a batch that only the loss takes.
-BESIDE = frozenset({ROW, "completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
+# What batches of preferences have besides a model's inputs; the rest of it begins with `ref_` or `KL_`.
+BESIDE = frozenset({ROW, "completion_mask", "label"})
 AT_ONCE = 2048  # tokens of one pass, which keeps no activations
 
 
@@ -74,7 +75,7 @@ class Basis(TrainerCallback):
         without = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
         def forward(_: Any, batch: Any) -> Any:
-            if "labels" not in batch:  # pairs of answers
+            if "labels" not in batch:  # preferences
                 return called(**batch, **without, use_cache=False)
             return CausalLMOutput(loss=self.trainer.compute_loss(called, dict(batch)))
 
@@ -118,7 +119,7 @@ class Basis(TrainerCallback):
             yield {
                 key: value.to(trainer.args.device) if isinstance(value, torch.Tensor) else value
                 for key, value in batch.items()
-                if key not in BESIDE
+                if key not in BESIDE and not key.startswith(("ref_", "KL_"))
             }
             done = end
             self.reporter.progress("basis", done, len(rows), {})

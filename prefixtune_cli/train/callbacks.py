@@ -27,6 +27,7 @@ FIGURES = {
     "grad_norm": "grad_norm",
     "rewards/accuracies": "preference_accuracy",
     "rewards/margins": "margin",
+    "kl": "kl",
 }
 SECONDS_BETWEEN_PLOTS = 60  # each takes a tenth of a second, the first one half a second
 

@@ -158,7 +158,7 @@ def does_not_fit(recipe: Recipe) -> ResourceError:
         if found
         else "It needs a smaller base, or a larger GPU: see `ptp plan`."
     )
-    rows = "pairs of answers" if recipe.on_pairs else "rows"
+    rows = "pairs of answers" if recipe.kind == "pairs" else "rows"
     smaller = "--auto-batch finds a batch that fits." if section.batch_size > 1 else ""
     return ResourceError(
         f"The longest batch ({section.batch_size} {rows} of up to {recipe.data.max_length} tokens) does not fit in "

@@ -5,12 +5,14 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
+import numpy as np
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixtune_cli import model as models
+from prefixtune_cli.evaluate import labelled
 from prefixtune_cli.evaluate.held_out import Score, score
-from prefixtune_cli.evaluate.likelihoods import likelihoods, per_token
+from prefixtune_cli.evaluate.likelihoods import likelihoods, per_token, trained_tokens
 from prefixtune_cli.evaluate.preferences import Likelihoods, Objective, Preferences, compared
 from prefixtune_cli.evaluate.subjects import hash_of_base
 from prefixtune_cli.parallel.devices import device
@@ -51,7 +53,7 @@ class Judge:
                 return score(
                     model,
                     self._tokenizer,
-                    job.data.held_out,
+                    job.data.answers,
                     job.data.questions.asked,
                     self._section,
                     end_id=job.data.end_id,
@@ -91,6 +93,15 @@ class Judge:
         if reference.who == "start":
             found.insert(0, self._likelihoods(model, "base"))
         objective = Objective.of(self._job.recipe.train)
+        if objective.name == "kto":
+            base, *start, adapter = found
+            desirable, tokens = (
+                np.array(held_out["desirable"]),
+                np.array(trained_tokens(held_out)[0]),
+            )
+            return labelled.compared(
+                base, adapter, objective, desirable, tokens, start[0] if start else None
+            )
         if objective.is_per_token:
             found = [per_token(nats, held_out) for nats in found]
         base, *start, adapter = found

@@ -79,8 +79,8 @@ class Order(Sampler[int]):
 
 
 def row_lengths(dataset: Dataset) -> list[int]:
-    """The tokens of each row; of a pair of answers, those of the longer one with the prompt."""
-    columns = [name for name in ("input_ids", "rejected_ids") if name in dataset.column_names]
+    """The tokens of each row; where it has two answers, those of the longer one with the prompt."""
+    columns = [name for name in ("input_ids", "other_ids") if name in dataset.column_names]
     return [
         max(lengths)
         for table in dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE)
@@ -97,8 +97,9 @@ def blank_rows(dataset: Dataset, count: int, pad_id: int) -> Dataset:
     blank: dict[str, Any] = {
         "input_ids": [pad_id],
         "labels": [MASKED],
-        "rejected_ids": [pad_id],
-        "rejected_labels": [MASKED],
+        "other_ids": [pad_id],
+        "other_labels": [MASKED],
+        "desirable": True,
         "seq_lengths": [1],
         ROW: -1,
     }

@@ -1,17 +1,17 @@
-"""Training on pairs of answers by DPO, SimPO or ORPO: TRL's DPOTrainer, made safe.
+"""Training on preferences: TRL's DPOTrainer, for DPO, SimPO and ORPO, and its KTOTrainer, made safe.
 
-`evaluate.preferences.Objective` has the losses. DPO's reference does not change, so its log-probabilities are computed
-once, before the first step, and kept.
+`evaluate.preferences.Objective` and `evaluate.labelled` have the losses. The reference of DPO and KTO does not change,
+so its log-probabilities are computed once, before the first step, and kept.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from prefixtune_cli import model as models
 from prefixtune_cli.data.row_encoder import MASKED
 from prefixtune_cli.evaluate.preferences import CERTAIN, Likelihoods
 from prefixtune_cli.parallel.processes import Processes
 from prefixtune_cli.progress import Reporter
-from prefixtune_cli.recipe.schema import Recipe
+from prefixtune_cli.recipe.schema import WITH_REFERENCE, Recipe
 from prefixtune_cli.run_dir import RunDir, write_atomically
 from prefixtune_cli.train.fused_head import fitted_to
 from prefixtune_cli.train.order import ROW, row_lengths
@@ -34,13 +34,12 @@ from prefixtune_cli.train.sft import shared_arguments
 from prefixtune_cli.train.trainer import SafeTrainer
 from prefixtune_cli.train.trial import OutOfMemory
 
-COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # as DPOTrainer calls them
 # TRL's means over the pairs of a step, to which a blank pair adds nothing.
 REWARDS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 MEANS = (*REWARDS, "logps/chosen", "logps/rejected")
 
 
-# Log-probabilities of a chosen and of a rejected answer, in nats.
+# Log-probabilities of a row's two answers, in nats: a chosen and a rejected one, or its own and another prompt's.
 Pairs = Sequence[tuple[float, float]]
 
 
@@ -92,39 +91,68 @@ class Reference:
         return Likelihoods(*np.array([*self._kept["held_out"].values()]).T)
 
 
+def _padded(
+    pad_id: int, ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
+) -> dict[str, torch.Tensor]:
+    """Ids, attention and trained tokens, [rows, length] each, as TRL names them."""
+
+    def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+        # Two columns at least: of rows with one token, blank ones, TRL would take no column for all of them.
+        widened = ([*row, *[value] * (2 - len(row))] for row in rows)
+        return pad_sequence([torch.tensor(row) for row in widened], True, value)
+
+    return {
+        "input_ids": padded(ids, pad_id),
+        "attention_mask": padded([[1] * len(row) for row in ids], 0),
+        "completion_mask": padded([[int(x != MASKED) for x in row] for row in labels], 0),
+    }
+
+
 class PairCollator:
     """Pads pairs: the chosen answers of a batch, and behind them the rejected ones, as DPOTrainer takes them."""
+
+    columns = ("ref_chosen_logps", "ref_rejected_logps")
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Ids, attention and trained tokens, [2·pairs, length] each, and the reference [pairs], where it is known."""
-
-        def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-            # Two columns at least: of rows with one token, blank ones, TRL would take no column for all of them.
-            widened = ([*row, *[value] * (2 - len(row))] for row in rows)
-            return pad_sequence([torch.tensor(row) for row in widened], True, value)
+        """The tokens of 2·pairs rows, and the reference [pairs], where it is known."""
 
         def both(chosen: str, rejected: str) -> list[list[int]]:
             return [pair[chosen] for pair in pairs] + [pair[rejected] for pair in pairs]
 
-        ids = both("input_ids", "rejected_ids")
-        labels = both("labels", "rejected_labels")
-        return {
-            "input_ids": padded(ids, self.pad_id),
-            "attention_mask": padded([[1] * len(row) for row in ids], 0),
-            "completion_mask": padded([[int(x != MASKED) for x in row] for row in labels], 0),
-            **{
-                name: torch.tensor([pair[name] for pair in pairs])
-                for name in COLUMNS
-                if name in pairs[0]
-            },
-        }
+        tokens = _padded(
+            self.pad_id, both("input_ids", "other_ids"), both("labels", "other_labels")
+        )
+        return tokens | _known(pairs, self.columns)
 
 
-class SafeDPOTrainer(SafeTrainer, DPOTrainer):
-    """DPOTrainer, made safe.
+class LabelledCollator:
+    """Pads labelled answers, and those to other prompts beside them, as KTOTrainer takes them."""
+
+    columns = ("ref_logps", "ref_KL_logps")
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """The tokens of both, whether an answer is desirable [rows], and the reference [rows], where it is known."""
+        own, others = (
+            _padded(self.pad_id, [row[ids] for row in rows], [row[labels] for row in rows])
+            for ids, labels in (("input_ids", "labels"), ("other_ids", "other_labels"))
+        )
+        others = {f"KL_{name}": values for name, values in others.items()}
+        label = torch.tensor([row["desirable"] for row in rows])
+        return own | others | {"label": label} | _known(rows, self.columns)
+
+
+def _known(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([row[name] for row in rows]) for name in columns if name in rows[0]}
+
+
+class SafePreferenceTrainer(SafeTrainer):
+    """What TRL's trainers of preferences have in common, made safe.
 
     Args:
         reference: has the log-probabilities of the rows of `train_dataset` and `eval_dataset`, by these names. What is
@@ -134,11 +162,13 @@ class SafeDPOTrainer(SafeTrainer, DPOTrainer):
         **arguments: those of `SafeTrainer`.
     """
 
+    collator: ClassVar[type[PairCollator] | type[LabelledCollator]]
+
     def __init__(self, *, reference: Reference, reporter: Reporter, **arguments: Any) -> None:
         self._reference = reference
         self._reporter = reporter
         pad_id = arguments["processing_class"].pad_token_id
-        super().__init__(data_collator=PairCollator(pad_id or 0), **arguments)
+        super().__init__(data_collator=self.collator(pad_id or 0), **arguments)
         # TRL copies the adapter, which it takes for one that is trained already, to be the reference.
         self.model.delete_adapter("ref")
         if reference.who == "start":  # else TRL switches the adapter off
@@ -155,26 +185,18 @@ class SafeDPOTrainer(SafeTrainer, DPOTrainer):
                 setattr(self, name, self._with_reference(rows, name))
         return super().train(*args, **kwargs)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if not self._order.blanks or not self.model.training:
-            return loss
-        real = self._real_pairs(inputs)
-        pairs, share = len(real), self._share(real)
-        for name in MEANS:
-            self._metrics["train"][name][-1] *= pairs * share.item()
-        return (pairs * loss - math.log(2) * (pairs - real.sum())) * share
-
-    def _real_pairs(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """Which pairs of a batch are not blank, bool [pairs]."""
+    def _real_rows(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Which rows, or pairs, of a batch are not blank, bool [rows]."""
         mask = inputs["completion_mask"]
-        real: torch.Tensor = mask[: len(mask) // 2].any(dim=1)
+        if self.collator is PairCollator:
+            mask = mask[: len(mask) // 2]
+        real: torch.Tensor = mask.any(dim=1)
         return real
 
     def _share(self, real: torch.Tensor) -> torch.Tensor:
-        """What the sum over this process's real pairs is multiplied by.
+        """What the sum over this process's real rows is multiplied by.
 
-        The processes' mean is then the mean over the real pairs of all of them.
+        The processes' mean is then the mean over the real rows of all of them.
         """
         share: torch.Tensor = self.processes.size / self.accelerator.gather(real.sum()).sum()
         return share
@@ -182,13 +204,13 @@ class SafeDPOTrainer(SafeTrainer, DPOTrainer):
     def _with_reference(self, rows: Dataset, name: str) -> Dataset:
         taken: Sequence[int] = range(len(rows))
         # A step that took a row without a reference would have no finite loss, and the run would end.
-        known = np.full((len(rows), len(COLUMNS)), math.nan)
+        known = np.full((len(rows), 2), math.nan)
         if name == "train_dataset":
             steps, epochs = self.args.max_steps, self.args.num_train_epochs
             taken = self._order.taken(steps=steps, epochs=epochs)
             known[self.real_rows :] = 0.0  # blank
         known[taken] = self._reference_of(rows, name, taken)
-        for column, values in zip(COLUMNS, known.T, strict=True):
+        for column, values in zip(self.collator.columns, known.T, strict=True):
             rows = rows.add_column(column, values)
         return rows
 
@@ -223,12 +245,39 @@ class SafeDPOTrainer(SafeTrainer, DPOTrainer):
         inputs = self.data_collator([rows[row] for row in batch])
         inputs = {k: value.to(self.args.device) for k, value in inputs.items() if k != ROW}
         try:
-            chosen, rejected = self.compute_ref_log_probs(self.model, inputs)
+            both = self.compute_ref_log_probs(self.model, inputs)
         except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
             if not should_reduce_batch_size(error):
                 raise
             return None
-        return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
+        one, other = (values.tolist() for values in both)
+        return list(zip(one, other, strict=True))
+
+    @contextmanager
+    def _log_probabilities(self, model: Any) -> Iterator[list[torch.Tensor]]:
+        """Within the block, collect those of the tokens of each pass, [rows, length − 1]."""
+        passed: list[torch.Tensor] = []
+        hook = model.register_forward_hook(lambda _m, _i, out: passed.append(out.log_probs))
+        try:
+            yield passed
+        finally:
+            hook.remove()
+
+
+class SafeDPOTrainer(SafePreferenceTrainer, DPOTrainer):
+    """DPOTrainer, made safe."""
+
+    collator = PairCollator
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not self._order.blanks or not self.model.training:
+            return loss
+        real = self._real_rows(inputs)
+        pairs, share = len(real), self._share(real)
+        for name in MEANS:
+            self._metrics["train"][name][-1] *= pairs * share.item()
+        return (pairs * loss - math.log(2) * (pairs - real.sum())) * share
 
 
 class SafeReferenceFreeTrainer(SafeDPOTrainer):
@@ -285,15 +334,11 @@ class SafeORPOTrainer(SafeReferenceFreeTrainer):
     """
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        passed: list[torch.Tensor] = []
-        hook = model.register_forward_hook(lambda _m, _i, out: passed.append(out.log_probs))
-        try:
+        with self._log_probabilities(model) as passed:
             super().compute_loss(model, inputs, *args, **kwargs)
-        finally:
-            hook.remove()
         trained = inputs["completion_mask"][:, 1:]
         lengths = trained.sum(dim=1)
-        real = self._real_pairs(inputs)
+        real = self._real_rows(inputs)
         means = passed[0][:, -trained.shape[1] :].sum(dim=1) / lengths.clamp(min=1)
         chosen, rejected = means.chunk(2)
         margins = _log_odds(chosen) - _log_odds(rejected)
@@ -303,28 +348,91 @@ class SafeORPOTrainer(SafeReferenceFreeTrainer):
         return (losses * real).sum() * self._share(real)
 
 
+class SafeKTOTrainer(SafePreferenceTrainer, KTOTrainer):
+    """KTOTrainer, made safe.
+
+    Its loss is computed here, from the log-probabilities of TRL's passes: over several processes, blank rows would
+    count in TRL's.
+    """
+
+    collator = LabelledCollator
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with self._log_probabilities(model) as passed:
+            super().compute_loss(model, inputs, *args, **kwargs)
+        others, own = (
+            log_p[:, 1 - inputs[ids].shape[1] :].sum(dim=1) - inputs[reference]
+            for log_p, ids, reference in zip(
+                passed, ("KL_input_ids", "input_ids"), reversed(self.collator.columns), strict=True
+            )
+        )
+        real, desirable = self._real_rows(inputs), inputs["label"]
+        share = self._share(real)
+        ahead = (others * real).sum() * share / self.processes.size
+        ahead = self.accelerator.gather(ahead).sum().clamp(min=0)
+        sign = torch.where(desirable, 1.0, -1.0)
+        weight = torch.where(desirable, self.desirable_weight, self.undesirable_weight)
+        losses = weight * torch.sigmoid(self.beta * sign * (ahead - own))
+        self._tell(ahead, self.beta * own.detach(), desirable, real)
+        return (losses * real).sum() * share
+
+    def _tell(
+        self,
+        ahead: torch.Tensor,
+        rewards: torch.Tensor,
+        desirable: torch.Tensor,
+        real: torch.Tensor,
+    ) -> None:
+        """Put our figures in the place of TRL's."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name in [name for name in metrics if name.startswith(("rewards/", "kl"))]:
+            metrics[name].pop()
+            if not metrics[name]:
+                del metrics[name]
+        metrics["kl"].append(ahead.item())
+        both = [real & desirable, real & ~desirable]
+        sums = torch.stack([part for kind in both for part in ((rewards * kind).sum(), kind.sum())])
+        sums = self.accelerator.gather(sums[None]).sum(dim=0)
+        if sums[1] and sums[3]:
+            margin = sums[0] / sums[1] - sums[2] / sums[3]
+            metrics["rewards/margins"].append(margin.item())
+
+
 def _log_odds(log_p: torch.Tensor) -> torch.Tensor:
     """log p/(1 − p), as in `evaluate.preferences`."""
     known = log_p.clamp(max=CERTAIN)
     return known - torch.log(-torch.expm1(known))
 
 
-def trainer_of(recipe: Recipe, **arguments: Any) -> SafeDPOTrainer:
+def trainer_of(recipe: Recipe, **arguments: Any) -> SafePreferenceTrainer:
     """The trainer of the recipe's objective."""
     if recipe.train.objective == "simpo":
         return SafeSimPOTrainer(gamma=recipe.train.gamma, **arguments)
-    kind = SafeORPOTrainer if recipe.train.objective == "orpo" else SafeDPOTrainer
-    return kind(**arguments)
+    kinds: dict[str, type[SafePreferenceTrainer]] = {
+        "dpo": SafeDPOTrainer,
+        "orpo": SafeORPOTrainer,
+        "kto": SafeKTOTrainer,
+    }
+    return kinds[recipe.train.objective](**arguments)
 
 
-def training_arguments(recipe: Recipe, run_dir: RunDir) -> DPOConfig:
+def training_arguments(recipe: Recipe, run_dir: RunDir) -> DPOConfig | KTOConfig:
     """The recipe in the terms of TRL; where there are several processes, their group is formed already."""
-    return DPOConfig(
+    section = recipe.train
+    shared = dict(
         **shared_arguments(recipe, run_dir),
-        beta=recipe.train.beta,
-        loss_type=["sigmoid" if recipe.train.objective == "dpo" else "sigmoid_norm"],
-        disable_dropout=recipe.train.objective == "dpo",  # whose reference has none
+        beta=section.beta,
+        disable_dropout=section.objective in WITH_REFERENCE,  # their reference has none
         router_aux_loss_coef=0.0,  # the routers of a mixture of experts are the base's, and frozen
         max_length=None,  # rows are cut already
-        remove_unused_columns=False,  # a pair's are known to the collator
+        remove_unused_columns=False,  # the collators know the columns
+    )
+    if section.objective == "kto":
+        return KTOConfig(
+            **shared,
+            desirable_weight=section.desirable_weight,
+            undesirable_weight=section.undesirable_weight,
+        )
+    return DPOConfig(
+        **shared, loss_type=["sigmoid" if section.objective == "dpo" else "sigmoid_norm"]
     )

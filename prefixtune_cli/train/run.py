@@ -204,7 +204,7 @@ def _train(
     judge = Judge(job, tokenizer, bases)
     # Full fine-tuning leaves no base to score afterwards, and training leaves no start.
     before = judge.score(model, "base") if whole else None
-    reference = judge.reference(model) if recipe.on_pairs else None
+    reference = judge.reference(model) if recipe.on_preferences else None
     model, steps = fit(job, model, tokenizer, reference)
     _save_adapter(model, tokenizer, run_dir, processes)
     _check_generation(model, job)

@@ -28,7 +28,7 @@ class Summary:
         started, finished: in UTC.
         seconds: from loading to the scores, since the run was started or last resumed.
         example: a held-out `prompt` to try the result with, perhaps with its `system` message.
-        preferences: for a run on pairs of answers; the scores are then those of the chosen answers.
+        preferences: for a run on preferences; the scores are then those of the chosen or the desirable answers.
         start: the run or the adapter folder that training went on from; None for a fresh adapter.
     """
 
@@ -54,7 +54,7 @@ class Summary:
 
     @property
     def compared_with(self) -> str:
-        """What the adapter is compared with: `base`, or for pairs of answers the `start` if there is one."""
+        """What the adapter is compared with: `base`, or for preferences the `start` if there is one."""
         return "base" if self.preferences is None else self.preferences.compared_with
 
     @property
@@ -122,15 +122,16 @@ def conclude(
 
 
 def both_fell_warning(found: Preferences) -> str:
-    """The warning that chosen and rejected answers have both become less likely."""
-    before, adapter = found.reference, found.adapter
+    """The warning that the better and the worse answers have both become less likely."""
+    before, adapter, (better, worse) = found.reference, found.adapter, found.words
     closer, of, digits = "a larger --beta or ", "", 2
     if found.is_per_token:
         closer, of, digits = "", " per token", 4
     return (
-        f"Both answers of the held-out pairs have become less likely{of}, not only the rejected ones: the mean "
-        f"log-probability{of} of the chosen ones fell from {before.chosen:.{digits}f} to {adapter.chosen:.{digits}f}, "
-        f"that of the rejected ones from {before.rejected:.{digits}f} to {adapter.rejected:.{digits}f}. Look at what "
+        f"Of the held-out {found.rows} not only the {worse} ones have become less likely{of}: the mean "
+        f"log-probability{of} of the {better} ones fell from {before.chosen:.{digits}f} to "
+        f"{adapter.chosen:.{digits}f}, "
+        f"that of the {worse} ones from {before.rejected:.{digits}f} to {adapter.rejected:.{digits}f}. Look at what "
         f"the model says now; {closer}a smaller --learning-rate keeps it closer to its {found.compared_with}."
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from prefixtune_cli.compare.finished_run import result_of
 from prefixtune_cli.evaluate.preferences import Preferences
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import ModelSection, PrefixTuningPlus
@@ -109,6 +110,55 @@ def test_eval_finds_on_pairs_what_the_run_has_found_whatever_their_columns(
     code, printed, said = ptp("eval", "--run", run.path, "--data", both)
     assert code == 0, said
     assert "chosen is likelier" in printed
+
+
+def test_by_kto_labelled_answers_are_learned_and_eval_finds_what_the_run_has_found(
+    ptp: Ptp, random_base: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"asked": f"Say {word}, {i}.", "said": word.upper() if i % 2 else "blue", "good": i % 2 > 0}
+        for i in range(12)
+        for word in ("red", "green", "white")
+    ]
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    for file, some in ((train, rows[9:]), (test, rows[:9])):
+        file.write_text("".join(json.dumps(row) + "\n" for row in some))
+    run = RunDir(tmp_path / "run")
+    typed = ["train", "--model", random_base, "--bits", 32, "--data", train, "--eval-data", test]
+    columns = ["--map", "prompt=asked,completion=said,label=good", "--objective", "kto"]
+    code, printed, said = ptp(*typed, *columns, "--steps", 4, "--lr", 0.03, "--out", run.path)
+    assert code == 0, said
+    assert "15 answers are desirable, 12 are not" in said
+    stored = json.loads(run.summary.read_text())
+    of_run = Preferences.of_json(stored["preferences"])
+    words = " ".join(printed.split())
+    assert "On 9 held-out labelled answers (mean log-probabilities in nats): " in words
+    assert "desirable is likelier desirable undesirable" in words
+    assert f"the desirable answer is ahead in {100 * of_run.reward_accuracy:.1f} % of" in words
+    assert f"KTO's loss is {of_run.loss:.4f}, the base's 0.5000." in words
+    assert "The desirable answers by themselves:" in words
+
+    code, printed, said = ptp("eval", "--run", run.path, "--data", test)
+    assert code == 0, said
+    found = json.loads(run.eval_result("data-test").read_text())
+    lines = {line["metric"]: line for line in found["lines"]}
+    [adapter] = {*lines["desirable"]["values"]} - {"base"}
+    for model, one in (("base", of_run.base), (adapter, of_run.adapter)):
+        likelier = lines["desirable is likelier per token"]["values"][model]
+        assert likelier == pytest.approx(one.accuracy)
+        assert lines["desirable"]["values"][model] == pytest.approx(one.chosen, rel=1e-4)
+        assert lines["undesirable"]["values"][model] == pytest.approx(one.rejected, rel=1e-4)
+    result = result_of(found["items"], adapter, resolve(str(run.recipe)))
+    assert result.preference_loss == pytest.approx(of_run.loss, rel=1e-4)
+    assert result.chosen_ahead == pytest.approx(of_run.reward_accuracy)
+    assert result.loss == pytest.approx(stored["adapter"]["loss"], rel=1e-4)
+
+    named = tmp_path / "named.jsonl"
+    row = {"prompt": "Say red.", "completion": "RED", "label": True}
+    named.write_text("".join(json.dumps(row | {"label": x}) + "\n" for x in (True, False)))
+    code, printed, said = ptp("eval", "--model", random_base, "--bits", 32, "--data", named)
+    assert code == 0, said
+    assert "desirable is likelier per token" in printed
 
 
 def test_pairs_are_read_by_the_runs_on_pairs_and_their_answers_alone_count(

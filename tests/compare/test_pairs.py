@@ -1,4 +1,4 @@
-"""On pairs of answers, methods are compared by the objective, by who is ahead, and by the chosen answers."""
+"""On preferences, methods are compared by the objective, by who is ahead, and by the better answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from prefixtune_cli.compare.contest import Settings
 from prefixtune_cli.compare.costs import compare_costs
 from prefixtune_cli.compare.finished_run import BASE, result_of
 from prefixtune_cli.compare.legend import legend
-from prefixtune_cli.compare.metrics import CHOSEN_AHEAD, LOSS_OF_CHOSEN, OF_PAIRS, PREFERENCE_LOSS
+from prefixtune_cli.compare.metrics import (
+    CHOSEN_AHEAD,
+    LOSS_OF_CHOSEN,
+    OF_LABELLED,
+    OF_PAIRS,
+    PREFERENCE_LOSS,
+)
 from prefixtune_cli.compare.pictures import pictures
 from prefixtune_cli.compare.run import compare
 from prefixtune_cli.compare.runs import read_runs
@@ -132,9 +138,9 @@ def test_methods_are_trained_and_judged_on_pairs(
     assert first.results()[0].losses != first.results()[1].losses
     words = " ".join(legend(told))
     assert "2 steps of 4 pairs, objective dpo with beta 0.5" in words
-    assert "What steps on pairs of answers cost is not measured." in words
+    assert "What steps on preferences cost is not measured." in words
     assert "on the test data, the test data" not in words
-    assert any("At the end, in nats a pair" in picture.text for picture in pictures(told))
+    assert any("At the end (nats a pair)" in picture.text for picture in pictures(told))
     head, rows = columns(told)
     assert [one for one in head if one.startswith(("preference", "chosen", "loss"))] == [
         "preference loss, nats", "chosen ahead, %", "loss of chosen answers, nats",
@@ -172,7 +178,9 @@ def test_methods_are_trained_and_judged_on_pairs(
     of_runs = read_runs(runs)
     assert by(of_runs)[:3] == [(TEST, name) for name in names]
     assert ("data-test", PREFERENCE_LOSS.name) not in by(of_runs), "the base was judged once"
-    left_out = [notice for notice in of_runs.notices if "DPO's loss and its rewards" in notice]
+    left_out = [
+        notice for notice in of_runs.notices if "the objective's loss and rewards" in notice
+    ]
     assert {notice.split()[1] for notice in left_out} == {
         "eval/data-data-test.json",
         "eval/data-ood.json",
@@ -182,6 +190,48 @@ def test_methods_are_trained_and_judged_on_pairs(
             summary = json.loads(RunDir(cell.run).summary.read_text())["preferences"]
             assert cell.results[TEST].preference_loss == summary["loss"]
             assert cell.results[TEST].chosen_ahead == summary["reward_accuracy"]
+
+
+def test_methods_are_trained_and_judged_on_labelled_answers(
+    random_base: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "prompt": f"say {COLOURS[i % 4]} {i}",
+            "completion": COLOURS[i % 4] if i % 2 else f"no {i}",
+            "label": bool(i % 2),
+        }
+        for i in range(60)
+    ]
+    file = tmp_path / "labelled.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    typed = test_run.settings(random_base, file, tmp_path / "out")
+    own = {"objective": "kto", "beta": 0.5, "undesirable_weight": 1.2}
+    flags = {**typed.flags, "train": {**typed.flags["train"], **own}}
+    told, folder = compare(replace(typed, flags=flags, methods=("prefix-tuning-plus", "lora")))
+    assert not told.failed
+    assert {key: told.protocol[key] for key in own} == own
+    assert by(told) == [(TEST, metric.name) for metric in OF_LABELLED]
+    base = told.base[TEST]
+    assert base.preference_loss == pytest.approx((0.5 + 1.2 * 0.5) / 2)
+    assert base.chosen_ahead is None, "the reference rewards nothing"
+    assert len(base.losses or ()) == 6
+    assert len(base.nats) == 3, "the desirable answers alone"
+    for one in told.contestants:
+        best = min(one.sweep, key=lambda point: point.loss or math.inf)
+        assert best.loss == json.loads(RunDir(best.run).summary.read_text())["preferences"]["loss"]
+        for cell in one.cells:
+            result = cell.results[TEST]
+            assert len(result.losses or ()) == 6
+            assert len(result.ahead or ()) == len(result.nats) == 3
+    words = " ".join(legend(told))
+    assert "2 steps of 4 examples, objective kto with beta 0.5, desirable weight 1 and" in words
+    head, _ = columns(told)
+    assert [one for one in head if "KTO" in one or "desirable" in one] == [
+        "KTO's loss", "desirable ahead, %", "loss of desirable answers, nats",
+    ]  # fmt: skip
+    publish(told, folder)
+    assert "Loss (KTO's, an answer)" in (folder / "report.html").read_text()
 
 
 def test_the_losses_of_other_betas_are_not_compared(tmp_path: Path) -> None:
@@ -262,7 +312,7 @@ def test_p_values_are_adjusted_for_all_metrics_of_a_data_set() -> None:
         noise = [[draw.gauss(0, 1) for _ in range(20)] for _ in range(2)]
         return [
             Cell(i, f"run-{i}", results={TEST: Result(
-                [5 + n + ahead for n in of], [4] * 20, of_pairs=True,
+                [5 + n + ahead for n in of], [4] * 20, kind="pairs",
                 losses=[1 + n / 9 + ahead for n in of], ahead=[float(n > 0) for n in of],
             )})
             for i, of in enumerate(noise)
@@ -284,13 +334,13 @@ def test_p_values_are_adjusted_for_all_metrics_of_a_data_set() -> None:
 
 
 def test_runs_on_pairs_are_not_compared_with_runs_on_answers(tmp_path: Path) -> None:
-    with pytest.raises(RunDirError, match="others from pairs of answers: they share no figure"):
+    with pytest.raises(RunDirError, match=r"from .*answers, others from .*: they share no figure"):
         read_runs([test_runs.run(tmp_path / "a"), of_pairs(tmp_path / "b")], anyway=True)
 
 
 def test_costs_alone_are_of_steps_on_answers() -> None:
     flags = {"train": {"objective": "dpo"}}
-    with pytest.raises(UsageError, match="--speed measures steps on answers, not on pairs of them"):
+    with pytest.raises(UsageError, match="--speed measures steps on answers, not on preferences"):
         compare_costs(Settings(flags=flags, methods=("lora",)))
 
 

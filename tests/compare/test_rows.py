@@ -205,7 +205,7 @@ def test_pairs_are_written_as_rows_that_read_the_same(row: dict[str, Any], tmp_p
     recipe = resolve(flags={"data": section, "train": {"objective": "dpo"}})
     found = draw_rows(recipe, tmp_path / "out", [0], few_shot=None, ood=None, reporter=Silent())
     first, again = (
-        load_rows(str(file), DataSection(), pairs=True).dataset[0] for file in (data, found.test)
+        load_rows(str(file), DataSection(), kind="pairs").dataset[0] for file in (data, found.test)
     )
     for place in ("file", "line"):
         first.pop(place)

@@ -221,7 +221,9 @@ def test_unknown_columns_are_answered_with_the_line_to_type(write, row, line):
 )
 def test_pairs_of_answers_are_refused_with_the_objective_to_type(write, row, line):
     told = refusal(file := write("a.jsonl", [row]))
-    assert "pairs of answers, from which `ptp train --objective dpo` (simpo, orpo) learns" in told
+    assert (
+        "pairs of answers, from which `ptp train --objective dpo` (simpo, orpo, kto) learns" in told
+    )
     assert told.endswith(f"To use the chosen answers alone: {line}")
     assert "--objective dpo" in refusal(file, format="preference")
 

@@ -27,7 +27,7 @@ WHOLE = {"chosen": ASKED + GOOD, "rejected": ASKED + BAD}
 def pairs_of(write, make_tokenizer, rows, template="chatml", **settings):
     section = DataSection(**settings)
     return tokenize(
-        load_rows(write("a.jsonl", rows), section, pairs=True), make_tokenizer(template), section
+        load_rows(write("a.jsonl", rows), section, kind="pairs"), make_tokenizer(template), section
     )
 
 
@@ -61,7 +61,7 @@ def test_every_format_gives_the_same_pair_of_rows(write, make_tokenizer, row, na
     tokenizer, made = make_tokenizer("chatml"), pairs.dataset[0]
     asked = "<|im_start|>user\nWhat is up?<|im_end|>\n<|im_start|>assistant\n"
     chosen = said(tokenizer, made, "input_ids", "labels")
-    rejected = said(tokenizer, made, "rejected_ids", "rejected_labels")
+    rejected = said(tokenizer, made, "other_ids", "other_labels")
     assert chosen == (f"{asked}Paris<|im_end|>", "Paris<|im_end|>")
     assert rejected == (f"{asked}A tree<|im_end|>", "A tree<|im_end|>")
 
@@ -71,7 +71,7 @@ def test_columns_are_mapped_and_a_tokenizer_without_a_template_joins_texts(write
     mapping = {"prompt": "question", "chosen": "better", "rejected": "worse"}
     pairs = pairs_of(write, make_tokenizer, [row], template=None, map=mapping)
     tokenizer, made = make_tokenizer(), pairs.dataset[0]
-    assert said(tokenizer, made, "rejected_ids", "rejected_labels")[1].startswith(" A tree")
+    assert said(tokenizer, made, "other_ids", "other_labels")[1].startswith(" A tree")
     assert "better as chosen" in pairs.rows.notices[0]
 
 
@@ -118,15 +118,15 @@ def test_pairs_of_which_every_rejected_answer_is_too_long_are_refused_for_that(
 
 
 @pytest.mark.parametrize(
-    ("rows", "pairs", "told"),
+    ("rows", "kind", "told"),
     [
-        ([PAIR, {"prompt": "a", "completion": "b"}], True, "this one is prompt-completion"),
-        ([{"prompt": "a", "completion": "b"}, PAIR], False, "this one is preference"),
+        ([PAIR, {"prompt": "a", "completion": "b"}], "pairs", "this one is prompt-completion"),
+        ([{"prompt": "a", "completion": "b"}, PAIR], "answers", "this one is preference"),
     ],
 )
-def test_rows_with_one_answer_and_with_two_are_not_mixed(write, rows, pairs, told):
+def test_rows_with_one_answer_and_with_two_are_not_mixed(write, rows, kind, told):
     with pytest.raises(DataError, match=rf"a.jsonl, line 2: mixed formats.*{told}"):
-        load_rows(write("a.jsonl", rows), DataSection(), pairs=pairs)
+        load_rows(write("a.jsonl", rows), DataSection(), kind)
 
 
 def test_data_whose_pairs_are_all_alike_is_refused(write, make_tokenizer):
@@ -153,7 +153,7 @@ def test_data_whose_pairs_are_all_alike_is_refused(write, make_tokenizer):
 )
 def test_what_is_no_pair_of_answers_is_refused(write, row, told):
     with pytest.raises(DataError) as caught:
-        load_rows(write("a.jsonl", [row]), DataSection(), pairs=True)
+        load_rows(write("a.jsonl", [row]), DataSection(), kind="pairs")
     assert "a.jsonl, line 1: " in str(caught.value)
     assert told in str(caught.value)
 
@@ -161,7 +161,7 @@ def test_what_is_no_pair_of_answers_is_refused(write, row, told):
 def test_one_file_is_read_as_pairs_and_refused_without_whatever_came_first(write):
     file = write("a.jsonl", [PAIR])
     for _ in range(2):
-        assert load_rows(file, DataSection(), pairs=True).of_pairs
+        assert load_rows(file, DataSection(), kind="pairs").of_pairs
         with pytest.raises(DataError, match="--objective dpo"):
             load_rows(file, DataSection())
 

@@ -98,7 +98,7 @@ def test_by_simpo_the_reward_needs_no_reference_and_the_reference_has_a_loss() -
 
 
 def test_per_token_a_longer_answer_is_not_less_likely() -> None:
-    rows = {"labels": [[MASKED, 5, 6], [MASKED, 7]], "rejected_labels": [[MASKED, 5], [8, 8, 8, 8]]}
+    rows = {"labels": [[MASKED, 5, 6], [MASKED, 7]], "other_labels": [[MASKED, 5], [8, 8, 8, 8]]}
     found = Likelihoods(np.array([-3.0, -2.0]), np.array([-4.0, -2.0]))
     mean = per_token(found, Dataset.from_dict(rows))
     assert (mean.chosen.tolist(), mean.rejected.tolist()) == ([-1.5, -2.0], [-4.0, -0.5])

@@ -103,6 +103,7 @@ MORE_SETTINGS = [
     Setting("mha", "lora", 32, rows=4, tokens=128),
     Setting("mha", "full", 32, rows=2, tokens=256),
     Setting("balanced moe", "lora", 16, rows=1, tokens=256, objective="orpo"),
+    Setting("gqa", "prefix-tuning-plus", 16, rows=2, tokens=256, objective="kto"),
     Setting("mha", "prefix-tuning", 32, rows=2, tokens=128, objective="simpo"),
     Setting("gqa", "lora", 4, rows=2, tokens=128, checkpointing=True, objective="dpo"),
 ]

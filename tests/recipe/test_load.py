@@ -291,7 +291,18 @@ def test_a_learning_rate_belongs_to_the_recipes_objective(write: Any) -> None:
 @pytest.mark.parametrize(
     ("sets", "told"),
     [
-        (["train.beta=0.2"], "train.beta belongs to objective dpo, simpo, orpo"),
+        (["train.beta=0.2"], "train.beta belongs to objective dpo, simpo, orpo, kto"),
+        (
+            ["train.undesirable_weight=2"],
+            "belongs to objective kto. Leave it out, or type --objective kto",
+        ),
+        (["train.objective=kto", "train.batch_size=1"], "Type --batch-size 2 or more"),
+        (["train.objective=kto", "train.packing=true"], "Type --no-packing"),
+        (["train.objective=kto", "adapter.method=full"], "does not go with method full"),
+        (
+            ["train.objective=kto", "adapter.method=lora", "adapter.dropout=0.1"],
+            "dropout does not go with objective kto",
+        ),
         (
             ["train.gamma=0.2", "train.objective=dpo"],
             "train.gamma belongs to objective simpo. Leave it out, or type --objective simpo",

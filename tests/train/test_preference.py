@@ -16,7 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from prefixtune_cli.adapter_folder import load_adapter
 from prefixtune_cli.data.row_encoder import MASKED
@@ -31,6 +31,7 @@ from prefixtune_cli.train.preference import (
     PairCollator,
     Reference,
     SafeDPOTrainer,
+    SafeKTOTrainer,
     trainer_of,
 )
 from prefixtune_cli.train.prepare import content, prepare_data
@@ -176,6 +177,71 @@ def by_orpo(
     return RunDir(chosen.folder), heard, chosen
 
 
+@pytest.fixture(scope="module")
+def by_kto(
+    random_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunDir, Heard, Recipe]:
+    """The colour in capitals is desirable, which two answers of three are, and another colour is not."""
+    folder, heard = tmp_path_factory.mktemp("runs"), Heard()
+    rows = [
+        {
+            "prompt": f"Say the colour {COLOURS[i % 4]}, number {i}.",
+            "completion": COLOURS[i % 4].upper() if i % 3 else COLOURS[(i + 1 + i // 4 % 3) % 4],
+            "label": bool(i % 3),
+        }
+        for i in range(ROWS)
+    ]
+    file = folder / "labelled.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    steps = {**SETTINGS, "objective": "kto", "beta": 0.2, "undesirable_weight": 1.5}
+    chosen = of_pairs(random_base, file, folder / "kto", train=steps)
+    train(chosen, reporter=heard)
+    return RunDir(chosen.folder), heard, chosen
+
+
+def test_by_kto_the_first_loss_is_half_the_weights_and_the_judge_finds_the_trainers(
+    by_kto: tuple[RunDir, Heard, Recipe],
+) -> None:
+    run_dir, heard, _ = by_kto
+    rows = run_dir.read_metrics()
+    trained = [row for row in rows if "loss" in row]
+    shares = {(n + 1.5 * (8 - n)) / 16 for n in range(9)}  # n of 8 answers are desirable
+    assert min(abs(trained[0]["loss"] - share) for share in shares) < 1e-6
+    assert trained[0]["margin"] == pytest.approx(0, abs=1e-5)
+    assert trained[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert max(row["kl"] for row in trained) > 0
+    (evaluated,) = (row["eval_loss"] for row in rows if "eval_loss" in row)
+    summary = Summary.read(run_dir)
+    found = summary.preferences
+    assert found is not None
+    assert (found.objective, found.beta, found.pairs) == ("kto", 0.2, 6)
+    assert found.loss == pytest.approx(evaluated, rel=1e-4)  # all held-out rows are one batch
+    assert found.reference_loss == pytest.approx((4 + 1.5 * 2) / 12)
+    assert found.loss < 0.99 * found.reference_loss
+    assert found.margin > 0
+    assert summary.verdict == "better"
+    assert json.loads(run_dir.answers.read_text().splitlines()[0])["answer"].isupper()
+    assert len(run_dir.answers.read_text().splitlines()) == 4, "the desirable answers alone"
+    assert "36 answers are desirable, 18 are not" in heard.notices
+    assert not [text for text in heard.warnings if "times the weight" in text]
+
+
+def test_labels_that_are_out_of_balance_are_warned_of_with_the_weight_to_type(
+    by_kto: tuple[RunDir, Heard, Recipe],
+) -> None:
+    chosen = by_kto[2]
+    for weight, told in (
+        (1.0, "36 desirable answers together have 2 times the weight of the 18 others. To balance them, type --set "
+              "train.undesirable_weight=2."),
+        (4.0, "have 0.5 times the weight of the 18 others. To balance them, type --set train.desirable_weight=2."),
+    ):  # fmt: skip
+        heard, steps = Heard(), chosen.train.model_copy(update={"undesirable_weight": weight})
+        tokenizer = load_tokenizer(chosen.model)
+        prepare_data(chosen.model_copy(update={"train": steps}), tokenizer, heard)
+        (said,) = heard.warnings
+        assert told in said
+
+
 @pytest.mark.parametrize("name", ["by_simpo", "by_orpo"])
 def test_without_a_reference_the_loss_is_the_judges_and_the_base_has_one(
     name: str, request: pytest.FixtureRequest
@@ -263,8 +329,8 @@ def test_without_a_reference_the_step_is_that_of_the_formula(
         {
             "input_ids": [1, 2, 3, *[10 + i] * (1 + i)],
             "labels": [MASKED] * 3 + [10 + i] * (1 + i),
-            "rejected_ids": [1, 2, 3, 30, 31],
-            "rejected_labels": [MASKED] * 3 + [30, 31],
+            "other_ids": [1, 2, 3, 30, 31],
+            "other_labels": [MASKED] * 3 + [30, 31],
             "row": i,
         }
         for i in range(6)
@@ -285,7 +351,7 @@ def test_without_a_reference_the_step_is_that_of_the_formula(
 
     chosen, rejected = (
         torch.stack([mean_log_probability(row[side]) for row in rows])
-        for side in ("input_ids", "rejected_ids")
+        for side in ("input_ids", "other_ids")
     )
     logsigmoid = torch.nn.functional.logsigmoid
     if objective == "simpo":
@@ -304,7 +370,7 @@ def test_without_a_reference_the_step_is_that_of_the_formula(
     assert max(float(g.abs().max()) for g in gradients.values()) > 1e-3
 
 
-@pytest.mark.parametrize("objective", ["finished", "by_simpo", "by_orpo"])
+@pytest.mark.parametrize("objective", ["finished", "by_simpo", "by_orpo", "by_kto"])
 def test_a_resumed_run_ends_with_the_same_bytes(
     objective: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -458,7 +524,7 @@ def of_4_bits(
     return RunDir(on.folder), heard, on
 
 
-RUNS = ("finished", "by_simpo", "by_orpo", "of_4_bits")
+RUNS = ("finished", "by_simpo", "by_orpo", "by_kto", "of_4_bits")
 
 
 @pytest.fixture(scope="module")
@@ -489,7 +555,7 @@ def test_two_processes_make_the_weights_of_one(
     if name == "of_4_bits":
         return
     rows = [[row for row in run.read_metrics() if "loss" in row] for run in (by_one, by_two)]
-    for figure in {"loss", "preference_accuracy", "margin"} & {*rows[0][0]}:
+    for figure in {"loss", "preference_accuracy", "margin", "kl"} & {*rows[0][0]}:
         said = [[row[figure] for row in of_run] for of_run in rows]
         assert said[1] == pytest.approx(said[0], rel=1e-3, abs=1e-5), figure
 
@@ -531,7 +597,7 @@ def test_a_reference_that_does_not_fit_halves_the_batch_at_its_longest_rows(
 
 def test_a_batch_of_blank_pairs_alone_has_columns_and_no_loss() -> None:
     """TRL takes the last so many columns, of the tokens but one; the last none would be all of them."""
-    blank = {"input_ids": [7], "rejected_ids": [7], "labels": [MASKED], "rejected_labels": [MASKED]}
+    blank = {"input_ids": [7], "other_ids": [7], "labels": [MASKED], "other_labels": [MASKED]}
     batch = PairCollator(7)([blank, blank])
     assert batch["input_ids"].tolist() == [[7, 7]] * 4
     assert batch["attention_mask"].tolist() == [[1, 0]] * 4
@@ -577,6 +643,7 @@ def test_the_step_is_that_of_trl_with_the_base_as_an_explicit_reference(
     random_base: Path, tmp_path: Path
 ) -> None:
     """The adapter is no fresh one, so that the margin counts; plain descent shows the gradient."""
+    """Of DPO; the next test is of KTO."""
     arguments = dict(**ONE_STEP, output_dir=str(tmp_path / "run"), beta=0.3)
     tokenizer = AutoTokenizer.from_pretrained(random_base)
     texts = [
@@ -594,8 +661,8 @@ def test_the_step_is_that_of_trl_with_the_base_as_an_explicit_reference(
         {
             "input_ids": row["prompt_ids"] + row["chosen_ids"],
             "labels": [MASKED] * len(row["prompt_ids"]) + row["chosen_ids"],
-            "rejected_ids": row["prompt_ids"] + row["rejected_ids"],
-            "rejected_labels": [MASKED] * len(row["prompt_ids"]) + row["rejected_ids"],
+            "other_ids": row["prompt_ids"] + row["rejected_ids"],
+            "other_labels": [MASKED] * len(row["prompt_ids"]) + row["rejected_ids"],
             "row": i,
         }
         for i, row in enumerate(plain.train_dataset)
@@ -606,6 +673,49 @@ def test_the_step_is_that_of_trl_with_the_base_as_an_explicit_reference(
         args=DPOConfig(**arguments, remove_unused_columns=False),
         **of_run(run_dir, random_base, rows),
     )
+    check_same_step(plain, ours)
+
+
+def test_the_step_of_kto_is_that_of_trl_with_the_base_as_an_explicit_reference(
+    random_base: Path, tmp_path: Path
+) -> None:
+    arguments = dict(**ONE_STEP, output_dir=str(tmp_path / "run"), beta=0.3, undesirable_weight=1.7)
+    texts = [
+        {"prompt": f"Say it, {i}.", "completion": " RED" * (1 + i), "label": i % 3 > 0}
+        for i in range(6)
+    ]
+    plain = KTOTrainer(
+        model=adapted(random_base),
+        ref_model=AutoModelForCausalLM.from_pretrained(random_base, dtype=torch.float32),
+        args=KTOConfig(**arguments),
+        train_dataset=Dataset.from_list(texts),
+        processing_class=AutoTokenizer.from_pretrained(random_base),
+    )
+    rows = []
+    for i, row in enumerate(plain.train_dataset):
+        asked, columns = row["prompt_ids"], {"desirable": row["label"], "row": i}
+        for name, labels, of_trl in (
+            ("input_ids", "labels", "completion_ids"),
+            ("other_ids", "other_labels", "KL_completion_ids"),
+        ):
+            columns[name] = asked + row[of_trl]
+            columns[labels] = [MASKED] * len(asked) + row[of_trl]
+        rows.append(columns)
+    ours = SafeKTOTrainer(
+        model=adapted(random_base),
+        args=KTOConfig(**arguments, remove_unused_columns=False),
+        **of_run(RunDir(tmp_path / "run"), random_base, rows),
+    )
+    check_same_step(plain, ours)
+    (theirs,) = (row for row in plain.state.log_history if "rewards/margins" in row)
+    (found,) = (row for row in ours.state.log_history if "rewards/margins" in row)
+    for figure in ("train_loss", "kl", "rewards/margins"):
+        assert found[figure] == pytest.approx(theirs[figure], rel=1e-3), figure
+    assert found["kl"] > 0
+
+
+def check_same_step(plain: Any, ours: Any) -> None:
+    """Both trainers make the same step."""
     before = {n: p.detach().clone() for n, p in ours.model.named_parameters() if p.requires_grad}
     for trainer in (plain, ours):
         trainer.train()

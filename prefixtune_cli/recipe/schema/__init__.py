@@ -29,12 +29,20 @@ from prefixtune_cli.recipe.schema.adapters import (
     canonical,
 )
 from prefixtune_cli.recipe.schema.rates import default_rate
-from prefixtune_cli.recipe.schema.recipe import NOT_SPREAD, Recipe, method_defaults
+from prefixtune_cli.recipe.schema.recipe import (
+    NOT_SPREAD,
+    OWN_SETTINGS,
+    WITH_REFERENCE,
+    Recipe,
+    kind_of,
+    method_defaults,
+)
 from prefixtune_cli.recipe.schema.sections import (
     HELD_OUT_SHARE,
     DataFormat,
     DataSection,
     EvaluateSection,
+    Kind,
     ModelSection,
     TrainSection,
 )
@@ -44,11 +52,14 @@ __all__ = [
     "IN_FRONT",
     "IN_THE_CACHE",
     "NOT_SPREAD",
+    "OWN_SETTINGS",
+    "WITH_REFERENCE",
     "AdapterSection",
     "DataFormat",
     "DataSection",
     "EvaluateSection",
     "Full",
+    "Kind",
     "Lora",
     "Method",
     "ModelSection",
@@ -60,5 +71,6 @@ __all__ = [
     "WithConfig",
     "canonical",
     "default_rate",
+    "kind_of",
     "method_defaults",
 ]

@@ -43,8 +43,8 @@ RATES: dict[str, Rate] = {
     "prompt-tuning": Rate(3e-2, 0, "the rate of peft's example"),
     "osf": Rate(5e-5, 0.781, "the rate of full, as it trains nearly every weight"),
 }
-# The part of SFT's rate for pairs of answers: the best of a tenth, a third and the whole on SmolLM2-135M. ORPO's is not
-# swept.
+# The part of SFT's rate for preferences: the best of a tenth, a third and the whole on SmolLM2-135M. Those of ORPO and
+# KTO are not swept.
 A_THIRD, A_TENTH = (1 / 3, "a third"), (0.1, "a tenth")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import Field, model_validator
 
@@ -22,12 +22,21 @@ from prefixtune_cli.recipe.schema.section import Section
 from prefixtune_cli.recipe.schema.sections import (
     DataSection,
     EvaluateSection,
+    Kind,
     ModelSection,
+    Objective,
     TrainSection,
 )
 
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "full": {"save_minutes": None},  # a checkpoint is six times as large as the base
+}
+# Their losses compare the adapter with what it was before training.
+WITH_REFERENCE = ("dpo", "kto")
+# The settings that one objective alone has.
+OWN_SETTINGS: dict[str, tuple[str, ...]] = {
+    "simpo": ("gamma",),
+    "kto": ("desirable_weight", "undesirable_weight"),
 }
 # SimPO's β multiplies log-probabilities per token, which are smaller than those of answers.
 OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {"simpo": {"beta": 2.0}}
@@ -38,6 +47,12 @@ NOT_SPREAD = {
     ("fsdp", "full"): "which trains the base, and fsdp shards it as frozen",
     ("deepspeed-zero3", "prefix-tuning"): "whose prefix peft computes outside the sharded modules",
 }
+
+
+def kind_of(objective: str) -> Kind:
+    """The kind of rows that an objective learns from."""
+    kinds: dict[str, Kind] = {"sft": "answers", "kto": "labelled"}
+    return kinds.get(objective, "pairs")
 
 
 def method_defaults(method: str) -> dict[str, Any]:
@@ -83,19 +98,28 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _the_objective_goes_with_the_rest(self) -> Recipe:
         train = self.train
-        if train.first_tokens is not None and (self.on_pairs or self.data.train_on == "all"):
-            other = f"train.objective {train.objective}" if self.on_pairs else "data.train_on all"
+        if train.first_tokens is not None and (self.on_preferences or self.data.train_on == "all"):
+            other = (
+                f"train.objective {train.objective}" if self.on_preferences else "data.train_on all"
+            )
             raise ValueError(
                 f"train.first_tokens counts tokens of answers, and does not go with {other}. Leave out one of the two."
             )
-        for name, objectives in (("beta", ("dpo", "simpo", "orpo")), ("gamma", ("simpo",))):
+        owners = {name: [o] for o, names in OWN_SETTINGS.items() for name in names}
+        owners["beta"] = [o for o in get_args(Objective) if o != "sft"]
+        for name, objectives in owners.items():
             chosen = getattr(train, name) != TrainSection.model_fields[name].default
             if chosen and train.objective not in objectives:
                 raise ValueError(
                     f"train.{name} belongs to objective {', '.join(objectives)}. Leave it out, or type --objective "
                     f"{objectives[0]}."
                 )
-        if not self.on_pairs:
+        if train.objective == "kto" and train.batch_size < 2:
+            raise ValueError(
+                "train.batch_size 1 does not go with objective kto, which estimates from a batch how far the adapter "
+                "is from its reference. Type --batch-size 2 or more."
+            )
+        if not self.on_preferences:
             return self
         objective = train.objective
         if self.adapter.method == "full":
@@ -114,9 +138,9 @@ class Recipe(Section):
             )
         settings = self.adapter.model_dump()
         for name, value in {**settings, **(settings.get("config") or {})}.items():
-            if name.endswith("dropout") and value and objective == "dpo":
+            if name.endswith("dropout") and value and objective in WITH_REFERENCE:
                 raise ValueError(
-                    f"{name} does not go with objective dpo, whose reference has no noise. Leave it out."
+                    f"{name} does not go with objective {objective}, whose reference has no noise. Leave it out."
                 )
         if self.data.train_on == "all":
             raise ValueError(
@@ -200,16 +224,23 @@ class Recipe(Section):
         return chosen or (self.data.train or "").startswith("sample:")
 
     @property
-    def on_pairs(self) -> bool:
-        """Whether the training rows are pairs of answers."""
-        return self.train.objective != "sft"
+    def kind(self) -> Kind:
+        """What the training rows are."""
+        return kind_of(self.train.objective)
+
+    @property
+    def on_preferences(self) -> bool:
+        """Whether the training rows say which answers are better than others."""
+        return self.kind != "answers"
 
     @property
     def data_of_answers(self) -> DataSection:
-        """How rows with one answer are read: as `data`, but for the columns and the format of pairs."""
-        if not self.on_pairs:
+        """How rows with one answer are read: as `data`, but for the columns and the format of preferences."""
+        if not self.on_preferences:
             return self.data
-        shared = {k: v for k, v in self.data.map.items() if k not in ("chosen", "rejected")}
+        shared = {
+            k: v for k, v in self.data.map.items() if k not in ("chosen", "rejected", "label")
+        }
         return self.data.model_copy(update={"map": shared, "format": "auto"})
 
     @property

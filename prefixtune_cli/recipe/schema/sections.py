@@ -9,7 +9,10 @@ from pydantic import Field, field_validator
 
 from prefixtune_cli.recipe.schema.section import Section
 
-Objective = Literal["sft", "dpo", "simpo", "orpo"]
+Objective = Literal["sft", "dpo", "simpo", "orpo", "kto"]
+# What a row of training data is: a prompt with its answer; a prompt with a chosen and a rejected answer; a prompt with
+# an answer that is said to be desirable or not.
+Kind = Literal["answers", "pairs", "labelled"]
 DataFormat = Literal[
     "auto", "messages", "conversations", "prompt-completion", "alpaca", "question-answer", "text",
     "preference",
@@ -84,16 +87,24 @@ class TrainSection(Section):
     objective: Objective = Field(
         "sft",
         description="What is learned; sft learns answers, dpo, simpo and orpo to prefer one answer of a pair to the "
-        "other (arXiv 2305.18290, 2405.14734, 2403.07691).",
+        "other (arXiv 2305.18290, 2405.14734, 2403.07691), kto to give answers that are labelled desirable, and not "
+        "the others (arXiv 2402.01306).",
     )
     beta: float = Field(
         0.1,
         gt=0,
-        description="β: how strongly DPO holds the adapter to its base or start; SimPO's factor of log-probabilities "
-        "per token, whose default is 2.0; or the weight of ORPO's odds ratio, which its paper calls λ.",
+        description="β: how strongly DPO and KTO hold the adapter to its base or start; SimPO's factor of "
+        "log-probabilities per token, whose default is 2.0; or the weight of ORPO's odds ratio, which its paper calls "
+        "λ.",
     )
     gamma: float = Field(
         1.0, ge=0, description="γ: by how much SimPO wants the chosen answer ahead."
+    )
+    desirable_weight: float = Field(
+        1.0, gt=0, description="λ_D: the weight of desirable answers in KTO's loss."
+    )
+    undesirable_weight: float = Field(
+        1.0, gt=0, description="λ_U: the weight of undesirable answers in KTO's loss."
     )
     start_from: str | None = Field(
         None,
