@@ -178,7 +178,7 @@ def _print_summary(summary: Summary, data: DataSection) -> None:
         ["", "loss", "exact match"],
         [
             [name, f"{score.loss:.4f}", percent(score.exact_match)]
-            for name, score in (("base", summary.base), ("adapter", summary.adapter))
+            for name, score in summary.scores.items()
         ],
     )
     said = summary.why_no_exact_match

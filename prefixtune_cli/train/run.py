@@ -204,6 +204,7 @@ def _train(
     judge = Judge(job, tokenizer, bases)
     # Full fine-tuning leaves no base to score afterwards, and training leaves no start.
     before = judge.score(model, "base") if whole else None
+    of_start = judge.score(model, "start")[0] if start is not None else None
     reference = judge.reference(model) if recipe.on_preferences else None
     model, steps = fit(job, model, tokenizer, reference)
     _save_adapter(model, tokenizer, run_dir, processes)
@@ -224,6 +225,7 @@ def _train(
         model=recipe.model.name,
         method=recipe.adapter.method,
         start=start.given if start else None,
+        of_start=of_start,
         started=_created(run_dir) if processes.leads else None,
         finished=_now(),
         seconds=round(time.monotonic() - started, 1),

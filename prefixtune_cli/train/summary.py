@@ -29,7 +29,8 @@ class Summary:
         seconds: from loading to the scores, since the run was started or last resumed.
         example: a held-out `prompt` to try the result with, perhaps with its `system` message.
         preferences: for a run on preferences; the scores are then those of the chosen or the desirable answers.
-        start: the run or the adapter folder that training went on from; None for a fresh adapter.
+        start: the run or the adapter folder that training went on from; None for a fresh adapter. `of_start` is its
+            score.
     """
 
     run: str
@@ -51,22 +52,29 @@ class Summary:
     example: dict[str, str] = field(default_factory=dict)
     preferences: Preferences | None = None
     start: str | None = None
+    of_start: Score | None = None
+
+    @property
+    def scores(self) -> dict[str, Score]:
+        """The score of base, start and adapter, as far as there are such."""
+        found = {"base": self.base, "start": self.of_start, "adapter": self.adapter}
+        return {who: score for who, score in found.items() if score is not None}
 
     @property
     def compared_with(self) -> str:
-        """What the adapter is compared with: `base`, or for preferences the `start` if there is one."""
-        return "base" if self.preferences is None else self.preferences.compared_with
+        """What the adapter is compared with: the `start` if there is one, else the `base`."""
+        return "base" if self.of_start is None else "start"
 
     @property
     def losses(self) -> tuple[float, float]:
         """The held-out losses of what the adapter is compared with and of the adapter, by the run's own objective."""
         if self.preferences is not None:
             return self.preferences.reference_loss, self.preferences.loss
-        return self.base.loss, self.adapter.loss
+        return self.scores[self.compared_with].loss, self.adapter.loss
 
     @property
     def verdict(self) -> Literal["better", "no better", "worse"]:
-        """Judged by the held-out loss; but an adapter with more right answers than its base is not worse.
+        """Judged by the held-out loss; but an adapter with more right answers than before is not worse.
 
         Nor is one that has brought more chosen answers ahead than it has set back.
         """
@@ -77,7 +85,8 @@ class Summary:
         if self.preferences is not None:
             is_right = self.preferences.is_ahead
         else:
-            is_right = (self.adapter.exact_match or 0) > (self.base.exact_match or 0)
+            before = self.scores[self.compared_with]
+            is_right = (self.adapter.exact_match or 0) > (before.exact_match or 0)
         as_good = adapter <= base + margin  # False for NaN, too
         return "no better" if as_good or is_right else "worse"
 
@@ -87,6 +96,7 @@ class Summary:
             "verdict": self.verdict,
             "base": self.base.to_json(),
             "adapter": self.adapter.to_json(),
+            "of_start": self.of_start.to_json() if self.of_start else None,
             "exact_match_rule": match_rule(self.answer_pattern),
             "preferences": self.preferences.to_json() if self.preferences else None,
         }
@@ -95,8 +105,9 @@ class Summary:
     def read(cls, run_dir: RunDir) -> Summary:
         """Read the summary of a finished run."""
         found = json.loads(run_dir.summary.read_text(encoding="utf-8"))
-        for name in ("base", "adapter"):
-            found[name] = Score(found[name]["loss"], found[name]["exact_match"])
+        for name in ("base", "adapter", "of_start"):
+            if found.get(name):
+                found[name] = Score(found[name]["loss"], found[name]["exact_match"])
         if found.get("preferences"):
             found["preferences"] = Preferences.of_json(found["preferences"])
         return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name in found})

@@ -13,12 +13,16 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from prefixtune_cli.adapter_folder import load_adapter
 from prefixtune_cli.errors import PtpError, RunDirError
+from prefixtune_cli.evaluate.held_out import score
 from prefixtune_cli.pointed import settings_of_start
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import Recipe
 from prefixtune_cli.run_dir import RunDir
+from prefixtune_cli.tokenizer import load_tokenizer
 from prefixtune_cli.train import Summary, train
+from prefixtune_cli.train.prepare import prepare_data
 from prefixtune_cli.train.trainer import SafeTrainer
 from tests.heard import Heard
 from tests.ports import free_port
@@ -114,6 +118,28 @@ def test_the_first_step_begins_at_the_starts_weights(
     assert f"Going on from the adapter in {starts[method] / 'adapter'}." in heard.notices
     of_other_bits = [text for text in heard.warnings if "with 32 bits, and goes on with 4" in text]
     assert len(of_other_bits) == ("model.bits=4" in sets)
+    assert {"held-out loss of the start", "answers of the start"} <= {*heard.tasks}
+
+
+def test_the_adapter_is_compared_with_its_start(
+    starts: dict[str, Path], random_base: Path, colours: Path, tmp_path: Path
+) -> None:
+    chosen = from_start(starts["lora"], colours, tmp_path / "run", learning_rate=1e-9)
+    summary = train(chosen, reporter=(heard := Heard()))
+    base = AutoModelForCausalLM.from_pretrained(random_base, dtype=torch.float32)
+    model = load_adapter(base, starts["lora"] / "adapter").eval()
+    tokenizer = load_tokenizer(chosen.model, starts["lora"] / "adapter")
+    data = prepare_data(chosen, tokenizer, Heard())
+    found, _ = score(
+        model, tokenizer, data.answers, data.questions.asked, chosen.evaluate, end_id=data.end_id, name="x"
+    )  # fmt: skip
+    assert summary.of_start is not None
+    assert summary.of_start.loss == pytest.approx(found.loss, rel=1e-5)
+    assert summary.of_start.exact_match == found.exact_match
+    assert abs(summary.base.loss - found.loss) > 0.1, "else the base would do as well"
+    assert (summary.compared_with, summary.verdict) == ("start", "no better")
+    assert any("no better than its start" in text for text in heard.warnings)
+    assert Summary.read(RunDir(chosen.folder)) == summary
 
 
 def test_in_the_basis_the_first_loss_is_the_starts_and_the_template_too(
