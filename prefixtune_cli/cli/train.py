@@ -181,6 +181,11 @@ def _print_summary(summary: Summary, data: DataSection) -> None:
             for name, score in summary.scores.items()
         ],
     )
+    if (moved := summary.divergence) is not None:
+        console.say(
+            f"\nOn these answers the adapter is {moved.value:.3f} nats a token away from the base (KL divergence, 95 % "
+            f"interval {moved.low:.3f} to {moved.high:.3f})."
+        )
     said = summary.why_no_exact_match
     if summary.answer_pattern is not None:
         from prefixtune_cli.evaluate.matching import rule_sentence

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixtune_cli.evaluate.batches import BatchLimit
 from prefixtune_cli.evaluate.matching import exactly_matches
+from prefixtune_cli.evaluate.paired import ratio_interval
 from prefixtune_cli.evaluate.questions import Question
 from prefixtune_cli.evaluate.scorer import Example, Scorer
 from prefixtune_cli.parallel.processes import Processes
@@ -42,6 +44,20 @@ class Score:
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "perplexity": self.perplexity}
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The KL divergence of an adapted model from its base, KL(adapted ‖ base), on given answers.
+
+    Attributes:
+        value: the mean over the trained tokens, in nats a token, over the whole vocabulary.
+        low, high: its 95 % interval over the rows.
+    """
+
+    value: float
+    low: float
+    high: float
 
 
 def score(
@@ -104,6 +120,26 @@ def shared_losses(
     limit = BatchLimit(section.batch_size, TOKENS_A_BATCH, reporter)
     scorer = Scorer(model, tokenizer, limit, reporter)
     return _shared(rows, lambda its: scorer.losses(its, task), processes)
+
+
+def divergence(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    section: EvaluateSection,
+    processes: Processes,
+    reporter: Reporter,
+) -> Divergence:
+    """How far the adapted model is from its base on the answers of these rows; the arguments are those of `score`."""
+    # The base's probabilities of a whole batch are kept in float32.
+    limit = BatchLimit(section.batch_size, TOKENS_A_BATCH // 4, reporter)
+    scorer = Scorer(model, tokenizer, limit, reporter)
+    examples = rows.select_columns(["input_ids", "labels"]).to_list()
+    task = "divergence from the base"
+    found = _shared(examples, lambda its: scorer.divergences(its, task), processes)
+    nats, tokens = np.array(found, dtype=float).T
+    ends = ratio_interval(nats, tokens)
+    return Divergence(float(nats.sum() / tokens.sum()), ends.low, ends.high)
 
 
 def _shared(

@@ -66,6 +66,25 @@ class Scorer:
         )
         return [(nats, int(tokens)) for nats, tokens in found]
 
+    def divergences(self, examples: Sequence[Example], task: str) -> list[tuple[float, int]]:
+        """Each row's KL divergence of the adapted model from its base, in nats, summed over the predicted tokens.
+
+        It is Σ p·log(p/q) over the whole vocabulary, with p the adapted model's probabilities and q the base's, at each
+        token that has a label. The arguments and the errors are those of `losses`; nothing is kept in the cache.
+        """
+        lengths, found = [len(row["input_ids"]) for row in examples], dict[int, list[float]]()
+        with models.evaluating(self.model):
+            for some in self._batches(
+                range(len(examples)),
+                lengths,
+                lambda batch, _: self._divergences([examples[i] for i in batch]),
+                task,
+            ):
+                found |= some
+        return [
+            (nats, int(tokens)) for nats, tokens in map(found.__getitem__, range(len(examples)))
+        ]
+
     def answers(
         self,
         questions: Sequence[Question],
@@ -133,11 +152,30 @@ class Scorer:
             done += len(found)
             told(0)
 
-    @torch.no_grad()
     def _losses(self, batch: Sequence[Example]) -> list[list[float]]:
-        """[nats, predicted tokens] of each row. The cross-entropy is in float32 for every precision of the model.
+        """[nats, predicted tokens] of each row."""
+        nats = [
+            F.cross_entropy(logits, wanted, reduction="sum")
+            for logits, wanted in self._predictions(batch)
+        ]
+        return _with_counts(nats, batch)
 
-        Logits are computed only at positions at which some row of the batch has a label.
+    def _divergences(self, batch: Sequence[Example]) -> list[list[float]]:
+        """As `_losses`, of the adapted model from its base."""
+        with models.without_adapter(self.model):
+            of_base = [logits.log_softmax(-1) for logits, _ in self._predictions(batch)]
+        nats = [
+            F.kl_div(q, logits.log_softmax(-1), reduction="sum", log_target=True)
+            for q, (logits, _) in zip(of_base, self._predictions(batch), strict=True)
+        ]
+        return _with_counts(nats, batch)
+
+    @torch.no_grad()
+    def _predictions(self, batch: Sequence[Example]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """For each row, the logits of its predicted tokens [tokens, vocabulary] and their ids [tokens].
+
+        The logits are in float32 for every precision of the model. They are computed only at positions at which some
+        row of the batch has a label.
         """
 
         def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
@@ -156,14 +194,16 @@ class Scorer:
         else:
             logits = self.model(**given).logits[:, from_end]
         # Row by row, so that only one row at a time is in float32.
-        nats = [
-            F.cross_entropy(row[picked].float(), wanted[picked], reduction="sum")
-            for row, wanted, picked in zip(
-                logits, targets[:, columns], chosen[:, columns], strict=True
-            )
-        ]
-        counts = chosen.sum(dim=1).tolist()
-        return [[n, float(c)] for n, c in zip(torch.stack(nats).tolist(), counts, strict=True)]
+        for row, wanted, picked in zip(
+            logits, targets[:, columns], chosen[:, columns], strict=True
+        ):
+            yield row[picked].float(), wanted[picked]
+
+
+def _with_counts(nats: list[torch.Tensor], batch: Sequence[Example]) -> list[list[float]]:
+    """Each row's figure with the number of its predicted tokens."""
+    counts = [sum(label != MASKED for label in row["labels"][1:]) for row in batch]
+    return [[n, float(c)] for n, c in zip(torch.stack(nats).tolist(), counts, strict=True)]
 
 
 def _chooses_logits(model: PreTrainedModel) -> bool:

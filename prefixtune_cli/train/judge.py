@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixtune_cli import model as models
 from prefixtune_cli.evaluate import labelled
-from prefixtune_cli.evaluate.held_out import Score, score
+from prefixtune_cli.evaluate.held_out import Divergence, Score, divergence, score
 from prefixtune_cli.evaluate.likelihoods import likelihoods, per_token, trained_tokens
 from prefixtune_cli.evaluate.preferences import Likelihoods, Objective, Preferences, compared
 from prefixtune_cli.evaluate.subjects import hash_of_base
@@ -106,6 +106,13 @@ class Judge:
             found = [per_token(nats, held_out) for nats in found]
         base, *start, adapter = found
         return compared(base, adapter, objective, start[0] if start else None)
+
+    def divergence(self, model: PeftModel) -> Divergence:
+        """How far the adapter has moved the model from its base, on the held-out answers that are to be given."""
+        job = self._job
+        return divergence(
+            model, self._tokenizer, job.data.answers, self._section, job.processes, job.reporter
+        )
 
     def _likelihoods(self, model: PeftModel | PreTrainedModel, who: Who) -> Likelihoods:
         with _as(model, who):

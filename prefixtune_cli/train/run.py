@@ -212,6 +212,7 @@ def _train(
     before = before or judge.score(model, "base")
     after = judge.score(model, "adapter")
     preferences = judge.preferences(model, reference) if reference is not None else None
+    moved = judge.divergence(model) if preferences is not None else None
     summary = Summary(
         run=str(run_dir.path),
         base=before[0],
@@ -233,6 +234,7 @@ def _train(
         answer_pattern=recipe.evaluate.answer_pattern,
         example=data.example,
         preferences=preferences,
+        divergence=moved,
     )
     if processes.leads:
         of_base, of_adapter = summary.losses

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from prefixtune_cli.evaluate.held_out import Score
+from prefixtune_cli.evaluate.held_out import Divergence, Score
 from prefixtune_cli.evaluate.matching import match_rule
 from prefixtune_cli.evaluate.preferences import Preferences
 from prefixtune_cli.recipe.schema import Recipe
@@ -29,6 +29,7 @@ class Summary:
         seconds: from loading to the scores, since the run was started or last resumed.
         example: a held-out `prompt` to try the result with, perhaps with its `system` message.
         preferences: for a run on preferences; the scores are then those of the chosen or the desirable answers.
+        divergence: for a run on preferences, from the base on the same answers.
         start: the run or the adapter folder that training went on from; None for a fresh adapter. `of_start` is its
             score.
     """
@@ -51,6 +52,7 @@ class Summary:
     answer_pattern: str | None = None
     example: dict[str, str] = field(default_factory=dict)
     preferences: Preferences | None = None
+    divergence: Divergence | None = None
     start: str | None = None
     of_start: Score | None = None
 
@@ -96,6 +98,7 @@ class Summary:
             "verdict": self.verdict,
             "base": self.base.to_json(),
             "adapter": self.adapter.to_json(),
+            "divergence": asdict(self.divergence) if self.divergence else None,
             "of_start": self.of_start.to_json() if self.of_start else None,
             "exact_match_rule": match_rule(self.answer_pattern),
             "preferences": self.preferences.to_json() if self.preferences else None,
@@ -108,6 +111,8 @@ class Summary:
         for name in ("base", "adapter", "of_start"):
             if found.get(name):
                 found[name] = Score(found[name]["loss"], found[name]["exact_match"])
+        if found.get("divergence"):
+            found["divergence"] = Divergence(**found["divergence"])
         if found.get("preferences"):
             found["preferences"] = Preferences.of_json(found["preferences"])
         return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name in found})

@@ -42,6 +42,8 @@ def test_the_sample_is_learned_and_both_models_preferences_are_printed(
         f"{found.base.chosen:.2f}",
     ]
     assert f"by a margin of {found.margin:+.3f}" in printed
+    moved = stored["divergence"]["value"]
+    assert f"On these answers the adapter is {moved:.3f} nats a token away from the base" in printed
 
 
 def test_by_simpo_the_figures_are_per_token_and_each_model_has_a_loss(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixtune_cli import generate
@@ -86,6 +87,36 @@ def test_losses_are_those_of_each_row_and_only_missing_ones_are_computed(
         wanted = torch.tensor(row[1:])
         assert nats == pytest.approx(-log_probabilities.gather(1, wanted[:, None]).sum().item())
         assert tokens == len(row) - 1
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix-tuning"])
+def test_the_divergence_from_the_base_is_that_of_the_whole_vocabulary(
+    random_base: Path, method: str
+) -> None:
+    """Behind a prefix, logits have more positions than the row."""
+    section = ModelSection(name=str(random_base), bits=32)
+    base, tokenizer = models.load_base(section), load_tokenizer(section)
+    torch.manual_seed(0)
+    lora = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(base, lora if method == "lora" else prefix)
+    listener = Listener()
+    examples = [*EXAMPLES[:4], {"input_ids": ROWS[4], "labels": [-100] * 4 + ROWS[4][4:]}]
+    found = scorer((model, tokenizer), 2, listener).divergences(examples, "divergence")
+    assert listener.done[-1] == ("divergence", 5, 5)
+    model.eval()
+    for row, (nats, tokens) in zip(examples, found, strict=True):
+        ids, trained = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:] != -100
+        with torch.no_grad():
+            p = model(input_ids=ids).logits[0, -ids.shape[1] : -1].log_softmax(-1)[trained]
+            with model.disable_adapter():
+                q = model(input_ids=ids).logits[0, :-1].log_softmax(-1)[trained]
+        assert tokens == int(trained.sum())
+        assert nats == pytest.approx((p.exp() * (p - q)).sum().item(), rel=1e-4)
+        assert nats > 1e-3
+    with model.disable_adapter():
+        nothing = scorer((model, tokenizer), 2, listener).divergences(examples, "divergence")
+    assert [nats for nats, _ in nothing] == pytest.approx([0] * 5, abs=1e-6)
 
 
 def test_a_model_that_computes_all_logits_has_the_same_losses(loaded: Loaded) -> None:

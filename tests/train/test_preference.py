@@ -146,6 +146,8 @@ def test_the_summary_has_the_trainers_figures_and_the_pairs_decide(
     (evaluated,) = (row["eval_loss"] for row in run_dir.read_metrics() if "eval_loss" in row)
     assert found.loss == pytest.approx(evaluated, rel=1e-4)
     assert summary.verdict == "better"
+    assert summary.divergence is not None
+    assert 0 < summary.divergence.low < summary.divergence.value < summary.divergence.high
     assert not found.both_fell
     assert not [text for text in heard.warnings if text.startswith("Both answers")]
     fallen = replace(found, adapter=replace(found.base, chosen=-9.0, rejected=-99.0))
