@@ -207,7 +207,7 @@ class Comparison:
         """What the contestants were trained on."""
         kinds = (result.kind for c in self.contestants for result in c.results())
         found = next((kind for kind in kinds if kind != "answers"), None)
-        return found or kind_of(str(self.protocol.get("objective", "sft")))
+        return found or kind_of(self.protocol.get("objective"))
 
     @property
     def measured_together(self) -> Sequence[Group]:

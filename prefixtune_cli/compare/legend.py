@@ -125,7 +125,7 @@ def _model_and_protocol(comparison: Comparison) -> Iterator[str]:
 
 def _protocol(protocol: Mapping[str, Any]) -> Iterator[str]:
     if (steps := protocol.get("steps")) is not None:
-        kind = kind_of(str(protocol.get("objective", "sft")))
+        kind = kind_of(protocol.get("objective"))
         batch, rows = protocol.get("batch"), "pairs" if kind == "pairs" else "examples"
         yield f"{steps:,} steps" + (f" of {batch} {rows}" if batch is not None else "")
     if (objective := protocol.get("objective")) is not None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
-from scipy.stats import mannwhitneyu
 
 from prefixtune_cli.evaluate.paired import (
     Floats,
@@ -26,22 +24,27 @@ def rewards(objective: Objective, found: Likelihoods, reference: Likelihoods) ->
         found: the model's log-probabilities of the answers, and of the answers to other prompts, in nats.
         reference: the reference's.
     """
-    ahead = max(0.0, float((found.rejected - reference.rejected).mean()))
-    above: Floats = objective.beta * (found.chosen - reference.chosen - ahead)
+    others = max(0.0, float((found.rejected - reference.rejected).mean()))
+    above: Floats = objective.beta * (found.chosen - reference.chosen - others)
     return above
 
 
 def losses(objective: Objective, above: Floats, desirable: Labels) -> Floats:
     """KTO's loss of each answer [rows], from `rewards`."""
     of_desirable, of_others = objective.weights
-    found: Floats = np.where(desirable, of_desirable * expit(-above), of_others * expit(above))
+    # σ(x) = exp(−log(1 + exp(−x)))
+    found: Floats = np.where(
+        desirable,
+        of_desirable * np.exp(-np.logaddexp(0, above)),
+        of_others * np.exp(-np.logaddexp(0, -above)),
+    )
     return found
 
 
 def auc(items: Floats) -> float:
     """The fraction of pairs of a desirable answer and another one in which the desirable one has the higher score.
 
-    Equal scores count as half. It is the area under the ROC curve, by its rank statistic (Mann & Whitney 1947).
+    Equal scores count as half. It is the area under the ROC curve (Mann & Whitney 1947).
 
     Args:
         items: score and label, 1 if desirable, of each answer [rows, 2]; with one label alone, the figure is 0.5.
@@ -49,9 +52,7 @@ def auc(items: Floats) -> float:
     desirable = items[:, 1] == 1
     if desirable.all() or not desirable.any():
         return 0.5
-    ones, others = items[desirable, 0], items[~desirable, 0]
-    found = mannwhitneyu(ones, others, method="asymptotic").statistic
-    return float(found / (len(ones) * len(others)))
+    return float(ahead(items[:, 0], desirable).mean())
 
 
 def ahead(score: Floats, desirable: Labels) -> Floats:

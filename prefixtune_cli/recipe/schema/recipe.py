@@ -49,9 +49,9 @@ NOT_SPREAD = {
 }
 
 
-def kind_of(objective: str) -> Kind:
-    """The kind of rows that an objective learns from."""
-    kinds: dict[str, Kind] = {"sft": "answers", "kto": "labelled"}
+def kind_of(objective: str | None) -> Kind:
+    """The kind of rows that an objective learns from; None is that of no preferences."""
+    kinds: dict[str | None, Kind] = {None: "answers", "sft": "answers", "kto": "labelled"}
     return kinds.get(objective, "pairs")
 
 
