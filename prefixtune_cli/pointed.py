@@ -17,6 +17,7 @@ from prefixtune_cli.errors import AdapterError, ModelError, RunDirError, UsageEr
 from prefixtune_cli.recipe.aliases import resolve as resolve_alias
 from prefixtune_cli.recipe.load import resolve
 from prefixtune_cli.recipe.schema import (
+    WITH_REFERENCE,
     DataSection,
     Lora,
     ModelSection,
@@ -185,7 +186,7 @@ def settings_of_start(given: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """What a recipe takes from the adapter that it goes on from: its base and its settings.
 
     A folder outside of a run tells the settings of a method that has its own section, as far as it has them. DPO
-    computes without dropout, so it takes none.
+    and KTO compute without dropout, so they take none.
 
     Args:
         given: the run or the adapter folder.
@@ -207,7 +208,7 @@ def settings_of_start(given: str, values: Mapping[str, Any]) -> dict[str, Any]:
         own = OWN.get(method, {}).items()
         adapter = {ours: config[name] for name, ours in own if config.get(name) is not None}
         adapter["method"] = method
-    if train.get("objective") == "dpo":
+    if train.get("objective") in WITH_REFERENCE:
         adapter = _without_dropout(adapter)
         if "config" in adapter:
             adapter["config"] = _without_dropout(adapter["config"])

@@ -76,7 +76,8 @@ def test_what_a_recipe_leaves_open_is_that_of_the_run_it_goes_on_from(tmp_path: 
     assert (typed.adapter.r, typed.adapter.alpha) == (3, 5)
     assert started(folder, "model.name=other").model.bits == 16
     assert started(folder, "adapter.method=ia3").adapter.config == {}
-    assert started(folder, "train.objective=dpo").adapter.dropout == 0
+    for objective in ("dpo", "kto"):
+        assert started(folder, f"train.objective={objective}").adapter.dropout == 0
 
 
 def test_a_bare_folder_tells_what_its_configuration_has(tmp_path: Path) -> None:

@@ -176,8 +176,8 @@ class Comparison:
         model: name, revision and bits of the base, and its parameters where known.
         data: data set (`train`, `validation`, TEST, OOD, FORGETTING, or another name) → source, rows, sha256, and
             `same_rows`: false where the contestants were judged on different rows, which cannot be paired.
-        protocol: what all contestants shared: steps, batch, seeds, sweep, few_shot, schedule; and of runs on pairs of
-            answers, what they share of `objective`, `beta` and SimPO's `gamma`.
+        protocol: what all contestants shared: steps, batch, seeds, sweep, few_shot, schedule; and of runs on
+            preferences, what they share of `objective`, `beta` and the objective's own settings.
         environment: versions and hardware.
         base: the base's results by data set; empty where it was not judged.
         contestants: the others are compared with the first.

@@ -261,7 +261,7 @@ def _of_labelled(
     desirable = np.array([item["desirable"] for item in items])
     above = labelled.rewards(objective, found, reference)
     losses = labelled.losses(objective, above, desirable).tolist()
-    ahead = None if of_base else labelled.ahead(above, desirable).tolist()
+    ahead = None if of_base else labelled.Auc(above, desirable).ahead.tolist()
     return replace(result, losses=losses, ahead=ahead)
 
 

@@ -216,8 +216,8 @@ def _in_common(finished: Sequence[FinishedRun]) -> tuple[list[str], list[str]]:
             results = [run.evaluated[name].results[ADAPTER] for run in having]
             if any(result.kind != "answers" and result.losses is None for result in results):
                 left_out.append(
-                    f"Of {file} the objective's loss and rewards are left out: the reference's figures are not "
-                    "beside those of every run."
+                    f"Of {file} the objective's loss and rewards are left out: not every run has them there. They need "
+                    "rows of the kind that the run learned from and, of DPO and KTO, the base's figures."
                 )
             common.append(name)
     return common, left_out

@@ -39,15 +39,15 @@ def rename(row: Row, mapping: Mapping[str, str], where: str) -> Row:
     """The row with its columns renamed by {field: column}; other columns stay.
 
     Raises:
-        OtherRowsError: the columns of both answers of a pair are missing.
+        OtherRowsError: the columns of both answers of a pair, or of the label, are missing.
         DataError: the column of a field that every row needs is missing.
     """
     if not mapping:
         return row
     absent = [f for f, column in mapping.items() if column not in row and f not in OPTIONAL]
     if absent:
-        of_pairs = mapping.keys() & {"chosen", "rejected"}
-        kind = OtherRowsError if of_pairs and of_pairs <= {*absent} else DataError
+        own = mapping.keys() & {"chosen", "rejected", "label"}
+        kind = OtherRowsError if own and own <= {*absent} else DataError
         raise missing(absent[0], mapping[absent[0]], row, where, kind)
     kept = {name: value for name, value in row.items() if name not in mapping.values()}
     return kept | {field: row[column] for field, column in mapping.items() if column in row}
@@ -104,6 +104,8 @@ def recognise(
         OtherRowsError: the rows are of another kind.
         DataError: no format fits, the format does not have a mapped field, or a text may be half of a pair.
     """
+    if kind == "labelled" and (forced in PAIRS or _are_pairs(row)):
+        kind = "pairs"  # of which labelled answers can be made
     known = KINDS[kind]
     others = {f.name: f for formats in KINDS.values() for f in formats.values()}
     others = {name: f for name, f in others.items() if f not in known.values()}
@@ -113,9 +115,9 @@ def recognise(
     found = fitting(row, known) if kind == "pairs" else by_map or fitting(row, known)
     if forced in known and not (kind == "pairs" and found):
         found = [known[forced]]
-    if kind == "answers" and forced == "auto" and not by_map:
-        labelled = fitting(row, LABELLED)
-        if labelled and ("label" in mapping or isinstance(row["label"], bool)):
+    if kind == "answers" and forced == "auto" and (labelled := fitting(row, LABELLED)):
+        is_truth = str(row["label"]).strip().lower() in ("true", "false")
+        if "label" in mapping or is_truth:
             raise _of_another_kind(labelled[0], kind, row, mapping, where)
     if not found:
         if of_others := fitting(mapping.keys(), others) or fitting(row, others):
@@ -145,6 +147,10 @@ def recognise(
     return format
 
 
+def _are_pairs(row: Row) -> bool:
+    return bool(fitting(row, PAIRS)) and not fitting(row, LABELLED)
+
+
 MAPS: Mapping[Kind, str] = {
     "answers": "",
     "pairs": "--map prompt=COLUMN,chosen=COLUMN,rejected=COLUMN",
@@ -152,7 +158,8 @@ MAPS: Mapping[Kind, str] = {
 }
 _LEARN_FROM: Mapping[Kind, str] = {
     "pairs": "--objective dpo, simpo and orpo learn from pairs of answers: prompt, chosen and rejected",
-    "labelled": "--objective kto learns from answers that are labelled true or false: prompt, completion and label",
+    "labelled": "--objective kto learns from answers that are labelled true or false (prompt, completion and label), "
+    "or from pairs of answers (prompt, chosen and rejected)",
 }
 
 

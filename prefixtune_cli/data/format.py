@@ -219,16 +219,14 @@ def _labelled(format: Format) -> Format:
 
     def convert(row: Row, where: str) -> Row:
         found = format.convert(row, where) | {"desirable": _desirable(row["label"], where)}
-        turns = found.get("messages", [])
-        asked = max((i for i, t in enumerate(turns) if t["role"] not in ANSWERS), default=0)
-        return found | _not_learned(turns, asked) if turns else found
+        return found | _last_answer_alone(found["messages"]) if "messages" in found else found
 
     columns = (*format.columns, "label")
     return Format(LABELLED_BY + format.name, columns, format.layout, convert, format.optional)
 
 
 def _desirable(value: Any, where: str) -> bool:
-    known = {"true": True, "1": True, "false": False, "0": False}
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     if (said := str(value).strip().lower()) not in known:
         raise DataError(
             f"{where}: the column 'label' must say whether the answer is desirable, true or false, got {named(value)}. "
@@ -249,8 +247,7 @@ WITH_MESSAGES_IN_PROMPTS = (
 KINDS: Mapping[Kind, Mapping[str, Format]] = {
     "answers": FORMATS,
     "pairs": PAIRS,
-    "labelled": LABELLED
-    | PAIRS,  # the chosen answer of a pair is desirable, and the rejected one is not
+    "labelled": LABELLED,
 }
 READ = {
     f.name: f
@@ -285,7 +282,7 @@ def convert(row: Row, format: Format, where: str, *, needs_assistant: bool) -> R
     missing = [column for column in format.columns if column not in row]
     if missing:
         other = fitting(row, FORMATS | PAIRS)
-        if other:
+        if other and missing != ["label"]:
             raise DataError(
                 f"{where}: mixed formats. The rows before are {format.name} ({' + '.join(format.columns)}), and this "
                 f"one is {other[0].name} ({', '.join(row)}). Give each format a file and a run of its own."
@@ -316,9 +313,17 @@ def unpaired(row: Row) -> list[Row]:
         return [row]
     answers = "messages" if "messages" in row else "completion"
     rest = {name: value for name, value in row.items() if name != "rejected"}
-    return [
+    both = [
         rest | {answers: row[name], "desirable": name == answers} for name in (answers, "rejected")
     ]
+    return [one | _last_answer_alone(one["messages"]) if "messages" in one else one for one in both]
+
+
+def _last_answer_alone(turns: list[Row]) -> Row:
+    """The messages, of which the last answer is learned, with what stands right before it in the same turn."""
+    last = max((i for i, turn in enumerate(turns) if turn["role"] in ANSWERS), default=0)
+    asked = max((i for i in range(last) if turns[i]["role"] not in ANSWERS), default=0)
+    return _not_learned(turns, asked)
 
 
 def _not_learned(turns: list[Row], asked: int) -> Row:

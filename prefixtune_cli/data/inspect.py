@@ -129,9 +129,9 @@ def check(tokenized: TokenizedData, tokenizer: PreTrainedTokenizerBase) -> None:
     if statistics.kept and statistics.desirable in (0, statistics.kept):
         label = "true" if statistics.desirable else "false"
         raise DataError(
-            f"All {statistics.kept:,} labels of {tokenized.rows.source} are {label}, and --objective kto learns from "
-            "how desirable answers differ from others. Add answers with the other label, check the column (--map "
-            "label=COLUMN), or learn the answers alike: leave --objective out."
+            f"All {statistics.kept:,} labels of the rows read from {tokenized.rows.source} are {label}, so that no "
+            "desirable answer can be compared with another one. Add answers with the other label, or check the column: "
+            "--map label=COLUMN."
         )
     if statistics.kept:
         return

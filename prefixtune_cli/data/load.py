@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # Part of the cache's key: raise it whenever the same files give other rows than before.
-VERSION = 4
+VERSION = 5
 IN_TWO = (
     "Each pair is taken for two answers: the chosen one is desirable, and the rejected one is not."
 )
@@ -98,6 +98,19 @@ class LoadedData:
         name = _sha256(f"{self.fingerprint} {list(map(int, indices))}".encode())
         return dataclasses.replace(self, dataset=self.dataset.select(indices), fingerprint=name)
 
+    def spread(self, most: int) -> LoadedData:
+        """At most so many rows, evenly spread and in order; of labelled answers, at least one of each label."""
+        if not self.labelled:
+            return self.select(evenly_spread(len(self), most))
+        import numpy as np
+
+        lines, kinds = _lines(self.dataset)
+        share, kept = min(1.0, most / len(self)), np.zeros(len(kinds), bool)
+        for kind in np.unique(kinds):
+            of_kind = np.flatnonzero(kinds == kind)
+            kept[of_kind[evenly_spread(len(of_kind), max(1, int(share * len(of_kind))))]] = True
+        return self.select(np.flatnonzero(kept[lines]).tolist())
+
     def split(self, fraction: float, seed: int) -> tuple[LoadedData, LoadedData]:
         """(train, held out), as from `split`."""
         parts = split(self.dataset, fraction, seed)
@@ -136,20 +149,21 @@ def split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datase
         lines, kinds = _lines(dataset)
         for kind in np.unique(kinds):
             of_kind = np.flatnonzero(kinds == kind)
-            held_out |= np.isin(lines, of_kind[_drawn(len(of_kind), fraction, seed)])
+            held_out |= np.isin(lines, of_kind[_drawn(len(of_kind), fraction, seed, labelled=True)])
     else:
         held_out[_drawn(len(dataset), fraction, seed)] = True
     return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
 
 
-def _drawn(rows: int, fraction: float, seed: int) -> Any:
+def _drawn(rows: int, fraction: float, seed: int, *, labelled: bool = False) -> Any:
     """The numbers of the rows that are held out (int array)."""
     import numpy as np
 
     if rows < 2:
+        what = f"{rows} row" + (" with one of its labels" if labelled else "")
         raise DataError(
-            f"The data has {rows} row, which cannot be split into training and held-out rows. Add rows, or give "
-            "held-out data with --eval-data."
+            f"The data has {what}, which cannot be split into training and held-out rows. Add rows, or give held-out "
+            "data with --eval-data."
         )
     held_out = min(max(1, round(rows * fraction)), rows - 1)
     return np.random.default_rng(seed).permutation(rows)[:held_out]

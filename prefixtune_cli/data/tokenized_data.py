@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 # Part of the cache's key: raise it whenever the same rows give other tokens than before.
 VERSION = 5
 ROWS_A_BATCH = 1000
+ONE_PROMPT = (
+    "All rows have the same prompt, so KTO compares their answers with each other, not with others."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,11 +154,15 @@ def tokenize(
         dataset = _beside(every_row, rejected)
     if statistics.kept < statistics.rows:
         dataset = dataset.select(np.flatnonzero(kept))
-    if rows.labelled:
+    notices = _notices(rows, tokenizer, encoder)
+    if rows.labelled and statistics.kept:
         labels = np.array(rows.dataset["desirable"])[kept]
         statistics = dataclasses.replace(statistics, desirable=int(labels.sum()))
-        dataset = _beside_others(dataset, section).add_column("desirable", labels)
-    notices = _notices(rows, tokenizer, encoder)
+        prompts = _prompts(dataset)
+        if len(set(prompts)) == 1:
+            notices += (ONE_PROMPT,)
+        dataset = _beside_others(dataset, _others(prompts), section.max_length)
+        dataset = dataset.add_column("desirable", labels)
     return TokenizedData(dataset, every_row, statistics, rows, encoder, notices, rejected)
 
 
@@ -183,28 +190,57 @@ def _beside(chosen: Dataset, rejected: Dataset) -> Dataset:
     )
 
 
-def _beside_others(dataset: Dataset, section: DataSection) -> Dataset:
-    """Each prompt with its own answer, and with that of the row half the data away.
+def _beside_others(dataset: Dataset, others: list[int], max_length: int) -> Dataset:
+    """Each prompt with its own answer, and with that of the row whose number is in `others`.
 
     KTO estimates from the others how far a model is from its reference (Ethayarajh et al. 2024, arXiv 2402.01306,
     section 4.1). They depend on the rows alone: neither on batches nor on the number of processes.
     """
 
-    def with_others(rows: dict[str, list[Any]], at: list[int]) -> dict[str, list[list[int]]]:
-        others = dataset[[(i + len(dataset) // 2) % len(dataset) for i in at]]
+    def with_others(rows: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        answers = dataset[rows["other"]]
         found: dict[str, list[list[int]]] = {"other_ids": [], "other_labels": []}
         for ids, labels, other_ids, other_labels in zip(
-            rows["input_ids"], rows["labels"], others["input_ids"], others["labels"], strict=True
+            rows["input_ids"], rows["labels"], answers["input_ids"], answers["labels"], strict=True
         ):
             asked, answered = _prompt_tokens(labels), _prompt_tokens(other_labels)
-            found["other_ids"].append([*ids[:asked], *other_ids[answered:]][: section.max_length])
+            found["other_ids"].append([*ids[:asked], *other_ids[answered:]][:max_length])
             masked = [*labels[:asked], *other_labels[answered:]]
-            found["other_labels"].append(masked[: section.max_length])
+            found["other_labels"].append(masked[:max_length])
         return found
 
-    return dataset.map(
-        with_others, batched=True, with_indices=True, batch_size=ROWS_A_BATCH, desc="Tokenizing"
+    return dataset.add_column("other", others).map(
+        with_others,
+        batched=True,
+        batch_size=ROWS_A_BATCH,
+        remove_columns=["other"],
+        desc="Tokenizing",
     )
+
+
+def _prompts(dataset: Dataset) -> list[int]:
+    """A number for each row, which rows with the same prompt have in common."""
+    return [
+        hash(tuple(ids[: _prompt_tokens(labels)]))
+        for some in dataset.select_columns(["input_ids", "labels"]).iter(ROWS_A_BATCH)
+        for ids, labels in zip(some["input_ids"], some["labels"], strict=True)
+    ]
+
+
+def _others(prompts: list[int]) -> list[int]:
+    """For each row the number of one with another prompt: the first from half the data away on, if there is any."""
+    count = len(prompts)
+    # How many rows from here on have the same prompt as this one, so that a long run of them is passed at once.
+    same = [1] * count
+    for i in reversed(range(count - 1)):
+        same[i] = same[i + 1] + 1 if prompts[i] == prompts[i + 1] else 1
+    found = []
+    for i in range(count):
+        passed = 0
+        while prompts[other := (i + count // 2 + passed) % count] == prompts[i] and passed < count:
+            passed += same[other]
+        found.append(other)
+    return found
 
 
 def _prompt_tokens(labels: list[int]) -> int:

@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 
 from prefixtune_cli.evaluate.paired import (
     Floats,
-    aggregate_difference,
-    aggregate_interval,
+    Interval,
+    PairedDifference,
+    mean_difference,
     mean_interval,
 )
 from prefixtune_cli.evaluate.preferences import Likelihoods, Objective, Preference, Preferences
@@ -41,34 +42,44 @@ def losses(objective: Objective, above: Floats, desirable: Labels) -> Floats:
     return found
 
 
-def auc(items: Floats) -> float:
-    """The fraction of pairs of a desirable answer and another one in which the desirable one has the higher score.
+class Auc:
+    """In how many of the pairs of a desirable answer and another one the desirable one has the higher score.
 
-    Equal scores count as half. It is the area under the ROC curve (Mann & Whitney 1947).
+    Equal scores count as half. The fraction is the area under the ROC curve. The intervals draw the answers of each
+    label, each with the part of the pairs that it wins (DeLong, DeLong & Clarke-Pearson 1988). To first order, such
+    draws have the spread of the fraction.
 
     Args:
-        items: score and label, 1 if desirable, of each answer [rows, 2]; with one label alone, the figure is 0.5.
+        score: of each answer [rows].
+        desirable: the labels [rows]; both occur.
+
+    Attributes:
+        ahead: for each desirable answer, the fraction of the others with a lower score [desirable answers].
+        value: the fraction, which is the mean of `ahead`.
     """
-    desirable = items[:, 1] == 1
-    if desirable.all() or not desirable.any():
-        return 0.5
-    return float(ahead(items[:, 0], desirable).mean())
+
+    def __init__(self, score: Floats, desirable: Labels) -> None:
+        self.ahead = _above(score[desirable], score[~desirable])
+        self.value = float(self.ahead.mean())
+        behind = _above(-score[~desirable], -score[desirable])
+        # The mean of both strata, which count alike, is the sum of both means less the value.
+        self._strata = [2 * won - self.value for won in (self.ahead, behind)]
+
+    @property
+    def interval(self) -> Interval:
+        return mean_interval(self._strata, weights=[1, 1])
+
+    def difference(self, base: Auc) -> PairedDifference:
+        """This less that of the base, on the same answers."""
+        return mean_difference(base._strata, self._strata, weights=[1, 1])
 
 
-def ahead(score: Floats, desirable: Labels) -> Floats:
-    """For each desirable answer, the fraction of the others with a lower score; equal ones count as half.
-
-    Their mean is the `auc`.
-    """
-    others = np.sort(score[~desirable])
-    below, upto = (np.searchsorted(others, score[desirable], side=s) for s in ("left", "right"))
+def _above(scores: Floats, others: Floats) -> Floats:
+    """For each score the fraction of the others that are lower; equal ones count as half."""
+    ordered = np.sort(others)
+    below, upto = (np.searchsorted(ordered, scores, side=s) for s in ("left", "right"))
     found: Floats = (below + upto) / (2 * len(others))
     return found
-
-
-def labelled(score: Floats, desirable: Labels) -> Floats:
-    """Scores with their labels, as `auc` takes them [rows, 2]."""
-    return np.column_stack([score, desirable.astype(float)])
 
 
 def compared(
@@ -90,15 +101,15 @@ def compared(
     """
     before = base if start is None else start
 
-    def likelier(found: Likelihoods) -> Floats:
-        return labelled(found.chosen / tokens, desirable)
+    def likelier(found: Likelihoods) -> Auc:
+        return Auc(found.chosen / tokens, desirable)
 
     def preference(found: Likelihoods) -> Preference:
         means = (float(found.chosen[kind].mean()) for kind in (desirable, ~desirable))
-        return Preference(auc(likelier(found)), *means)
+        return Preference(likelier(found).value, *means)
 
     above = rewards(objective, adapter, before)
-    rewarded = labelled(above, desirable)
+    rewarded = Auc(above, desirable)
     none = rewards(objective, before, before)
     return Preferences(
         pairs=len(desirable),
@@ -108,9 +119,9 @@ def compared(
         base=preference(base),
         start=None if start is None else preference(start),
         adapter=preference(adapter),
-        accuracy_difference=aggregate_difference(likelier(before), likelier(adapter), auc),
-        reward_accuracy=auc(rewarded),
-        reward_interval=aggregate_interval(rewarded, auc),
+        accuracy_difference=likelier(adapter).difference(likelier(before)),
+        reward_accuracy=rewarded.value,
+        reward_interval=rewarded.interval,
         margin=float(above[desirable].mean() - above[~desirable].mean()),
         # The mean of both strata, which count alike, is half of their sum.
         margin_interval=mean_interval(

@@ -9,14 +9,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from prefixtune_cli.evaluate.labelled import auc, labelled
+from prefixtune_cli.evaluate.labelled import Auc
 from prefixtune_cli.evaluate.likelihoods import per_token, trained_tokens
 from prefixtune_cli.evaluate.losses import compared_line
 from prefixtune_cli.evaluate.outcome import BASE, Line, Outcome
 from prefixtune_cli.evaluate.own_pairs import OwnPairs
 from prefixtune_cli.evaluate.paired import (
-    aggregate_difference,
-    aggregate_interval,
     mean_difference,
     mean_interval,
 )
@@ -27,9 +25,7 @@ def compare(data: OwnPairs, judged: Mapping[str, Likelihoods]) -> Outcome:
     """The table; if the base took part, every model is compared with it, otherwise each has its own interval."""
     rows = data.read.tokenized.dataset
     desirable = np.array(rows["desirable"])
-    likelier = {
-        m: labelled(per_token(found, rows).chosen, desirable) for m, found in judged.items()
-    }
+    likelier = {m: Auc(per_token(found, rows).chosen, desirable) for m, found in judged.items()}
 
     def mean(metric: str, kind: np.ndarray, *, up: bool | None) -> Line:
         values = {model: found.chosen[kind] for model, found in judged.items()}
@@ -48,9 +44,9 @@ def compare(data: OwnPairs, judged: Mapping[str, Likelihoods]) -> Outcome:
             data.name,
             "desirable is likelier per token",
             len(rows),
-            {model: auc(found) for model, found in likelier.items()},
-            lambda a, b: aggregate_difference(likelier[b], likelier[a], auc),
-            lambda a: aggregate_interval(likelier[a], auc),
+            {model: found.value for model, found in likelier.items()},
+            lambda a, b: likelier[a].difference(likelier[b]),
+            lambda a: likelier[a].interval,
             percent=True,
         ),
         mean("desirable", desirable, up=True),

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prefixtune_cli.data.inspect import check, warnings
-from prefixtune_cli.data.load import LoadedData, evenly_spread, load_rows
+from prefixtune_cli.data.load import LoadedData, load_rows
 from prefixtune_cli.data.tokenized_data import TokenizedData, tokenize
 from prefixtune_cli.evaluate.settings import check_limit
 from prefixtune_cli.progress import Reporter
@@ -74,7 +74,7 @@ def read_data(
     rows = load_rows(source, section, kind)
     fingerprint, total = rows.fingerprint, len(rows)
     if limit is not None:
-        rows = rows.select(evenly_spread(total, limit))
+        rows = rows.spread(limit)
     tokenized = tokenize(rows, tokenizer, section)
     for notice in (*rows.notices, *tokenized.notices):
         reporter.notice(notice)

@@ -228,9 +228,10 @@ class Planner:
         def total(rows: int) -> int:
             return self.parts(rows).total
 
-        if total(1) > available_bytes:
+        least = self.recipe.least_batch
+        if total(least) > available_bytes:
             return 0
-        fits, too_many = 1, MOST_ROWS + 1
+        fits, too_many = least, MOST_ROWS + 1
         guess = self.recipe.train.batch_size  # the plan knows its memory already
         while too_many - fits > 1:
             guess = min(max(guess, fits + 1), too_many - 1)

@@ -113,12 +113,12 @@ def _checkpointing(recipe: Recipe) -> list[Change]:
 
 
 def _smaller_batches(recipe: Recipe) -> list[Change]:
-    """Half the rows, a quarter, … one; the optimizer step keeps its number of rows."""
+    """Half the rows, a quarter, … the fewest; the optimizer step keeps its number of rows."""
     section = recipe.train
     rows, all_rows = section.batch_size, section.batch_size * section.gradient_accumulation
     found = []
-    while rows > 1:
-        rows = rows // 2 if rows % 2 == 0 else 1
+    while rows > recipe.least_batch:
+        rows = max(recipe.least_batch, rows // 2 if rows % 2 == 0 else 1)
         times = all_rows // rows
         changed = _train(recipe, batch_size=rows, gradient_accumulation=times)
         found.append((f"--batch-size {rows} --gradient-accumulation {times}", changed))

@@ -29,8 +29,7 @@ from prefixtune_cli.train.trial import without_a_trace
 STATE = "basis.safetensors"
 ROWS = 64
 TOKENS = 16_384  # the most tokens; if rows are long, we take fewer rows, but at least one
-# The parts of a batch that only the loss takes.
-# What batches of preferences have besides a model's inputs; the rest of it begins with `ref_` or `KL_`.
+# The parts of a batch that only the loss takes; the other ones begin with `ref_` or `KL_`.
 BESIDE = frozenset({ROW, "completion_mask", "label"})
 AT_ONCE = 2048  # tokens of one pass, which keeps no activations
 

@@ -20,14 +20,16 @@ from prefixtune_cli.progress import Reporter
 from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.train.loss_plot import draw_loss
 
-# What metrics.jsonl has of what the trainers log, under our names; the last two are DPO's.
+# What metrics.jsonl has of what the trainers log, under our names; the last four are those of DPO and
+# KTO.
 FIGURES = {
     "loss": "loss",
     "learning_rate": "learning_rate",
     "grad_norm": "grad_norm",
     "rewards/accuracies": "preference_accuracy",
     "rewards/margins": "margin",
-    "kl": "kl",
+    "labelled/margin": "margin",
+    "labelled/kl": "kl",
 }
 SECONDS_BETWEEN_PLOTS = 60  # each takes a tenth of a second, the first one half a second
 

@@ -159,7 +159,11 @@ def does_not_fit(recipe: Recipe) -> ResourceError:
         else "It needs a smaller base, or a larger GPU: see `ptp plan`."
     )
     rows = "pairs of answers" if recipe.kind == "pairs" else "rows"
-    smaller = "--auto-batch finds a batch that fits." if section.batch_size > 1 else ""
+    smaller = (
+        "--auto-batch finds a batch that fits."
+        if section.batch_size // 2 >= recipe.least_batch
+        else ""
+    )
     return ResourceError(
         f"The longest batch ({section.batch_size} {rows} of up to {recipe.data.max_length} tokens) does not fit in "
         f"memory. {helps} {smaller}".rstrip()

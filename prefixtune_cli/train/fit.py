@@ -185,8 +185,8 @@ def _run(trainer: SafeTrainer, checkpoint: Path | None, job: Job) -> int:
 def _smaller(recipe: Recipe, reporter: Reporter) -> Recipe:
     """The recipe with half the rows in a forward pass, and as many rows in an optimizer step as before."""
     section = recipe.train
-    least = 2 if section.objective == "kto" else 1
-    if not section.auto_batch or section.batch_size % 2 or section.batch_size // 2 < least:
+    too_small = section.batch_size // 2 < recipe.least_batch
+    if not section.auto_batch or section.batch_size % 2 or too_small:
         raise does_not_fit(recipe)
     halved = {
         "batch_size": section.batch_size // 2,

@@ -79,8 +79,9 @@ class Order(Sampler[int]):
 
 
 def row_lengths(dataset: Dataset) -> list[int]:
-    """The tokens of each row; where it has two answers, those of the longer one with the prompt."""
-    columns = [name for name in ("input_ids", "other_ids") if name in dataset.column_names]
+    """The tokens of each row; of a pair of answers, those of the longer one with the prompt."""
+    of_pairs = "other_ids" in dataset.column_names and "desirable" not in dataset.column_names
+    columns = ["input_ids", *(["other_ids"] if of_pairs else [])]
     return [
         max(lengths)
         for table in dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE)

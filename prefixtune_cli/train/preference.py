@@ -383,19 +383,17 @@ class SafeKTOTrainer(SafePreferenceTrainer, KTOTrainer):
         desirable: torch.Tensor,
         real: torch.Tensor,
     ) -> None:
-        """Put our figures in the place of TRL's."""
+        """Put our figures in the place of TRL's, which count blank rows."""
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name in [name for name in metrics if name.startswith(("rewards/", "kl"))]:
-            metrics[name].pop()
-            if not metrics[name]:
-                del metrics[name]
-        metrics["kl"].append(ahead.item())
+            del metrics[name]
+        metrics["labelled/kl"].append(ahead.item())
         both = [real & desirable, real & ~desirable]
         sums = torch.stack([part for kind in both for part in ((rewards * kind).sum(), kind.sum())])
         sums = self.accelerator.gather(sums[None]).sum(dim=0)
         if sums[1] and sums[3]:
             margin = sums[0] / sums[1] - sums[2] / sums[3]
-            metrics["rewards/margins"].append(margin.item())
+            metrics["labelled/margin"].append(margin.item())
 
 
 def _log_odds(log_p: torch.Tensor) -> torch.Tensor:

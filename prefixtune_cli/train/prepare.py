@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from prefixtune_cli.data.inspect import check, facts, warnings
-from prefixtune_cli.data.load import evenly_spread, load_rows
+from prefixtune_cli.data.load import load_rows
 from prefixtune_cli.data.locate import named
 from prefixtune_cli.data.tokenized_data import DataStatistics, tokenize
 from prefixtune_cli.evaluate.questions import Questions, example, short_questions
@@ -102,9 +102,7 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reporter: R
     if (said := _out_of_balance(recipe, tokenized.statistics)) is not None:
         reporter.warning(said)
     check_data(recipe.model, tokenizer, tokenized)
-    held_out_rows = held_out_rows.select(
-        evenly_spread(len(held_out_rows), recipe.evaluate.max_rows)
-    )
+    held_out_rows = held_out_rows.spread(recipe.evaluate.max_rows)
     held_out = tokenize(held_out_rows, tokenizer, section)
     for warning in warnings(held_out.statistics):
         reporter.warning(f"held-out: {warning}")

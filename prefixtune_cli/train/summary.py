@@ -65,6 +65,8 @@ class Summary:
     @property
     def compared_with(self) -> str:
         """What the adapter is compared with: the `start` if there is one, else the `base`."""
+        if self.preferences is not None:
+            return self.preferences.compared_with
         return "base" if self.of_start is None else "start"
 
     @property

@@ -155,6 +155,12 @@ def test_by_kto_labelled_answers_are_learned_and_eval_finds_what_the_run_has_fou
     assert result.chosen_ahead == pytest.approx(of_run.reward_accuracy)
     assert result.loss == pytest.approx(stored["adapter"]["loss"], rel=1e-4)
 
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(json.dumps({"asked": "Say red.", "said": "RED"}) + "\n")
+    code, printed, said = ptp("eval", "--run", run.path, "--data", answers)
+    assert code == 0, said
+    assert "perplexity" in printed
+
     named = tmp_path / "named.jsonl"
     row = {"prompt": "Say red.", "completion": "RED", "label": True}
     named.write_text("".join(json.dumps(row | {"label": x}) + "\n" for x in (True, False)))

@@ -62,7 +62,7 @@ def test_every_format_with_a_label_gives_the_same_row(write, make_tokenizer, row
 
 @pytest.mark.parametrize(
     ("said", "label"),
-    [(True, True), (False, False), (1, True), (0, False), ("True", True), (" false ", False), ("1", True)],
+    [(True, True), (False, False), (1, True), (0.0, False), ("True", True), (" false ", False), ("1", True)],
 )  # fmt: skip
 def test_labels_are_truth_values_as_files_write_them(write, said, label):
     rows = load_rows(write("a.jsonl", [ROW | {"label": said}]), DataSection(), kind="labelled")
@@ -96,6 +96,10 @@ def test_a_label_may_have_another_name(write, make_tokenizer):
         ("labelled", {"text": "a"}, {}, "or leave --objective out"),
         ("labelled", {"dialog": "a"}, {}, "--map prompt=COLUMN,completion=COLUMN,label=COLUMN"),
         ("answers", {"prompt": "a", "completion": "b", "tag": True}, {"map": {"label": "tag"}}, "--objective kto"),
+        ("answers", ROW | {"label": "False"}, {}, "--objective kto"),
+        ("answers", ROW | {"said": "b"}, {"map": {"prompt": "prompt", "completion": "said"}}, "--objective kto"),
+        ("answers", ROW | {"tag": 1}, {"map": {"prompt": "prompt", "label": "tag"}}, "--objective kto"),
+        ("labelled", {"prompt": "a", "completion": "b"}, {"map": {"label": "tag"}}, "a column that is missing"),
     ],
 )  # fmt: skip
 def test_rows_of_another_kind_are_refused_with_what_fits(write, kind, row, settings, told):
@@ -112,7 +116,7 @@ def test_a_label_that_is_a_text_is_no_reason_to_refuse_answers(write):
 
 
 def test_a_row_without_a_label_is_another_format(write):
-    with pytest.raises(DataError, match=r"a.jsonl, line 2: mixed formats.*this one is prompt-comp"):
+    with pytest.raises(DataError, match=r"a.jsonl, line 2: the column 'label' is missing"):
         load_rows(
             write("a.jsonl", [ROW, {"prompt": "a", "completion": "b"}]),
             DataSection(),
@@ -153,8 +157,79 @@ def test_beside_each_answer_stands_one_to_another_prompt(write, make_tokenizer):
     assert max(len(row["other_ids"]) for row in cut.dataset) == limit
 
 
+@pytest.mark.parametrize("count", [3, 4, 7])
+def test_good_answers_before_bad_ones_to_the_same_prompts_stand_beside_others(
+    write, make_tokenizer, count
+):
+    """As TRL's `unpair_preference_dataset` and two files, one after the other, have them."""
+    rows = [
+        {"prompt": f"What is {i}?", "completion": f"{word} {i}.", "label": word == "It is"}
+        for word in ("It is", "No")
+        for i in range(count)
+    ]
+    made, tokenizer = labelled(write, make_tokenizer, rows), make_tokenizer("chatml")
+    for row, beside in zip(rows, made.dataset, strict=True):
+        own = row["prompt"].removeprefix("What is ").removesuffix("?")
+        other = trained(tokenizer, beside, "other_labels").removesuffix(".<|im_end|>")
+        assert other.split()[-1] != own
+    assert not any("same prompt" in notice for notice in made.notices)
+
+
+def test_answers_to_one_prompt_are_said_to_be_so(write, make_tokenizer):
+    rows = [ROW | {"completion": f"Paris {i}", "label": i > 1} for i in range(4)]
+    made = labelled(write, make_tokenizer, rows)
+    assert any("All rows have the same prompt" in notice for notice in made.notices)
+    assert len(made.dataset["other_ids"]) == 4
+
+
+def test_rows_that_are_all_too_long_are_refused_for_that(write, make_tokenizer):
+    rows = [ROW | {"prompt": "x" * 99}, ROW | {"prompt": "y" * 99, "label": False}]
+    made = labelled(write, make_tokenizer, rows, max_length=32, on_long="drop")
+    with pytest.raises(DataError, match="All are longer than 32 tokens"):
+        check(made, make_tokenizer("chatml"))
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 11])
+def test_some_of_the_rows_have_both_labels_whatever_their_order(write, most):
+    turns = [ROW | {"prompt": str(i), "label": i % 2 == 0} for i in range(21)]
+    some = load_rows(write("a.jsonl", turns), DataSection(), kind="labelled").spread(most)
+    assert {*some.dataset["desirable"]} == {True, False}
+    assert len(some) == max(most - 1, 2) if most > 2 else len(some) == 2
+    pairs = [PAIR | {"prompt": str(i)} for i in range(21)]
+    some = load_rows(write("b.jsonl", pairs), DataSection(), kind="labelled").spread(most)
+    assert sum(some.dataset["desirable"]) * 2 == len(some) <= max(most, 2)
+
+
+def test_the_last_answer_of_a_conversation_alone_is_learned(write, make_tokenizer):
+    asked_again = {"messages": [*ASKED, *GOOD, {"role": "user", "content": "Thanks."}]}
+    made = labelled(
+        write, make_tokenizer, [asked_again | {"label": True}, asked_again | {"label": False}]
+    )
+    tokenizer = make_tokenizer("chatml")
+    assert [trained(tokenizer, row) for row in made.dataset] == ["Paris<|im_end|>"] * 2
+    longer = [*GOOD, {"role": "user", "content": "And now?"}, *GOOD]
+    pair = {"prompt": ASKED, "chosen": longer, "rejected": GOOD}
+    made = labelled(write, make_tokenizer, [pair])
+    assert [trained(tokenizer, row) for row in made.dataset] == ["Paris<|im_end|>"] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        ({"prompt": "a", "good": "b", "bad": "c"}, {"map": {"chosen": "good", "rejected": "bad"}}),
+        ({"chosen": ASKED + GOOD, "rejected": ASKED + EARLIER[1:]}, {"format": "preference"}),
+    ],
+)
+def test_pairs_are_read_as_dpo_reads_them(write, row, settings):
+    file, section = write("a.jsonl", [row]), DataSection(**settings)
+    rows = load_rows(file, section, kind="labelled")
+    assert rows.format == load_rows(file, section, kind="pairs").format
+    assert len(rows) == 2
+
+
 def test_answers_that_are_left_out_stand_beside_none(write, make_tokenizer):
-    rows = [ROW, ROW | {"prompt": "x" * 90}, ROW | {"completion": "A tree", "label": False}]
+    other = {"prompt": "What else?", "completion": "A tree", "label": False}
+    rows = [ROW, ROW | {"prompt": "x" * 90}, other]
     made = labelled(write, make_tokenizer, rows, max_length=60, on_long="drop")
     assert made.dataset["desirable"] == [True, False]
     said = [trained(make_tokenizer("chatml"), row, "other_labels") for row in made.dataset]
@@ -164,7 +239,7 @@ def test_answers_that_are_left_out_stand_beside_none(write, make_tokenizer):
 @pytest.mark.parametrize("label", [True, False])
 def test_labels_that_are_all_the_same_are_refused(write, make_tokenizer, label):
     made = labelled(write, make_tokenizer, [ROW | {"label": label}] * 3)
-    said = r"All 3 labels of .*a.jsonl are " + str(label).lower()
+    said = r"All 3 labels of the rows read from .*a.jsonl are " + str(label).lower()
     with pytest.raises(DataError, match=said):
         check(made, make_tokenizer("chatml"))
 
@@ -183,7 +258,7 @@ def test_both_parts_of_a_split_have_both_labels_and_whole_pairs(write):
     one = load_rows(
         write("c.jsonl", [ROW, ROW, ROW | {"label": False}]), DataSection(), kind="labelled"
     )
-    with pytest.raises(DataError, match="cannot be split"):
+    with pytest.raises(DataError, match="1 row with one of its labels, which cannot be split"):
         one.split(0.1, 0)
 
 
@@ -193,6 +268,7 @@ def test_both_parts_of_a_split_have_both_labels_and_whole_pairs(write):
         ROW,
         ROW | {"label": False, "system": "Be brief."},
         {"messages": EARLIER + ASKED + GOOD, "label": False},
+        {"prompt": ASKED, "chosen": GOOD + ASKED + GOOD, "rejected": EARLIER[1:]},
         {"prompt": ASKED, "completion": GOOD, "label": True},
         {"instruction": "What is up?", "output": "Paris", "history": [["a", "b"]], "label": True},
         PAIR,

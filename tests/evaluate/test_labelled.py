@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from prefixtune_cli.evaluate.labelled import auc, compared, labelled, losses, rewards
+from prefixtune_cli.evaluate.labelled import Auc, compared, losses, rewards
 from prefixtune_cli.evaluate.preferences import Likelihoods, Objective, Preferences
 from prefixtune_cli.recipe.schema import TrainSection
 
@@ -39,11 +39,27 @@ def test_what_answers_to_other_prompts_lost_is_not_taken_off() -> None:
     assert rewards(KTO, fallen, BASE) == pytest.approx([1.0, -1.5, 0.5])
 
 
-def test_the_area_is_that_of_sklearn() -> None:
+def test_the_area_is_that_of_sklearn_and_the_interval_holds_it_as_often_as_it_says() -> None:
     drawn = np.random.default_rng(0)
     scores, labels = drawn.integers(0, 9, 50).astype(float), drawn.random(50) < 0.3
-    assert auc(labelled(scores, labels)) == pytest.approx(roc_auc_score(labels, scores))
-    assert auc(labelled(scores, np.ones(50, bool))) == 0.5
+    found = Auc(scores, labels)
+    assert found.value == pytest.approx(roc_auc_score(labels, scores))
+    # Of normal scores that are one deviation apart the area is Φ(1/√2).
+    area, held = 0.5 * (1 + math.erf(0.5)), 0
+    for _ in range(100):
+        scores = np.concatenate([drawn.normal(1, 1, 40), drawn.normal(0, 1, 25)])
+        ends = Auc(scores, np.arange(65) < 40).interval
+        held += ends.low <= area <= ends.high
+    assert 88 <= held <= 99
+
+
+def test_the_interval_of_a_rare_label_is_not_wide_for_draws_without_it() -> None:
+    labels = np.arange(60) < 3
+    found = Auc(1.0 * labels + np.linspace(0, 0.5, 60), labels)
+    assert (found.value, found.interval.low, found.interval.high) == (1, 1, 1)
+    reverse = Auc(-1.0 * labels + np.linspace(0, 0.5, 60), labels)
+    more = found.difference(reverse)
+    assert (more.value, more.low, more.high) == (1, 1, 1)
 
 
 def test_both_models_are_told_apart() -> None:

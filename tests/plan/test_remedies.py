@@ -55,6 +55,16 @@ def test_a_smaller_batch_keeps_the_rows_of_an_optimizer_step(recipe: MakeRecipe)
         assert train.batch_size * train.gradient_accumulation == 12
 
 
+def test_kto_keeps_two_rows(recipe: MakeRecipe) -> None:
+    asked = recipe(train={"objective": "kto", "batch_size": 6})
+    flags = [remedy.flag for remedy in remedies(asked, available_bytes=1)]
+    assert any("--batch-size 2 --gradient-accumulation 3" in flag for flag in flags)
+    assert not any("--batch-size 1 " in flag for flag in flags)
+    planner = Planner(asked)
+    assert planner.largest_batch(planner.parts(2).total) == 2
+    assert planner.largest_batch(planner.parts(2).total - 1) == 0
+
+
 def test_the_first_fits_and_changes_least(recipe: MakeRecipe) -> None:
     asked = recipe({"num_hidden_layers": 3}, data={"max_length": 512})
     checkpointed = Planner(asked).parts(checkpointing=True).total

@@ -28,6 +28,7 @@ from prefixtune_cli.run_dir import RunDir
 from prefixtune_cli.tokenizer import load_tokenizer
 from prefixtune_cli.train import Summary, train
 from prefixtune_cli.train.preference import (
+    LabelledCollator,
     PairCollator,
     Reference,
     SafeDPOTrainer,
@@ -149,7 +150,7 @@ def test_the_summary_has_the_trainers_figures_and_the_pairs_decide(
     assert summary.divergence is not None
     assert 0 < summary.divergence.low < summary.divergence.value < summary.divergence.high
     assert not found.both_fell
-    assert not [text for text in heard.warnings if text.startswith("Both answers")]
+    assert not [text for text in heard.warnings if "have become less likely" in text]
     fallen = replace(found, adapter=replace(found.base, chosen=-9.0, rejected=-99.0))
     assert f"fell from {found.base.chosen:.2f} to -9.00" in both_fell_warning(fallen)
     for share, verdict in ((0.4, "worse"), (0.6, "no better")):
@@ -226,6 +227,50 @@ def test_by_kto_the_first_loss_is_half_the_weights_and_the_judge_finds_the_train
     assert len(run_dir.answers.read_text().splitlines()) == 4, "the desirable answers alone"
     assert "36 answers are desirable, 18 are not" in heard.notices
     assert not [text for text in heard.warnings if "times the weight" in text]
+
+
+def test_batches_with_one_label_leave_the_margins_of_others(
+    by_kto: tuple[RunDir, Heard, Recipe], random_base: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "input_ids": [1, 2, 10 + i], "labels": [MASKED, MASKED, 10 + i], "other_ids": [1, 2, 9],
+            "other_labels": [MASKED, MASKED, 9], "desirable": i != 1, "row": i,
+        }
+        for i in range(4)
+    ]  # fmt: skip
+    arguments = KTOConfig(**ONE_STEP, output_dir=str(tmp_path / "run"), remove_unused_columns=False)
+    given = of_run(RunDir(tmp_path / "run"), random_base, rows)
+    trainer = SafeKTOTrainer(model=adapted(random_base), args=arguments, **given)
+    trainer.model.train()
+    known = [row | {"ref_logps": -1.0, "ref_KL_logps": -1.0} for row in rows]
+    for some in (known[:2], known[2:]):
+        trainer.compute_loss(trainer.model, trainer.data_collator(some))
+    assert len(trainer._metrics["train"]["labelled/margin"]) == 1
+    assert len(trainer._metrics["train"]["labelled/kl"]) == 2
+    assert not [name for name in trainer._metrics["train"] if name.startswith("rewards/")]
+
+
+def test_kto_goes_on_from_an_adapter_which_is_its_reference(
+    trained_start: Path, by_kto: tuple[RunDir, Heard, Recipe], tmp_path: Path
+) -> None:
+    changed = {"start_from": str(trained_start), "max_steps": 4, "undesirable_weight": 1.0}
+    steps = by_kto[2].train.model_copy(update=changed)
+    chosen = by_kto[2].model_copy(update={"train": steps, "out": str(tmp_path / "run")})
+    summary = train(chosen, reporter=(heard := Heard()))
+    first = next(row for row in RunDir(chosen.folder).read_metrics() if "loss" in row)
+    assert first["loss"] == pytest.approx(0.5, abs=1e-6)
+    assert (first["margin"], first["kl"]) == (
+        pytest.approx(0, abs=1e-5),
+        pytest.approx(0, abs=1e-5),
+    )
+    found = summary.preferences
+    assert found is not None
+    assert found.start is not None
+    assert abs(found.start.chosen - found.base.chosen) > 1, "else the base would do as well"
+    assert found.reference_loss == 0.5
+    assert "log-probabilities of the start" in heard.tasks
+    assert summary.compared_with == "start"
 
 
 def test_labels_that_are_out_of_balance_are_warned_of_with_the_weight_to_type(
@@ -597,6 +642,16 @@ def test_a_reference_that_does_not_fit_halves_the_batch_at_its_longest_rows(
     assert any("--batch-size 4 --gradient-accumulation 2" in text for text in heard.warnings)
 
 
+def test_a_batch_of_blank_labelled_answers_alone_has_columns_and_no_loss() -> None:
+    blank = {
+        "input_ids": [7], "other_ids": [7], "labels": [MASKED], "other_labels": [MASKED], "desirable": True,
+    }  # fmt: skip
+    batch = LabelledCollator(7)([blank, blank])
+    for name in ("input_ids", "KL_input_ids"):
+        assert batch[name].tolist() == [[7, 7]] * 2
+    assert not batch["completion_mask"].any() and not batch["KL_completion_mask"].any()
+
+
 def test_a_batch_of_blank_pairs_alone_has_columns_and_no_loss() -> None:
     """TRL takes the last so many columns, of the tokens but one; the last none would be all of them."""
     blank = {"input_ids": [7], "other_ids": [7], "labels": [MASKED], "other_labels": [MASKED]}
@@ -710,10 +765,14 @@ def test_the_step_of_kto_is_that_of_trl_with_the_base_as_an_explicit_reference(
     )
     check_same_step(plain, ours)
     (theirs,) = (row for row in plain.state.log_history if "rewards/margins" in row)
-    (found,) = (row for row in ours.state.log_history if "rewards/margins" in row)
-    for figure in ("train_loss", "kl", "rewards/margins"):
-        assert found[figure] == pytest.approx(theirs[figure], rel=1e-3), figure
-    assert found["kl"] > 0
+    (found,) = (row for row in ours.state.log_history if "labelled/margin" in row)
+    for of_ours, of_trl in (
+        ("train_loss", "train_loss"),
+        ("labelled/kl", "kl"),
+        ("labelled/margin", "rewards/margins"),
+    ):
+        assert found[of_ours] == pytest.approx(theirs[of_trl], rel=1e-3), of_ours
+    assert found["labelled/kl"] > 0
 
 
 def check_same_step(plain: Any, ours: Any) -> None:

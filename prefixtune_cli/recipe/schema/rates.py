@@ -43,9 +43,16 @@ RATES: dict[str, Rate] = {
     "prompt-tuning": Rate(3e-2, 0, "the rate of peft's example"),
     "osf": Rate(5e-5, 0.781, "the rate of full, as it trains nearly every weight"),
 }
-# The part of SFT's rate for preferences: the best of a tenth, a third and the whole on SmolLM2-135M. Those of ORPO and
-# KTO are not swept.
-A_THIRD, A_TENTH = (1 / 3, "a third"), (0.1, "a tenth")
+# The part of SFT's rate for preferences: of Prefix-Tuning+ and of other methods, for which LoRA was swept on
+# SmolLM2-135M. A third was the best for LoRA by DPO, and the whole by ORPO, whose loss has SFT's in it; by SimPO the
+# whole was a little better, and less sure.
+A_TENTH, A_THIRD, THE_WHOLE = (0.1, "a tenth"), (1 / 3, "a third"), (1.0, "the whole")
+OF_SFT = {
+    "dpo": (A_THIRD, A_THIRD),
+    "simpo": (A_TENTH, A_THIRD),
+    "orpo": (A_THIRD, THE_WHOLE),
+    "kto": (A_THIRD, A_THIRD),
+}
 
 
 def default_rate(adapter: Section, objective: Objective = "sft") -> Rate:
@@ -56,6 +63,6 @@ def default_rate(adapter: Section, objective: Objective = "sft") -> Rate:
         rate = RATES.get(str(getattr(adapter, "method", "")), RATES["lora"])
     if objective == "sft":
         return rate
-    is_slow = objective == "simpo" and isinstance(adapter, PrefixTuningPlus)
-    part, in_words = A_TENTH if is_slow else A_THIRD
+    of_plus, of_others = OF_SFT[objective]
+    part, in_words = of_plus if isinstance(adapter, PrefixTuningPlus) else of_others
     return rate.times(part, f"{in_words} of sft's for {objective}")

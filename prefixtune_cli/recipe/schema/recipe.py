@@ -114,7 +114,7 @@ class Recipe(Section):
                     f"train.{name} belongs to objective {', '.join(objectives)}. Leave it out, or type --objective "
                     f"{objectives[0]}."
                 )
-        if train.objective == "kto" and train.batch_size < 2:
+        if train.batch_size < self.least_batch:
             raise ValueError(
                 "train.batch_size 1 does not go with objective kto, which estimates from a batch how far the adapter "
                 "is from its reference. Type --batch-size 2 or more."
@@ -227,6 +227,11 @@ class Recipe(Section):
     def kind(self) -> Kind:
         """What the training rows are."""
         return kind_of(self.train.objective)
+
+    @property
+    def least_batch(self) -> int:
+        """The fewest examples of a forward pass."""
+        return 2 if self.train.objective == "kto" else 1
 
     @property
     def on_preferences(self) -> bool:
