@@ -268,9 +268,10 @@ def test_a_rate_for_preferences_is_a_part_of_sfts_and_says_why(method: str) -> N
     divisor, word = (10, "tenth") if method == "prefix-tuning-plus" else (3, "third")
     assert part == pytest.approx(whole / divisor, rel=0.05)
     assert f"a {word} of sft's for simpo" in default_rate(of_simpo.adapter, "simpo").why
-    of_orpo = default_rate(of_simpo.adapter, "orpo")
-    assert of_orpo.of(192) == pytest.approx(whole / (3 if divisor == 10 else 1), rel=0.05)
-    assert f"{'a third' if divisor == 10 else 'the whole'} of sft's for orpo" in of_orpo.why
+    for objective in ("orpo", "kto"):
+        rate = default_rate(of_simpo.adapter, objective)
+        assert rate.of(192) == pytest.approx(whole / (3 if divisor == 10 else 1), rel=0.05)
+        assert f"{'a third' if divisor == 10 else 'the whole'} of sft's for {objective}" in rate.why
 
 
 def test_a_learning_rate_belongs_to_the_recipes_objective(write: Any) -> None:

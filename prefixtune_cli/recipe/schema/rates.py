@@ -44,14 +44,14 @@ RATES: dict[str, Rate] = {
     "osf": Rate(5e-5, 0.781, "the rate of full, as it trains nearly every weight"),
 }
 # The part of SFT's rate for preferences: of Prefix-Tuning+ and of other methods, for which LoRA was swept on
-# SmolLM2-135M. A third was the best for LoRA by DPO, and the whole by ORPO, whose loss has SFT's in it; by SimPO the
-# whole was a little better, and less sure.
+# SmolLM2-135M. For LoRA a third was the best by DPO, and the whole by ORPO and KTO; by SimPO the whole was a little
+# better, and less sure.
 A_TENTH, A_THIRD, THE_WHOLE = (0.1, "a tenth"), (1 / 3, "a third"), (1.0, "the whole")
 OF_SFT = {
     "dpo": (A_THIRD, A_THIRD),
     "simpo": (A_TENTH, A_THIRD),
     "orpo": (A_THIRD, THE_WHOLE),
-    "kto": (A_THIRD, A_THIRD),
+    "kto": (A_THIRD, THE_WHOLE),
 }
 
 
